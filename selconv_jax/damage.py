@@ -1,0 +1,106 @@
+"""Expected channel damage: how much a layer's output changes when an input channel is removed."""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.stats import norm
+
+__all__ = ["channel_scores", "expected_channel_damage", "normalize_damage"]
+
+
+def expected_channel_damage(
+    kernel: jax.Array, scale: jax.Array, bias: jax.Array, gate: jax.Array
+) -> jax.Array:
+    r"""Expected channel damage matrix (ECDM) of a batch norm, ReLU, convolution layer.
+
+    After batch norm, channel :math:`i` is about normal with mean :math:`\beta_i` and deviation
+    :math:`|\gamma_i|`, so that behind the ReLU its mean is
+
+    .. math:: E_i = |\gamma_i| \phi(\beta_i / |\gamma_i|) + \beta_i \Phi(\beta_i / |\gamma_i|)
+
+    with :math:`E_i = \max(\beta_i, 0)` in the limit :math:`\gamma_i \to 0`. Removing the channel changes
+    the expected output :math:`o` by :math:`g_i E_i \sum_k W_{k, i, o}` (method, "Expected channel damage
+    matrix").
+
+    Args:
+        kernel: ``[*K, C, O]`` floating, any number of spatial dimensions ``K``.
+        scale: ``[C]`` batch norm scale :math:`\gamma`, of any sign.
+        bias: ``[C]`` batch norm bias :math:`\beta`.
+        gate: ``[C]`` bool, false where the channel is closed.
+
+    Returns:
+        ``[O, C]`` in the dtype of ``kernel``; columns of closed channels are 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kernel = jnp.array([[2.0], [3.0]])[None]  # [1, C=2, O=1]
+        >>> damage = expected_channel_damage(
+        ...     kernel, jnp.zeros(2), jnp.array([1.0, -1.0]), jnp.array([True, True]))
+        >>> damage.tolist()
+        [[2.0, 0.0]]
+    """
+    deviation = jnp.abs(scale)
+    # Dividing by 1 instead of 0 keeps the branch that is not taken finite.
+    ratio = bias / jnp.where(deviation > 0, deviation, 1)
+    activation = jnp.where(
+        deviation > 0,
+        deviation * norm.pdf(ratio) + bias * norm.cdf(ratio),
+        jnp.maximum(bias, 0),
+    )
+    mean = jnp.where(gate, activation, 0).astype(kernel.dtype)
+    taps = jnp.sum(kernel, axis=tuple(range(kernel.ndim - 2)))
+    return (mean[:, None] * taps).T
+
+
+def normalize_damage(damage: jax.Array) -> jax.Array:
+    """Shares of each output in the damage of all channels (nECDM): absolute values, rows sum to about 1.
+
+    Args:
+        damage: ``[O, C]`` floating, from `expected_channel_damage`.
+
+    Returns:
+        ``[O, C]``, not negative. A row without any damage stays 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> normalize_damage(jnp.array([[3.0, -1.0]])).tolist()
+        [[0.75, 0.25]]
+    """
+    magnitude = jnp.abs(damage)
+    return magnitude / (jnp.sum(magnitude, axis=-1, keepdims=True) + 1e-8)
+
+
+def channel_scores(
+    normalized: jax.Array, source: jax.Array | None, max_copies: int | None = None
+) -> jax.Array:
+    """How worthwhile a copy of each channel is: the 2-norm of its column (method, "Re-allocation" 1, 2).
+
+    Args:
+        normalized: ``[O, C]`` normalized damage, taken after de-allocation.
+        source: ``[C]`` int32, -1 where a channel reads itself. May be None without ``max_copies``.
+        max_copies: Where more than this many channels read the same source, the source and all its
+            copies score 0, so that no further copy of it is made. None: no limit.
+
+    Returns:
+        ``[C]``, not negative; 0 for closed channels, whose damage is 0.
+
+    Raises:
+        ValueError: ``max_copies`` is negative or given without ``source``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> normalized = jnp.array([[0.6, 0.4], [0.8, 0.2]])
+        >>> channel_scores(normalized, jnp.array([-1, 0]), max_copies=0).tolist()
+        [0.0, 0.0]
+    """
+    scores = jnp.sqrt(jnp.sum(jnp.square(normalized), axis=0))
+    if max_copies is None:
+        return scores
+    if max_copies < 0:
+        raise ValueError(f"max_copies is {max_copies}; it must be at least 0, or None for no limit.")
+    if source is None:
+        raise ValueError("max_copies needs source, which says who copies whom; it is None.")
+    channels = jnp.arange(source.shape[0], dtype=source.dtype)
+    reads = source[:, None] == channels[None, :]  # reads[j, s]: channel j is a copy of s
+    exhausted = jnp.sum(reads, axis=0) > max_copies
+    copies_exhausted = jnp.any(reads & exhausted[None, :], axis=1)
+    return jnp.where(exhausted | copies_exhausted, 0, scores)

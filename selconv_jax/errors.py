@@ -1,0 +1,46 @@
+"""Errors a user can mend, and the sentence that helps to mend a misspelled name."""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "SelconvError", "nearest"]
+
+
+class SelconvError(Exception):
+    """Something the user can mend; the message names the key, path or value and the remedy.
+
+    The command line prints such an error as one paragraph, without a traceback.
+    """
+
+
+class ConfigError(SelconvError, ValueError):
+    """A configuration key or value is unknown or out of bounds."""
+
+
+class DataError(SelconvError):
+    """A data set is missing, not prepared, or a file of it is damaged."""
+
+
+class CheckpointError(SelconvError):
+    """A checkpoint is missing, damaged, of another model, or could not be written."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """A sentence that suggests what a misspelled name may have meant.
+
+    Args:
+        name: The unknown name as the user wrote it.
+        options: The names that would have been valid.
+
+    Returns:
+        ``"Did you mean 'epochs'?"`` where an option is close, else a list of all of them.
+
+    Example:
+        >>> nearest("epoch", ["epochs", "seed"])
+        "Did you mean 'epochs'?"
+    """
+    choices = sorted(options)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean {close[0]!r}?"
+    return f"Valid: {', '.join(choices)}." if choices else "There are none to choose from."

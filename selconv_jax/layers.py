@@ -1,0 +1,216 @@
+"""Batch norm, ReLU, convolution: the selective layer and its plain twin, as Flax (Linen) modules."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+from selconv_jax.batch_norm import (
+    batch_norm,
+    batch_statistics,
+    statistics_dtype,
+    update_running_statistics,
+)
+from selconv_jax.convolution import canonical_padding, canonical_window, convolve
+from selconv_jax.errors import ConfigError
+from selconv_jax.shift import select
+
+__all__ = ["PlainConv", "SelectiveConv", "fan_out_normal"]
+
+Array = jax.Array
+Initializer = Callable[..., Any]
+
+# Normal with standard deviation sqrt(2 / (kh * kw * O)); method, "One selective layer".
+fan_out_normal: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class PlainConv(nn.Module):
+    """Batch norm, ReLU, dropout and convolution without bias: the plain twin of `SelectiveConv`.
+
+    Variables, with ``C`` input channels: ``params`` kernel ``[*kernel_size, C / groups, features]``, scale
+    ``[C]``, bias ``[C]`` (of the batch norm); ``batch_stats`` mean ``[C]``, var ``[C]``, float32 or wider.
+
+    The running variance takes the unbiased estimate of the batch, the normalization the biased one.
+
+    Attributes:
+        features: Number of output channels ``O``.
+        kernel_size: One size per spatial dimension; their number sets the rank of the input.
+        strides: Steps of the window, one for all dimensions or one each.
+        padding: ``"SAME"``, ``"VALID"``, a number, or one number or ``(low, high)`` per dimension.
+        kernel_dilation: Spacing of the kernel's taps, one for all dimensions or one each.
+        feature_group_count: Number of groups that input and output channels are split into.
+        dropout_rate: Share of the activations that dropout removes in training; needs a ``dropout`` key.
+        momentum: Share of the running statistics that survives a step.
+        epsilon: Added to the variance.
+        dtype: Type of the computation; None takes that of the input and parameters. Statistics are
+            taken in float32 or wider.
+        param_dtype: Type of the parameters.
+        precision: Precision of the convolution, see `jax.lax.Precision`.
+        kernel_init: Initializer of the kernel.
+    """
+
+    features: int
+    kernel_size: Sequence[int]
+    strides: int | Sequence[int] = 1
+    padding: str | int | Sequence[int | tuple[int, int]] = "SAME"
+    kernel_dilation: int | Sequence[int] = 1
+    feature_group_count: int = 1
+    dropout_rate: float = 0.0
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Initializer = fan_out_normal
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "features", "feature_group_count")
+        if not 0.0 <= self.dropout_rate < 1.0:
+            raise ConfigError(f"dropout_rate is {self.dropout_rate}; it must be in [0, 1).")
+        if not 0.0 <= self.momentum <= 1.0:
+            raise ConfigError(f"momentum is {self.momentum}; it must be in [0, 1].")
+        if self.features % self.feature_group_count:
+            raise ConfigError(
+                f"features is {self.features}, not a multiple of feature_group_count "
+                f"{self.feature_group_count}."
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """Applies the layer.
+
+        Args:
+            x: ``[N, *S, C]`` floating.
+            train: Normalize with the statistics of the batch and, where ``batch_stats`` is mutable, move
+                the running ones; else normalize with the running ones.
+
+        Returns:
+            ``[N, *S', features]``.
+
+        Raises:
+            ValueError: The input does not have the rank that ``kernel_size`` asks for, or its channels
+                do not divide into the groups.
+        """
+        channels = x.shape[-1]
+        rank = len(self.kernel_size)
+        if x.ndim != rank + 2:
+            raise ValueError(
+                f"{self.name or type(self).__name__}: input of shape {x.shape}, but kernel_size "
+                f"{tuple(self.kernel_size)} needs {rank + 2} dimensions: batch, {rank} spatial, channels."
+            )
+        if channels % self.feature_group_count:
+            raise ValueError(
+                f"{self.name or type(self).__name__}: {channels} input channels do not divide into "
+                f"{self.feature_group_count} groups (feature_group_count)."
+            )
+        shape = (*self.kernel_size, channels // self.feature_group_count, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
+        x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
+
+        x, gate = self._select(x, rank)
+        mean, var = self._statistics(x, train)
+        x = nn.relu(batch_norm(x, mean, var, scale, bias, self.epsilon))
+        if self.dropout_rate > 0:
+            x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
+        if gate is not None:
+            # Closing a channel is closing its kernel row: the same sum, at no cost per pixel.
+            kernel = _close_rows(kernel, gate, self.feature_group_count)
+        return convolve(
+            x,
+            kernel,
+            strides=canonical_window(self.strides, rank, "strides"),
+            padding=canonical_padding(self.padding, rank),
+            kernel_dilation=canonical_window(self.kernel_dilation, rank, "kernel_dilation"),
+            groups=self.feature_group_count,
+            precision=self.precision,
+        )
+
+    @nn.nowrap
+    def _select(self, x: Array, rank: int) -> tuple[Array, Array | None]:
+        """The input as the layer sees it and the gate ``[C]``; None where there is none."""
+        del rank
+        return x, None
+
+    @nn.nowrap
+    def _statistics(self, x: Array, train: bool) -> tuple[Array, Array]:
+        """Mean and biased variance ``[C]`` to normalize with; moves the running ones in training."""
+        dtype = statistics_dtype(self.param_dtype)
+        channels = (x.shape[-1],)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, dtype)
+        if not train:
+            return running_mean.value, running_var.value
+        mean, var = batch_statistics(x)
+        if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
+            running_mean.value, running_var.value = update_running_statistics(
+                running_mean.value,
+                running_var.value,
+                mean,
+                var,
+                x.size // x.shape[-1],
+                self.momentum,
+            )
+        return mean, var
+
+
+class SelectiveConv(PlainConv):
+    """Selective convolution: channel selection, batch norm, ReLU, dropout, gate, convolution.
+
+    Computes the forward pass of the method's "One selective layer". It never rewrites its allocation;
+    `selconv_jax.reallocate` does, for all such layers of a model at once.
+
+    Variables beside those of `PlainConv`: ``selectivity`` gate ``[C]`` bool and source ``[C]`` int32 (-1:
+    the channel reads itself); ``params`` shift ``[C, len(kernel_size)]`` in pixels, row first. A gate-only
+    layer (``top_k = 0``) has the gate alone: closed channels are never given away.
+
+    Attributes:
+        top_k: 0 makes the layer gate-only. Any other value makes it selective; how many channels compete
+            for the slots in a round is said by `selconv_jax.Allocation.top_k` when re-allocating.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from selconv_jax import SelectiveConv
+        >>> layer = SelectiveConv(features=8, kernel_size=(3, 3), top_k=3)
+        >>> x = jnp.ones((2, 6, 6, 4))
+        >>> variables = layer.init(jax.random.key(0), x, train=False)
+        >>> y, changed = layer.apply(variables, x, train=True, mutable=["batch_stats"])
+        >>> y.shape, sorted(variables["selectivity"])
+        ((2, 6, 6, 8), ['gate', 'source'])
+    """
+
+    top_k: int = 3
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0:
+            raise ConfigError(f"top_k is {self.top_k}; it must be 0 (gate-only) or positive.")
+        super().__post_init__()
+
+    @nn.nowrap
+    def _select(self, x: Array, rank: int) -> tuple[Array, Array | None]:
+        channels = x.shape[-1]
+        gate = self.variable("selectivity", "gate", jnp.ones, (channels,), jnp.bool_)
+        if self.top_k == 0:
+            return x, gate.value
+        source = self.variable("selectivity", "source", jnp.full, (channels,), -1, jnp.int32)
+        shift = self.param("shift", nn.initializers.zeros, (channels, rank), self.param_dtype)
+        return select(x, source.value, shift), gate.value
+
+
+def _close_rows(kernel: Array, gate: Array, groups: int) -> Array:
+    """Zeroes the kernel rows ``[*K, C / groups, O]`` that read a closed channel of ``gate [C]``."""
+    rows = gate.reshape(groups, -1).T  # [C / groups, groups]
+    columns = jnp.repeat(rows, kernel.shape[-1] // groups, axis=1)  # [C / groups, O]
+    shape = (1,) * (kernel.ndim - 2) + columns.shape
+    return jnp.where(columns.reshape(shape), kernel, jnp.zeros((), kernel.dtype))
+
+
+def _check_positive(module: nn.Module, *names: str) -> None:
+    for name in names:
+        if getattr(module, name) < 1:
+            raise ConfigError(f"{name} is {getattr(module, name)}; it must be at least 1.")
