@@ -2,5 +2,20 @@
 
 from selconv_jax import functional
 from selconv_jax.layers import PlainConv, SelectiveConv
+from selconv_jax.optimizer_state import reset_rewritten
+from selconv_jax.schedule import ReallocationSchedule
+from selconv_jax.transform import Allocation, LayerReport, Report, layer_states, reallocate, required_slots
 
-__all__ = ["PlainConv", "SelectiveConv", "functional"]
+__all__ = [
+    "Allocation",
+    "LayerReport",
+    "PlainConv",
+    "ReallocationSchedule",
+    "Report",
+    "SelectiveConv",
+    "functional",
+    "layer_states",
+    "reallocate",
+    "required_slots",
+    "reset_rewritten",
+]

@@ -1,5 +1,6 @@
 """Batch norm, ReLU, convolution: the selective layer and its plain twin, as Flax (Linen) modules."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from selconv_jax.convolution import canonical_padding, canonical_window, convolv
 from selconv_jax.errors import ConfigError
 from selconv_jax.shift import select
 
-__all__ = ["PlainConv", "SelectiveConv", "fan_out_normal"]
+__all__ = ["BatchNormReLU", "PlainConv", "SelectiveConv", "fan_out_normal"]
 
 Array = jax.Array
 Initializer = Callable[..., Any]
@@ -109,13 +110,10 @@ class PlainConv(nn.Module):
             )
         shape = (*self.kernel_size, channels // self.feature_group_count, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
         x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
 
         x, gate = self._select(x, rank)
-        mean, var = self._statistics(x, train)
-        x = nn.relu(batch_norm(x, mean, var, scale, bias, self.epsilon))
+        x = _batch_norm_relu(self, x, train)
         if self.dropout_rate > 0:
             x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
         if gate is not None:
@@ -137,27 +135,6 @@ class PlainConv(nn.Module):
         del rank
         return x, None
 
-    @nn.nowrap
-    def _statistics(self, x: Array, train: bool) -> tuple[Array, Array]:
-        """Mean and biased variance ``[C]`` to normalize with; moves the running ones in training."""
-        dtype = statistics_dtype(self.param_dtype)
-        channels = (x.shape[-1],)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
-        running_var = self.variable("batch_stats", "var", jnp.ones, channels, dtype)
-        if not train:
-            return running_mean.value, running_var.value
-        mean, var = batch_statistics(x)
-        if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
-            running_mean.value, running_var.value = update_running_statistics(
-                running_mean.value,
-                running_var.value,
-                mean,
-                var,
-                x.size // x.shape[-1],
-                self.momentum,
-            )
-        return mean, var
-
 
 class SelectiveConv(PlainConv):
     """Selective convolution: channel selection, batch norm, ReLU, dropout, gate, convolution.
@@ -172,6 +149,9 @@ class SelectiveConv(PlainConv):
     Attributes:
         top_k: 0 makes the layer gate-only. Any other value makes it selective; how many channels compete
             for the slots in a round is said by `selconv_jax.Allocation.top_k` when re-allocating.
+        slots: Share of the channels that the compiled program provides for copies, in [0, 1]. The
+            result is the same for any share that is large enough, the cost grows with it; at 0 the
+            program is that of the plain layer. `selconv_jax.required_slots` tells what a model needs.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -185,10 +165,13 @@ class SelectiveConv(PlainConv):
     """
 
     top_k: int = 3
+    slots: float = 1.0
 
     def __post_init__(self) -> None:
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}; it must be 0 (gate-only) or positive.")
+        if not 0.0 <= self.slots <= 1.0:
+            raise ConfigError(f"slots is {self.slots}; it must be a share of the channels in [0, 1].")
         super().__post_init__()
 
     @nn.nowrap
@@ -199,7 +182,45 @@ class SelectiveConv(PlainConv):
             return x, gate.value
         source = self.variable("selectivity", "source", jnp.full, (channels,), -1, jnp.int32)
         shift = self.param("shift", nn.initializers.zeros, (channels, rank), self.param_dtype)
-        return select(x, source.value, shift), gate.value
+        return select(x, source.value, shift, math.ceil(self.slots * channels)), gate.value
+
+
+class BatchNormReLU(nn.Module):
+    """Batch norm and ReLU alone, as at the end of a network; the same variables as in `PlainConv`.
+
+    Attributes:
+        momentum: Share of the running statistics that survives a step.
+        epsilon: Added to the variance.
+        param_dtype: Type of the parameters.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """Normalizes ``[N, *S, C]`` and clips it at 0, see `PlainConv.__call__`."""
+        return _batch_norm_relu(self, x, train)
+
+
+def _batch_norm_relu(module: PlainConv | BatchNormReLU, x: Array, train: bool) -> Array:
+    """Batch norm and ReLU with the variables of ``module``; moves the running ones in training."""
+    channels = (x.shape[-1],)
+    scale = module.param("scale", nn.initializers.ones, channels, module.param_dtype)
+    bias = module.param("bias", nn.initializers.zeros, channels, module.param_dtype)
+    dtype = statistics_dtype(module.param_dtype)
+    running_mean = module.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
+    running_var = module.variable("batch_stats", "var", jnp.ones, channels, dtype)
+    if train:
+        mean, var = batch_statistics(x)
+        if not module.is_initializing() and module.is_mutable_collection("batch_stats"):
+            running_mean.value, running_var.value = update_running_statistics(
+                running_mean.value, running_var.value, mean, var, x.size // x.shape[-1], module.momentum
+            )
+    else:
+        mean, var = running_mean.value, running_var.value
+    return nn.relu(batch_norm(x, mean, var, scale, bias, module.epsilon))
 
 
 def _close_rows(kernel: Array, gate: Array, groups: int) -> Array:

@@ -41,13 +41,15 @@ def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
             f"shift has shape {shift.shape}; an input of shape {x.shape} needs {expected}: "
             "one row per channel, one column per spatial dimension."
         )
+    # Channels first, so that every channel is one product with its own matrix. The weights are
+    # fractions: without full precision an accelerator would round them to 8 bits.
+    y = jnp.moveaxis(x, -1, 0)  # [C, N, *S]
     for axis in range(expected[1]):
         matrix = _interpolation_matrix(shift[:, axis], x.shape[axis + 1], x.dtype)
-        moved = jnp.moveaxis(x, axis + 1, -2)  # [N, ..., size, C]
-        # The weights are fractions: without full precision an accelerator would round them to 8 bits.
-        moved = jnp.einsum("coi,...ic->...oc", matrix, moved, precision=lax.Precision.HIGHEST)
-        x = jnp.moveaxis(moved, -2, axis + 1)
-    return x
+        y = jnp.moveaxis(y, axis + 2, -1)
+        y = jnp.einsum("c...i,coi->c...o", y, matrix, precision=lax.Precision.HIGHEST)
+        y = jnp.moveaxis(y, -1, axis + 2)
+    return jnp.moveaxis(y, 0, -1)
 
 
 def _interpolation_matrix(shift: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
@@ -66,17 +68,23 @@ def _interpolation_matrix(shift: jax.Array, size: int, dtype: jnp.dtype) -> jax.
     return (lower + upper).astype(dtype)
 
 
-def select(x: jax.Array, source: jax.Array, shift: jax.Array) -> jax.Array:
+def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None = None) -> jax.Array:
     """The input as a selective layer sees it (method, "One selective layer", step 1).
 
     Channel ``j`` of the result is ``x_j`` where ``source[j] = -1``, else the channel ``source[j]`` shifted
     by ``shift[j]``. A channel may be a shifted copy of itself: ``source[j] = j`` differs from -1.
+
+    The cost grows with the number of copies that are provided for, not with the channels. ``slots``
+    fixes that number when the program is compiled; the result does not depend on it.
 
     Args:
         x: ``[N, *S, C]`` floating.
         source: ``[C]`` int32 in ``-1 .. C - 1``.
         shift: ``[C, len(S)]`` floating, in pixels; without effect and without gradient where
             ``source`` is -1.
+        slots: Upper bound of the number of copies (entries of ``source`` other than -1); None: ``C``.
+            0 returns ``x`` itself. The caller sees to it that there are no more copies: those beyond
+            the bound would read their own channels.
 
     Returns:
         ``[N, *S, C]`` in the dtype of ``x``.
@@ -87,6 +95,18 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array) -> jax.Array:
         >>> select(x, jnp.array([-1, 0]), jnp.array([[0.0], [1.0]]))[0].tolist()
         [[1.0, 2.0], [2.0, 2.0]]
     """
-    copies = channel_shift(jnp.take(x, jnp.maximum(source, 0), axis=-1), shift)
-    is_copy = (source >= 0).reshape((1,) * (x.ndim - 1) + (-1,))
-    return jnp.where(is_copy, copies, x)
+    channels = x.shape[-1]
+    slots = channels if slots is None else min(slots, channels)
+    if slots == 0:
+        return x
+    # Unused slots lie at index C, outside of the one-hot rows below: they read and write nothing.
+    slot = jnp.nonzero(source >= 0, size=slots, fill_value=channels)[0]
+    origin = jnp.take(source, slot, mode="fill", fill_value=channels)
+    displacement = jnp.take(shift, slot, axis=0, mode="fill", fill_value=0)
+    # Products with one-hot matrices, whose gradients are products again and not scatters.
+    read = jax.nn.one_hot(origin, channels, dtype=x.dtype, axis=0)  # [C, slots]
+    write = jax.nn.one_hot(slot, channels, dtype=x.dtype)  # [slots, C]
+    copies = channel_shift(jnp.dot(x, read, precision=lax.Precision.HIGHEST), displacement)
+    replaced = lax.expand_dims(jnp.any(write > 0, axis=0), range(x.ndim - 1))
+    kept = jnp.where(replaced, jnp.zeros((), x.dtype), x)
+    return kept + jnp.dot(copies, write, precision=lax.Precision.HIGHEST)

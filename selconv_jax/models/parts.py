@@ -1,0 +1,132 @@
+"""What the networks have in common: the first convolution, pooling, the classifier, the choice of layer."""
+
+import math
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from selconv_jax.errors import ConfigError, nearest
+from selconv_jax.layers import BatchNormReLU, PlainConv, SelectiveConv, fan_out_normal
+
+__all__ = [
+    "STEMS",
+    "VARIANTS",
+    "Classifier",
+    "Stem",
+    "average_pool",
+    "check_choice",
+    "gated_conv",
+    "selective_conv",
+]
+
+Variant = Literal["plain", "selective", "gate_only"]
+VARIANTS: tuple[Variant, ...] = ("plain", "selective", "gate_only")
+
+# Kernel size and stride of the first convolution, and whether a 3x3 max pool of stride 2 follows.
+STEMS = {
+    "cifar": (3, 1, False),
+    "tiny_imagenet": (3, 2, False),
+    "imagenet": (7, 2, True),
+}
+
+
+class Stem(nn.Module):
+    """The first convolution of a network, on the raw image (experiments, "Stem").
+
+    Attributes:
+        features: Number of output channels.
+        kind: ``"cifar"`` (3x3, stride 1; also for Fashion-MNIST), ``"tiny_imagenet"`` (3x3, stride 2) or
+            ``"imagenet"`` (7x7, stride 2, then a 3x3 max pool of stride 2).
+        dtype: Type of the computation.
+        param_dtype: Type of the kernel.
+    """
+
+    features: int
+    kind: str = "cifar"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images ``[N, H, W, C]`` to ``[N, H', W', features]``."""
+        size, stride, pool = STEMS[self.kind]
+        # Padding is symmetric: "SAME" would pad strided windows on one side only.
+        x = nn.Conv(
+            self.features,
+            (size, size),
+            strides=stride,
+            padding=size // 2,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=fan_out_normal,
+            name="conv",
+        )(images)
+        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if pool else x
+
+
+class Classifier(nn.Module):
+    """The end of a network: batch norm, ReLU, global average pool, linear layer.
+
+    Attributes:
+        num_classes: Number of outputs.
+        zero_bias: Start the linear bias at 0 (DenseNets) instead of uniformly in ``+-1/sqrt(fan_in)``.
+        dtype: Type of the computation; logits come in float32 or wider.
+        param_dtype: Type of the parameters.
+    """
+
+    num_classes: int
+    zero_bias: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps features ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
+        x = BatchNormReLU(param_dtype=self.param_dtype, name="norm")(x, train)
+        x = jnp.mean(x, axis=(1, 2))
+        uniform = _uniform(1 / math.sqrt(x.shape[-1]))
+        logits = nn.Dense(
+            self.num_classes,
+            kernel_init=uniform,
+            bias_init=nn.initializers.zeros if self.zero_bias else uniform,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="linear",
+        )(x)
+        return logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)
+
+
+def selective_conv(variant: str, slots: float, **arguments: Any) -> PlainConv:
+    """A layer that the method makes selective, in the given variant of a network."""
+    if variant == "plain":
+        return PlainConv(**arguments)
+    return SelectiveConv(top_k=3 if variant == "selective" else 0, slots=slots, **arguments)
+
+
+def gated_conv(variant: str, **arguments: Any) -> PlainConv:
+    """A layer that the method makes gate-only, in the given variant of a network."""
+    return PlainConv(**arguments) if variant == "plain" else SelectiveConv(top_k=0, **arguments)
+
+
+def average_pool(x: jax.Array) -> jax.Array:
+    """2x2 average pool of ``[N, H, W, C]``; an odd last row or column is left out."""
+    batch, height, width, channels = x.shape
+    rows, columns = height // 2, width // 2
+    x = x[:, : 2 * rows, : 2 * columns]
+    return jnp.mean(x.reshape(batch, rows, 2, columns, 2, channels), axis=(2, 4))
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Raises a `ConfigError` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}. {nearest(value, choices)}")
+
+
+def _uniform(limit: float) -> Any:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init

@@ -1,0 +1,86 @@
+"""What becomes of the optimizer's memory of the entries that re-allocation rewrote."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from selconv_jax.transform import Report
+
+__all__ = ["reset_rewritten", "rewritten_mask"]
+
+
+def rewritten_mask(params: Mapping[str, Any], report: Report) -> Any:
+    """Which entries of the parameters a round of re-allocation rewrote.
+
+    Args:
+        params: The model's ``params``.
+        report: What `selconv_jax.reallocate` returned.
+
+    Returns:
+        A tree like ``params`` of bool arrays that broadcast against them: kernel ``[*1, C, 1]``, scale and
+        bias ``[C]``, shift ``[C, 1]`` of the re-allocated channels; a scalar false for everything else.
+    """
+    rewritten = {
+        tuple(name.split("/")) if name else (): layer.reallocated for name, layer in report.layers.items()
+    }
+
+    def mask(path: tuple[str, ...], leaf: Any) -> jax.Array:
+        channels = rewritten.get(path[:-1])
+        if channels is None or path[-1] not in ("kernel", "scale", "bias", "shift"):
+            return jnp.zeros((), jnp.bool_)
+        axis = leaf.ndim - 2 if path[-1] == "kernel" else 0
+        return channels.reshape([-1 if dimension == axis else 1 for dimension in range(leaf.ndim)])
+
+    return traverse_util.path_aware_map(mask, params)
+
+
+def reset_rewritten(
+    optimizer: optax.GradientTransformation, opt_state: Any, params: Mapping[str, Any], report: Report
+) -> Any:
+    """Sets the optimizer's state to 0 for the parameter entries that re-allocation rewrote.
+
+    The published method leaves the momentum of a filled slot as it was under the channel's old
+    meaning; not calling this function does the same. Calling it makes a slot start from rest.
+
+    The state is edited by its tree structure: every part of it that is shaped like the parameters
+    (momentum, first and second moments, accumulated gradients) is reset, whatever the optimizer.
+
+    Args:
+        optimizer: The optax optimizer that made ``opt_state``.
+        opt_state: Its state.
+        params: The model's ``params``.
+        report: What `selconv_jax.reallocate` returned.
+
+    Returns:
+        The state with the same structure, shapes and dtypes.
+
+    Raises:
+        ValueError: The optimizer keeps state per parameter that is not shaped like the parameter (such
+            as factored second moments), so that entries cannot be told apart.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, selconv_jax
+        >>> layer = selconv_jax.SelectiveConv(features=4, kernel_size=(3, 3))
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 16)), train=False)
+        >>> optimizer = optax.sgd(0.1, momentum=0.9)
+        >>> opt_state = optimizer.init(variables["params"])
+        >>> variables, report = selconv_jax.reallocate(variables, jax.random.key(1))
+        >>> opt_state = selconv_jax.reset_rewritten(optimizer, opt_state, variables["params"], report)
+    """
+    masks = rewritten_mask(params, report)
+    names = traverse_util.path_aware_map(lambda path, _: "/".join(path), params)
+
+    def reset(value: Any, parameter: Any, mask: jax.Array, name: str) -> Any:
+        if value.shape != parameter.shape:
+            raise ValueError(
+                f"the optimizer's state for {name} has shape {value.shape}, the parameter {parameter.shape}: "
+                "it cannot be reset by channel. Leave the state as it is, or use an optimizer whose state "
+                "is shaped like the parameters."
+            )
+        return jnp.where(mask, jnp.zeros((), value.dtype), value)
+
+    return optax.tree.map_params(optimizer, reset, opt_state, params, masks, names)
