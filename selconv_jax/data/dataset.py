@@ -1,0 +1,138 @@
+"""What a data set is here: two splits of equally sized uint8 images in memory, and their facts."""
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selconv_jax.errors import DataError
+
+__all__ = ["DatasetInfo", "ImageData", "Split"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """The facts of a data set that a model, a step and a report need.
+
+    Attributes:
+        name: The name it was loaded by.
+        image_shape: ``(height, width, channels)`` of every image.
+        num_classes: Number of classes.
+        class_names: One name per class in the order of the labels, or ``None`` if unknown.
+        mean: Per-channel mean for normalization, as fractions of 255.
+        std: Per-channel standard deviation for normalization, as fractions of 255.
+        crop_padding: Pixels of black border from which training crops are taken; 0 for no crop.
+        flip: Whether training images are mirrored left to right half of the time.
+
+    Raises:
+        DataError: If the facts contradict each other.
+
+    Example:
+        >>> info = DatasetInfo("toy", (8, 8, 1), 2, ("a", "b"), (0.5,), (0.25,), 1, True)
+        >>> info.image_shape
+        (8, 8, 1)
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_padding: int
+    flip: bool
+
+    def __post_init__(self) -> None:
+        if len(self.image_shape) != 3 or min(self.image_shape) < 1:
+            raise DataError(
+                f"{self.name}: image_shape is {self.image_shape}; "
+                "expected (height, width, channels), all positive."
+            )
+        if self.num_classes < 1:
+            raise DataError(f"{self.name}: num_classes is {self.num_classes}; expected 1 or more.")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise DataError(
+                f"{self.name}: {len(self.class_names)} class_names for {self.num_classes} classes; "
+                "give one per class, or None."
+            )
+        channels = self.image_shape[2]
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != channels:
+                raise DataError(
+                    f"{self.name}: {key} has {len(values)} values for {channels} channels; "
+                    "give one per channel."
+                )
+        if not min(self.std) > 0:
+            raise DataError(f"{self.name}: std is {self.std}; every value must be above 0.")
+        if self.crop_padding < 0:
+            raise DataError(
+                f"{self.name}: crop_padding is {self.crop_padding}; expected 0 (no crop) or more."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images with their labels.
+
+    Attributes:
+        images: uint8 ``[N, H, W, C]``.
+        labels: int32 ``[N]``, counted from 0.
+
+    Raises:
+        DataError: If a dtype or shape is another, or the two differ in length.
+
+    Example:
+        >>> split = Split(np.zeros((5, 8, 8, 1), np.uint8), np.zeros(5, np.int32))
+        >>> len(split)
+        5
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise DataError(f"images are {images.dtype}{list(images.shape)}; expected uint8 [N, H, W, C].")
+        if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
+            raise DataError(
+                f"labels are {labels.dtype}{list(labels.shape)} for {len(images)} images; "
+                f"expected int32 [{len(images)}]."
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageData:
+    """A data set: its facts, its training split and its test split.
+
+    Attributes:
+        info: The facts.
+        train: The training split.
+        test: The test split.
+
+    Raises:
+        DataError: If a split is empty, its images have another shape than ``info.image_shape``,
+            or a label is outside ``0 .. info.num_classes - 1``.
+    """
+
+    info: DatasetInfo
+    train: Split
+    test: Split
+
+    def __post_init__(self) -> None:
+        for key, split in (("train", self.train), ("test", self.test)):
+            where = f"{self.info.name}, {key} split"
+            if not len(split):
+                raise DataError(f"{where}: there are no images.")
+            if split.images.shape[1:] != self.info.image_shape:
+                raise DataError(
+                    f"{where}: images are {split.images.shape[1:]}; expected {self.info.image_shape}."
+                )
+            low, high = int(split.labels.min()), int(split.labels.max())
+            if low < 0 or high >= self.info.num_classes:
+                raise DataError(
+                    f"{where}: labels run from {low} to {high}; expected 0 to {self.info.num_classes - 1}."
+                )

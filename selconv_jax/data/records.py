@@ -1,0 +1,150 @@
+"""Read the splits of a prepared tensorflow-datasets directory into arrays, without TensorFlow."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selconv_jax.data.catalog import KNOWN, prepare_command, prepared_directories
+from selconv_jax.data.dataset import Split
+from selconv_jax.data.png import decode_image
+from selconv_jax.data.quiet import quiet_tfds
+from selconv_jax.errors import DataError, nearest
+
+__all__ = ["open_prepared", "read_split"]
+
+_NAME = re.compile(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
+_AT_ONCE = 1024  # records held as bytes at a time
+
+
+def open_prepared(name: str, data_dir: Path) -> Any:
+    """Open a prepared set; never look for it on the network.
+
+    Args:
+        name: ``name``, ``name/config``, either followed by ``:version``.
+        data_dir: The directory of the prepared sets.
+
+    Returns:
+        The builder of tensorflow-datasets.
+
+    Raises:
+        DataError: If there is no such set, it is not prepared, or not as array_record files.
+    """
+    known = KNOWN.get(re.split("[/:]", name)[0])
+    prepared = prepared_directories(data_dir)
+    if not _NAME.fullmatch(name):
+        raise DataError(
+            f"{name!r} is no name of a data set. {nearest(name, {*KNOWN, *prepared})} Others are "
+            "named as in tensorflow-datasets: name, name/config or name:version."
+        )
+
+    import tensorflow_datasets as tfds
+
+    with quiet_tfds():
+        try:
+            builder = tfds.builder(name, data_dir=data_dir)
+            found = builder.is_prepared()
+            file_format = builder.info.file_format
+        except tfds.core.DatasetNotFoundError as error:
+            stock = tfds.list_builders(with_community_datasets=False)
+            options = {*KNOWN, *prepared, *difflib.get_close_matches(name, stock)}
+            raise DataError(f"There is no data set {name!r}. {nearest(name, options)}") from error
+        except Exception as error:  # assertions, parse errors and others
+            raise DataError(
+                f"{name} cannot be opened in {data_dir} ({error}). If its folder is damaged, "
+                "remove it and prepare the set again."
+            ) from error
+    if not found:
+        raise DataError(
+            f"{name} is not prepared in {data_dir}. Run: {prepare_command(known.name, data_dir)} "
+            f"(PATH: the folder or archive, got from {known.origin}; without --from it is downloaded)."
+            if known
+            else f"{name} is not prepared in {data_dir}. Prepare it where TensorFlow is installed: "
+            f"tfds build {name} --file_format=array_record --data_dir={data_dir}"
+        )
+    if file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise DataError(
+            f"{builder.data_dir} holds {file_format.value} files, which cannot be "
+            "read without TensorFlow. Prepare the set as array_record files in another directory."
+        )
+    return builder
+
+
+def read_split(builder: Any, name: str) -> Split:
+    """Read every image and label of a split.
+
+    Args:
+        builder: From :func:`open_prepared`.
+        name: The split.
+
+    Returns:
+        The split in the order of its files.
+
+    Raises:
+        DataError: If a file is missing or damaged, or the images differ in size.
+    """
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    channels = builder.info.features["image"].shape[-1]
+    split = builder.info.splits[name]
+    labels = np.empty(split.num_examples, np.int32)
+    images: NDArray[np.uint8] | None = None
+    index = 0
+    for path, length in zip(split.filepaths, split.shard_lengths, strict=True):
+        for number, record in enumerate(_records(Path(path), length)):
+            try:
+                image, label = _decode(tf_example_pb2.Example.FromString, record, channels)
+            except (ValueError, DecodeError) as error:
+                raise DataError(
+                    f"{path}, record {number}: damaged ({error}). Remove its folder and prepare "
+                    "the set again."
+                ) from error
+            if images is None:
+                images = np.empty((len(labels), *image.shape), np.uint8)
+            if image.shape != images.shape[1:]:
+                raise DataError(
+                    f"{path}, record {number}: an image of shape {list(image.shape)} after others "
+                    f"of {list(images.shape[1:])}. Images of differing sizes cannot be loaded; "
+                    "resize them when preparing the set."
+                )
+            images[index], labels[index] = image, label
+            index += 1
+    if images is None:
+        raise DataError(f"{builder.data_dir}: the split {name} is empty.")
+    return Split(images, labels)
+
+
+def _records(path: Path, length: int) -> Iterator[bytes]:
+    """Yield the records of one file as bytes."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    remedy = "Remove its folder and prepare the set again."
+    if not path.is_file():
+        raise DataError(f"{path}: the file is missing. {remedy}")
+    reader = ArrayRecordReader(str(path))
+    try:
+        found = reader.num_records()
+        if found != length:
+            reader.close()  # raises what is wrong with the file, if anything is
+            raise DataError(f"{path}: {found} records, expected {length}. {remedy}")
+        for start in range(0, length, _AT_ONCE):
+            yield from reader.read(start, min(start + _AT_ONCE, length))
+        reader.close()
+    except (RuntimeError, IndexError) as error:
+        raise DataError(f"{path}: damaged or cut short ({error}). {remedy}") from error
+
+
+def _decode(
+    parse: Callable[[bytes], Any], record: bytes, channels: int | None
+) -> tuple[NDArray[np.uint8], int]:
+    """The image and the label of a record; a ValueError if it is damaged."""
+    features = parse(record).features.feature
+    image, label = features["image"].bytes_list.value, features["label"].int64_list.value
+    if len(image) != 1 or len(label) != 1:
+        raise ValueError("it does not hold one image and one label")
+    return decode_image(image[0], channels), label[0]

@@ -1,0 +1,282 @@
+"""Loading other sets of tensorflow-datasets, and every way in which a prepared set can be bad."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+import tiny_sets
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from selconv_jax.data import load
+from selconv_jax.data.catalog import KNOWN
+from selconv_jax.data.png import encode_png
+from selconv_jax.data.prepare import prepare
+from selconv_jax.errors import DataError
+
+CIFAR = tiny_sets.splits(32, 32, 3)
+
+
+def write_set(data_dir, name, splits, features=None, config=None):
+    """Prepare a set of examples by split with a builder that tensorflow-datasets does not know."""
+    if features is None:
+        features = {
+            "image": tfds.features.Image(shape=(None, None, None)),
+            "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+        }
+    if isinstance(features, dict):
+        features = tfds.features.FeaturesDict(features)
+    set_name = name
+
+    class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = set_name
+        VERSION = tfds.core.Version("1.2.3")
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {key: enumerate(examples) for key, examples in splits.items()}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    builder = Toy(data_dir=data_dir, file_format="array_record")
+    tfds.disable_progress_bar()
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    return builder.data_path
+
+
+def images(count, shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def examples(pictures):
+    return [{"image": encode_png(picture), "label": number % 2} for number, picture in enumerate(pictures)]
+
+
+@pytest.mark.parametrize("test_name", ["test", "validation"])
+@pytest.mark.parametrize("shape", [(20, 24, 3), (9, 9, 1)])
+def test_other_sets(tmp_path, shape, test_name):
+    train, test = images(30, shape), images(8, shape, seed=1)
+    write_set(tmp_path, "toy_pictures", {"train": examples(train), test_name: examples(test)})
+    data = load("toy_pictures", tmp_path)
+    info = data.info
+    assert (info.name, info.image_shape, info.num_classes) == ("toy_pictures", shape, 2)
+    assert (info.class_names, info.flip) == (("cat", "dog"), True)
+    assert info.crop_padding == {20: 2, 9: 1}[shape[0]]
+    np.testing.assert_allclose(info.mean, (train / 255).mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(info.std, (train / 255).std((0, 1, 2)), rtol=1e-12)
+    for split, original in ((data.train, train), (data.test, test)):
+        places = {picture.tobytes(): number for number, picture in enumerate(original)}
+        order = [places[picture.tobytes()] for picture in split.images]
+        assert sorted(order) == list(range(len(original)))
+        assert split.labels.tolist() == [number % 2 for number in order]
+
+
+def test_test_split_is_preferred_to_validation(tmp_path):
+    pictures = images(8, (8, 8, 1))
+    splits = {"train": pictures, "validation": pictures[:2], "test": pictures[:3]}
+    write_set(tmp_path, "toy_pictures", {key: examples(part) for key, part in splits.items()})
+    assert len(load("toy_pictures", tmp_path).test) == 3
+
+
+def test_name_with_config_and_version(tmp_path):
+    splits = {key: examples(images(4, (8, 8, 3))) for key in ("train", "test")}
+    write_set(tmp_path, "toy_pictures", splits, config="small")
+    for name in ("toy_pictures/small", "toy_pictures/small:1.2.3"):
+        assert load(name, tmp_path).info.name == name
+
+
+def test_jpeg_and_grey_files_are_converted_to_the_stated_channels(tmp_path):
+    grey = np.full((16, 16), 77, np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(grey).save(content, "jpeg")
+    files = [content.getvalue(), encode_png(grey[..., None]), encode_png(images(1, (16, 16, 3))[0])]
+    splits = {key: [{"image": file, "label": 0} for file in files] for key in ("train", "test")}
+    features = {
+        "image": tfds.features.Image(shape=(16, 16, 3)),
+        "label": tfds.features.ClassLabel(num_classes=1),
+    }
+    write_set(tmp_path, "toy_pictures", splits, features)
+    data = load("toy_pictures", tmp_path)
+    assert data.train.images.shape == (3, 16, 16, 3)
+    assert sum((picture == 77).all() for picture in data.train.images) == 2
+
+
+def expect(tmp_path, message, name="toy_pictures"):
+    with pytest.raises(DataError, match=message):
+        load(name, tmp_path)
+
+
+def test_images_of_differing_sizes(tmp_path):
+    mixed = [*images(3, (8, 8, 3)), *images(3, (8, 9, 3))]
+    write_set(tmp_path, "toy_pictures", {"train": examples(mixed), "test": examples(mixed)})
+    expect(tmp_path, r"train.array_record.*, record \d: an image of shape .* differing sizes cannot")
+
+
+@pytest.mark.parametrize(
+    ("features", "example", "message"),
+    [
+        (
+            {"picture": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=2)},
+            {"picture": encode_png(images(1, (4, 4, 3))[0]), "label": 1},
+            "has no image named 'image'; its features are label, picture",
+        ),
+        (
+            {"image": tfds.features.Image(), "labels": tfds.features.ClassLabel(num_classes=2)},
+            {"image": encode_png(images(1, (4, 4, 3))[0]), "labels": 1},
+            "has no class label named 'label'; its features are image, labels",
+        ),
+        (
+            {"image": tfds.features.Image(), "label": tfds.features.Text()},
+            {"image": encode_png(images(1, (4, 4, 3))[0]), "label": "cat"},
+            "has no class label named 'label'",
+        ),
+        (
+            {"image": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=2)},
+            {"image": "a cat", "label": 1},
+            "has no image named 'image'",
+        ),
+        (
+            {
+                "image": tfds.features.Image(shape=(4, 4, 1), dtype=np.uint16, encoding_format="png"),
+                "label": tfds.features.ClassLabel(num_classes=2),
+            },
+            {"image": encode_png(images(1, (4, 4, 1))[0]), "label": 1},
+            "its images are uint16 with 1 channels; expected uint8",
+        ),
+    ],
+)
+def test_sets_of_another_kind(tmp_path, features, example, message):
+    write_set(tmp_path, "toy_pictures", {"train": [example], "test": [example]}, features)
+    expect(tmp_path, f"^toy_pictures.* {message}" if "has" in message else f"^toy_pictures: {message}")
+
+
+def test_missing_splits(tmp_path):
+    part = examples(images(2, (4, 4, 3)))
+    write_set(tmp_path, "toy_pictures", {"train": part, "extra": part})
+    expect(tmp_path, "has the splits extra, train; it needs train, and test or validation")
+    write_set(tmp_path, "toy_test", {"test": part})
+    expect(tmp_path, "has the splits test; it needs train", "toy_test")
+
+
+def test_unlabelled_test_split(tmp_path):
+    part = examples(images(2, (4, 4, 3)))
+    write_set(tmp_path, "toy_pictures", {"train": part, "test": [part[0] | {"label": -1}]})
+    expect(tmp_path, "test split: labels run from -1 to -1; expected 0 to 1")
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifar1O", "There is no data set 'cifar1O'. Did you mean 'cifar10'"),
+        ("mnis", "There is no data set 'mnis'. Did you mean 'mnist'"),
+        ("qqqqqq", "There is no data set 'qqqqqq'. Valid: cifar10, fashion_mnist, fashion_mnist_sample"),
+        ("a b", "'a b' is no name of a data set"),
+        ("../sets", "is no name of a data set"),
+        ("huggingface:mnist", "is no name of a data set"),
+        ("mnist:1.1.1", "mnist:1.1.1 cannot be opened"),
+        ("mnist", "mnist is not prepared in .*tfds build mnist --file_format=array_record"),
+        ("cifar10", "cifar10 is not prepared in .*Run: selconv data prepare cifar10 --from PATH"),
+        ("cifar10:3.0.2", "cifar10:3.0.2 is not prepared in .*Run: selconv data prepare cifar10 --from"),
+    ],
+)
+def test_names_that_cannot_be_loaded(name, message, tmp_path):
+    expect(tmp_path / "sets", message, name)
+    assert not (tmp_path / "sets").exists()
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A prepared tiny CIFAR-10."""
+    folder = tmp_path_factory.mktemp("whole")
+    archive = tiny_sets.write_archive(folder / "x.tgz", tiny_sets.cifar_binary(CIFAR))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(KNOWN, "cifar10", tiny_sets.entry("cifar10"))
+        prepare("cifar10", archive, folder / "sets", lambda *_: None)
+    return folder / "sets"
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """Its directory ``cifar10/VERSION``, for this test alone."""
+    shutil.copytree(whole, tmp_path / "sets")
+    return next((tmp_path / "sets" / "cifar10").iterdir())
+
+
+def flipped(content):
+    return content[:2000] + bytes([content[2000] ^ 1]) + content[2001:]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content[: len(content) // 2],
+        flipped,
+        lambda content: b"",
+        lambda content: b"x" * 70_000,
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_damaged_record_file(copy, split, change):
+    path = next(copy.glob(f"cifar10-{split}.array_record*"))
+    path.write_bytes(change(path.read_bytes()))
+    expect(copy.parent.parent, f"^{path}: damaged or cut short .*Remove its folder and prepare", "cifar10")
+
+
+def test_missing_record_file(copy):
+    path = next(copy.glob("cifar10-test.array_record*"))
+    path.unlink()
+    expect(copy.parent.parent, f"^{path}: the file is missing", "cifar10")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xff\xff", b""])
+def test_records_of_something_else(copy, content):
+    path = next(copy.glob("cifar10-test.array_record*"))
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for _ in range(tiny_sets.TEST):
+        writer.write(content)
+    writer.close()
+    expect(copy.parent.parent, f"^{path}, record 0: damaged", "cifar10")
+
+
+def test_damaged_description(copy):
+    (copy / "dataset_info.json").write_text("{")
+    expect(copy.parent.parent, "cifar10 cannot be opened in .*remove it and prepare", "cifar10")
+
+
+def test_damaged_features(tmp_path):
+    part = examples(images(2, (4, 4, 3)))
+    path = Path(write_set(tmp_path, "toy_pictures", {"train": part, "test": part}))
+    (path / "features.json").write_text("{")
+    expect(tmp_path, "toy_pictures cannot be opened in .*remove it and prepare")
+
+
+def test_another_number_of_records(copy):
+    train, test = (next(copy.glob(f"cifar10-{key}.array_record*")) for key in ("train", "test"))
+    shutil.copy(test, train)
+    expect(copy.parent.parent, f"^{train}: 20 records, expected 50", "cifar10")
+
+
+def test_other_file_format(copy):
+    path = copy / "dataset_info.json"
+    info = json.loads(path.read_text())
+    info["fileFormat"] = "tfrecord"
+    path.write_text(json.dumps(info))
+    expect(copy.parent.parent, f"{copy} holds tfrecord files, which cannot be read without", "cifar10")
+
+
+def test_undamaged_copy_loads(copy):
+    assert len(load("cifar10", copy.parent.parent).test) == tiny_sets.TEST
