@@ -1,21 +1,27 @@
 """Selective convolutions for JAX and Flax: CNNs that re-allocate their own channels."""
 
 from selconv_jax import functional
+from selconv_jax.errors import CheckpointError, ConfigError, DataError, SelconvError
 from selconv_jax.layers import PlainConv, SelectiveConv
-from selconv_jax.optimizer_state import reset_rewritten
+from selconv_jax.optimizer_state import reset_rewritten, rewritten_mask
 from selconv_jax.schedule import ReallocationSchedule
 from selconv_jax.transform import Allocation, LayerReport, Report, layer_states, reallocate, required_slots
 
 __all__ = [
     "Allocation",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
     "LayerReport",
     "PlainConv",
     "ReallocationSchedule",
     "Report",
+    "SelconvError",
     "SelectiveConv",
     "functional",
     "layer_states",
     "reallocate",
     "required_slots",
     "reset_rewritten",
+    "rewritten_mask",
 ]

@@ -24,16 +24,13 @@ def rewritten_mask(params: Mapping[str, Any], report: Report) -> Any:
         A tree like ``params`` of bool arrays that broadcast against them: kernel ``[*1, C, 1]``, scale and
         bias ``[C]``, shift ``[C, 1]`` of the re-allocated channels; a scalar false for everything else.
     """
-    rewritten = {
-        tuple(name.split("/")) if name else (): layer.reallocated for name, layer in report.layers.items()
-    }
 
-    def mask(path: tuple[str, ...], leaf: Any) -> jax.Array:
-        channels = rewritten.get(path[:-1])
-        if channels is None or path[-1] not in ("kernel", "scale", "bias", "shift"):
+    def mask(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        layer = report.layers.get("/".join(path[:-1]))
+        if layer is None or path[-1] not in ("kernel", "scale", "bias", "shift"):
             return jnp.zeros((), jnp.bool_)
         axis = leaf.ndim - 2 if path[-1] == "kernel" else 0
-        return channels.reshape([-1 if dimension == axis else 1 for dimension in range(leaf.ndim)])
+        return layer.reallocated.reshape([-1 if dimension == axis else 1 for dimension in range(leaf.ndim)])
 
     return traverse_util.path_aware_map(mask, params)
 
@@ -72,9 +69,14 @@ def reset_rewritten(
         >>> opt_state = selconv_jax.reset_rewritten(optimizer, opt_state, variables["params"], report)
     """
     masks = rewritten_mask(params, report)
-    names = traverse_util.path_aware_map(lambda path, _: "/".join(path), params)
+    names = traverse_util.path_aware_map(lambda path, _: "/".join(map(str, path)), params)
+
+    def is_masked(value: Any) -> bool:
+        return isinstance(value, optax.MaskedNode)  # stands for a parameter that is left out
 
     def reset(value: Any, parameter: Any, mask: jax.Array, name: str) -> Any:
+        if is_masked(value):
+            return value
         if value.shape != parameter.shape:
             raise ValueError(
                 f"the optimizer's state for {name} has shape {value.shape}, the parameter {parameter.shape}: "
@@ -83,4 +85,4 @@ def reset_rewritten(
             )
         return jnp.where(mask, jnp.zeros((), value.dtype), value)
 
-    return optax.tree.map_params(optimizer, reset, opt_state, params, masks, names)
+    return optax.tree.map_params(optimizer, reset, opt_state, params, masks, names, is_leaf=is_masked)

@@ -132,7 +132,7 @@ class Report:
         return sum(int(layer.copies.sum()) for layer in self._host().values())
 
     def _host(self) -> dict[str, LayerReport]:
-        return jax.device_get(self.layers)  # type: ignore[no-any-return]
+        return jax.device_get(self.layers)
 
 
 def reallocate(
@@ -287,15 +287,14 @@ def _round(state: LayerState, key: jax.Array, allocation: Allocation) -> tuple[L
     state = dataclasses.replace(state, gate=gate, source=source)
     filled = jnp.zeros_like(gate)
     copies = jnp.zeros((), jnp.int32)
-    if source is not None and state.shift is not None:
-        if allocation.top_k > 0:
-            source_key, shift_key = jax.random.split(key)
-            scores = channel_scores(_normalized(state), source, allocation.max_copies)
-            drawn = draw_sources(source_key, scores, gate, allocation.top_k)
-            limit = allocation.shift_range
-            drawn_shift = jax.random.uniform(shift_key, state.shift.shape, state.shift.dtype, -limit, limit)
-            state = fill_slots(state, drawn, drawn_shift)
-            filled = drawn >= 0
+    if source is not None and state.shift is not None and allocation.top_k > 0:
+        source_key, shift_key = jax.random.split(key)
+        scores = channel_scores(_normalized(state), source, allocation.max_copies)
+        drawn = draw_sources(source_key, scores, gate, allocation.top_k)
+        limit = allocation.shift_range
+        drawn_shift = jax.random.uniform(shift_key, state.shift.shape, state.shift.dtype, -limit, limit)
+        state = fill_slots(state, drawn, drawn_shift)
+        filled = drawn >= 0
     if state.source is not None:
         copies = jnp.sum(state.source >= 0, dtype=jnp.int32)
     return state, LayerReport(

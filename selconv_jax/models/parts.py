@@ -1,7 +1,7 @@
 """What the networks have in common: the first convolution, pooling, the classifier, the choice of layer."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,8 +21,7 @@ __all__ = [
     "selective_conv",
 ]
 
-Variant = Literal["plain", "selective", "gate_only"]
-VARIANTS: tuple[Variant, ...] = ("plain", "selective", "gate_only")
+VARIANTS = ("plain", "selective", "gate_only")
 
 # Kernel size and stride of the first convolution, and whether a 3x3 max pool of stride 2 follows.
 STEMS = {

@@ -41,9 +41,7 @@ def create_model(name: str, num_classes: int, **arguments: Any) -> nn.Module:
     if name not in MODELS:
         raise ConfigError(f"there is no model {name!r}. {nearest(name, MODELS)}")
     network, defaults = MODELS[name]
-    known = [
-        key for key in inspect.signature(network).parameters if key not in ("parent", "name", "num_classes")
-    ]
+    known = inspect.signature(network).parameters.keys() - {"parent", "name", "num_classes"}
     for key in arguments:
         if key not in known:
             raise ConfigError(f"model {name} has no option {key!r}. {nearest(key, known)}")

@@ -1,0 +1,1 @@
+"""The ``selconv`` command."""

@@ -1,0 +1,126 @@
+"""``selconv``: the arguments of every command, and how errors leave the program."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import NoReturn
+
+from selconv_jax.errors import SelconvError, nearest
+
+__all__ = ["main"]
+
+_COMMANDS = ("train", "resume", "eval", "show", "data")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: The command line without the program's name; None: that of the process.
+
+    Returns:
+        The exit code: 0; 1 for an error the user can mend; 2 for a wrong command line; 128 plus the
+        number of the signal that ended it.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except SelconvError as error:
+        print(f"selconv: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("selconv: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has enough of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Imported only now: the help and a wrong command line should not wait for JAX.
+    if options.command == "data":
+        from selconv_jax.cli import data
+
+        return data.run(options)
+    from selconv_jax.cli import runs
+
+    return {"train": runs.train, "resume": runs.resume, "eval": runs.evaluate, "show": runs.show}[
+        options.command
+    ](options)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that suggests the command a misspelled one may have meant."""
+
+    def error(self, message: str) -> NoReturn:
+        if "invalid choice: '" in message:
+            name = message.split("invalid choice: '")[1].split("'")[0]
+            choices = next(
+                list(action.choices)
+                for action in self._actions
+                if isinstance(action, argparse._SubParsersAction)
+            )
+            message = f"there is no command {name!r}. {nearest(name, choices)}"
+        super().error(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="selconv", description="Train CNNs that re-allocate their channels (selective convolutions)."
+    )
+    parser.add_argument("--version", action="version", version=f"selconv-jax {version('selconv-jax')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a network",
+        description="Trains the network of a TOML file, in a new directory.",
+    )
+    train.add_argument("config", metavar="CONFIG", help="a TOML file, such as experiments/quickstart.toml")
+    train.add_argument("--workdir", metavar="DIR", help="directory of the run (default: runs/NAME)")
+    train.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="replaces a value of the file, such as epochs=10 or optimizer.learning_rate=0.05",
+    )
+
+    resume = commands.add_parser("resume", help="go on with a run", description="Goes on with a run.")
+    resume.add_argument("workdir", metavar="DIR", help="directory of the run")
+
+    evaluate = commands.add_parser(
+        "eval", help="evaluate a checkpoint", description="Evaluates a checkpoint on all test images."
+    )
+    evaluate.add_argument("workdir", metavar="DIR", help="directory of the run")
+    evaluate.add_argument(
+        "--checkpoint",
+        default="last",
+        metavar="WHICH",
+        help="last (default), best (by test accuracy), or the number of a step",
+    )
+
+    show = commands.add_parser(
+        "show",
+        help="tables and pictures of a run",
+        description="Prints the table of a run and draws its learning curves and channel maps.",
+    )
+    show.add_argument("workdir", metavar="DIR", help="directory of the run")
+    show.add_argument("--output", metavar="DIR", help="where the pictures go (default: DIR/pictures)")
+
+    data = commands.add_parser("data", help="see and prepare data sets", description="Sees to the data sets.")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    prepare = actions.add_parser("prepare", help="turn original files into a prepared data set")
+    prepare.add_argument("name", metavar="NAME", help="a name that `selconv data list` shows")
+    prepare.add_argument(
+        "--from", dest="source", metavar="PATH", help="folder or archive of the original files"
+    )
+    listing = actions.add_parser("list", help="what is there, and how to get the rest")
+    for action in (prepare, listing):
+        action.add_argument(
+            "--data-dir", metavar="DIR", help="tensorflow-datasets directory (default: that library's)"
+        )
+    return parser

@@ -1,0 +1,116 @@
+"""The tables and pictures of a run, from the files in its directory alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+from rich.console import Console
+
+from selconv_jax.damage import channel_scores, expected_channel_damage, normalize_damage
+from selconv_jax.report.channel_map import channel_map
+from selconv_jax.report.curves import learning_curves
+from selconv_jax.report.layer_allocation import LayerAllocation
+from selconv_jax.report.overview import allocation_overview
+from selconv_jax.report.save import save_figure
+from selconv_jax.report.tables import layer_table, run_table
+from selconv_jax.train.checkpoint import CheckpointStore
+from selconv_jax.train.config import Config
+from selconv_jax.train.metrics import read_metrics
+from selconv_jax.train.workdir import CHECKPOINTS, METRICS, read_config
+from selconv_jax.transform import layer_states
+
+__all__ = ["draw_run", "print_run"]
+
+
+def print_run(workdir: Path, console: Console) -> None:
+    """Prints the table of a run's epochs and that of its layers.
+
+    Args:
+        workdir: The directory of the run.
+        console: Where to print.
+
+    Raises:
+        SelconvError: There is no run, or its files are damaged.
+    """
+    config = read_config(workdir)
+    records = read_metrics(workdir / METRICS)
+    if not records:
+        console.print(f"{workdir}: no epoch has ended yet", highlight=False, soft_wrap=True)
+        return
+    console.print(run_table(records, _summary(workdir, config)))
+    layers = _layers(workdir)
+    if layers:
+        console.print(layer_table(layers))
+
+
+def draw_run(workdir: Path, output: Path, console: Console) -> None:
+    """Draws learning curves and channel maps as PNG files.
+
+    Args:
+        workdir: The directory of the run.
+        output: Where the pictures go.
+        console: Where to say so.
+
+    Raises:
+        SelconvError: There is no run, or its files are damaged.
+    """
+    config = read_config(workdir)
+    records = read_metrics(workdir / METRICS)
+    if not records:
+        return
+    title = f"{config.model.name} ({config.model.variant}) on {config.data.name}"
+    output.mkdir(parents=True, exist_ok=True)
+    save_figure(learning_curves(records, title), output / "learning_curves.png")
+    layers = _layers(workdir)
+    if layers:
+        save_figure(allocation_overview(layers, title), output / "allocation.png")
+    for layer in layers:
+        if layer.source is not None:
+            save_figure(channel_map(layer), output / f"channels_{layer.name.replace('/', '_')}.png")
+    maps = sum(layer.source is not None for layer in layers)
+    what = "learning curves" + (f", allocation and {maps} channel maps" if layers else "")
+    console.print(f"pictures in {output}: {what}", highlight=False, soft_wrap=True)
+
+
+def _summary(workdir: Path, config: Config) -> dict[str, str]:
+    return {
+        "run": str(workdir),
+        "model": f"{config.model.name}, {config.model.variant}, {config.model.dtype}",
+        "data": config.data.name,
+        "epochs": str(config.epochs),
+        "batch size": str(config.batch_size),
+        "seed": str(config.seed),
+        "threshold": f"{config.allocation.threshold:g}",
+    }
+
+
+def _layers(workdir: Path) -> list[LayerAllocation]:
+    """The selective and gate-only layers as the newest checkpoint has them."""
+    with CheckpointStore(workdir / CHECKPOINTS) as store:
+        if not store.steps():
+            return []
+        _, arrays = store.read()
+    tree: Any = traverse_util.unflatten_dict({tuple(name.split("/")): leaf for name, leaf in arrays.items()})
+    if not tree.get("selectivity"):
+        return []
+    layers = []
+    for name, state in sorted(layer_states(tree).items(), key=lambda item: _natural(item[0])):
+        damage = expected_channel_damage(state.kernel, state.scale, state.bias, state.gate)
+        layers.append(
+            LayerAllocation(
+                name=name,
+                gate=np.asarray(state.gate),
+                source=None if state.source is None else np.asarray(state.source),
+                shift=None if state.shift is None else np.asarray(state.shift),
+                score=np.asarray(channel_scores(normalize_damage(damage), None)),
+                features=state.kernel.shape[-1],
+            )
+        )
+    return layers
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts ``layer2`` before ``layer10``."""
+    words = "".join(character if character.isdigit() else f" {character} " for character in name).split()
+    return [(int(word), "") if word.isdigit() else (0, word) for word in words]

@@ -1,0 +1,119 @@
+"""A run and its layers as tables for the terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from selconv_jax.report.layer_allocation import LayerAllocation
+from selconv_jax.report.records import best_index, require_records, series
+
+__all__ = ["layer_table", "run_table"]
+
+_LAST = 5  # epochs shown at the end
+# key in the records, heading, format of a value
+_COLUMNS = (
+    ("train_loss", "train\nloss", "{:.3f}"),
+    ("train_accuracy", "train\nacc. %", "{:.2f}"),
+    ("test_loss", "test\nloss", "{:.3f}"),
+    ("test_accuracy", "test\nacc. %", "{:.2f}"),
+    ("test_top5", "top 5\n%", "{:.2f}"),
+    ("learning_rate", "\nrate", "{:.4f}"),
+    ("open_channels", "\nopen", "{:,.0f}"),
+    ("copies", "\ncopies", "{:,.0f}"),
+    ("images_per_second", "images\nper s", "{:,.0f}"),
+)
+_PERCENT = ("train_accuracy", "test_accuracy", "test_top5")
+
+
+def run_table(records: Sequence[Mapping[str, Any]], summary: Mapping[str, str]) -> Group:
+    """The facts of a run and its epochs: the first, the best and the last five.
+
+    Columns that no record has are left out, and so are the epochs between; a row of dots stands for
+    them. The epoch of the best test accuracy (the earliest of equals) is bold and says so.
+
+    Args:
+        records: The lines of ``metrics.jsonl``, one per epoch, in order.
+        summary: What the run is, by heading, such as model, data set and seed.
+
+    Returns:
+        Two tables for ``rich.print``: the facts, the epochs.
+
+    Raises:
+        SelconvError: ``records`` is empty.
+
+    Example:
+        >>> group = run_table([{"epoch": 1, "test_accuracy": 0.5}], {"model": "densenet40"})
+        >>> len(group.renderables)
+        2
+    """
+    require_records(records)
+    facts = Table(box=None, show_header=False)
+    facts.add_column(style="bold")
+    facts.add_column()
+    for heading, value in summary.items():
+        facts.add_row(escape(heading), escape(value))
+
+    # Narrow, so that all columns fit a terminal of 80 characters.
+    epochs = Table(box=box.SIMPLE_HEAD, padding=0)
+    epochs.add_column("\nepoch", justify="right")
+    columns = []
+    for key, heading, form in _COLUMNS:
+        values = series(records, key) * (100 if key in _PERCENT else 1)
+        if not np.isnan(values).all():
+            epochs.add_column(heading, justify="right")
+            columns.append(["" if np.isnan(value) else form.format(value) for value in values])
+    epochs.add_column("")
+
+    best = best_index(records)
+    shown = {0, *range(max(0, len(records) - _LAST), len(records))}
+    if best is not None:
+        shown.add(best)
+    previous = -1
+    for index in sorted(shown):
+        if index > previous + 1:
+            epochs.add_row(*["..."] * (1 + len(columns)))
+        cells = [str(records[index]["epoch"]), *(column[index] for column in columns)]
+        if index == best:
+            epochs.add_row(*cells, "best", style="bold")
+        else:
+            epochs.add_row(*cells)
+        previous = index
+    return Group(facts, epochs)
+
+
+def layer_table(layers: Sequence[LayerAllocation]) -> Table:
+    """The allocation of every layer in numbers, with the totals below.
+
+    Args:
+        layers: The layers of the network, in forward order.
+
+    Returns:
+        A table for ``rich.print``: channels, open ones, those of them that are copies, closed ones, and
+        the channel with the most copies (the lowest of equals).
+
+    Example:
+        >>> import numpy as np
+        >>> layer_table([LayerAllocation("conv", np.ones(4, bool), None, None, None, 8)]).row_count
+        1
+    """
+    rows = [
+        (layer.channels, *(int(state.sum()) for state in (layer.gate, layer.copy, layer.closed)))
+        for layer in layers
+    ]
+    totals = [f"{sum(column):,}" for column in zip(*rows, strict=True)] or [""] * 4
+    table = Table(show_footer=True)
+    table.add_column("layer", "total", overflow="fold")
+    for heading, total in zip(("channels", "open", "of them\ncopies", "closed"), totals, strict=True):
+        table.add_column(heading, total, justify="right")
+    table.add_column("most copied\nchannel")
+    for layer, counts in zip(layers, rows, strict=True):
+        most = "gate-only" if layer.source is None else ""
+        for source, slots in list(layer.copies_of.items())[:1]:
+            most = f"{source} ({slots.size:,} {'copy' if slots.size == 1 else 'copies'})"
+        table.add_row(escape(layer.name), *(f"{count:,}" for count in counts), most)
+    return table

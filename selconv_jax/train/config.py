@@ -1,0 +1,280 @@
+"""The configuration of a run: frozen dataclasses, read from TOML, checked when constructed."""
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import tomli_w
+
+from selconv_jax.errors import ConfigError, nearest
+from selconv_jax.schedule import ReallocationSchedule
+from selconv_jax.transform import Allocation
+
+__all__ = [
+    "AllocationConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "dump_config",
+    "load_config",
+    "parse_config",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """``[model]``: which network, and in which variant.
+
+    Attributes:
+        name: A name of `selconv_jax.models.MODELS`.
+        variant: ``"selective"``, ``"plain"``, or ``"gate_only"`` (channels are closed, never filled again).
+        dtype: Type of the computation; parameters, statistics and the loss stay float32.
+        options: Arguments of the network that replace those of its name, such as ``blocks`` or ``growth``.
+    """
+
+    name: str = "densenet40"
+    variant: Literal["selective", "plain", "gate_only"] = "selective"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """``[data]``: which images, and how they are augmented in training.
+
+    Attributes:
+        name: A name of ``selconv data list``, or of any prepared tensorflow-datasets image set.
+        directory: tensorflow-datasets directory; None: its default.
+        crop_padding: Zero padding in pixels before the random crop; None: that of the data set.
+        flip: Whether to flip half of the images; None: that of the data set.
+    """
+
+    name: str = "fashion_mnist_sample"
+    directory: str | None = None
+    crop_padding: int | None = None
+    flip: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.crop_padding is not None:
+            _check("data.crop_padding", self.crop_padding, self.crop_padding >= 0, "at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class AllocationConfig:
+    """``[allocation]``: see `selconv_jax.Allocation` and `selconv_jax.ReallocationSchedule`.
+
+    Attributes:
+        threshold: Share of the damage that a round may lose by closing channels, in [0, 1].
+        top_k: Number of channels that compete for the free slots.
+        max_copies: No further copies of a channel that more than this many read; None: no limit.
+        shift_range: New copies start at shifts in ``[-shift_range, shift_range]`` pixels.
+        until: Share of the epochs after which the allocation is frozen.
+        every: Epochs from one round to the next.
+        reset_momentum: Reset the optimizer's state of the rewritten entries; the published method does not.
+    """
+
+    threshold: float = 1e-3
+    top_k: int = 3
+    max_copies: int | None = None
+    shift_range: float = 1.5
+    until: float = 0.5
+    every: int = 1
+    reset_momentum: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self.allocation, self.schedule  # their constructors check the values
+
+    @property
+    def allocation(self) -> Allocation:
+        """How a round decides."""
+        return Allocation(self.threshold, self.top_k, self.max_copies, self.shift_range)
+
+    @property
+    def schedule(self) -> ReallocationSchedule:
+        """After which epochs there is a round."""
+        return ReallocationSchedule(self.until, self.every)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """``[optimizer]``: SGD as published (method, "Schedule and training").
+
+    Attributes:
+        learning_rate: At the first step; falls to 0 by a cosine over the steps of the run.
+        momentum: Nesterov momentum.
+        weight_decay: Added to the gradient of every parameter but the shifts, times the parameter.
+        shift_weight_decay: The same for the shifts.
+        train_shift: Whether shifts are trained; false leaves them as drawn.
+    """
+
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    shift_weight_decay: float = 1e-5
+    train_shift: bool = True
+
+    def __post_init__(self) -> None:
+        _check("optimizer.learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        _check("optimizer.momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
+        for name in ("weight_decay", "shift_weight_decay"):
+            value = getattr(self, name)
+            _check(f"optimizer.{name}", value, 0 <= value < float("inf"), "at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run.
+
+    Attributes:
+        description: What the run is for, in a sentence.
+        epochs: Passes over the training images.
+        batch_size: Images per step, over all devices.
+        eval_batch_size: Images per evaluation step, over all devices.
+        seed: Everything random follows from it.
+        checkpoint_minutes: A checkpoint is written after each epoch, and within an epoch after this many
+            minutes without one.
+        keep_checkpoints: Number of latest checkpoints that are kept beside the best.
+        steps_per_dispatch: Training steps per call of the compiled program; 0: chosen by the backend.
+        devices: Number of devices to use; 0: all.
+        model: ``[model]``.
+        data: ``[data]``.
+        allocation: ``[allocation]``.
+        optimizer: ``[optimizer]``.
+    """
+
+    description: str = ""
+    epochs: int = 300
+    batch_size: int = 64
+    eval_batch_size: int = 500
+    seed: int = 0
+    checkpoint_minutes: float = 10.0
+    keep_checkpoints: int = 3
+    steps_per_dispatch: int = 0
+    devices: int = 0
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    allocation: AllocationConfig = dataclasses.field(default_factory=AllocationConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "eval_batch_size", "keep_checkpoints"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("steps_per_dispatch", "devices"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0 (0: chosen for you)")
+        _check("seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2**32)")
+        _check("checkpoint_minutes", self.checkpoint_minutes, self.checkpoint_minutes > 0, "above 0")
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML file and applies overrides.
+
+    Args:
+        path: The file.
+        overrides: ``"key=value"`` with dots between the parts of the key and the value in TOML; a value
+            that is no TOML is taken as text, and ``none`` removes the key.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: The file is missing or no TOML, or a key or value is wrong; the message names it.
+    """
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration file {os.fspath(path)}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{os.fspath(path)} is not a TOML file: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{os.fspath(path)} cannot be read: {error.strerror}.") from None
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """Checks a nested mapping, as TOML gives it, and makes a `Config` of it.
+
+    Args:
+        tree: Keys and values; missing keys take their defaults.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: A key is unknown, or a value has the wrong type or is out of bounds.
+
+    Example:
+        >>> parse_config({"epoch": 3})
+        Traceback (most recent call last):
+        ...
+        selconv_jax.errors.ConfigError: unknown configuration key 'epoch'. Did you mean 'epochs'?
+    """
+    _check_keys(tree, Config, ())
+    try:
+        return msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).rpartition(" - at ")
+        where = path.strip("`").removeprefix("$.") if message else ""
+        raise ConfigError(f"configuration key {where!r}: {message}." if where else str(error)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as TOML, every key written out; keys that are None are left out."""
+
+    def without_none(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        return {key: without_none(value) for key, value in tree.items() if value is not None}
+
+    return tomli_w.dumps(without_none(dataclasses.asdict(config)))
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r} is not of the form key=value, such as epochs=10.")
+    for part in parts[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is a value, it has no keys.")
+    if text.strip().lower() == "none":
+        tree.pop(parts[-1], None)
+        return
+    try:
+        tree[parts[-1]] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        tree[parts[-1]] = text
+
+
+def _check_keys(tree: Mapping[str, Any], kind: Any, path: tuple[str, ...]) -> None:
+    """Every key is a field of the dataclass ``kind``; keys of ``model.options`` are the model's affair."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key, value in tree.items():
+        if key not in fields:
+            raise ConfigError(
+                f"unknown configuration key {'.'.join((*path, key))!r}. {_nearest_key(key, path, fields)}"
+            )
+        if dataclasses.is_dataclass(fields[key].type) and isinstance(value, Mapping):
+            _check_keys(value, fields[key].type, (*path, key))
+
+
+def _nearest_key(key: str, path: tuple[str, ...], fields: Mapping[str, Any]) -> str:
+    """Suggests a key of the same section, or the section a known key belongs to."""
+    for section in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(section.type) and section.name not in path:
+            names = [field.name for field in dataclasses.fields(section.type)]
+            if key in names:
+                return f"Did you mean '{section.name}.{key}'?"
+    return nearest(key, fields)
+
+
+def _check(key: str, value: Any, valid: bool, bounds: str) -> None:
+    if not valid:
+        raise ConfigError(f"{key} is {value}; it must be {bounds}.")

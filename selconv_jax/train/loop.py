@@ -1,0 +1,300 @@
+"""The course of a run: epochs, evaluation, re-allocation, checkpoints, records."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from selconv_jax.data.dataset import DatasetInfo, ImageData
+from selconv_jax.data.loading import load
+from selconv_jax.errors import ConfigError, SelconvError
+from selconv_jax.train.checkpoint import CheckpointStore
+from selconv_jax.train.config import Config
+from selconv_jax.train.metrics import MetricsLog
+from selconv_jax.train.progress import ProgressDisplay
+from selconv_jax.train.signals import StopRequest
+from selconv_jax.train.state import Totals, TrainState
+from selconv_jax.train.trainer import Trainer
+from selconv_jax.train.workdir import CHECKPOINTS, METRICS, create_workdir, lock, read_config
+from selconv_jax.transform import layer_states
+
+__all__ = ["NonFiniteLossError", "evaluate_run", "find_checkpoint", "resume_run", "train_run"]
+
+_REFRESH_SECONDS = 0.5
+
+
+class NonFiniteLossError(SelconvError):
+    """The training loss became infinite or not a number."""
+
+
+def train_run(config: Config, workdir: Path, console: Console) -> int:
+    """Trains from the start in a new directory.
+
+    Args:
+        config: The run.
+        workdir: A directory that does not exist or is empty.
+        console: Where progress is shown.
+
+    Returns:
+        0 when the run is complete, 128 plus the signal's number when it was asked to stop.
+
+    Raises:
+        SelconvError: Something the user can mend; nothing was overwritten.
+    """
+    trainer, data = _prepare(config)
+    create_workdir(workdir, config)
+    with lock(workdir), _store(config, workdir) as store:
+        console.print(f"run in {workdir}", highlight=False, soft_wrap=True)
+        return _Run(trainer, data.info, workdir, store, console).go_on(trainer.initial_state())
+
+
+def resume_run(workdir: Path, console: Console) -> int:
+    """Goes on with a run from its newest good checkpoint, exactly as it would have gone on by itself.
+
+    Args:
+        workdir: The directory of the run.
+        console: Where progress is shown.
+
+    Returns:
+        As `train_run`.
+
+    Raises:
+        SelconvError: Something the user can mend.
+    """
+    config = read_config(workdir)
+    trainer, data = _prepare(config)
+    with lock(workdir), _store(config, workdir) as store:
+        if store.steps():
+            restored = store.restore(trainer.state_shape())
+            for note in restored.skipped:
+                console.print(f"skipped: {note}", highlight=False, markup=False, soft_wrap=True)
+            state = restored.state
+            console.print(f"going on from step {restored.step} of {trainer.steps}", highlight=False)
+        else:
+            state = trainer.initial_state()
+            console.print("there is no checkpoint yet: starting from the beginning", highlight=False)
+        return _Run(trainer, data.info, workdir, store, console).go_on(state)
+
+
+def evaluate_run(workdir: Path, step: int | None = None) -> tuple[int, dict[str, float]]:
+    """Evaluates a checkpoint on all test images.
+
+    Args:
+        workdir: The directory of the run.
+        step: The checkpoint; None: the newest good one.
+
+    Returns:
+        The step of the checkpoint, and test_loss, test_accuracy and, where there are more than five
+        classes, test_top5.
+
+    Raises:
+        SelconvError: Something the user can mend.
+    """
+    config = read_config(workdir)
+    trainer, data = _prepare(config)
+    with _store(config, workdir) as store:
+        restored = store.restore(trainer.state_shape(), step)
+    totals = trainer.evaluate(restored.state)
+    assert totals is not None  # nobody asked it to stop
+    return restored.step, _test_metrics(totals, data.info)
+
+
+def find_checkpoint(workdir: Path, which: str) -> int | None:
+    """The step that ``"last"``, ``"best"`` or a number means in a run.
+
+    Args:
+        workdir: The directory of the run.
+        which: One of the words, or a number.
+
+    Returns:
+        The step; None for the newest good one.
+
+    Raises:
+        ConfigError: It means none, or there is no run.
+    """
+    config = read_config(workdir)
+    if which == "last":
+        return None
+    with _store(config, workdir) as store:
+        if which == "best":
+            if store.best_step is None:
+                raise ConfigError(f"{workdir} has no best checkpoint yet: no epoch has been evaluated.")
+            return store.best_step
+        if not which.isdecimal():
+            raise ConfigError(f"checkpoint {which!r} is none of last, best, or the number of a step.")
+        return int(which)
+
+
+def _prepare(config: Config) -> tuple[Trainer, ImageData]:
+    data = load(config.data.name, config.data.directory)
+    return Trainer(config, data), data
+
+
+def _store(config: Config, workdir: Path) -> CheckpointStore:
+    return CheckpointStore(workdir / CHECKPOINTS, keep=config.keep_checkpoints)
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run in progress in this process."""
+
+    trainer: Trainer
+    info: DatasetInfo
+    workdir: Path
+    store: CheckpointStore
+    console: Console
+
+    def go_on(self, state: TrainState) -> int:
+        trainer, step = self.trainer, int(state.step)
+        # A checkpoint at the end of an epoch was taken before the epoch's record and re-allocation.
+        ended = step > 0 and step % trainer.steps_per_epoch == 0
+        epoch = step // trainer.steps_per_epoch - ended
+        self._log = MetricsLog(self.workdir / METRICS, self.workdir / "tensorboard", epochs_done=epoch)
+        self._display = ProgressDisplay(trainer.steps, step, trainer.steps_per_epoch, self.console)
+        self._last_save = time.monotonic()
+        try:
+            with StopRequest() as self._stop:
+                while epoch < trainer.config.epochs:
+                    speed = None
+                    if not ended:
+                        state, speed = self._train_epoch(state, epoch)
+                    if not self._stop:
+                        state = self._end_epoch(state, epoch, speed)
+                    if self._stop:
+                        return self._leave(state)
+                    epoch, ended = epoch + 1, False
+        finally:
+            self._display.close()
+            self._log.close()
+        return 0
+
+    def _train_epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, float]:
+        """Trains to the end of the epoch or until asked to stop; returns images per second too."""
+        trainer, config = self.trainer, self.trainer.config
+        slots = trainer.slots(state)
+        if not trainer.is_compiled(slots):
+            self._display.line(
+                "compiling the training step"
+                + (f" for copies in up to {slots:.1%} of a layer's channels" if slots else "")
+            )
+        order = trainer.order(state, epoch)
+        step = begun = int(state.step)
+        end = (epoch + 1) * trainer.steps_per_epoch
+        started = shown = time.monotonic()
+        waiting = None
+        speed = 0.0
+        while step < end and not self._stop:
+            count = min(trainer.steps_per_dispatch, end - step)
+            state, numbers = trainer.run_steps(state, order, slots, count)
+            if step == begun:
+                # The first call compiles; the speed is that of the others.
+                jax.block_until_ready(numbers)
+                started, begun_measured = time.monotonic(), step + count
+            step += count
+            now = time.monotonic()
+            if now - shown >= _REFRESH_SECONDS and waiting is not None:
+                # The numbers of the call before: waiting for them leaves the device at work.
+                loss, accuracy, failed = jax.device_get(waiting)
+                if failed:
+                    break
+                done = (step - count - begun_measured) * config.batch_size
+                speed = done / max(now - started, 1e-9)
+                self._display.update(step - count, float(loss), float(accuracy), speed)
+                shown = now
+            waiting = numbers
+            if now - self._last_save >= 60 * config.checkpoint_minutes and step < end:
+                self._save(state)
+        self._check(state)
+        measured = (step - begun_measured) * config.batch_size
+        return state, measured / max(time.monotonic() - started, 1e-9) or speed
+
+    def _end_epoch(self, state: TrainState, epoch: int, speed: float | None) -> TrainState:
+        """Evaluates, saves, re-allocates and records, in this order."""
+        trainer, config = self.trainer, self.trainer.config
+        totals = trainer.evaluate(state, should_stop=lambda: bool(self._stop))
+        if totals is None:
+            return state
+        test = _test_metrics(totals, self.info)
+        self._save(state, score=test["test_accuracy"])
+        train = jax.device_get(state.totals)
+        step = int(state.step)
+        closed = reallocated = 0
+        if state.selectivity and config.allocation.schedule.is_due(epoch, config.epochs):
+            state, report = trainer.reallocate(state, epoch)
+            closed, reallocated = report.closed, report.reallocated
+        record: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "train_loss": float(train.loss) / int(train.count),
+            "train_accuracy": int(train.correct) / int(train.count),
+            **test,
+            "learning_rate": trainer.learning_rate(step - 1),
+            "images_per_second": speed,
+            "closed": closed,
+            "reallocated": reallocated,
+            **_channel_counts(state),
+        }
+        self._log.write({key: value for key, value in record.items() if value is not None})
+        self._display.line(_sentence(record, config.epochs))
+        return state
+
+    def _leave(self, state: TrainState) -> int:
+        self._save(state)
+        self._display.line(
+            f"stopped after step {self.store.latest_step} of {self.trainer.steps}; go on by "
+            f"`selconv resume {self.workdir}`"
+        )
+        return self._stop.exit_code
+
+    def _save(self, state: TrainState, score: float | None = None) -> None:
+        self._check(state)
+        self.store.save(int(state.step), state, score)
+        self._last_save = time.monotonic()
+
+    def _check(self, state: TrainState) -> None:
+        failed = int(state.failed_step)
+        if failed < 0:
+            return
+        latest = self.store.latest_step
+        kept = "there is no checkpoint yet" if latest is None else f"the checkpoint of step {latest} is kept"
+        epoch = failed // self.trainer.steps_per_epoch + 1
+        raise NonFiniteLossError(
+            f"the loss of step {failed + 1} (epoch {epoch}) is not finite; {kept}. "
+            f'Train anew with a lower optimizer.learning_rate, or with model.dtype = "float32".'
+        )
+
+
+def _test_metrics(totals: Totals, info: DatasetInfo) -> dict[str, float]:
+    count = int(totals.count)
+    metrics = {"test_loss": float(totals.loss) / count, "test_accuracy": int(totals.correct) / count}
+    if info.num_classes > 5:
+        metrics["test_top5"] = int(totals.correct_top5) / count
+    return metrics
+
+
+def _channel_counts(state: TrainState) -> dict[str, int]:
+    """Channels of all selective and gate-only layers, and how many are open or copies."""
+    if not state.selectivity:
+        return {"open_channels": 0, "copies": 0, "channels": 0}
+    layers = layer_states(jax.device_get(state.variables)).values()
+    return {
+        "open_channels": sum(int(layer.gate.sum()) for layer in layers),
+        "copies": sum(int((layer.source >= 0).sum()) for layer in layers if layer.source is not None),
+        "channels": sum(layer.gate.size for layer in layers),
+    }
+
+
+def _sentence(record: Mapping[str, Any], epochs: int) -> str:
+    parts = [
+        f"epoch {record['epoch']}/{epochs}",
+        f"train loss {record['train_loss']:.4f}, accuracy {record['train_accuracy']:.2%}",
+        f"test loss {record['test_loss']:.4f}, accuracy {record['test_accuracy']:.2%}",
+    ]
+    if record["images_per_second"]:
+        parts.append(f"{record['images_per_second']:,.0f} images/s")
+    if record["closed"] or record["reallocated"]:
+        parts.append(f"closed {record['closed']}, re-allocated {record['reallocated']} channels")
+    return "  ".join(parts)

@@ -1,0 +1,101 @@
+"""What a run shows while it works: a bar on a terminal, plain lines otherwise."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["ProgressDisplay", "terminal_or_lines"]
+
+_SECONDS_BETWEEN_LINES = 20.0
+
+
+class ProgressDisplay:
+    """Shows the steps of a run; on a terminal as a bar, else as a line every 20 seconds.
+
+    Args:
+        total: Steps of the whole run.
+        done: Steps done before this process.
+        steps_per_epoch: Steps per epoch.
+        console: Where to write.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        done: int,
+        steps_per_epoch: int,
+        console: Console,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total, self._first, self._per_epoch = total, done, steps_per_epoch
+        self._console, self._clock = console, clock
+        self._started = self._last_line = clock()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("epoch {task.fields[epoch]}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(compact=True),
+                console=console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("", total=total, completed=done, epoch="", numbers="compiling")
+            self._bar.start()
+
+    def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
+        """Shows a new state.
+
+        Args:
+            step: Training steps done, of the whole run.
+            loss: Mean training loss of the epoch so far.
+            accuracy: Training accuracy of the epoch so far, a fraction.
+            images_per_second: Training speed.
+        """
+        epoch = f"{min(step // self._per_epoch + 1, self._epochs)}/{self._epochs}"
+        numbers = f"loss {loss:.4f}  accuracy {accuracy:.2%}  {images_per_second:,.0f} images/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, epoch=epoch, numbers=numbers)
+            return
+        now = self._clock()
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self.line(f"epoch {epoch}  step {step}/{self._total}  {numbers}  {self._left(step, now)} left")
+
+    def line(self, text: str) -> None:
+        """Writes a line that stays."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    @property
+    def _epochs(self) -> int:
+        return self._total // self._per_epoch
+
+    def _left(self, step: int, now: float) -> str:
+        done = step - self._first
+        if done <= 0:
+            return "?"
+        return format_duration((now - self._started) / done * (self._total - step))
+
+
+def format_duration(seconds: float) -> str:
+    """``"1:02:03"`` or ``"2:03"``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def terminal_or_lines(stream: Any = None) -> Console:
+    """A console on ``stream`` (default: standard output) that wraps nothing when it is no terminal."""
+    stream = stream or sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else 200)

@@ -1,0 +1,62 @@
+"""Where arrays lie: one mesh of devices, batches split over it, everything else on each of them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from selconv_jax.errors import ConfigError
+
+__all__ = ["Placement"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Devices of a run, as a mesh with the one axis ``"batch"``.
+
+    Attributes:
+        mesh: The mesh.
+    """
+
+    mesh: Mesh
+
+    @classmethod
+    def over(cls, devices: int, *batch_sizes: int) -> "Placement":
+        """Takes the first ``devices`` devices, or all if it is 0.
+
+        Args:
+            devices: Number of devices.
+            *batch_sizes: Batch sizes that must divide over the devices.
+
+        Returns:
+            The placement.
+
+        Raises:
+            ConfigError: There are not as many devices, or they do not divide a batch.
+        """
+        present = jax.devices()
+        if devices > len(present):
+            raise ConfigError(f"devices is {devices}; there are {len(present)} ({present[0].device_kind}).")
+        chosen = present[: devices or len(present)]
+        for size in batch_sizes:
+            if size % len(chosen):
+                raise ConfigError(
+                    f"a batch of {size} images does not divide over {len(chosen)} devices. Choose a multiple "
+                    f"of {len(chosen)} for batch_size and eval_batch_size, or set devices."
+                )
+        return cls(Mesh(np.array(chosen), ("batch",)))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding of what every device holds whole."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def replicate(self, tree: Any) -> Any:
+        """Puts a whole copy of every array on every device."""
+        return jax.device_put(tree, self.replicated)
+
+    def shard_batch(self, x: jax.Array) -> jax.Array:
+        """Inside of ``jit``: splits the leading axis over the devices."""
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec("batch")))

@@ -1,0 +1,114 @@
+"""Everything a run needs to go on from where it is, as one pytree."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+__all__ = ["Totals", "TrainState", "initial_state"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Sums over examples.
+
+    Attributes:
+        loss: ``[]`` float32, sum of the cross entropies in nats.
+        correct: ``[]`` int32, examples whose first guess is right.
+        correct_top5: ``[]`` int32, examples with the right class among the first five guesses.
+        count: ``[]`` int32, examples.
+    """
+
+    loss: jax.Array
+    correct: jax.Array
+    correct_top5: jax.Array
+    count: jax.Array
+
+    @staticmethod
+    def zero() -> "Totals":
+        """No examples."""
+        return Totals(
+            loss=jnp.zeros((), jnp.float32),
+            correct=jnp.zeros((), jnp.int32),
+            correct_top5=jnp.zeros((), jnp.int32),
+            count=jnp.zeros((), jnp.int32),
+        )
+
+    def __add__(self, other: "Totals") -> "Totals":
+        return jax.tree.map(jnp.add, self, other)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state of a run. All of it is saved; with the configuration it determines what follows.
+
+    The epoch and the position in the data follow from ``step``.
+
+    Attributes:
+        step: ``[]`` int32, training steps done.
+        params: Trained parameters.
+        batch_stats: Running statistics.
+        selectivity: Gates and sources; empty for a plain network.
+        opt_state: State of the optimizer.
+        key: ``[2]`` uint32, PRNG key data, the same for the whole run: keys are folded from it.
+        totals: Training loss and accuracy of the current epoch so far.
+        failed_step: ``[]`` int32, the first step whose loss was not finite, or -1.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    selectivity: Any
+    opt_state: Any
+    key: jax.Array
+    totals: Totals
+    failed_step: jax.Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The model's variables."""
+        return {
+            "params": self.params,
+            "batch_stats": self.batch_stats,
+            "selectivity": self.selectivity,
+        }
+
+    def with_variables(self, variables: dict[str, Any]) -> "TrainState":
+        """The state with other variables of the model."""
+        return dataclasses.replace(self, **variables)
+
+
+def initial_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    seed: int | jax.Array,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        model: A network, called as ``model.apply(variables, images, train=...)``.
+        optimizer: Its optimizer.
+        image_shape: ``(H, W, C)``.
+        seed: Seed of the run.
+
+    Returns:
+        The state; a pure function of its arguments.
+    """
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    variables = model.init(init_key, jnp.zeros((1, *image_shape), jnp.float32), train=False)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables.get("batch_stats", {}),
+        selectivity=variables.get("selectivity", {}),
+        opt_state=optimizer.init(variables["params"]),
+        key=jax.random.key_data(run_key),
+        totals=Totals.zero(),
+        failed_step=jnp.full((), -1, jnp.int32),
+    )

@@ -1,0 +1,118 @@
+"""The directory of a run: made once, never overwritten, used by one process at a time."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from selconv_jax.errors import ConfigError
+from selconv_jax.train.config import Config, dump_config, load_config
+
+__all__ = ["CHECKPOINTS", "CONFIG", "METRICS", "create_workdir", "default_workdir", "lock", "read_config"]
+
+CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+ENVIRONMENT = "environment.json"
+CHECKPOINTS = "checkpoints"
+_LOCK = ".lock"
+
+
+def default_workdir(config_path: str | os.PathLike[str], parent: str | os.PathLike[str] = "runs") -> Path:
+    """The first free directory ``runs/NAME``, ``runs/NAME-2``, ... for a configuration file."""
+    base = Path(parent) / Path(config_path).stem
+    candidate, number = base, 1
+    while candidate.exists():
+        number += 1
+        candidate = base.with_name(f"{base.name}-{number}")
+    return candidate
+
+
+def create_workdir(workdir: Path, config: Config) -> None:
+    """Makes the directory of a new run and writes what determines the run into it.
+
+    Args:
+        workdir: The directory; it may exist if it is empty.
+        config: The resolved configuration.
+
+    Raises:
+        ConfigError: The directory holds something, or cannot be made.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        content = sorted(entry.name for entry in workdir.iterdir())
+        if CONFIG in content:
+            raise ConfigError(
+                f"{workdir} already holds a run. Go on with it by `selconv resume {workdir}`, or choose "
+                "another --workdir."
+            )
+        if content:
+            raise ConfigError(
+                f"{workdir} is not empty (it holds {content[0]!r}). Choose another --workdir: a run is never "
+                "written over other files."
+            )
+        (workdir / ENVIRONMENT).write_text(json.dumps(_environment(config), indent=2) + "\n")
+        # Last and at once: a directory with a configuration is a run that can be resumed.
+        temporary = workdir / f".{CONFIG}.new"
+        temporary.write_text(dump_config(config), encoding="utf-8")
+        temporary.replace(workdir / CONFIG)
+    except OSError as error:
+        raise ConfigError(f"the work directory {workdir} cannot be written: {error.strerror}.") from None
+
+
+def read_config(workdir: Path) -> Config:
+    """The configuration of the run in a directory.
+
+    Raises:
+        ConfigError: The directory does not hold a run.
+    """
+    if not (workdir / CONFIG).is_file():
+        raise ConfigError(
+            f"{workdir} does not hold a run (there is no {CONFIG} in it). Start one by `selconv train CONFIG "
+            f"--workdir {workdir}`."
+        )
+    return load_config(workdir / CONFIG)
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Holds the run for this process; the system lets go of it however the process ends.
+
+    Raises:
+        ConfigError: Another process holds it.
+    """
+    with (workdir / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"another process is working on {workdir}. Wait for it or stop it first."
+            ) from None
+        yield
+
+
+def _environment(config: Config) -> dict[str, object]:
+    packages = ("selconv-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    devices = jax.devices()
+    return {
+        "seed": config.seed,
+        "versions": {name: _version(name) for name in packages} | {"python": platform.python_version()},
+        "backend": jax.default_backend(),
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

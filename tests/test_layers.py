@@ -1,0 +1,181 @@
+"""The module's contract: variables, variants, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from states import perturbed_variables
+
+from selconv_jax import ConfigError, PlainConv, SelectiveConv
+
+
+def variables_of(layer, shape):
+    return jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.ones(shape), train=True))
+
+
+def test_variables_of_the_three_kinds():
+    shape = (2, 8, 8, 6)
+    layers = {
+        "selective": SelectiveConv(4, (3, 3)),
+        "gate-only": SelectiveConv(4, (3, 3), top_k=0),
+        "plain": PlainConv(4, (3, 3)),
+    }
+    found = {
+        name: {collection: sorted(leaves) for collection, leaves in variables_of(layer, shape).items()}
+        for name, layer in layers.items()
+    }
+    stats = ["mean", "var"]
+    assert found == {
+        "selective": {
+            "params": ["bias", "kernel", "scale", "shift"],
+            "batch_stats": stats,
+            "selectivity": ["gate", "source"],
+        },
+        "gate-only": {
+            "params": ["bias", "kernel", "scale"],
+            "batch_stats": stats,
+            "selectivity": ["gate"],
+        },
+        "plain": {"params": ["bias", "kernel", "scale"], "batch_stats": stats},
+    }
+
+
+def test_initial_values():
+    layer = SelectiveConv(64, (3, 3))
+    variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 96)), train=True)
+    params, stats, selectivity = (variables[key] for key in ("params", "batch_stats", "selectivity"))
+    assert float(params["kernel"].std()) == pytest.approx(np.sqrt(2 / (9 * 64)), rel=0.02)
+    assert float(params["kernel"].mean()) == pytest.approx(0, abs=1e-3)
+    for leaf, value in (
+        (params["scale"], 1),
+        (params["bias"], 0),
+        (params["shift"], 0),
+        (stats["mean"], 0),
+        (stats["var"], 1),
+        (selectivity["gate"], True),
+        (selectivity["source"], -1),
+    ):
+        assert (leaf == value).all()
+    assert selectivity["gate"].dtype == jnp.bool_
+    assert selectivity["source"].dtype == jnp.int32
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_untouched_layer_equals_its_plain_twin(top_k, train):
+    x = jax.random.normal(jax.random.key(0), (3, 8, 8, 6))
+    layer = SelectiveConv(5, (3, 3), top_k=top_k)
+    variables = perturbed_variables(layer, x.shape, seed=1)
+    plain = {
+        "params": {key: variables["params"][key] for key in ("kernel", "scale", "bias")},
+        "batch_stats": variables["batch_stats"],
+    }
+    selective, stats = layer.apply(variables, x, train=train, mutable=["batch_stats"])
+    expected, plain_stats = PlainConv(5, (3, 3)).apply(plain, x, train=train, mutable=["batch_stats"])
+    np.testing.assert_allclose(selective, expected, rtol=1e-5, atol=1e-5)
+    for key in ("mean", "var"):
+        np.testing.assert_allclose(stats["batch_stats"][key], plain_stats["batch_stats"][key], rtol=1e-6)
+
+
+def test_initializing_and_evaluating_move_no_statistics():
+    layer = SelectiveConv(5, (1, 1))
+    x = 7 + jax.random.normal(jax.random.key(0), (3, 8, 8, 6))
+    variables = layer.init(jax.random.key(0), x, train=True)
+    assert (variables["batch_stats"]["mean"] == 0).all()
+    _, changed = layer.apply(variables, x, train=False, mutable=["batch_stats"])
+    assert (changed["batch_stats"]["mean"] == 0).all()
+    _, changed = layer.apply(variables, x, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(changed["batch_stats"]["mean"], 0.1 * x.mean((0, 1, 2)), rtol=1e-5)
+    unbiased = x.reshape(-1, 6).var(0, ddof=1)
+    np.testing.assert_allclose(changed["batch_stats"]["var"], 0.9 + 0.1 * unbiased, rtol=1e-5)
+
+
+def test_closed_channels_are_not_read():
+    layer = SelectiveConv(5, (3, 3), top_k=0)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 6))
+    variables = perturbed_variables(layer, x.shape, seed=1)
+    variables["selectivity"]["gate"] = jnp.array([True, False, True, True, False, True])
+    changed = x.at[..., 1].add(3.0).at[..., 4].multiply(-2.0)
+    apply = jax.jit(lambda x: layer.apply(variables, x, train=False))
+    np.testing.assert_array_equal(apply(x), apply(changed))
+    is_open = variables["selectivity"]["gate"]
+    assert np.abs(apply(x) - apply(jnp.where(is_open, 3.0, x))).max() > 0.1
+
+
+def test_dropout_needs_and_uses_its_key():
+    layer = SelectiveConv(5, (1, 1), dropout_rate=0.5)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 6))
+    variables = layer.init(jax.random.key(0), x, train=False)
+
+    def output(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return layer.apply(variables, x, train=True, rngs=rngs, mutable="batch_stats")[0]
+
+    outputs = [output(seed) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert np.abs(outputs[0] - outputs[2]).max() > 0
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_any_number_of_spatial_dimensions(rank):
+    x = jax.random.normal(jax.random.key(0), (2, *(6, 5, 4)[:rank], 3))
+    layer = SelectiveConv(4, (3,) * rank)
+    variables = layer.init(jax.random.key(0), x, train=False)
+    variables["selectivity"]["source"] = jnp.array([2, -1, 2])
+    variables["params"]["shift"] = jnp.full((3, rank), 0.5)
+    assert variables["params"]["shift"].shape == (3, rank)
+    assert layer.apply(variables, x, train=False).shape == (*x.shape[:-1], 4)
+
+
+def test_grouped_gate_closes_the_right_rows():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 6))
+    layer = SelectiveConv(4, (3, 3), feature_group_count=2, top_k=0)
+    variables = layer.init(jax.random.key(0), x, train=False)
+    variables["selectivity"]["gate"] = jnp.array([True, True, True, True, False, True])
+    closed = layer.apply(variables, x, train=False)
+    variables["selectivity"]["gate"] = jnp.ones(6, bool)
+    kernel = variables["params"]["kernel"]  # [3, 3, 3, 4]: channel 4 is row 1 of outputs 2 and 3
+    variables["params"]["kernel"] = kernel.at[:, :, 1, 2:].set(0)
+    np.testing.assert_allclose(closed, layer.apply(variables, x, train=False), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"features": 0}, "features is 0"),
+        ({"feature_group_count": 0}, "feature_group_count is 0"),
+        ({"feature_group_count": 3}, "features is 4, not a multiple of feature_group_count 3"),
+        ({"dropout_rate": 1.0}, r"dropout_rate is 1.0; it must be in \[0, 1\)"),
+        ({"momentum": 1.5}, "momentum is 1.5"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"slots": 1.5}, "slots is 1.5"),
+    ],
+)
+def test_out_of_bounds(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        SelectiveConv(**{"features": 4, "kernel_size": (3, 3), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strides": (1, 2, 3)}, "strides is"),
+        ({"strides": 0}, "strides is 0"),
+        ({"padding": "SMAE"}, "padding is 'SMAE'"),
+        ({"padding": (1, 2, 3)}, "padding is"),
+        ({"kernel_dilation": (0, 1)}, "kernel_dilation is"),
+    ],
+)
+def test_wrong_windows(arguments, message):
+    layer = SelectiveConv(**{"features": 4, "kernel_size": (3, 3), **arguments})
+    with pytest.raises(ConfigError, match=message):
+        layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 4)), train=False)
+
+
+def test_wrong_rank_and_groups_of_the_input():
+    with pytest.raises(ValueError, match=r"input of shape \(1, 8, 4\).*needs 4 dimensions"):
+        SelectiveConv(4, (3, 3)).init(jax.random.key(0), jnp.ones((1, 8, 4)), train=False)
+    with pytest.raises(ValueError, match="5 input channels do not divide into 2 groups"):
+        SelectiveConv(4, (3, 3), feature_group_count=2).init(
+            jax.random.key(0), jnp.ones((1, 8, 8, 5)), train=False
+        )

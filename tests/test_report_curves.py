@@ -1,0 +1,140 @@
+"""Learning curves: what is drawn equals what was logged."""
+
+import numpy as np
+import pytest
+
+from selconv_jax.errors import SelconvError
+from selconv_jax.report import learning_curves
+from selconv_jax.report.records import best_index, last_change, series
+
+
+def log(epochs: int, last_round: int, top5: bool = False) -> list[dict[str, float]]:
+    """A run of ten channels that closes two and copies one per round."""
+    records = []
+    for epoch in range(1, epochs + 1):
+        rounds = min(epoch, last_round)
+        records.append(
+            {
+                "epoch": epoch,
+                "train_loss": 2.0 / epoch,
+                "train_accuracy": 1 - 1 / (epoch + 1),
+                "test_loss": 2.5 / epoch,
+                "test_accuracy": [0.5, 0.75, 0.75, 0.625][epoch % 4],
+                "learning_rate": 0.1 / epoch,
+                "images_per_second": 1000.0,
+                "closed": 2 if epoch <= last_round else 0,
+                "reallocated": 1 if epoch <= last_round else 0,
+                "open_channels": 10 - rounds,
+                "copies": rounds,
+                "channels": 10,
+            }
+            | ({"test_top5": 0.9} if top5 else {})
+        )
+    return records
+
+
+def lines(axes) -> dict[str, np.ndarray]:
+    return {line.get_label(): np.asarray(line.get_xydata()) for line in axes.get_lines()}
+
+
+def legend(axes) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_panels_and_values():
+    figure = learning_curves(log(6, 3, top5=True), "my run")
+    assert figure.get_suptitle() == "my run"
+    loss, accuracy, states, changes, rate, speed = figure.axes
+
+    np.testing.assert_array_equal(lines(loss)["train"], [[e, 2.0 / e] for e in range(1, 7)])
+    np.testing.assert_array_equal(lines(loss)["test"], [[e, 2.5 / e] for e in range(1, 7)])
+    np.testing.assert_allclose(lines(accuracy)["test"][:, 1], [75, 75, 62.5, 50, 75, 75])
+    np.testing.assert_allclose(lines(accuracy)["test top 5"][:, 1], [90.0] * 6)
+    np.testing.assert_allclose(
+        [line.get_ydata() for line in rate.get_lines()], [[0.1 / e for e in range(1, 7)]]
+    )
+    np.testing.assert_allclose([line.get_ydata() for line in speed.get_lines()], [[1000.0] * 6])
+
+    own, copy, closed = states.containers
+    np.testing.assert_allclose([bar.get_height() for bar in own], [80, 60, 40, 40, 40, 40])
+    np.testing.assert_allclose([bar.get_height() for bar in copy], [10, 20, 30, 30, 30, 30])
+    np.testing.assert_allclose([bar.get_height() for bar in closed], [10, 20, 30, 30, 30, 30])
+    np.testing.assert_allclose([bar.get_y() for bar in closed], [90, 80, 70, 70, 70, 70])
+    np.testing.assert_allclose([bar.get_height() for bar in changes.containers[0]], [2, 2, 2, 0, 0, 0])
+    np.testing.assert_allclose(lines(changes)["re-allocated"][:, 1], [1, 1, 1, 0, 0, 0])
+    assert "10 channels" in states.get_title("left")
+
+
+def test_best_epoch_is_marked_the_earliest_of_equals():
+    records = log(6, 3)
+    assert best_index(records) == 0
+    accuracy = learning_curves(records[3:], "run").axes[1]
+    assert legend(accuracy) == ["train", "test", "best: 75.00 % (epoch 5)"]
+    np.testing.assert_allclose(lines(accuracy)["best: 75.00 % (epoch 5)"], [[5, 75]])
+
+
+def test_freeze_is_marked_where_it_happened():
+    records = log(6, 3)
+    assert last_change(records) == 3
+    _, _, states, changes, *_ = learning_curves(records, "run").axes
+    for axes in (states, changes):
+        assert legend(axes)[-1] == "unchanged after epoch 3"
+        np.testing.assert_allclose(lines(axes)["unchanged after epoch 3"][:, 0], 3.5)
+    # Epochs without a round may also leave the keys out or null.
+    without = [
+        {key: value for key, value in r.items() if key != "closed"} | {"reallocated": None}
+        for r in records[3:]
+    ]
+    assert last_change(records[:3] + without) == 3
+
+
+@pytest.mark.parametrize(("epochs", "last_round"), [(3, 3), (4, 0), (1, 1)])
+def test_no_freeze_is_claimed_before_it_is_known(epochs, last_round):
+    records = log(epochs, last_round)
+    assert last_change(records) is None
+    for axes in learning_curves(records, "run").axes[2:4]:
+        assert not [text for text in legend(axes) if text.startswith("unchanged")]
+
+
+def test_plain_model_has_no_allocation_panels():
+    keys = ("closed", "reallocated", "open_channels", "copies", "channels")
+    records = [{key: value for key, value in record.items() if key not in keys} for record in log(3, 0)]
+    figure = learning_curves(records, "run")
+    assert [axes.get_title("left") for axes in figure.axes] == [
+        "Loss",
+        "Accuracy",
+        "Learning rate",
+        "Training speed",
+    ]
+    zero = [record | dict.fromkeys(keys, 0) for record in records]
+    assert len(learning_curves(zero, "run").axes) == 4
+
+
+def test_gate_only_model_logs_no_copies():
+    records = [record | {"copies": None} for record in log(2, 2)]
+    own, copy, closed = learning_curves(records, "run").axes[2].containers
+    np.testing.assert_allclose([bar.get_height() for bar in own], [90, 80])
+    np.testing.assert_allclose([bar.get_height() for bar in copy], [0, 0])
+    np.testing.assert_allclose([bar.get_height() for bar in closed], [10, 20])
+
+
+def test_one_epoch_is_a_marker():
+    figure = learning_curves(log(1, 1), "run")
+    for axes in (figure.axes[0], figure.axes[4]):
+        for line in axes.get_lines():
+            assert line.get_marker() == "o"
+            assert len(line.get_xydata()) == 1
+
+
+def test_gaps_and_infinities():
+    records = [{"epoch": 1, "train_loss": float("inf")}, {"epoch": 2, "train_loss": 1.0}, {"epoch": 3}]
+    np.testing.assert_array_equal(series(records, "train_loss"), [np.nan, 1.0, np.nan])
+    figure = learning_curves(records, "run")
+    assert list(lines(figure.axes[0])) == ["train"], "a quantity nobody logged is drawn"
+    assert best_index(records) is None
+    assert not figure.axes[1].get_lines()
+
+
+def test_no_epoch_yet():
+    with pytest.raises(SelconvError, match="train at least one epoch"):
+        learning_curves([], "run")

@@ -1,0 +1,220 @@
+"""Re-allocation of whole models: what it may change, what it must not, and that it compiles once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import freeze
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from states import perturbed_variables
+
+import selconv_jax
+from selconv_jax import Allocation, ConfigError, PlainConv, SelectiveConv, transform
+from selconv_jax.functional import expected_channel_damage
+from selconv_jax.models import DenseNet
+
+SHAPE = (2, 16, 16, 3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return DenseNet(num_classes=10, blocks=(1, 1, 1), growth=4, compression=0.5)
+
+
+@pytest.fixture(scope="module")
+def variables(model):
+    return perturbed_variables(model, SHAPE, seed=3)
+
+
+def test_finds_every_layer_and_says_what_it_did(variables):
+    states = selconv_jax.layer_states(variables)
+    assert sorted(states) == [
+        "block1_layer1/conv1",
+        "block1_layer1/conv2",
+        "block2_layer1/conv1",
+        "block2_layer1/conv2",
+        "block3_layer1/conv1",
+        "block3_layer1/conv2",
+        "transition1",
+        "transition2",
+    ]
+    new, report = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3))
+    after = selconv_jax.layer_states(new)
+    for name, layer in report.layers.items():
+        before = states[name]
+        np.testing.assert_array_equal(
+            after[name].gate, (before.gate & ~layer.deallocated) | layer.reallocated, err_msg=name
+        )
+        assert layer.open == after[name].gate.sum()
+        if name.endswith("conv2"):  # gate-only
+            assert not layer.reallocated.any()
+            assert layer.copies == 0
+        else:
+            assert layer.copies == (after[name].source >= 0).sum()
+    assert report.channels == sum(state.gate.size for state in states.values())
+    assert 0 < report.reallocated < report.closed
+    assert report.open == sum(int(state.gate.sum()) for state in after.values())
+    assert report.copies == report.reallocated
+
+
+def test_structure_shapes_dtypes_and_shardings_stay(variables):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))
+    placed = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+    new, _ = selconv_jax.reallocate(placed, jax.random.key(0), Allocation(threshold=0.3))
+    assert jax.tree.structure(new) == jax.tree.structure(placed)
+    for old, leaf in zip(jax.tree.leaves(placed), jax.tree.leaves(new), strict=True):
+        assert (leaf.shape, leaf.dtype) == (old.shape, old.dtype)
+        assert leaf.sharding.is_equivalent_to(old.sharding, old.ndim)
+
+
+def test_wide_layers_may_be_sharded(variables):
+    mesh = Mesh(np.array(jax.devices()[:4]), ("model",))
+    kernel = variables["params"]["block1_layer1"]["conv1"]["kernel"]
+    sharding = NamedSharding(mesh, PartitionSpec(None, None, None, "model"))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    placed = jax.device_put(variables, replicated)
+    placed["params"]["block1_layer1"]["conv1"]["kernel"] = jax.device_put(kernel, sharding)
+    new, report = selconv_jax.reallocate(placed, jax.random.key(0), Allocation(threshold=0.3))
+    assert new["params"]["block1_layer1"]["conv1"]["kernel"].sharding.is_equivalent_to(sharding, 4)
+    expected, same = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3))
+    assert report.closed == same.closed > 0
+    chex_equal(new, expected, rtol=1e-6)
+
+
+def test_other_leaves_pass_through_untouched(variables):
+    extra = {**variables, "notes": {"version": jnp.ones(3)}}
+    new, _ = selconv_jax.reallocate(extra, jax.random.key(0), Allocation(threshold=0.3))
+    assert new["notes"]["version"] is extra["notes"]["version"]
+    assert new["params"]["stem"]["conv"]["kernel"] is variables["params"]["stem"]["conv"]["kernel"]
+    assert (
+        new["params"]["classifier"]["linear"]["bias"] is variables["params"]["classifier"]["linear"]["bias"]
+    )
+
+
+def test_frozen_variables_stay_frozen(variables):
+    new, _ = selconv_jax.reallocate(freeze(variables), jax.random.key(0), Allocation(threshold=0.3))
+    expected, _ = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3))
+    assert type(new) is type(freeze({}))
+    chex_equal(new.unfreeze(), expected)
+
+
+def test_compiles_once_per_model_and_allocation(variables, monkeypatch):
+    traces = []
+    original = transform._round
+    monkeypatch.setattr(transform, "_round", lambda *args: traces.append(1) or original(*args))
+    transform._jitted.cache_clear()
+    allocation = Allocation(threshold=0.123)
+    for seed in range(3):
+        variables, _ = selconv_jax.reallocate(variables, jax.random.key(seed), allocation)
+    assert len(traces) == len(selconv_jax.layer_states(variables))
+
+
+def test_inside_of_jit_equals_outside(variables):
+    allocation = Allocation(threshold=0.3, max_copies=2)
+    outside, report = selconv_jax.reallocate(variables, jax.random.key(5), allocation)
+    inside, same = jax.jit(lambda v, k: selconv_jax.reallocate(v, k, allocation))(
+        variables, jax.random.key(5)
+    )
+    chex_equal(inside, outside)
+    chex_equal(same, report)
+
+
+def test_draws_depend_on_key_and_path_only(variables):
+    states = selconv_jax.layer_states(variables)
+    allocation = Allocation(threshold=0.3)
+    _, report = selconv_jax.reallocate(variables, jax.random.key(1), allocation)
+    other, _ = selconv_jax.reallocate(variables, jax.random.key(2), allocation)
+    new, _ = selconv_jax.reallocate(variables, jax.random.key(1), allocation)
+    # The same layer alone, under its path, draws what it drew among the others.
+    part = {
+        collection: {"block2_layer1": {"conv1": leaves["block2_layer1"]["conv1"]}}
+        for collection, leaves in variables.items()
+    }
+    alone, _ = selconv_jax.reallocate(part, jax.random.key(1), allocation)
+    pick = ("params", "block2_layer1", "conv1", "shift")
+    np.testing.assert_array_equal(at(alone, *pick), at(new, *pick))
+    filled = report.layers["block2_layer1/conv1"].reallocated
+    assert filled.any()
+    assert np.all(np.asarray(at(other, *pick) != at(new, *pick)).all(axis=1) == filled)
+    assert states["block2_layer1/conv1"].shift.shape == at(new, *pick).shape
+
+
+def test_threshold_0_and_1(variables):
+    _, none = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=1.0))
+    assert none.closed == 0
+    _, zero = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.0))
+    for name, state in selconv_jax.layer_states(variables).items():
+        damage = expected_channel_damage(state.kernel, state.scale, state.bias, state.gate)
+        harmless = np.asarray((damage == 0).all(axis=0))
+        np.testing.assert_array_equal(zero.layers[name].deallocated, harmless, err_msg=name)
+    assert 0 < zero.closed < zero.channels
+
+
+def test_top_k_0_only_closes(variables):
+    new, report = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3, top_k=0))
+    assert report.closed > 0
+    assert report.reallocated == 0
+    assert report.open == report.channels - report.closed
+    assert selconv_jax.required_slots(new) == 0.0
+
+
+def test_required_slots_is_the_largest_share(variables):
+    new, report = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3))
+    shares = [int(layer.copies) / layer.deallocated.size for layer in report.layers.values()]
+    assert selconv_jax.required_slots(new) == pytest.approx(max(shares), rel=1e-6)
+    assert max(shares) > 0
+
+
+def test_a_single_layer_is_a_model():
+    layer = SelectiveConv(features=4, kernel_size=(3,))
+    variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 16)), train=False)
+    new, report = selconv_jax.reallocate(variables, jax.random.key(1), Allocation(threshold=0.2))
+    assert list(report.layers) == [""]
+    assert report.closed == report.reallocated == (new["selectivity"]["source"] >= 0).sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"threshold": -0.1}, r"threshold is -0.1; it must be in \[0, 1\]"),
+        ({"threshold": float("nan")}, "threshold is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"max_copies": -2}, "max_copies is -2"),
+        ({"shift_range": -1.0}, "shift_range is -1.0"),
+    ],
+)
+def test_allocation_out_of_bounds(change, message):
+    with pytest.raises(ConfigError, match=message):
+        Allocation(**change)
+
+
+def test_no_selective_layer():
+    layer = PlainConv(features=4, kernel_size=(1, 1))
+    variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 16)), train=False)
+    with pytest.raises(ValueError, match="no selective layer found: looked for 'gate'"):
+        selconv_jax.reallocate(variables, jax.random.key(0))
+
+
+def test_missing_collection(variables):
+    part = {key: value for key, value in variables.items() if key != "batch_stats"}
+    with pytest.raises(ValueError, match=r"variables\['batch_stats'\] has no 'mean'"):
+        selconv_jax.reallocate(part, jax.random.key(0))
+
+
+def test_allocation_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Allocation().threshold = 0.5
+
+
+def at(tree, *path):
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def chex_equal(actual, expected, rtol=0.0):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=rtol, atol=0)
