@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-__all__ = ["LayerState", "deallocate", "draw_sources", "reallocate"]
+__all__ = ["LayerState", "deallocate", "draw_sources", "reallocate", "sources_from_uniform"]
 
 
 @jax.tree_util.register_dataclass
@@ -106,13 +106,31 @@ def draw_sources(key: jax.Array, scores: jax.Array, gate: jax.Array, top_k: int)
         ...              jnp.array([True, False, True]), top_k=1).tolist()
         [-1, 2, -1]
     """
+    return sources_from_uniform(jax.random.uniform(key, scores.shape), scores, gate, top_k)
+
+
+def sources_from_uniform(uniform: jax.Array, scores: jax.Array, gate: jax.Array, top_k: int) -> jax.Array:
+    """`draw_sources` with the random numbers as an argument.
+
+    Args:
+        uniform: ``[C]`` floating in [0, 1).
+        scores: ``[C]`` from `channel_scores`.
+        gate: ``[C]`` bool.
+        top_k: Number of candidates, at least 1.
+
+    Returns:
+        ``[C]`` int32.
+
+    Raises:
+        ValueError: ``top_k`` is below 1.
+    """
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be at least 1.")
-    channels = scores.shape[0]
     # Equal scores: lax.top_k puts the lower index first.
-    best, candidates = jax.lax.top_k(jnp.where(gate, scores, 0), min(top_k, channels))
-    number = jnp.sum(best > 0)
-    pick = jax.random.randint(key, (channels,), 0, jnp.maximum(number, 1))
+    best, candidates = jax.lax.top_k(jnp.where(gate, scores, 0), min(top_k, scores.shape[0]))
+    number = jnp.sum(best > 0, dtype=jnp.int32)
+    # Rounding may carry the product up to `number` itself.
+    pick = jnp.minimum(jnp.floor(uniform * number.astype(uniform.dtype)).astype(jnp.int32), number - 1)
     return jnp.where(gate | (number == 0), -1, candidates[pick]).astype(jnp.int32)
 
 

@@ -1,6 +1,9 @@
 """Convolutions in NHWC, 1x1 ones as matrix products, and the forms their arguments may take."""
 
+import functools
+import itertools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,24 +43,111 @@ def convolve(
     Returns:
         ``[N, *S', O]``.
     """
-    rank = kernel.ndim - 2
-    taps = kernel.shape[:rank]
+    taps = kernel.shape[:-2]
     unpadded = isinstance(padding, str) or all(pair == (0, 0) for pair in padding)
     if groups == 1 and all(size == 1 for size in taps) and unpadded:
         if any(stride != 1 for stride in strides):
             x = x[(slice(None), *(slice(None, None, stride) for stride in strides))]
-        return jnp.dot(x, kernel.reshape(kernel.shape[rank:]), precision=precision)
+        return jnp.dot(x, kernel.reshape(kernel.shape[-2:]), precision=precision)
+    window = _Window(
+        tuple(strides), padding if isinstance(padding, str) else tuple(padding), tuple(kernel_dilation)
+    )
+    unit = all(step == 1 for step in (*window.strides, *window.kernel_dilation))
+    if groups == 1 and unit:
+        return _dense_convolution(x, kernel, window, precision)
+    return _convolution(x, kernel, window, precision, groups)
+
+
+class _Window(NamedTuple):
+    """How a kernel moves over the input; hashable."""
+
+    strides: tuple[int, ...]
+    padding: Padding
+    kernel_dilation: tuple[int, ...]
+
+
+def _convolution(
+    x: jax.Array, kernel: jax.Array, window: _Window, precision: Any, groups: int = 1
+) -> jax.Array:
+    rank = kernel.ndim - 2
     spatial = "DHW"[-rank:] if rank <= 3 else "".join(map(str, range(rank)))
     return lax.conv_general_dilated(
         x,
         kernel,
-        window_strides=tuple(strides),
-        padding=padding,
-        rhs_dilation=tuple(kernel_dilation),
+        window_strides=window.strides,
+        padding=window.padding,
+        rhs_dilation=window.kernel_dilation,
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
         feature_group_count=groups,
         precision=precision,
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dense_convolution(x: jax.Array, kernel: jax.Array, window: _Window, precision: Any) -> jax.Array:
+    """A convolution with steps of 1, whose kernel gradient is one matrix product on CPU.
+
+    There the compiler's own convolution for that gradient moves the batch to the last dimension and back,
+    which takes several times longer than the arithmetic.
+    """
+    return _convolution(x, kernel, window, precision)
+
+
+def _dense_forward(
+    x: jax.Array, kernel: jax.Array, window: _Window, precision: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _convolution(x, kernel, window, precision), (x, kernel)
+
+
+def _dense_backward(
+    window: _Window, precision: Any, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    apply = functools.partial(_convolution, window=window, precision=precision)
+    _, transpose_x = jax.vjp(lambda x: apply(x, kernel), x)
+
+    def by_convolution(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+        return jax.vjp(lambda kernel: apply(x, kernel), kernel)[1](cotangent)[0]
+
+    def by_product(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+        return _kernel_gradient(x, cotangent, kernel.shape, window.padding, precision)
+
+    gradient = lax.platform_dependent(x, cotangent, cpu=by_product, default=by_convolution)
+    return transpose_x(cotangent)[0], gradient
+
+
+_dense_convolution.defvjp(_dense_forward, _dense_backward)
+
+
+def _kernel_gradient(
+    x: jax.Array, cotangent: jax.Array, shape: tuple[int, ...], padding: Padding, precision: Any
+) -> jax.Array:
+    """Gradient of a kernel of ``shape [*K, C, O]``: for each tap one product with a shifted operand.
+
+    The operand with fewer channels is the one that is padded and shifted.
+    """
+    *taps, channels, features = shape
+    spatial = x.shape[1:-1]
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(spatial, taps, (1,) * len(taps), padding)
+    if channels <= features:
+        moved, size, margins = x, cotangent.shape[1:-1], padding
+    else:
+        moved, size = cotangent, spatial
+        margins = [(tap - 1 - low, tap - 1 - high) for tap, (low, high) in zip(taps, padding, strict=True)]
+    config = [(0, 0, 0), *((low, high, 0) for low, high in margins), (0, 0, 0)]
+    # Fused into the product, padding and slice would be computed element by element.
+    moved = lax.optimization_barrier(lax.pad(moved, jnp.zeros((), moved.dtype), config))
+
+    def product(*tap: int) -> jax.Array:
+        start = tap if channels <= features else (last - 1 - at for last, at in zip(taps, tap, strict=True))
+        window = tuple(slice(low, low + length) for low, length in zip(start, size, strict=True))
+        shifted = lax.optimization_barrier(moved[(slice(None), *window)])
+        left, right = (shifted, cotangent) if channels <= features else (x, shifted)
+        flat = left.reshape(-1, channels), right.reshape(-1, features)
+        return lax.dot_general(*flat, (((0,), (0,)), ((), ())), precision=precision)
+
+    return jnp.stack([product(*tap) for tap in itertools.product(*map(range, taps))]).reshape(shape)
 
 
 def canonical_window(value: int | Sequence[int], rank: int, name: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import FrozenDict, freeze, unfreeze
 
-from selconv_jax.allocation import LayerState, deallocate, draw_sources
+from selconv_jax.allocation import LayerState, deallocate, sources_from_uniform
 from selconv_jax.allocation import reallocate as fill_slots
 from selconv_jax.damage import channel_scores, expected_channel_damage, normalize_damage
 from selconv_jax.errors import ConfigError
@@ -271,29 +271,43 @@ def _jitted(structure: Any, shardings: tuple[Any, ...], allocation: Allocation) 
 def _rewrite(
     states: dict[str, LayerState], key: jax.Array, allocation: Allocation
 ) -> tuple[dict[str, LayerState], dict[str, LayerReport]]:
-    rounds = {
-        name: _round(state, jax.random.fold_in(key, zlib.crc32(name.encode())), allocation)
-        for name, state in states.items()
-    }
-    return {name: new for name, (new, _) in rounds.items()}, {
-        name: report for name, (_, report) in rounds.items()
-    }
+    new_states, reports = {}, {}
+    for (name, state), uniform in zip(states.items(), _draws(states, key), strict=True):
+        new_states[name], reports[name] = _round(state, uniform, allocation)
+    return new_states, reports
 
 
-def _round(state: LayerState, key: jax.Array, allocation: Allocation) -> tuple[LayerState, LayerReport]:
-    """De-allocates and re-allocates one layer."""
+def _draws(states: dict[str, LayerState], key: jax.Array) -> list[jax.Array]:
+    """Uniform numbers in [0, 1) for every layer: ``[C, 1 + dimensions]``, for source and shift.
+
+    They are drawn for all layers at once, as wide as the widest: random numbers are what a compiler takes
+    longest over. What a layer draws depends on the key, its path and the channel alone.
+    """
+    layer_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        key, jnp.array([zlib.crc32(name.encode()) for name in states], jnp.uint32)
+    )
+    channels = max(state.gate.shape[0] for state in states.values())
+    dimensions = max(state.kernel.ndim - 2 for state in states.values())
+    uniform = jax.vmap(lambda layer_key: jax.random.uniform(layer_key, (channels, 1 + dimensions)))(
+        layer_keys
+    )
+    return [
+        uniform[index, : state.gate.shape[0], : state.kernel.ndim - 1]
+        for index, state in enumerate(states.values())
+    ]
+
+
+def _round(state: LayerState, uniform: jax.Array, allocation: Allocation) -> tuple[LayerState, LayerReport]:
+    """De-allocates and re-allocates one layer with its numbers of `_draws`."""
     gate, source = deallocate(_normalized(state), state.gate, state.source, allocation.threshold)
     deallocated = state.gate & ~gate
     state = dataclasses.replace(state, gate=gate, source=source)
     filled = jnp.zeros_like(gate)
     copies = jnp.zeros((), jnp.int32)
     if source is not None and state.shift is not None and allocation.top_k > 0:
-        source_key, shift_key = jax.random.split(key)
         scores = channel_scores(_normalized(state), source, allocation.max_copies)
-        drawn = draw_sources(source_key, scores, gate, allocation.top_k)
-        limit = allocation.shift_range
-        drawn_shift = jax.random.uniform(shift_key, state.shift.shape, state.shift.dtype, -limit, limit)
-        state = fill_slots(state, drawn, drawn_shift)
+        drawn = sources_from_uniform(uniform[:, 0], scores, gate, allocation.top_k)
+        state = fill_slots(state, drawn, allocation.shift_range * (2 * uniform[:, 1:] - 1))
         filled = drawn >= 0
     if state.source is not None:
         copies = jnp.sum(state.source >= 0, dtype=jnp.int32)

@@ -56,7 +56,7 @@ def test_stems(stem, size, channels, kernel, spatial):
     model = DenseNet(num_classes=7, blocks=(1, 1), growth=4, stem=stem)
     image = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
     variables = shapes(model, size, channels)
-    assert variables["params"]["stem"]["conv"]["kernel"].shape == kernel
+    assert variables["params"]["stem"]["kernel"].shape == kernel
     logits, seen = jax.eval_shape(
         lambda v, x: model.apply(v, x, train=False, capture_intermediates=True), variables, image
     )
@@ -132,7 +132,7 @@ def test_what_deallocation_does_to_densenet40_and_what_was_predicted(record_prop
         with capsys.disabled():
             print(
                 f"\nthreshold {threshold:g}: closed {report.closed} of {report.channels}, predicted damage "
-                f"at most {max(predicted):.2e} of a layer's output, logits moved by {change:.2e} of the largest"
+                f"at most {max(predicted):.2e} of the output, logits moved by {change:.2e} of the largest"
             )
     assert changes[0] < changes[1] < changes[2]
     assert changes[0] < 0.05

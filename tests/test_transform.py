@@ -87,7 +87,7 @@ def test_other_leaves_pass_through_untouched(variables):
     extra = {**variables, "notes": {"version": jnp.ones(3)}}
     new, _ = selconv_jax.reallocate(extra, jax.random.key(0), Allocation(threshold=0.3))
     assert new["notes"]["version"] is extra["notes"]["version"]
-    assert new["params"]["stem"]["conv"]["kernel"] is variables["params"]["stem"]["conv"]["kernel"]
+    assert new["params"]["stem"]["kernel"] is variables["params"]["stem"]["kernel"]
     assert (
         new["params"]["classifier"]["linear"]["bias"] is variables["params"]["classifier"]["linear"]["bias"]
     )

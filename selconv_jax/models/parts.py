@@ -6,7 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
+from selconv_jax.convolution import convolve
 from selconv_jax.errors import ConfigError, nearest
 from selconv_jax.layers import BatchNormReLU, PlainConv, SelectiveConv, fan_out_normal
 
@@ -52,17 +54,16 @@ class Stem(nn.Module):
         """Maps images ``[N, H, W, C]`` to ``[N, H', W', features]``."""
         size, stride, pool = STEMS[self.kind]
         # Padding is symmetric: "SAME" would pad strided windows on one side only.
-        x = nn.Conv(
-            self.features,
-            (size, size),
-            strides=stride,
-            padding=size // 2,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=fan_out_normal,
-            name="conv",
-        )(images)
+        shape = (size, size, images.shape[-1], self.features)
+        kernel = self.param("kernel", fan_out_normal, shape, self.param_dtype)
+        images, kernel = promote_dtype(images, kernel, dtype=self.dtype)
+        x = convolve(
+            images,
+            kernel,
+            strides=(stride, stride),
+            padding=((size // 2, size // 2),) * 2,
+            kernel_dilation=(1, 1),
+        )
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if pool else x
 
 

@@ -146,7 +146,7 @@ def eval_batch(
     batch = normalize(
         shard_batch(jnp.take(images, index, axis=0)), info.mean, info.std, model.dtype or jnp.float32
     )
-    logits = model.apply(variables, batch, train=False)
+    logits: Any = model.apply(variables, batch, train=False)
     return classification_totals(logits, shard_batch(jnp.take(labels, index, axis=0)), exists)
 
 

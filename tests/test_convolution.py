@@ -1,0 +1,85 @@
+"""The convolution against the compiler's own, value and gradients, in every form its arguments take."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from selconv_jax.convolution import canonical_padding, convolve
+
+CASES = {
+    "1x1": ((5, 6), (1, 1), 4, {}),
+    "1x1, strides 2": ((5, 6), (1, 1), 4, {"strides": (2, 2)}),
+    "1x1, padded": ((5, 6), (1, 1), 4, {"padding": ((1, 1), (0, 2))}),
+    "3x3, fewer outputs": ((6, 7), (3, 3), 2, {}),
+    "3x3, more outputs": ((6, 7), (3, 3), 9, {}),
+    "3x3, valid": ((6, 7), (3, 3), 2, {"padding": "VALID"}),
+    "3x2, uneven padding": ((6, 7), (3, 2), 2, {"padding": ((0, 2), (1, 3))}),
+    "3x3, much padding": ((4, 4), (3, 3), 9, {"padding": ((4, 3), (3, 5))}),
+    "3x3, much padding, fewer outputs": ((4, 4), (3, 3), 2, {"padding": ((4, 3), (3, 5))}),
+    "3x3, strides": ((6, 7), (3, 3), 4, {"strides": (2, 1), "padding": ((1, 1), (1, 1))}),
+    "3x3, dilated": ((8, 8), (3, 3), 4, {"kernel_dilation": (2, 1)}),
+    "3x3, groups": ((6, 7), (3, 3), 4, {"groups": 2}),
+    "1-D": ((9,), (4,), 2, {}),
+    "3-D": ((4, 5, 3), (3, 1, 2), 9, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradients(name):
+    size, taps, features, options = CASES[name]
+    rank, groups = len(size), options.get("groups", 1)
+    options = {
+        "strides": (1,) * rank,
+        "padding": "SAME",
+        "kernel_dilation": (1,) * rank,
+        "groups": 1,
+        **options,
+    }
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (3, *size, 4))
+    kernel = jax.random.normal(keys[1], (*taps, 4 // groups, features))
+
+    def reference(x, kernel):
+        spatial = "DHW"[-rank:]
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            options["strides"],
+            options["padding"],
+            rhs_dilation=options["kernel_dilation"],
+            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+            feature_group_count=groups,
+        )
+
+    expected, transpose = jax.vjp(reference, x, kernel)
+    actual, our_transpose = jax.vjp(lambda x, kernel: convolve(x, kernel, **options), x, kernel)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    cotangent = jax.random.normal(keys[2], expected.shape)
+    for ours, theirs in zip(our_transpose(cotangent), transpose(cotangent), strict=True):
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("padding", "expected"),
+    [
+        ("SAME", "SAME"),
+        (2, ((2, 2), (2, 2))),
+        ((1, 3), ((1, 1), (3, 3))),
+        (((0, 1), 2), ((0, 1), (2, 2))),
+    ],
+)
+def test_forms_of_padding(padding, expected):
+    assert canonical_padding(padding, 2) == expected
+
+
+def test_sums_over_many_rows_are_right_under_jit():
+    """A released version of jaxlib computed such sums wrongly (jax issue 39103); it is excluded."""
+    x = jnp.ones((32_769, 3))
+    assert jax.jit(lambda x: x.sum(axis=0))(x).tolist() == [32_769.0] * 3
+    values = jax.random.normal(jax.random.key(0), (32_769, 3))
+    np.testing.assert_allclose(
+        jax.jit(lambda x: x.sum(axis=0))(values), np.sum(np.asarray(values, np.float64), axis=0), rtol=1e-3
+    )
