@@ -34,6 +34,7 @@ def test_parameters_as_published(name, variant, count):
     assert parameters(create_model(name, 10, variant=variant)) == count
 
 
+@pytest.mark.slow
 def test_densenet_bc190_halves_between_blocks():
     params = shapes(create_model("densenet_bc190", 100))["params"]
     # 80 + 31 * 40 = 1320 -> 660; 660 + 1240 = 1900 -> 950; 950 + 1240 = 2190.

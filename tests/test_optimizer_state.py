@@ -67,9 +67,17 @@ def test_resets_the_rewritten_entries_and_nothing_else(name, round_):
             if key in leaves:
                 leaves[key] = leaves[key].at[slots].set(0)
     found = []
-    optax.tree.map_params(optimizer, lambda value, want: found.append((value, want)), reset, expected)
-    assert found
+    optax.tree.map_params(
+        optimizer,
+        lambda value, want: found.append((value, want)),
+        reset,
+        expected,
+        is_leaf=lambda value: isinstance(value, optax.MaskedNode),
+    )
+    assert any(not isinstance(value, optax.MaskedNode) for value, _ in found)
     for value, want in found:
+        if isinstance(value, optax.MaskedNode):
+            continue
         np.testing.assert_array_equal(value, want)
 
 
@@ -88,7 +96,7 @@ def test_mask_broadcasts_against_the_parameters(round_):
     assert conv["kernel"].shape == (1, 1, 8, 1)
     assert conv["shift"].shape == (8, 1)
     np.testing.assert_array_equal(np.ravel(conv["kernel"]), slots)
-    assert not masks["stem"]["conv"]["kernel"].any()
+    assert not masks["stem"]["kernel"].any()
 
 
 def test_published_step_by_hand():

@@ -156,10 +156,11 @@ class _Run:
         self._log = MetricsLog(self.workdir / METRICS, self.workdir / "tensorboard", epochs_done=epoch)
         self._display = ProgressDisplay(trainer.steps, step, trainer.steps_per_epoch, self.console)
         self._last_save = time.monotonic()
+        self._saved_step = step
         try:
             with StopRequest() as self._stop:
                 while epoch < trainer.config.epochs:
-                    speed = None
+                    speed: float | None = None
                     if not ended:
                         state, speed = self._train_epoch(state, epoch)
                     if not self._stop:
@@ -172,7 +173,7 @@ class _Run:
             self._log.close()
         return 0
 
-    def _train_epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, float]:
+    def _train_epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, float | None]:
         """Trains to the end of the epoch or until asked to stop; returns images per second too."""
         trainer, config = self.trainer, self.trainer.config
         slots = trainer.slots(state)
@@ -182,35 +183,39 @@ class _Run:
                 + (f" for copies in up to {slots:.1%} of a layer's channels" if slots else "")
             )
         order = trainer.order(state, epoch)
-        step = begun = int(state.step)
+        step = int(state.step)
         end = (epoch + 1) * trainer.steps_per_epoch
-        started = shown = time.monotonic()
-        waiting = None
-        speed = 0.0
+        started: float | None = None
+        measured = shown = 0.0
+        waiting: jax.Array | None = None
         while step < end and not self._stop:
             count = min(trainer.steps_per_dispatch, end - step)
             state, numbers = trainer.run_steps(state, order, slots, count)
-            if step == begun:
+            if started is None:
                 # The first call compiles; the speed is that of the others.
                 jax.block_until_ready(numbers)
-                started, begun_measured = time.monotonic(), step + count
+                started = time.monotonic()
+            else:
+                measured += count * config.batch_size
             step += count
-            now = time.monotonic()
-            if now - shown >= _REFRESH_SECONDS and waiting is not None:
-                # The numbers of the call before: waiting for them leaves the device at work.
+            if waiting is not None:
+                # The device is never more than a call ahead, so that a request to stop is soon heard, and
+                # never idle: these are the numbers of the call before.
                 loss, accuracy, failed = jax.device_get(waiting)
                 if failed:
                     break
-                done = (step - count - begun_measured) * config.batch_size
-                speed = done / max(now - started, 1e-9)
-                self._display.update(step - count, float(loss), float(accuracy), speed)
-                shown = now
+                now = time.monotonic()
+                if now - shown >= _REFRESH_SECONDS:
+                    speed = (measured - count * config.batch_size) / (now - started)
+                    self._display.update(step - count, float(loss), float(accuracy), speed)
+                    shown = now
             waiting = numbers
-            if now - self._last_save >= 60 * config.checkpoint_minutes and step < end:
+            if time.monotonic() - self._last_save >= 60 * config.checkpoint_minutes and step < end:
                 self._save(state)
         self._check(state)
-        measured = (step - begun_measured) * config.batch_size
-        return state, measured / max(time.monotonic() - started, 1e-9) or speed
+        if started is None or not measured:
+            return state, None
+        return state, measured / (time.monotonic() - started)
 
     def _end_epoch(self, state: TrainState, epoch: int, speed: float | None) -> TrainState:
         """Evaluates, saves, re-allocates and records, in this order."""
@@ -237,21 +242,25 @@ class _Run:
             "reallocated": reallocated,
             **_channel_counts(state),
         }
-        self._log.write({key: value for key, value in record.items() if value is not None})
+        self._log.write(record)
         self._display.line(_sentence(record, config.epochs))
         return state
 
     def _leave(self, state: TrainState) -> int:
-        self._save(state)
+        # The end of an epoch is saved before its re-allocation, which resuming repeats: not saved again.
+        if int(state.step) != self._saved_step:
+            self._save(state)
+        self.store.steps()  # waits for the disk
         self._display.line(
-            f"stopped after step {self.store.latest_step} of {self.trainer.steps}; go on by "
+            f"stopped after step {int(state.step)} of {self.trainer.steps}; go on by "
             f"`selconv resume {self.workdir}`"
         )
         return self._stop.exit_code
 
     def _save(self, state: TrainState, score: float | None = None) -> None:
         self._check(state)
-        self.store.save(int(state.step), state, score)
+        self._saved_step = int(state.step)
+        self.store.save(self._saved_step, state, score)
         self._last_save = time.monotonic()
 
     def _check(self, state: TrainState) -> None:

@@ -61,14 +61,18 @@ class MetricsLog:
         self._writer = SummaryWriter(str(events), purge_step=epochs_done + 1 if epochs_done else None)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Adds the record of an epoch; on return it is on the disk."""
+        """Adds the record of an epoch; on return it is on the disk.
+
+        Args:
+            record: ``epoch``, counted from 1, and numbers by name; None where a number is not known.
+        """
         self.records.append(dict(record))
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
             file.flush()
             os.fsync(file.fileno())
         for name, value in record.items():
-            if name != "epoch":
+            if name != "epoch" and value is not None:
                 self._writer.add_scalar(name, value, record["epoch"])
         self._writer.flush()
 

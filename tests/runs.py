@@ -1,0 +1,65 @@
+"""Tiny runs on the embedded images, as the tests of the training loop use them."""
+
+import io
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from selconv_jax.train.checkpoint import CheckpointStore
+from selconv_jax.train.config import parse_config
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
+
+TINY = {
+    "epochs": 4,
+    "batch_size": 500,
+    "eval_batch_size": 500,
+    "devices": 1,
+    "model": {"name": "densenet40", "options": {"blocks": [1, 1], "growth": 4, "compression": 0.5}},
+    "data": {"name": "fashion_mnist_sample"},
+    "allocation": {"threshold": 0.2},
+}
+
+
+def tiny_config(**changes):
+    """The tiny configuration with other values; sections are merged."""
+    tree = {**TINY}
+    for key, value in changes.items():
+        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
+    return parse_config(tree)
+
+
+def quiet_console():
+    """A console that is no terminal, and the text written to it."""
+    text = io.StringIO()
+    return Console(file=text, width=200), text
+
+
+def final_arrays(workdir):
+    """Step and arrays of the newest checkpoint."""
+    with CheckpointStore(Path(workdir) / "checkpoints") as store:
+        return store.read()
+
+
+def assert_same_end(workdir, other):
+    """Both runs ended at the same step with bit-identical states."""
+    step, arrays = final_arrays(workdir)
+    other_step, other_arrays = final_arrays(other)
+    assert step == other_step
+    assert arrays.keys() == other_arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, other_arrays[name], err_msg=name)
+
+
+def command(*arguments):
+    """A command line of the program, in a process of its own with one CPU device."""
+    return [sys.executable, "-m", "selconv_jax", *map(str, arguments)]
+
+
+def environment():
+    """The environment for `command`: one device, compilations shared with the tests."""
+    kept = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    return {**kept, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(CACHE), "COLUMNS": "200"}

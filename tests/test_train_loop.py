@@ -1,0 +1,374 @@
+"""The training loop: what a run leaves, goes on from, refuses and survives."""
+
+import dataclasses
+import json
+import re
+import signal
+
+import jax
+import numpy as np
+import pytest
+from runs import assert_same_end, final_arrays, quiet_console, tiny_config
+from tensorboardX.proto import event_pb2
+
+from selconv_jax import CheckpointError, ConfigError, DataError
+from selconv_jax.data.loading import load
+from selconv_jax.train import loop, trainer
+from selconv_jax.train.loop import NonFiniteLossError, evaluate_run, find_checkpoint, resume_run, train_run
+from selconv_jax.train.metrics import read_metrics
+from selconv_jax.train.trainer import Trainer
+from selconv_jax.train.workdir import default_workdir, lock
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Runs of equal configurations share what they compiled; a trainer holds no state."""
+    trainers, prepare = {}, loop._prepare
+
+    def shared(config):
+        if repr(config) not in trainers:
+            trainers[repr(config)] = prepare(config)
+        return trainers[repr(config)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_prepare", shared)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An unbroken tiny run."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    console, text = quiet_console()
+    assert train_run(tiny_config(), workdir, console) == 0
+    return workdir, text.getvalue()
+
+
+def test_what_a_run_leaves(finished):
+    workdir, text = finished
+    assert {path.name for path in workdir.iterdir()} >= {
+        "checkpoints",
+        "config.toml",
+        "environment.json",
+        "metrics.jsonl",
+        "tensorboard",
+    }
+    records = read_metrics(workdir / "metrics.jsonl")
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        assert record.keys() >= {
+            "train_loss",
+            "train_accuracy",
+            "test_loss",
+            "test_accuracy",
+            "test_top5",
+            "learning_rate",
+            "images_per_second",
+            "closed",
+            "reallocated",
+        }
+        assert record["test_accuracy"] <= record["test_top5"] <= 1
+    assert records[-1]["train_loss"] < records[0]["train_loss"] < 3
+    # Re-allocation after the first half of the epochs only.
+    assert all(record["closed"] > 0 and record["reallocated"] > 0 for record in records[:2])
+    assert all(record["closed"] == record["reallocated"] == 0 for record in records[2:])
+    assert records[-1]["copies"] == records[1]["copies"] > 0
+    assert records[-1]["learning_rate"] < records[0]["learning_rate"] < 0.1
+    about = json.loads((workdir / "environment.json").read_text())
+    assert about["seed"] == 0
+    assert about["versions"]["jax"] == jax.__version__
+    assert "epoch 4/4" in text
+    assert "compiling the training step for copies in up to" in text
+    assert final_arrays(workdir)[0] == 16
+
+
+def test_tensorboard_holds_the_same_numbers(finished):
+    workdir, _ = finished
+    (file,) = (workdir / "tensorboard").iterdir()
+    found = {}
+    raw = file.read_bytes()
+    while raw:
+        length = int.from_bytes(raw[:8], "little")
+        event = event_pb2.Event.FromString(raw[12 : 12 + length])
+        raw = raw[16 + length :]
+        for value in event.summary.value:
+            found[value.tag, event.step] = value.simple_value
+    for record in read_metrics(workdir / "metrics.jsonl"):
+        for key, value in record.items():
+            if key != "epoch":
+                assert found[key, record["epoch"]] == pytest.approx(value, rel=1e-6)
+
+
+def test_evaluation_repeats_the_recorded_numbers(finished):
+    workdir, _ = finished
+    records = read_metrics(workdir / "metrics.jsonl")
+    step, metrics = evaluate_run(workdir)
+    assert step == 16
+    assert metrics == {key: records[-1][key] for key in ("test_loss", "test_accuracy", "test_top5")}
+    best = find_checkpoint(workdir, "best")
+    best_epoch = max(records, key=lambda record: record["test_accuracy"])["epoch"]
+    assert best == 4 * best_epoch
+    assert evaluate_run(workdir, best)[1]["test_accuracy"] == records[best_epoch - 1]["test_accuracy"]
+    assert find_checkpoint(workdir, "last") is None
+    with pytest.raises(ConfigError, match="'newest' is none of last, best"):
+        find_checkpoint(workdir, "newest")
+
+
+class StopAfter:
+    """A stop request that comes after a number of questions."""
+
+    def __init__(self, questions):
+        self.questions, self.signal = questions, None
+
+    exit_code = property(lambda self: 128 + self.signal if self.signal else 0)
+
+    def __bool__(self):
+        self.questions -= 1
+        if self.questions < 0:
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *details):
+        return None
+
+
+@pytest.mark.parametrize("questions", [0, 1, 3, 5, 6, 9, 12, 20])
+def test_stopped_and_resumed_run_equals_an_unbroken_one(finished, tmp_path, monkeypatch, questions):
+    """Stops in the middle of an epoch, at its end, during evaluation."""
+    workdir = tmp_path / "broken"
+    console, text = quiet_console()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "StopRequest", lambda: StopAfter(questions))
+        assert train_run(tiny_config(), workdir, console) == 128 + signal.SIGTERM
+    step = int(re.search(r"stopped after step (\d+) of 16; go on by `selconv resume", text.getvalue())[1])
+    assert step < 16
+    if step > 0:
+        assert final_arrays(workdir)[0] == step
+    assert resume_run(workdir, console) == 0
+    assert_same_end(workdir, finished[0])
+    assert_same_metrics(workdir, finished[0])
+
+
+def test_resuming_again_and_again(finished, tmp_path, monkeypatch):
+    workdir = tmp_path / "broken"
+    console, _ = quiet_console()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "StopRequest", lambda: StopAfter(2))
+        code = train_run(tiny_config(), workdir, console)
+        attempts = 0
+        while code != 0 and attempts < 40:
+            patch.setattr(loop, "StopRequest", lambda: StopAfter(6))
+            code, attempts = resume_run(workdir, console), attempts + 1
+    assert code == 0
+    assert attempts > 2
+    assert_same_end(workdir, finished[0])
+    assert_same_metrics(workdir, finished[0])
+
+
+def test_resuming_before_the_first_checkpoint_starts_anew(finished, tmp_path, monkeypatch):
+    workdir = tmp_path / "early"
+    console, text = quiet_console()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "initial_state", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_run(tiny_config(), workdir, console)
+    assert resume_run(workdir, console) == 0
+    assert "there is no checkpoint yet" in text.getvalue()
+    assert_same_end(workdir, finished[0])
+
+
+def test_resuming_a_complete_run_changes_nothing(finished):
+    workdir, _ = finished
+    before = read_metrics(workdir / "metrics.jsonl")
+    console, _ = quiet_console()
+    assert resume_run(workdir, console) == 0
+    after = read_metrics(workdir / "metrics.jsonl")
+    assert [strip_speed(record) for record in after] == [strip_speed(record) for record in before]
+
+
+def test_damaged_checkpoint_falls_back_and_says_so(finished, tmp_path, monkeypatch):
+    workdir = tmp_path / "damaged"
+    console, text = quiet_console()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "StopRequest", lambda: StopAfter(14))
+        assert train_run(tiny_config(), workdir, console) != 0
+    newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    victim = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-7])
+    assert resume_run(workdir, console) == 0
+    assert f"skipped: {newest} is damaged" in text.getvalue()
+    assert_same_end(workdir, finished[0])
+    assert_same_metrics(workdir, finished[0])
+
+
+def test_steps_in_one_dispatch_agree_with_single_ones(finished, tmp_path):
+    """A scan is another program: equal up to rounding, with the same re-allocation."""
+    workdir = tmp_path / "scanned"
+    console, _ = quiet_console()
+    assert train_run(tiny_config(steps_per_dispatch=3, epochs=4), workdir, console) == 0
+    records, expected = (read_metrics(path / "metrics.jsonl") for path in (workdir, finished[0]))
+    assert records[0]["train_loss"] == pytest.approx(expected[0]["train_loss"], rel=1e-4)
+    assert records[0]["closed"] == expected[0]["closed"]
+
+
+def test_devices_agree_with_one(finished, tmp_path):
+    """Batch norm over the global batch: the first epoch agrees up to rounding."""
+    workdir = tmp_path / "sharded"
+    console, _ = quiet_console()
+    assert train_run(tiny_config(devices=2, epochs=1), workdir, console) == 0
+    (record,) = read_metrics(workdir / "metrics.jsonl")
+    alone = tmp_path / "alone"
+    assert train_run(tiny_config(epochs=1), alone, console) == 0
+    (expected,) = read_metrics(alone / "metrics.jsonl")
+    assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
+    assert record["closed"] == expected["closed"]
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    workdir = tmp_path / "diverged"
+    console, _ = quiet_console()
+    original = trainer.train_step
+
+    def broken(state, *arguments, **options):
+        state = original(state, *arguments, **options)
+        failed = jax.numpy.where(state.step == 7, 6, state.failed_step)
+        return dataclasses.replace(state, failed_step=failed)
+
+    monkeypatch.setattr(trainer, "train_step", broken)
+    config = tiny_config(description="of its own, as the step is another")
+    with pytest.raises(NonFiniteLossError, match=r"loss of step 7 \(epoch 2\) is not finite.*step 4 is kept"):
+        train_run(config, workdir, console)
+    assert final_arrays(workdir)[0] == 4
+    assert len(read_metrics(workdir / "metrics.jsonl")) == 1
+
+
+def test_a_loss_that_really_diverges(tmp_path):
+    console, _ = quiet_console()
+    config = tiny_config(optimizer={"learning_rate": 1e30})
+    with pytest.raises(NonFiniteLossError, match="is not finite; there is no checkpoint yet"):
+        train_run(config, tmp_path / "run", console)
+
+
+@pytest.mark.parametrize("variant", ["plain", "gate_only"])
+def test_other_variants_train(tmp_path, variant):
+    workdir = tmp_path / variant
+    console, _ = quiet_console()
+    assert train_run(tiny_config(epochs=2, model={"variant": variant}), workdir, console) == 0
+    first, second = read_metrics(workdir / "metrics.jsonl")
+    assert second["train_loss"] < first["train_loss"]
+    assert first["reallocated"] == first["copies"] == 0
+    assert (first["closed"] > 0) == (variant == "gate_only")
+
+
+def test_bfloat16_and_reset_momentum_train(tmp_path):
+    workdir = tmp_path / "run"
+    console, _ = quiet_console()
+    config = tiny_config(epochs=2, model={"dtype": "bfloat16"}, allocation={"reset_momentum": True})
+    assert train_run(config, workdir, console) == 0
+    first, second = read_metrics(workdir / "metrics.jsonl")
+    assert second["train_loss"] < first["train_loss"]
+    assert first["reallocated"] > 0
+    _, arrays = final_arrays(workdir)
+    assert arrays["params/stem/kernel"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"batch_size": 2001},
+            ConfigError,
+            "batch_size is 2001; .* has 2000 training images",
+        ),
+        ({"devices": 3}, ConfigError, "a batch of 500 images does not divide over 3 devices"),
+        ({"devices": 99}, ConfigError, "devices is 99; there are 8"),
+        ({"model": {"name": "densnet"}}, ConfigError, "there is no model 'densnet'"),
+        ({"model": {"options": {"grow": 3}}}, ConfigError, "no option 'grow'. Did you mean 'growth'"),
+        ({"data": {"name": "fashion_mnst"}}, DataError, "fashion_mnst"),
+        (
+            {"data": {"name": "cifar10", "directory": "/nonexistent"}},
+            DataError,
+            "selconv data prepare cifar10",
+        ),
+    ],
+)
+def test_refused_before_anything_is_written(tmp_path, changes, error, message):
+    workdir = tmp_path / "run"
+    console, _ = quiet_console()
+    with pytest.raises(error, match=message):
+        train_run(tiny_config(**changes), workdir, console)
+    assert not workdir.exists()
+
+
+def test_a_directory_with_a_run_is_never_overwritten(finished, tmp_path):
+    workdir, _ = finished
+    console, _ = quiet_console()
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"already holds a run. Go on with it by `selconv resume"):
+        train_run(tiny_config(), workdir, console)
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()} == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"is not empty \(it holds 'notes.txt'\)"):
+        train_run(tiny_config(), tmp_path, console)
+    with pytest.raises(ConfigError, match="does not hold a run"):
+        resume_run(tmp_path, console)
+
+
+def test_two_processes_do_not_share_a_run(finished):
+    workdir, _ = finished
+    console, _ = quiet_console()
+    with lock(workdir), pytest.raises(ConfigError, match="another process is working on"):
+        resume_run(workdir, console)
+
+
+def test_disk_full_is_an_error_and_keeps_what_is_there(tmp_path, monkeypatch):
+    workdir = tmp_path / "full"
+    console, _ = quiet_console()
+    from selconv_jax.train import checkpoint
+
+    original, saves = checkpoint._save_arrays, []
+
+    def save_arrays(folder, arrays):
+        saves.append(folder)
+        if len(saves) == 2:
+            raise OSError(28, "No space left on device")
+        original(folder, arrays)
+
+    monkeypatch.setattr(checkpoint, "_save_arrays", save_arrays)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        train_run(tiny_config(), workdir, console)
+    monkeypatch.undo()
+    assert final_arrays(workdir)[0] == 4
+
+
+def test_default_workdir_is_free(tmp_path):
+    assert default_workdir("experiments/a.toml", tmp_path) == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a-2").mkdir()
+    assert default_workdir("a.toml", tmp_path) == tmp_path / "a-3"
+
+
+def test_slots_grow_with_the_copies():
+    tested = Trainer(tiny_config(), load("fashion_mnist_sample"))
+    state = tested.initial_state()
+    assert tested.slots(state) == 0.0
+    source = state.selectivity["transition1"]["source"]
+    for copies, bucket in ((1, 0.125), (2, 0.25), (5, 0.5), (len(source), 1.0)):
+        selectivity = {**state.selectivity}
+        selectivity["transition1"] = {
+            **selectivity["transition1"],
+            "source": np.where(np.arange(len(source)) < copies, 0, -1),
+        }
+        assert tested.slots(dataclasses.replace(state, selectivity=selectivity)) == bucket
+
+
+def strip_speed(record):
+    return {key: value for key, value in record.items() if key != "images_per_second"}
+
+
+def assert_same_metrics(workdir, other):
+    one, two = (read_metrics(path / "metrics.jsonl") for path in (workdir, other))
+    assert [strip_speed(record) for record in one] == [strip_speed(record) for record in two]
