@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from selconv_jax.errors import ConfigError
 
@@ -53,9 +54,18 @@ def convolve(
         tuple(strides), padding if isinstance(padding, str) else tuple(padding), tuple(kernel_dilation)
     )
     unit = all(step == 1 for step in (*window.strides, *window.kernel_dilation))
-    if groups == 1 and unit:
+    if groups == 1 and unit and _is_for_cpu(x):
         return _dense_convolution(x, kernel, window, precision)
     return _convolution(x, kernel, window, precision, groups)
+
+
+def _is_for_cpu(x: jax.Array) -> bool:
+    """Whether the kernel gradient may be a product: on CPU, and where the compiler places arrays.
+
+    On a mesh of explicit axes the product would have to say where it lies.
+    """
+    explicit = any(kind == AxisType.Explicit for kind in jax.typeof(x).sharding.mesh.axis_types)
+    return jax.default_backend() == "cpu" and not explicit
 
 
 class _Window(NamedTuple):
@@ -88,7 +98,9 @@ def _dense_convolution(x: jax.Array, kernel: jax.Array, window: _Window, precisi
     """A convolution with steps of 1, whose kernel gradient is one matrix product on CPU.
 
     There the compiler's own convolution for that gradient moves the batch to the last dimension and back,
-    which takes several times longer than the arithmetic.
+    which takes several times longer than the arithmetic. As any custom gradient it has no forward mode
+    (``jax.jvp``) on CPU; reverse mode, also of itself, is what training needs. A program that is compiled
+    on a CPU host for another platform gets that platform's own gradient.
     """
     return _convolution(x, kernel, window, precision)
 

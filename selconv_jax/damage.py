@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
 
+from selconv_jax.batch_norm import statistics_dtype
+
 __all__ = ["channel_scores", "expected_channel_damage", "normalize_damage"]
 
 
@@ -28,7 +30,7 @@ def expected_channel_damage(
         gate: ``[C]`` bool, false where the channel is closed.
 
     Returns:
-        ``[O, C]`` in the dtype of ``kernel``; columns of closed channels are 0.
+        ``[O, C]`` in the dtype of ``kernel``, at least float32; columns of closed channels are 0.
 
     Example:
         >>> import jax.numpy as jnp
@@ -38,6 +40,8 @@ def expected_channel_damage(
         >>> damage.tolist()
         [[2.0, 0.0]]
     """
+    dtype = statistics_dtype(kernel.dtype)
+    scale, bias = scale.astype(dtype), bias.astype(dtype)
     deviation = jnp.abs(scale)
     # Dividing by 1 instead of 0 keeps the branch that is not taken finite.
     ratio = bias / jnp.where(deviation > 0, deviation, 1)
@@ -46,8 +50,8 @@ def expected_channel_damage(
         deviation * norm.pdf(ratio) + bias * norm.cdf(ratio),
         jnp.maximum(bias, 0),
     )
-    mean = jnp.where(gate, activation, 0).astype(kernel.dtype)
-    taps = jnp.sum(kernel, axis=tuple(range(kernel.ndim - 2)))
+    mean = jnp.where(gate, activation, 0)
+    taps = jnp.sum(kernel.astype(dtype), axis=tuple(range(kernel.ndim - 2)))
     return (mean[:, None] * taps).T
 
 

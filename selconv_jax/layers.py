@@ -69,6 +69,11 @@ class PlainConv(nn.Module):
 
     def __post_init__(self) -> None:
         _check_positive(self, "features", "feature_group_count")
+        if isinstance(self.kernel_size, int):
+            raise ConfigError(
+                f"kernel_size is {self.kernel_size}; it must be a sequence such as (3, 3), with one size "
+                "per spatial dimension."
+            )
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ConfigError(f"dropout_rate is {self.dropout_rate}; it must be in [0, 1).")
         if not 0.0 <= self.momentum <= 1.0:

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import traverse_util
 
 from selconv_jax.transform import Report
 
@@ -26,13 +25,19 @@ def rewritten_mask(params: Mapping[str, Any], report: Report) -> Any:
     """
 
     def mask(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-        layer = report.layers.get("/".join(path[:-1]))
-        if layer is None or path[-1] not in ("kernel", "scale", "bias", "shift"):
+        *layer_path, name = _names(path)
+        layer = report.layers.get("/".join(layer_path))
+        if layer is None or name not in ("kernel", "scale", "bias", "shift"):
             return jnp.zeros((), jnp.bool_)
-        axis = leaf.ndim - 2 if path[-1] == "kernel" else 0
+        axis = leaf.ndim - 2 if name == "kernel" else 0
         return layer.reallocated.reshape([-1 if dimension == axis else 1 for dimension in range(leaf.ndim)])
 
-    return traverse_util.path_aware_map(mask, params)
+    return jax.tree_util.tree_map_with_path(mask, params)
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    """The keys of a leaf's path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
 
 
 def reset_rewritten(
@@ -44,7 +49,8 @@ def reset_rewritten(
     meaning; not calling this function does the same. Calling it makes a slot start from rest.
 
     The state is edited by its tree structure: every part of it that is shaped like the parameters
-    (momentum, first and second moments, accumulated gradients) is reset, whatever the optimizer.
+    (momentum, first and second moments, accumulated gradients) is reset. It is not meant for optimizers that
+    keep averages or iterates of the parameters themselves, which would be set to 0 as well.
 
     Args:
         optimizer: The optax optimizer that made ``opt_state``.
@@ -69,7 +75,7 @@ def reset_rewritten(
         >>> opt_state = selconv_jax.reset_rewritten(optimizer, opt_state, variables["params"], report)
     """
     masks = rewritten_mask(params, report)
-    names = traverse_util.path_aware_map(lambda path, _: "/".join(map(str, path)), params)
+    names = jax.tree_util.tree_map_with_path(lambda path, _: "/".join(_names(path)), params)
 
     def is_masked(value: Any) -> bool:
         return isinstance(value, optax.MaskedNode)  # stands for a parameter that is left out
@@ -85,4 +91,9 @@ def reset_rewritten(
             )
         return jnp.where(mask, jnp.zeros((), value.dtype), value)
 
-    return optax.tree.map_params(optimizer, reset, opt_state, params, masks, names, is_leaf=is_masked)
+    try:
+        return optax.tree.map_params(optimizer, reset, opt_state, params, masks, names, is_leaf=is_masked)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the state of this optimizer cannot be matched with the parameters ({error}). Leave it as it is."
+        ) from error

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from selconv_jax.batch_norm import statistics_dtype
+
 __all__ = ["channel_shift", "select"]
 
 
@@ -54,6 +56,8 @@ def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
 
 def _interpolation_matrix(shift: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
     """Weights ``[C, out, in]`` of the linear interpolation along one axis, for shifts ``[C]``."""
+    # A narrow type cannot even count the pixels of a large image.
+    shift = shift.astype(statistics_dtype(shift.dtype))
     column = jnp.arange(size, dtype=shift.dtype)[None, None, :]
     position = column.swapaxes(1, 2) + shift[:, None, None]  # [C, out, 1]
     inside = (position > 0) & (position < size - 1)

@@ -158,7 +158,8 @@ def reallocate(
         The new variables, with the structure, shapes, dtypes and shardings of the old; and a `Report`.
 
     Raises:
-        ValueError: There is no selective layer, or a part of one is missing.
+        ValueError: There is no selective layer, a part of one is missing, or its shapes are not those of one
+            layer without groups.
 
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax
@@ -221,6 +222,9 @@ def layer_states(variables: Variables) -> dict[str, LayerState]:
             "no selective layer found: looked for 'gate' in variables['selectivity'], among the "
             f"collections {sorted(variables)}. Use selconv_jax.SelectiveConv and pass all its variables."
         )
+    for path in paths:
+        if any("/" in part for part in path):
+            raise ValueError(f"selective layer {path}: rename the module, its name must not contain '/'.")
     return {"/".join(path): _layer_state(path, flat) for path in paths}
 
 
@@ -239,7 +243,31 @@ def _layer_state(path: Path, flat: dict[str, dict[Path, Any]]) -> LayerState:
             f"selective layer {'/'.join(path)!r}: it must have both 'source' (selectivity) and 'shift' "
             "(params), or, if it is gate-only, neither."
         )
-    return LayerState(**fields)
+    state = LayerState(**fields)
+    _check_shapes("/".join(path), state)
+    return state
+
+
+def _check_shapes(name: str, state: LayerState) -> None:
+    """Refuses what is not one plain layer: stacked, boxed or grouped ones."""
+    channels = jnp.shape(state.gate)
+    kernel: tuple[int, ...] = getattr(state.kernel, "shape", ())
+    expected = dict.fromkeys(("scale", "bias", "mean", "var", "gate", "source"), channels)
+    expected["shift"] = (*channels, len(kernel) - 2)
+    wrong = [
+        f"{field} has shape {getattr(value, 'shape', type(value).__name__)}, expected {shape}"
+        for field, shape in expected.items()
+        if (value := getattr(state, field)) is not None and getattr(value, "shape", None) != shape
+    ]
+    if len(channels) != 1 or len(kernel) < 2:
+        wrong.append(f"gate has shape {channels} and kernel {kernel}, expected [C] and [*K, C, O]")
+    elif kernel[-2] != channels[0]:
+        wrong.append(f"kernel has shape {kernel} for {channels[0]} channels")
+    if wrong:
+        raise ValueError(
+            f"selective layer {name!r}: {wrong[0]}. Layers with groups cannot be re-allocated; unbox "
+            "partitioned parameters with flax.linen.meta.unbox; map stacked layers by jax.vmap."
+        )
 
 
 def _merge(variables: Variables, states: dict[str, LayerState]) -> Any:
@@ -258,7 +286,10 @@ def _merge(variables: Variables, states: dict[str, LayerState]) -> Any:
 
 def _compiled(states: dict[str, LayerState], allocation: Allocation) -> Any:
     """The jitted round whose results lie where its arguments lie."""
-    shardings = tuple(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(states))
+    # An array that was not committed to a device stays so: it may join others on any mesh.
+    shardings = tuple(
+        leaf.sharding if getattr(leaf, "committed", False) else None for leaf in jax.tree.leaves(states)
+    )
     return _jitted(jax.tree.structure(states), shardings, allocation)
 
 

@@ -18,9 +18,9 @@ TINY = {
     "batch_size": 500,
     "eval_batch_size": 500,
     "devices": 1,
-    "model": {"name": "densenet40", "options": {"blocks": [1, 1], "growth": 4, "compression": 0.5}},
+    "model": {"name": "densenet40", "options": {"blocks": [1], "growth": 8}},
     "data": {"name": "fashion_mnist_sample"},
-    "allocation": {"threshold": 0.2},
+    "allocation": {"threshold": 0.4},
 }
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from selconv_jax.convolution import canonical_padding, convolve
 
@@ -83,3 +84,21 @@ def test_sums_over_many_rows_are_right_under_jit():
     np.testing.assert_allclose(
         jax.jit(lambda x: x.sum(axis=0))(values), np.sum(np.asarray(values, np.float64), axis=0), rtol=1e-3
     )
+
+
+def test_trains_on_a_mesh_of_explicit_axes():
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    x = jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 2))
+
+    def loss(kernel, x):
+        options = {"strides": (1, 1), "padding": "SAME", "kernel_dilation": (1, 1)}
+        return jnp.sum(jnp.square(convolve(x, kernel, **options)))
+
+    expected = jax.grad(loss)(kernel, x)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
+        actual = jax.jit(jax.grad(loss))(
+            jax.device_put(kernel, NamedSharding(mesh, PartitionSpec())), sharded
+        )
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)

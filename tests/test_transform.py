@@ -203,6 +203,41 @@ def test_missing_collection(variables):
         selconv_jax.reallocate(part, jax.random.key(0))
 
 
+def test_uncommitted_arrays_stay_uncommitted(variables):
+    """So that they may join a batch on any mesh, and the step does not compile anew."""
+    assert not variables["params"]["block1_layer1"]["conv1"]["kernel"].committed
+    new, _ = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3))
+    assert not any(leaf.committed for leaf in jax.tree.leaves(new))
+
+
+def test_grouped_stacked_and_oddly_named_layers_are_refused_by_name():
+    x = jnp.ones((1, 8, 8, 16))
+    grouped = SelectiveConv(16, (3, 3), feature_group_count=16).init(jax.random.key(0), x, train=False)
+    with pytest.raises(ValueError, match=r"kernel has shape \(3, 3, 1, 16\) for 16 channels"):
+        selconv_jax.reallocate(grouped, jax.random.key(0))
+    plain = SelectiveConv(16, (3, 3)).init(jax.random.key(0), x, train=False)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), plain)
+    with pytest.raises(ValueError, match=r"expected \[C\] and \[\*K, C, O\]|expected \("):
+        selconv_jax.reallocate(stacked, jax.random.key(0))
+    named = {collection: {"a/b": leaves} for collection, leaves in plain.items()}
+    with pytest.raises(ValueError, match="must not contain '/'"):
+        selconv_jax.reallocate(named, jax.random.key(0))
+
+
+def test_narrow_parameters_decide_like_wide_ones():
+    layer = SelectiveConv(8, (3, 3), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    x = jnp.ones((1, 40, 40, 16), jnp.bfloat16)
+    variables = perturbed_variables(layer, x.shape, seed=0)
+    new, report = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.2))
+    assert new["params"]["kernel"].dtype == jnp.bfloat16
+    wide = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, variables
+    )
+    _, expected = selconv_jax.reallocate(wide, jax.random.key(0), Allocation(threshold=0.2))
+    assert report.closed == expected.closed > 0
+    np.testing.assert_array_equal(report.layers[""].deallocated, expected.layers[""].deallocated)
+
+
 def test_allocation_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Allocation().threshold = 0.5

@@ -25,7 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number of the signal that ended it.
     """
     parser = _parser()
-    options = parser.parse_args(arguments)
+    # A list of positional arguments takes none that come after an option, so overrides are gathered here.
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (options.command != "train" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
     try:
         return _run(options)
     except SelconvError as error:

@@ -67,10 +67,15 @@ class DenseNet(nn.Module):
         check_choice("variant", self.variant, VARIANTS)
         if self.num_classes < 1:
             raise ConfigError(f"num_classes is {self.num_classes}; it must be at least 1.")
-        if not self.blocks or min(self.blocks) < 1:
-            raise ConfigError(f"blocks is {self.blocks}; it must hold at least one number, all at least 1.")
-        if self.growth < 1:
-            raise ConfigError(f"growth is {self.growth}; it must be at least 1.")
+        numbers = isinstance(self.blocks, tuple | list) and all(
+            isinstance(layers, int) and layers >= 1 for layers in self.blocks
+        )
+        if not numbers or not self.blocks:
+            raise ConfigError(
+                f"blocks is {self.blocks!r}; it must be a list of whole numbers, all at least 1."
+            )
+        if not isinstance(self.growth, int) or self.growth < 1:
+            raise ConfigError(f"growth is {self.growth!r}; it must be a whole number of at least 1.")
         if not 0.0 < self.compression <= 1.0:
             raise ConfigError(f"compression is {self.compression}; it must be in (0, 1].")
         super().__post_init__()

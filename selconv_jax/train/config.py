@@ -221,7 +221,8 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     except msgspec.ValidationError as error:
         message, _, path = str(error).rpartition(" - at ")
         where = path.strip("`").removeprefix("$.") if message else ""
-        raise ConfigError(f"configuration key {where!r}: {message}." if where else str(error)) from None
+        text = f"configuration key {where!r}: {message}" if where else str(error)
+        raise ConfigError(f"{text.rstrip('.')}.") from None
 
 
 def dump_config(config: Config) -> str:

@@ -14,7 +14,7 @@ from selconv_jax.data.loading import load
 from selconv_jax.errors import ConfigError, SelconvError
 from selconv_jax.train.checkpoint import CheckpointStore
 from selconv_jax.train.config import Config
-from selconv_jax.train.metrics import MetricsLog
+from selconv_jax.train.metrics import MetricsLog, read_metrics
 from selconv_jax.train.progress import ProgressDisplay
 from selconv_jax.train.signals import StopRequest
 from selconv_jax.train.state import Totals, TrainState
@@ -153,6 +153,9 @@ class _Run:
         # A checkpoint at the end of an epoch was taken before the epoch's record and re-allocation.
         ended = step > 0 and step % trainer.steps_per_epoch == 0
         epoch = step // trainer.steps_per_epoch - ended
+        # What the record of that epoch knew and a repetition of it does not.
+        recorded = [record for record in read_metrics(self.workdir / METRICS) if record["epoch"] == epoch + 1]
+        speed: float | None = recorded[0]["images_per_second"] if ended and recorded else None
         self._log = MetricsLog(self.workdir / METRICS, self.workdir / "tensorboard", epochs_done=epoch)
         self._display = ProgressDisplay(trainer.steps, step, trainer.steps_per_epoch, self.console)
         self._last_save = time.monotonic()
@@ -160,12 +163,12 @@ class _Run:
         try:
             with StopRequest() as self._stop:
                 while epoch < trainer.config.epochs:
-                    speed: float | None = None
+                    complete = False
                     if not ended:
                         state, speed = self._train_epoch(state, epoch)
                     if not self._stop:
-                        state = self._end_epoch(state, epoch, speed)
-                    if self._stop:
+                        state, complete = self._end_epoch(state, epoch, speed)
+                    if self._stop and not (complete and epoch + 1 == trainer.config.epochs):
                         return self._leave(state)
                     epoch, ended = epoch + 1, False
         finally:
@@ -217,18 +220,20 @@ class _Run:
             return state, None
         return state, measured / (time.monotonic() - started)
 
-    def _end_epoch(self, state: TrainState, epoch: int, speed: float | None) -> TrainState:
-        """Evaluates, saves, re-allocates and records, in this order."""
+    def _end_epoch(self, state: TrainState, epoch: int, speed: float | None) -> tuple[TrainState, bool]:
+        """Evaluates, saves, re-allocates and records, in this order; false if asked to stop before."""
         trainer, config = self.trainer, self.trainer.config
         totals = trainer.evaluate(state, should_stop=lambda: bool(self._stop))
         if totals is None:
-            return state
+            return state, False
         test = _test_metrics(totals, self.info)
         self._save(state, score=test["test_accuracy"])
         train = jax.device_get(state.totals)
         step = int(state.step)
         closed = reallocated = 0
-        if state.selectivity and config.allocation.schedule.is_due(epoch, config.epochs):
+        # A round after the last epoch would change a network that is neither trained nor evaluated again.
+        due = config.allocation.schedule.is_due(epoch, config.epochs) and epoch + 1 < config.epochs
+        if state.selectivity and due:
             state, report = trainer.reallocate(state, epoch)
             closed, reallocated = report.closed, report.reallocated
         record: dict[str, Any] = {
@@ -244,7 +249,7 @@ class _Run:
         }
         self._log.write(record)
         self._display.line(_sentence(record, config.epochs))
-        return state
+        return state, True
 
     def _leave(self, state: TrainState) -> int:
         # The end of an epoch is saved before its re-allocation, which resuming repeats: not saved again.
@@ -259,20 +264,24 @@ class _Run:
 
     def _save(self, state: TrainState, score: float | None = None) -> None:
         self._check(state)
+        if not self.trainer.is_finite(state):
+            self._refuse(f"the parameters after step {int(state.step)} are not finite")
         self._saved_step = int(state.step)
         self.store.save(self._saved_step, state, score)
         self._last_save = time.monotonic()
 
     def _check(self, state: TrainState) -> None:
         failed = int(state.failed_step)
-        if failed < 0:
-            return
+        if failed >= 0:
+            epoch = failed // self.trainer.steps_per_epoch + 1
+            self._refuse(f"the loss of step {failed + 1} (epoch {epoch}) is not finite")
+
+    def _refuse(self, problem: str) -> None:
         latest = self.store.latest_step
         kept = "there is no checkpoint yet" if latest is None else f"the checkpoint of step {latest} is kept"
-        epoch = failed // self.trainer.steps_per_epoch + 1
         raise NonFiniteLossError(
-            f"the loss of step {failed + 1} (epoch {epoch}) is not finite; {kept}. "
-            f'Train anew with a lower optimizer.learning_rate, or with model.dtype = "float32".'
+            f"{problem}; {kept}. Train anew with a lower optimizer.learning_rate, or with "
+            'model.dtype = "float32".'
         )
 
 

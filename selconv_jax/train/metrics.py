@@ -1,6 +1,7 @@
 """The record of a run: one JSON line per epoch, and the same numbers as TensorBoard events."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,7 +67,11 @@ class MetricsLog:
         Args:
             record: ``epoch``, counted from 1, and numbers by name; None where a number is not known.
         """
-        self.records.append(dict(record))
+        # JSON has no infinity and no NaN.
+        record = {
+            name: value if value is None or math.isfinite(value) else None for name, value in record.items()
+        }
+        self.records.append(record)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
             file.flush()

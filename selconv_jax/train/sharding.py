@@ -23,29 +23,28 @@ class Placement:
     mesh: Mesh
 
     @classmethod
-    def over(cls, devices: int, *batch_sizes: int) -> "Placement":
+    def over(cls, devices: int, batch_size: int) -> "Placement":
         """Takes the first ``devices`` devices, or all if it is 0.
 
         Args:
             devices: Number of devices.
-            *batch_sizes: Batch sizes that must divide over the devices.
+            batch_size: Size of the batch that must divide over the devices.
 
         Returns:
             The placement.
 
         Raises:
-            ConfigError: There are not as many devices, or they do not divide a batch.
+            ConfigError: There are not as many devices, or they do not divide the batch.
         """
         present = jax.devices()
         if devices > len(present):
             raise ConfigError(f"devices is {devices}; there are {len(present)} ({present[0].device_kind}).")
         chosen = present[: devices or len(present)]
-        for size in batch_sizes:
-            if size % len(chosen):
-                raise ConfigError(
-                    f"a batch of {size} images does not divide over {len(chosen)} devices. Choose a multiple "
-                    f"of {len(chosen)} for batch_size and eval_batch_size, or set devices."
-                )
+        if batch_size % len(chosen):
+            raise ConfigError(
+                f"a batch of {batch_size} images does not divide over {len(chosen)} devices. Choose a "
+                f"multiple of {len(chosen)} for batch_size, or set devices."
+            )
         return cls(Mesh(np.array(chosen), ("batch",)))
 
     @property

@@ -58,6 +58,9 @@ class Trainer:
         self.steps_per_epoch = count // config.batch_size
         self.steps = self.steps_per_epoch * config.epochs
         self._info = _with_augmentation(data.info, config.data)
+        for key in ("variant", "dtype", "slots"):
+            if key in config.model.options:
+                raise ConfigError(f"model.options.{key} cannot be set: it follows from [model] and the run.")
         self.model = create_model(
             config.model.name,
             data.info.num_classes,
@@ -70,7 +73,10 @@ class Trainer:
         )
         self.optimizer = make_optimizer(config.optimizer, self.steps)
         self._learning_rate = learning_rate_schedule(config.optimizer.learning_rate, self.steps)
-        self._placement = Placement.over(config.devices, config.batch_size, config.eval_batch_size)
+        self._placement = Placement.over(config.devices, config.batch_size)
+        # Rounded up to a multiple of the devices: what is past the last image is not counted.
+        devices = self._placement.mesh.size
+        self._eval_batch_size = -(-config.eval_batch_size // devices) * devices
         self._test = data.test
         self._train = self._placement.replicate((data.train.images, data.train.labels))
         self._order = jax.jit(epoch_order, static_argnums=2, out_shardings=self._placement.replicated)
@@ -148,7 +154,7 @@ class Trainer:
             Sums on the host, or None if it was asked to stop.
         """
         slots = self.slots(state)
-        size = self.config.eval_batch_size
+        size = self._eval_batch_size
         function = self._function("eval", slots, 1, self._make_eval)
         images, labels = self._test_on_device
         totals = []
@@ -178,6 +184,10 @@ class Trainer:
             opt_state = reset_rewritten(self.optimizer, state.opt_state, variables["params"], report)
             state = dataclasses.replace(state, opt_state=opt_state)
         return state.with_variables(variables), report
+
+    def is_finite(self, state: TrainState) -> bool:
+        """Whether all parameters and running statistics are finite."""
+        return bool(_all_finite((state.params, state.batch_stats)))
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -226,11 +236,16 @@ class Trainer:
                 eval_batch,
                 model=model,
                 info=self._info,
-                batch_size=self.config.eval_batch_size,
+                batch_size=self._eval_batch_size,
                 shard_batch=self._placement.shard_batch,
             ),
             out_shardings=self._placement.replicated,
         )
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def _with_augmentation(info: DatasetInfo, config: DataConfig) -> DatasetInfo:
