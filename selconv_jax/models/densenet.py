@@ -9,12 +9,11 @@ import jax.numpy as jnp
 
 from selconv_jax.errors import ConfigError
 from selconv_jax.models.parts import (
-    STEMS,
-    VARIANTS,
     Classifier,
     Stem,
     average_pool,
-    check_choice,
+    check_network,
+    check_whole,
     gated_conv,
     selective_conv,
 )
@@ -63,19 +62,8 @@ class DenseNet(nn.Module):
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        check_choice("stem", self.stem, STEMS)
-        check_choice("variant", self.variant, VARIANTS)
-        if self.num_classes < 1:
-            raise ConfigError(f"num_classes is {self.num_classes}; it must be at least 1.")
-        numbers = isinstance(self.blocks, tuple | list) and all(
-            isinstance(layers, int) and layers >= 1 for layers in self.blocks
-        )
-        if not numbers or not self.blocks:
-            raise ConfigError(
-                f"blocks is {self.blocks!r}; it must be a list of whole numbers, all at least 1."
-            )
-        if not isinstance(self.growth, int) or self.growth < 1:
-            raise ConfigError(f"growth is {self.growth!r}; it must be a whole number of at least 1.")
+        check_network(self)
+        check_whole("growth", self.growth)
         if not 0.0 < self.compression <= 1.0:
             raise ConfigError(f"compression is {self.compression}; it must be in (0, 1].")
         super().__post_init__()

@@ -19,6 +19,8 @@ __all__ = [
     "Stem",
     "average_pool",
     "check_choice",
+    "check_network",
+    "check_whole",
     "gated_conv",
     "selective_conv",
 ]
@@ -123,6 +125,25 @@ def check_choice(name: str, value: str, choices: Any) -> None:
     """Raises a `ConfigError` unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}. {nearest(value, choices)}")
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raises a `ConfigError` unless ``value`` is a whole number of at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+
+
+def check_network(network: Any) -> None:
+    """Raises a `ConfigError` unless what every network has is in bounds: stem, variant, classes, blocks."""
+    check_choice("stem", network.stem, STEMS)
+    check_choice("variant", network.variant, VARIANTS)
+    check_whole("num_classes", network.num_classes)
+    blocks = network.blocks
+    numbers = isinstance(blocks, tuple | list) and all(
+        isinstance(layers, int) and layers >= 1 for layers in blocks
+    )
+    if not numbers or not blocks:
+        raise ConfigError(f"blocks is {blocks!r}; it must be a list of whole numbers, all at least 1.")
 
 
 def _uniform(limit: float) -> Any:

@@ -7,7 +7,10 @@ from typing import Any
 import flax.linen as nn
 
 from selconv_jax.errors import ConfigError, nearest
+from selconv_jax.models.condensenet import CondenseNet
 from selconv_jax.models.densenet import DenseNet
+from selconv_jax.models.preresnet import PreResNet
+from selconv_jax.models.resnext import ResNeXt
 
 __all__ = ["MODELS", "create_model", "stem_for"]
 
@@ -16,6 +19,11 @@ MODELS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
     "densenet40": (DenseNet, {"blocks": (6, 6, 6), "growth": 12}),
     "densenet100": (DenseNet, {"blocks": (16, 16, 16), "growth": 12}),
     "densenet_bc190": (DenseNet, {"blocks": (31, 31, 31), "growth": 40, "compression": 0.5}),
+    "densenet121": (DenseNet, {"blocks": (6, 12, 24, 16), "growth": 32, "compression": 0.5}),
+    "preresnet164": (PreResNet, {"blocks": (18, 18, 18)}),
+    "preresnet50": (PreResNet, {"blocks": (3, 4, 6, 3), "width": 64}),
+    "resnext29": (ResNeXt, {"blocks": (3, 3, 3), "groups": 8, "base_width": 64, "widen": 4}),
+    "condensenet182": (CondenseNet, {"blocks": (30, 30, 30), "growth": (12, 24, 48), "groups": 4}),
 }
 
 

@@ -14,7 +14,7 @@ __all__ = ["learning_rate_schedule", "make_optimizer"]
 def learning_rate_schedule(learning_rate: float, steps: int) -> optax.Schedule:
     """Cosine decay to 0 over ``steps`` steps, without warm-up."""
     cosine = optax.cosine_decay_schedule(learning_rate, steps)
-    return lambda step: cosine(jnp.asarray(step, jnp.float32))
+    return lambda step: cosine(jnp.asarray(step, float))  # as wide as jax_enable_x64 allows
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -1,0 +1,89 @@
+"""Parameters and multiply-adds of a network, counted from its variables and its traced program."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr  # type: ignore[attr-defined]
+
+__all__ = ["count_multiply_adds", "count_parameters"]
+
+
+def count_parameters(params: Any) -> int:
+    """Number of trained values.
+
+    Args:
+        params: A pytree of arrays or `jax.ShapeDtypeStruct`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> count_parameters({"kernel": jnp.ones((3, 3, 4, 8)), "scale": jnp.ones(4)})
+        292
+    """
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def count_multiply_adds(function: Callable[..., Any], *arguments: Any) -> dict[str, int]:
+    """Multiply-adds of the convolutions and matrix products of a function, by the module they belong to.
+
+    One multiplication with its addition counts once. Taps of a convolution that fall on padding count, as is
+    usual; batch norms, activations and pools do not. Nothing is computed: the function is only traced. A
+    loop (``lax.scan``) counts as often as it runs; of a ``lax.cond`` the most expensive branch.
+
+    Args:
+        function: Such as ``lambda images: model.apply(variables, images, train=False)``.
+        *arguments: Arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+        Multiply-adds by path, such as ``"DenseNet/block1_layer1/conv1"``; ``""`` for those outside of any
+        Flax module or `jax.named_scope`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> count_multiply_adds(jnp.dot, jnp.ones((2, 3)), jnp.ones((3, 5)))
+        {'': 30}
+    """
+    return dict(_count(jax.make_jaxpr(function)(*arguments).jaxpr, ""))
+
+
+def _count(jaxpr: Jaxpr, scope: str) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for equation in jaxpr.eqns:
+        path = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
+        if equation.primitive.name == "dot_general":
+            counts[path] += _of_product(equation)
+        elif equation.primitive.name == "conv_general_dilated":
+            counts[path] += _of_convolution(equation)
+        else:
+            inner = [_count(part, path) for part in _parts(equation.params)]
+            if equation.primitive.name == "cond":
+                counts += sorted(inner, key=Counter.total)[-1]
+            else:
+                times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+                for part in inner:
+                    counts += Counter({name: times * number for name, number in part.items()})
+    return counts
+
+
+def _of_product(equation: Any) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _of_convolution(equation: Any) -> int:
+    kernel = equation.invars[1].aval.shape
+    features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+    return math.prod(equation.outvars[0].aval.shape) * (math.prod(kernel) // features)
+
+
+def _parts(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    """The programs inside of an equation: of ``jit``, ``scan``, custom gradients and the like."""
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
