@@ -7,6 +7,7 @@ import numpy as np
 DIRECTORY = Path(__file__).parent / "data" / "recorded"
 LAYER_CASES = sorted(path.stem for path in DIRECTORY.glob("layer_*.npz"))
 ALLOCATION_CASES = sorted(path.stem for path in DIRECTORY.glob("alloc_*.npz"))
+MODEL_CASES = sorted(path.stem.removeprefix("model_") for path in DIRECTORY.glob("model_*.npz"))
 
 
 def read(name):

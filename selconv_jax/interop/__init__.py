@@ -1,0 +1,1 @@
+"""Checkpoints of other implementations of the method."""

@@ -1,0 +1,138 @@
+"""Reads and writes files of named arrays: npz, safetensors, and (reading only) PyTorch's pickles."""
+
+import importlib
+import pickle
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selconv_jax.errors import CheckpointError
+
+__all__ = ["READABLE", "WRITABLE", "check_writable", "read_file", "write_file"]
+
+WRITABLE = (".npz", ".safetensors")
+# The authors' program names its files last.model and best.model.
+_PICKLES = (".pt", ".pth", ".tar", ".model")
+READABLE = (*WRITABLE, *_PICKLES)
+
+
+def read_file(path: Path) -> Mapping[str, Any]:
+    """Reads a file of named arrays; the suffix says of what kind it is.
+
+    Args:
+        path: A file that ends in one of `READABLE`.
+
+    Returns:
+        What the file holds: NumPy arrays by name; for PyTorch's pickles whatever mapping was saved, its
+        tensors on the CPU.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, of an unknown kind, holds more than arrays, or needs a
+            package that is not installed.
+    """
+    _check_suffix(path, READABLE)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file.")
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raises a `CheckpointError` if the suffix is unknown, or its package or the folder is missing."""
+    _check_suffix(path, WRITABLE)
+    if path.suffix == ".safetensors":
+        _import_safetensors(path)
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: there is no folder {path.parent}; make it first.")
+
+
+def write_file(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    """Writes named arrays; a file of that name is replaced once the new one is complete.
+
+    Args:
+        path: A file that ends in one of `WRITABLE`.
+        arrays: Contiguous arrays by name.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    check_writable(path)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        if path.suffix == ".npz":
+            with partial.open("wb") as file:
+                np.savez(file, **dict(arrays))  # type: ignore[arg-type]
+        else:
+            _import_safetensors(path).save_file(dict(arrays), str(partial))
+        partial.replace(path)
+    except Exception as error:  # safetensors has an error type of its own, for a full disk, too
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be written ({error}).") from error
+
+
+def _check_suffix(path: Path, known: tuple[str, ...]) -> None:
+    if path.suffix not in known:
+        raise CheckpointError(
+            f"{path}: the suffix {path.suffix!r} names no known kind of file; use one of {', '.join(known)}."
+        )
+
+
+def _read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("one array without a name")
+        with archive:
+            return dict(archive)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(f"{path}: not a whole npz file of plain arrays ({error}).") from error
+
+
+def _import_safetensors(path: Path) -> Any:
+    try:
+        return importlib.import_module("safetensors.numpy")
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: safetensors files need the package safetensors: pip install 'selconv-jax[interop]'."
+        ) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, NDArray[np.generic]]:
+    package = _import_safetensors(path)
+    try:
+        return package.load_file(str(path))
+    except Exception as error:  # the package's own error type is not part of the module
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}).") from error
+
+
+def _read_pickle(path: Path) -> Mapping[str, Any]:
+    try:
+        torch: Any = importlib.import_module("torch")
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: files of PyTorch need the package torch: pip install torch. Or convert the file where "
+            f"torch is installed: state = torch.load({path.name!r}, map_location='cpu', weights_only=True); "
+            f"numpy.savez({path.with_suffix('.npz').name!r}, **{{k: v.numpy() for k, v in state.items()}})."
+        ) from error
+    try:
+        # Only tensors and plain containers: any other pickle could run code of the file's author.
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, as it is damaged or holds objects other than tensors, and loading those would "
+            "run code from the file. Save the state dict alone: torch.save(model.state_dict(), path)."
+        ) from error
+    except Exception as error:  # damaged files raise nearly anything
+        raise CheckpointError(f"{path}: not a whole file of PyTorch ({error}).") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}, not a state dict. Save it as "
+            "torch.save(model.state_dict(), path)."
+        )
+    return content

@@ -1,0 +1,265 @@
+"""The authors' PyTorch checkpoints: from their state dicts to our variables, and back.
+
+Their names and layouts are those of the authors' public code (see `selconv_jax.interop.names` and
+`selconv_jax.interop.arrays`); PyTorch itself is needed for its own pickle files only.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from numpy.typing import NDArray
+
+from selconv_jax.errors import CheckpointError, ConfigError
+from selconv_jax.interop.arrays import find_fault, from_torch, to_numpy, to_torch, torch_shape
+from selconv_jax.interop.files import check_writable, read_file, write_file
+from selconv_jax.interop.names import Entry, constants_of, entries_of
+from selconv_jax.interop.shift_units import ShiftUnits, init_shapes
+from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
+
+__all__ = ["load_state_dict", "save_state_dict", "state_dict"]
+
+Array = NDArray[np.generic]
+VariablePath = tuple[str, ...]
+
+_NETWORKS = (DenseNet, PreResNet, ResNeXt, CondenseNet)
+_COLLECTIONS = ("params", "batch_stats", "selectivity")
+# Training programs save the state dict as one of several things.
+_WRAPPERS = ("state_dict", "model")
+# Any size that outlasts the pools: the shapes of variables do not depend on it.
+_SIDE = 256
+_SHOWN = 5
+
+
+def load_state_dict(
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    image_shape: tuple[int, int, int] | None = None,
+    align_corners: bool = False,
+) -> dict[str, Any]:
+    """Reads a checkpoint of the authors' code as variables of our network.
+
+    Shifts are turned from (column, row) into (row, column), and from the authors' unit into pixels: on
+    square images these are the same, unless PyTorch before 1.3 was used (see ``align_corners``). Sources
+    are -1 for "its own channel" there, too. Their counts of batches (``num_batches_tracked``) and
+    constants (``_eye``) are dropped.
+
+    Args:
+        model: A `DenseNet`, `PreResNet`, `ResNeXt` or `CondenseNet` with the arguments that the checkpoint
+            was trained with; ``variant="plain"`` for their networks without selective layers.
+        checkpoint: Arrays (of NumPy, JAX or PyTorch) by the authors' names, or the path of a ``.npz``,
+            ``.safetensors`` or, where torch is installed, PyTorch file (``.pt``, ``.pth``, ``.tar``,
+            ``.model``), of which nothing but tensors is loaded. A dictionary that holds the arrays as
+            ``"state_dict"`` or ``"model"``, and names that all begin with ``module.``, are taken too.
+        image_shape: ``(H, W, C)`` of the images. Needed where they are not square, or with ``align_corners``.
+        align_corners: The checkpoint was trained with PyTorch before 1.3, whose sampling took the ends of
+            an image to be the centres of its last pixels: in a layer that reads ``W x W`` pixels, the unit
+            is ``(W - 1) / W`` of a pixel.
+
+    Returns:
+        The variables, with the structure, shapes and types that ``model.init`` gives them (parameters in
+        ``param_dtype``). Take `selconv_jax.required_slots` of them before setting ``slots`` below 1.
+
+    Raises:
+        CheckpointError: The file cannot be read, or entries are missing, unexpected, of another shape, or
+            hold impossible values (a gate other than 0 or 1, a source that is no channel, NaN); all are
+            found before anything is returned, and listed.
+        ConfigError: The network is not one of those above, or ``image_shape`` is missing or impossible.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from selconv_jax.models import DenseNet
+        >>> model = DenseNet(num_classes=10, blocks=(1,), growth=4, variant="plain")
+        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)), train=False)
+        >>> theirs = state_dict(model, variables)
+        >>> theirs["features.conv0.weight"].shape
+        (8, 1, 3, 3)
+        >>> ours = load_state_dict(model, theirs)
+        >>> jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), ours, variables))
+        True
+    """
+    label, given = _named_arrays(checkpoint)
+    stem = np.shape(given.get("features.conv0.weight", given.get("conv0.weight", ())))
+    channels = max(stem[1], 1) if len(stem) == 4 else 3
+    template, entries, units = _describe(model, channels, image_shape, align_corners)
+
+    names = {entry.name for entry in entries}
+    ignored = {name for name, _ in constants_of(entries)}
+    problems: dict[str, list[str]] = {
+        "missing": [entry.name for entry in entries if entry.name not in given],
+        "unexpected": sorted(given.keys() - names - ignored),
+        "of another shape": [],
+        "with impossible values": [],
+    }
+    variables: dict[VariablePath, Array] = {}
+    for entry in entries:
+        if entry.name not in given:
+            continue
+        array = to_numpy(given[entry.name])
+        dtype = template[entry.path].dtype
+        if array.shape != torch_shape(entry):
+            shapes = f"{list(array.shape)} instead of {list(torch_shape(entry))}"
+            problems["of another shape"].append(f"{entry.name}: {shapes}")
+        elif fault := find_fault(entry, array, dtype):
+            problems["with impossible values"].append(f"{entry.name}: {fault}")
+        else:
+            variables[entry.path] = from_torch(entry, array, dtype, units)
+    if any(problems.values()):
+        raise CheckpointError(
+            f"{label} does not fit {type(model).__name__}: {_listing(problems)}. "
+            + _remedy(model, given, problems)
+        )
+    return traverse_util.unflatten_dict({path: jnp.asarray(array) for path, array in variables.items()})
+
+
+def state_dict(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    image_shape: tuple[int, int, int] | None = None,
+    align_corners: bool = False,
+) -> dict[str, Array]:
+    """Turns variables of our network into a state dict of the authors' code: `load_state_dict` reversed.
+
+    With ``torch.from_numpy`` of every array it is what their network's ``load_state_dict`` takes, strictly:
+    the counts of batches (``num_batches_tracked``) are 0, the constants (``_eye``) are there.
+
+    Args:
+        model: The network of the variables, see `load_state_dict`.
+        variables: Its ``params``, ``batch_stats`` and, unless it is plain, ``selectivity``.
+        image_shape: See `load_state_dict`.
+        align_corners: The state dict is for PyTorch before 1.3, see `load_state_dict`.
+
+    Returns:
+        Arrays by the authors' names, in their own types; bfloat16, which NumPy lacks, as float32. Gates are
+        floats and sources int64.
+
+    Raises:
+        ConfigError: The variables are not those of the network.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from selconv_jax.models import CondenseNet
+        >>> model = CondenseNet(num_classes=10, blocks=(1,), growth=(4,), variant="plain")
+        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), train=False)
+        >>> sorted(state_dict(model, variables))[:2]
+        ['classifier.bias', 'classifier.weight']
+    """
+    kept = {key: value for key, value in variables.items() if key in _COLLECTIONS}
+    flat: dict[VariablePath, Any] = traverse_util.flatten_dict(kept)
+    stem = flat.get(("params", "stem", "kernel"))
+    _, entries, units = _describe(model, 3 if stem is None else stem.shape[2], image_shape, align_corners)
+
+    paths = {entry.path for entry in entries}
+    problems = {
+        "missing": sorted("/".join(entry.path) for entry in entries if entry.path not in flat),
+        "unexpected": ["/".join(path) for path in sorted(flat.keys() - paths)],
+        "of another shape": [
+            f"{'/'.join(entry.path)}: {list(flat[entry.path].shape)} instead of {list(entry.shape)}"
+            for entry in entries
+            if entry.path in flat and flat[entry.path].shape != entry.shape
+        ],
+    }
+    if any(problems.values()):
+        raise ConfigError(
+            f"these are not the variables of this {type(model).__name__}: {_listing(problems)}."
+        )
+
+    host = jax.device_get(flat)
+    dtype = host["batch_stats", "classifier", "norm", "mean"].dtype
+    arrays = {entry.name: to_torch(entry, host[entry.path], dtype, units) for entry in entries}
+    return {**arrays, **{name: value(dtype) for name, value in constants_of(entries)}}
+
+
+def save_state_dict(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    image_shape: tuple[int, int, int] | None = None,
+    align_corners: bool = False,
+) -> None:
+    """Writes `state_dict` to a file; one of that name is replaced.
+
+    Args:
+        model: See `state_dict`.
+        variables: See `state_dict`.
+        path: Ends in ``.npz`` or ``.safetensors`` (needs the package safetensors).
+        image_shape: See `state_dict`.
+        align_corners: See `state_dict`.
+
+    Raises:
+        CheckpointError: The file cannot be written, or the suffix is another.
+        ConfigError: The variables are not those of the network.
+
+    Example:
+        >>> import pathlib, tempfile, jax, jax.numpy as jnp
+        >>> from selconv_jax.models import DenseNet
+        >>> model = DenseNet(num_classes=10, blocks=(1,), growth=4, variant="plain")
+        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)), train=False)
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "weights.npz")
+        >>> save_state_dict(model, variables, path)
+        >>> sorted(load_state_dict(model, path))
+        ['batch_stats', 'params']
+    """
+    check_writable(Path(path))
+    arrays = state_dict(model, variables, image_shape=image_shape, align_corners=align_corners)
+    write_file(Path(path), arrays)
+
+
+def _named_arrays(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """What to call the checkpoint in an error, and its arrays by the authors' names."""
+    if isinstance(checkpoint, Mapping):
+        label, given = "the state dict", checkpoint
+    else:
+        label, given = os.fspath(checkpoint), read_file(Path(checkpoint))
+    for key in _WRAPPERS:
+        if isinstance(given.get(key), Mapping):
+            given = given[key]
+    # A network inside of torch.nn.DataParallel.
+    if given and all(str(name).startswith("module.") for name in given):
+        given = {name.removeprefix("module."): value for name, value in given.items()}
+    return label, {str(name): value for name, value in given.items()}
+
+
+def _describe(
+    model: nn.Module, channels: int, image_shape: tuple[int, int, int] | None, align_corners: bool
+) -> tuple[dict[VariablePath, jax.ShapeDtypeStruct], list[Entry], ShiftUnits]:
+    """The variables of a network by path, their entries, and the units of its shifts."""
+    if not isinstance(model, _NETWORKS):
+        names = ", ".join(network.__name__ for network in _NETWORKS)
+        raise ConfigError(f"the model is a {type(model).__name__}; the authors' networks are {names}.")
+    if image_shape is not None and (
+        len(image_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in image_shape)
+    ):
+        raise ConfigError(f"image_shape is {image_shape!r}; it must be (H, W, C), all whole and at least 1.")
+    shapes, sizes = init_shapes(model, image_shape or (_SIDE, _SIDE, channels))
+    template = traverse_util.flatten_dict(shapes)
+    entries = entries_of(model, {path: leaf.shape for path, leaf in template.items()})
+    return template, entries, ShiftUnits(None if image_shape is None else sizes, align_corners)
+
+
+def _listing(problems: Mapping[str, list[str]]) -> str:
+    parts = []
+    for kind, items in problems.items():
+        if items:
+            shown = ", ".join([*items[:_SHOWN], "..."] if len(items) > _SHOWN else items)
+            parts.append(f"{len(items)} {kind} ({shown})")
+    return "; ".join(parts)
+
+
+def _remedy(model: nn.Module, given: Mapping[str, Any], problems: Mapping[str, list[str]]) -> str:
+    if not any(problems[kind] for kind in ("missing", "unexpected", "of another shape")):
+        return "The checkpoint is damaged or of a diverged training; take another one."
+    endings = {name.rpartition(".")[2] for name in given}
+    variant = "selective" if "_ind_ptr" in endings else "gate_only" if "is_open" in endings else "plain"
+    if problems["missing"] + problems["unexpected"] and variant != model.variant:
+        return f"The checkpoint is of a {variant} network, the model has variant={model.variant!r}."
+    return "Build the model with the arguments that the checkpoint was trained with (blocks, classes, ...)."

@@ -1,0 +1,415 @@
+"""The authors' state dicts: read, written, refused."""
+
+import os
+import re
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from recorded import MODEL_CASES, assert_close, read
+from states import perturbed_variables
+from test_models_recorded import NETWORKS, section
+
+from selconv_jax import CheckpointError, ConfigError
+from selconv_jax.interop.shift_units import ShiftUnits
+from selconv_jax.interop.torch import load_state_dict, save_state_dict, state_dict
+from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
+
+IMAGE = (8, 8, 3)
+LAYER = "features.block1.layer1.brc_1"
+COUNT = "num_batches_tracked"
+
+
+def small(**arguments):
+    return DenseNet(num_classes=3, blocks=(1,), growth=2, **arguments)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small()
+
+
+@pytest.fixture(scope="module")
+def variables(model):
+    return perturbed_variables(model, (1, *IMAGE), seed=0, closed=0.2, copies=0.5)
+
+
+@pytest.fixture
+def arrays(model, variables):
+    return state_dict(model, variables)
+
+
+def assert_equal(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for ours, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == wanted.dtype
+        np.testing.assert_array_equal(ours, wanted)
+
+
+def test_all_networks_are_recorded():
+    assert set(MODEL_CASES) == set(NETWORKS)
+
+
+@pytest.mark.parametrize("name", MODEL_CASES)
+def test_recorded_state_dicts(name):
+    """There and back bit for bit, and the logits, with the first gates and with re-allocated ones."""
+    case = read(f"model_{name}")
+    with jax.enable_x64(True):
+        network = NETWORKS[name](dtype=jnp.float64, param_dtype=jnp.float64)
+        evaluate = jax.jit(lambda v: network.apply(v, jnp.asarray(case["images"][0]), train=False))
+        for part in ("init", "realloc"):
+            theirs = section(case, part)
+            loaded = load_state_dict(network, theirs)
+            back = state_dict(network, loaded)
+            assert {key for key in back if not key.endswith("._eye")} == theirs.keys()
+            for key, value in theirs.items():
+                assert back[key].dtype == value.dtype, key
+                assert back[key].shape == value.shape, key
+                if COUNT not in key:
+                    np.testing.assert_array_equal(back[key], value, err_msg=key)
+            assert_close(evaluate(loaded), case[f"eval_logits_{part}"], np.float64, part)
+
+
+@pytest.mark.parametrize("variant", ["plain", "selective", "gate_only"])
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda **more: DenseNet(5, (1, 1), growth=4, compression=0.5, **more),
+        lambda **more: PreResNet(5, (1, 1), width=4, **more),
+        lambda **more: ResNeXt(5, (1, 1), groups=2, base_width=2, widen=1, **more),
+        lambda **more: CondenseNet(5, (1, 1), growth=(4, 8), stem="imagenet", **more),
+    ],
+    ids=["densenet", "preresnet", "resnext", "condensenet"],
+)
+def test_every_family_and_variant(network, variant):
+    model = network(variant=variant)
+    shares = {} if variant == "plain" else {"closed": 0.3, "copies": 0.3}
+    variables = perturbed_variables(model, (1, 32, 32, 1), seed=1, **shares)
+    theirs = state_dict(model, variables)
+    assert all(value.flags.c_contiguous for value in theirs.values())
+    assert_equal(load_state_dict(model, theirs), variables)
+    endings = {key.rpartition(".")[2] for key in theirs}
+    assert ("is_open" in endings) == (variant != "plain")
+    assert ({"_bias", "_ind_ptr", "_eye"} <= endings) == (variant == "selective")
+    stem = "conv0.weight" if isinstance(model, CondenseNet) else "features.conv0.weight"
+    assert theirs[stem].shape[1] == 1
+
+
+def test_layouts_by_hand(model, variables, arrays):
+    layer = {key: value["block1_layer1"]["conv1"] for key, value in variables.items()}
+    kernel = variables["params"]["stem"]["kernel"]
+    assert arrays["features.conv0.weight"][3, 2, 1, 0] == kernel[1, 0, 2, 3]
+    assert arrays["classifier.weight"][2, 4] == variables["params"]["classifier"]["linear"]["kernel"][4, 2]
+    assert arrays[f"{LAYER}._bias"][1].tolist() == layer["params"]["shift"][1].tolist()[::-1]
+    np.testing.assert_array_equal(arrays[f"{LAYER}.is_open"] == 1, layer["selectivity"]["gate"])
+    np.testing.assert_array_equal(arrays[f"{LAYER}._ind_ptr"], layer["selectivity"]["source"])
+    assert arrays[f"{LAYER}._ind_ptr"].dtype == np.int64
+    assert arrays[f"{LAYER}.is_open"].dtype == np.float32
+
+
+def test_strict_loading_finds_the_constants(arrays):
+    assert arrays[f"{LAYER}._eye"].tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert f"{LAYER.replace('brc_1', 'brc_2')}._eye" not in arrays  # gate-only
+    count = arrays[f"{LAYER}.norm.{COUNT}"]
+    assert (count.shape, count.dtype, count.item()) == ((), np.int64, 0)
+    assert f"features.norm_last.{COUNT}" in arrays
+
+
+def test_constants_may_be_missing_and_counts_are_dropped(model, variables, arrays):
+    counted = {key: np.int64(7) if COUNT in key else value for key, value in arrays.items()}
+    assert_equal(load_state_dict(model, counted), variables)
+    without = {key: value for key, value in arrays.items() if COUNT not in key and "_eye" not in key}
+    assert_equal(load_state_dict(model, without), variables)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_types_are_those_of_init(dtype, arrays):
+    model = small(param_dtype=dtype)
+    loaded = load_state_dict(model, arrays)
+    wanted = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.ones((1, *IMAGE), dtype), train=False))
+    assert jax.tree.map(lambda leaf: leaf.dtype, loaded) == jax.tree.map(lambda leaf: leaf.dtype, wanted)
+    assert loaded["batch_stats"]["classifier"]["norm"]["mean"].dtype == jnp.float32
+    back = state_dict(model, loaded)
+    written = np.float32 if dtype == jnp.bfloat16 else np.float16
+    assert back["classifier.weight"].dtype == back[f"{LAYER}._bias"].dtype == written
+    assert_equal(load_state_dict(model, back), loaded)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "module.", "both"])
+def test_wrapped_and_prefixed(wrapper, model, variables, arrays):
+    prefix = "module." if wrapper in ("module.", "both") else ""
+    given = {f"{prefix}{key}": value for key, value in arrays.items()}
+    if wrapper != "module.":
+        given = {"epoch": 3, "state_dict" if wrapper == "both" else wrapper: given}
+    assert_equal(load_state_dict(model, given), variables)
+
+
+# Units of shifts.
+
+
+def test_units_by_hand():
+    sizes = {("a",): (8, 8), ("b",): (8, 24), ("c",): (1, 3)}
+    pixels = ShiftUnits(sizes, align_corners=False).pixels
+    assert [pixels(path).tolist() for path in sizes] == [[1, 1], [0.5, 1.5], [0.5, 1.5]]
+    pixels = ShiftUnits(sizes, align_corners=True).pixels
+    assert [pixels(path).tolist() for path in sizes] == [[0.875, 0.875], [14 / 32, 46 / 32], [0, 1]]
+    assert ShiftUnits(None, align_corners=False).pixels(("any",)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("shape", [(16, 16, 3), (8, 24, 3)])
+def test_shifts_of_every_layer_take_the_size_of_its_input(shape, align_corners):
+    model = DenseNet(num_classes=3, blocks=(1, 1), growth=2)
+    variables = perturbed_variables(model, (1, *shape), seed=2)
+    theirs = state_dict(model, variables)
+    options = {"image_shape": shape, "align_corners": align_corners}
+    loaded = load_state_dict(model, theirs, **options)
+    for block, (height, width) in {1: shape[:2], 2: (shape[0] // 2, shape[1] // 2)}.items():
+        lost = 1 if align_corners else 0
+        factor = np.array([height - lost, width - lost]) * 2 / (height + width)
+        shift = variables["params"][f"block{block}_layer1"]["conv1"]["shift"]
+        actual = loaded["params"][f"block{block}_layer1"]["conv1"]["shift"]
+        np.testing.assert_allclose(actual, np.asarray(shift) * factor, rtol=1e-6)
+    back = state_dict(model, loaded, **options)
+    for key, value in theirs.items():
+        np.testing.assert_allclose(back[key], value, rtol=1e-6, err_msg=key)
+
+
+def test_an_axis_of_one_pixel_has_no_unit_with_aligned_corners(model, variables):
+    back = state_dict(model, variables, image_shape=(1, 4, 3), align_corners=True)
+    shift = variables["params"]["block1_layer1"]["conv1"]["shift"]
+    np.testing.assert_array_equal(back[f"{LAYER}._bias"][:, 1], 0)
+    np.testing.assert_allclose(back[f"{LAYER}._bias"][:, 0], shift[:, 1] / (6 / 5), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"align_corners": True}, "needs image_shape"),
+        ({"image_shape": (32, 32)}, r"image_shape is (32, 32); it must be (H, W, C)"),
+        ({"image_shape": (32, 0, 3)}, r"image_shape is (32, 0, 3)"),
+    ],
+)
+def test_impossible_image_shapes(options, message, model, variables, arrays):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_state_dict(model, arrays, **options)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        state_dict(model, variables, **options)
+
+
+def test_images_that_the_pools_swallow():
+    model = DenseNet(num_classes=3, blocks=(1, 1), growth=2)
+    theirs = state_dict(model, perturbed_variables(model, (1, *IMAGE), seed=0))
+    with pytest.raises(ConfigError, match="image_shape is too small"):
+        load_state_dict(model, theirs, image_shape=(1, 8, 3))
+
+
+# What does not fit.
+
+
+def test_missing_unexpected_and_misshaped_entries_are_listed(model, arrays):
+    del arrays[f"{LAYER}.norm.weight"]
+    arrays["features.block1.layer9.brc_1.conv.weight"] = np.zeros(1)
+    arrays["classifier.bias"] = np.zeros(4, np.float32)
+    with pytest.raises(CheckpointError) as error:
+        load_state_dict(model, arrays)
+    assert str(error.value) == (
+        f"the state dict does not fit DenseNet: 1 missing ({LAYER}.norm.weight); "
+        "1 unexpected (features.block1.layer9.brc_1.conv.weight); "
+        "1 of another shape (classifier.bias: [4] instead of [3]). "
+        "Build the model with the arguments that the checkpoint was trained with (blocks, classes, ...)."
+    )
+
+
+def test_long_lists_are_cut_and_counted(arrays):
+    with pytest.raises(CheckpointError) as error:
+        load_state_dict(small(variant="plain"), arrays)
+    message = str(error.value)
+    assert "5 unexpected (" in message  # a shift, a source, a constant and two gates
+    assert "The checkpoint is of a selective network, the model has variant='plain'." in message
+    with pytest.raises(CheckpointError, match=r"\d\d missing \(([^,]+, ){5}\.\.\.\)"):
+        load_state_dict(small(), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("_ind_ptr", 4, "4 instead of -1 or a channel in 0 .. 3"),
+        ("_ind_ptr", -2, "-2 instead of -1 or a channel"),
+        ("_ind_ptr", 0.5, "float64 instead of whole numbers"),
+        ("is_open", 0.5, "0.5 instead of 0 or 1"),
+        ("is_open", np.nan, "nan instead of 0 or 1"),
+        ("_bias", np.nan, "nan instead of a finite float32"),
+        ("conv.weight", np.inf, "inf instead of a finite float32"),
+        ("conv.weight", 1e39, "1e+39 instead of a finite float32"),
+        ("conv.weight", 1, "int64 instead of floating numbers"),
+        ("norm.running_var", -0.5, "-0.5 instead of a finite float32 of at least 0"),
+    ],
+)
+def test_impossible_values(name, value, message, model, arrays):
+    key = f"{LAYER}.{name}"
+    arrays[key] = np.full(arrays[key].shape, value)
+    with pytest.raises(CheckpointError, match=re.escape(f"1 with impossible values ({key}: {message}")):
+        load_state_dict(model, arrays)
+
+
+def test_variables_of_another_network(variables):
+    with pytest.raises(
+        ConfigError, match=r"2 of another shape \(params/classifier/linear/bias: \[3\]"
+    ) as error:
+        state_dict(small(variant="gate_only").clone(num_classes=4), variables)
+    assert "2 unexpected (params/block1_layer1/conv1/shift" in str(error.value)
+    with pytest.raises(ConfigError, match=r"missing \(batch_stats/"):
+        state_dict(small(), {"params": variables["params"]})
+
+
+def test_other_collections_are_left_out(model, variables, arrays):
+    more = {**variables, "intermediates": {"stem": {"__call__": (jnp.ones(1),)}}}
+    assert state_dict(model, more).keys() == arrays.keys()
+
+
+def test_networks_the_authors_do_not_have(arrays):
+    with pytest.raises(ConfigError, match="the model is a Dense; the authors' networks are DenseNet, "):
+        load_state_dict(nn.Dense(3), arrays)
+
+    class Longer(DenseNet):
+        @nn.compact
+        def __call__(self, images, train):
+            return nn.Dense(2, name="head")(jnp.mean(images, axis=(1, 2)))
+
+    with pytest.raises(ConfigError, match="Longer has a variable params/head/"):
+        load_state_dict(Longer(num_classes=3), arrays)
+
+
+# Files.
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_files_there_and_back(suffix, tmp_path, model, variables, arrays):
+    pytest.importorskip("safetensors")
+    path = tmp_path / f"weights{suffix}"
+    path.write_text("what was there before")
+    save_state_dict(model, variables, path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert_equal(load_state_dict(model, str(path)), variables)
+    with pytest.raises(CheckpointError, match=re.escape(f"{path} does not fit DenseNet: 1 of another")):
+        load_state_dict(model.clone(num_classes=3, growth=2, stem="imagenet"), path)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "other"])
+def test_damaged_files(suffix, damage, tmp_path, model, variables):
+    pytest.importorskip("safetensors")
+    path = tmp_path / f"weights{suffix}"
+    save_state_dict(model, variables, path)
+    content = path.read_bytes()
+    path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "other": b"weights" * 99}[damage])
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(path))}: not a whole {suffix[1:]} file"):
+        load_state_dict(model, path)
+
+
+def test_npz_files_of_other_things(tmp_path, model):
+    with (tmp_path / "array.npz").open("wb") as file:
+        np.save(file, np.ones(3))
+    np.savez(tmp_path / "objects.npz", weights=np.array([{}], object))
+    for name in ("array.npz", "objects.npz"):
+        with pytest.raises(CheckpointError, match="not a whole npz file of plain arrays"):
+            load_state_dict(model, tmp_path / name)
+
+
+def test_missing_and_unknown_files(tmp_path, model, variables):
+    with pytest.raises(CheckpointError, match=r"weights\.npz: there is no such file"):
+        load_state_dict(model, tmp_path / "weights.npz")
+    with pytest.raises(CheckpointError, match=r"the suffix '\.h5' names no known kind .* \.npz, .*\.pth"):
+        load_state_dict(model, tmp_path / "weights.h5")
+    with pytest.raises(CheckpointError, match=r"the suffix '\.pt' .* use one of \.npz, \.safetensors\."):
+        save_state_dict(model, variables, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        save_state_dict(model, variables, tmp_path / "none" / "weights.npz")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, model, variables, monkeypatch):
+    def fail(file, **arrays):
+        file.write(b"half of it")
+        raise OSError("disk full")
+
+    path = tmp_path / "weights.npz"
+    path.write_text("what was there before")
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(disk full\)"):
+        save_state_dict(model, variables, path)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [
+        (path.name, "what was there before")
+    ]
+
+
+def test_packages_that_are_not_installed(tmp_path, model, variables, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for name, remedy in {
+        "weights.safetensors": "pip install 'selconv-jax[interop]'",
+        "best.model": "pip install torch. Or convert .* numpy.savez('best.npz'",
+    }.items():
+        (tmp_path / name).write_bytes(b"content")
+        with pytest.raises(CheckpointError, match=re.escape(remedy).replace(r"\.\*", ".*")):
+            load_state_dict(model, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"selconv-jax\[interop\]"):
+        save_state_dict(model, variables, tmp_path / "new.safetensors")
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+# With PyTorch.
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture
+def tensors(torch, arrays):
+    return {key: torch.from_numpy(value) for key, value in arrays.items()}
+
+
+def test_tensors_are_arrays(torch, model, variables, tensors):
+    assert_equal(load_state_dict(model, tensors), variables)
+    narrow = {key: value.bfloat16() if value.is_floating_point() else value for key, value in tensors.items()}
+    loaded = load_state_dict(model, narrow)
+    wanted = narrow["classifier.weight"].float().numpy().T
+    np.testing.assert_array_equal(loaded["params"]["classifier"]["linear"]["kernel"], wanted)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.pth", "checkpoint.tar", "best.model"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pytorch_files(name, zipped, tmp_path, torch, model, variables, tensors):
+    content = {"state_dict": tensors, "epoch": 3} if name.endswith(".tar") else tensors
+    torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    assert_equal(load_state_dict(model, tmp_path / name), variables)
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickles_that_would_run_code_are_refused(tmp_path, torch, model, tensors):
+    trap = tmp_path / "trap"
+    torch.save({**tensors, "more": RunsCode(trap)}, tmp_path / "unsafe.pt")
+    with pytest.raises(CheckpointError, match=r"unsafe\.pt: refused"):
+        load_state_dict(model, tmp_path / "unsafe.pt")
+    assert not trap.exists()
+
+
+def test_pytorch_files_of_other_things(tmp_path, torch, model):
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "damaged.pt").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="holds a list, not a state dict"):
+        load_state_dict(model, tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match=r"damaged\.pt: "):
+        load_state_dict(model, tmp_path / "damaged.pt")
