@@ -2,10 +2,12 @@
 
 from selconv_jax import functional
 from selconv_jax.errors import CheckpointError, ConfigError, DataError, SelconvError
+from selconv_jax.layer_tree import layer_states
 from selconv_jax.layers import PlainConv, SelectiveConv
 from selconv_jax.optimizer_state import reset_rewritten, rewritten_mask
 from selconv_jax.schedule import ReallocationSchedule
-from selconv_jax.transform import Allocation, LayerReport, Report, layer_states, reallocate, required_slots
+from selconv_jax.transform import Allocation, LayerReport, Report, reallocate, required_slots
+from selconv_jax.twin import selectivize
 
 __all__ = [
     "Allocation",
@@ -24,4 +26,5 @@ __all__ = [
     "required_slots",
     "reset_rewritten",
     "rewritten_mask",
+    "selectivize",
 ]

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from selconv_jax.groups import kernel_rows
+
 __all__ = ["LayerState", "deallocate", "draw_sources", "reallocate", "sources_from_uniform"]
 
 
@@ -15,8 +17,13 @@ class LayerState:
 
     ``source`` and ``shift`` are None in a gate-only layer, whose closed channels are never filled again.
 
+    Layers with ``G`` groups are an extension of the method, which has none. Their input is one tensor of
+    ``C`` channels for gates, sources and scores alike: a slot may copy a channel of any group. Only the
+    kernel knows of groups: the row of channel ``d`` is ``kernel[..., d % (C / G), o]`` for the outputs
+    ``o`` of its group ``d // (C / G)``.
+
     Attributes:
-        kernel: ``[*K, C, O]`` floating.
+        kernel: ``[*K, C / G, O]`` floating, ``[*K, C, O]`` without groups.
         scale: ``[C]`` batch norm scale.
         bias: ``[C]`` batch norm bias.
         mean: ``[C]`` batch norm running mean.
@@ -41,6 +48,7 @@ def deallocate(
     gate: jax.Array,
     source: jax.Array | None,
     threshold: float | jax.Array,
+    groups: int = 1,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Closes the channels whose joint damage stays below a threshold (method, "De-allocation").
 
@@ -48,15 +56,21 @@ def deallocate(
     them whose summed damage exceeds ``threshold`` for no output is closed. If not even all channels
     together exceed it (all damage 0, or a threshold of 1 and more) nothing is closed.
 
+    With groups, an extension of the method, the channels of all groups stand in one order and are held
+    to one sum per output. Beyond that, each group that had an open channel keeps the last of them in that
+    order: without one the outputs of the group would be constant, and no gradient would reach its kernel.
+    In a depthwise convolution (one channel per group) nothing is ever closed.
+
     Args:
         normalized: ``[O, C]`` normalized damage of the layer as it stands.
         gate: ``[C]`` bool.
         source: ``[C]`` int32, or None for a gate-only layer.
         threshold: Damage, as a share of the whole, that may be lost; 0 closes what has no damage.
+        groups: Number of groups of the convolution.
 
     Returns:
         The new gate and source: closed channels have gate false and source -1. Channels that were
-        closed before stay closed; a layer that had an open channel keeps one.
+        closed before stay closed; a layer, and each of its groups, that had an open channel keeps one.
 
     Example:
         >>> import jax.numpy as jnp
@@ -76,9 +90,20 @@ def deallocate(
     # The first sum that exceeds belongs to the n-th channel, which stays open: n - 1 are closed.
     closed = jnp.zeros_like(gate).at[order].set(~exceeded & closes_some)
     new_gate = gate & ~closed
+    if groups > 1:
+        new_gate = new_gate | _kept_by_groups(order, gate, new_gate, groups)
     if source is None:
         return new_gate, None
     return new_gate, jnp.where(new_gate, source, -1)
+
+
+def _kept_by_groups(order: jax.Array, gate: jax.Array, new_gate: jax.Array, groups: int) -> jax.Array:
+    """``[C]`` bool: of each group whose channels would all be closed, the open one that comes last."""
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
+    places = jnp.where(gate, place, -1).reshape(groups, -1)
+    lost = jnp.any(gate.reshape(places.shape), axis=1) & ~jnp.any(new_gate.reshape(places.shape), axis=1)
+    last = jnp.arange(places.shape[1])[None, :] == jnp.argmax(places, axis=1)[:, None]
+    return (last & lost[:, None]).reshape(-1)
 
 
 def draw_sources(key: jax.Array, scores: jax.Array, gate: jax.Array, top_k: int) -> jax.Array:
@@ -141,6 +166,8 @@ def reallocate(state: LayerState, drawn: jax.Array, drawn_shift: jax.Array) -> L
     and with the batch norm of the channel it copies. A copy of a copy reads the original. All slots
     are filled from the state before the fill.
 
+    In a layer with groups a slot may copy a channel of another group: its kernel row stays in its own.
+
     Args:
         state: The layer after de-allocation; it has a ``source`` and a ``shift``.
         drawn: ``[C]`` int32 from `draw_sources`; -1 leaves the channel as it is.
@@ -174,7 +201,7 @@ def reallocate(state: LayerState, drawn: jax.Array, drawn_shift: jax.Array) -> L
 
     parent = state.source[origin]
     return LayerState(
-        kernel=jnp.where(filled[:, None], 0, state.kernel),
+        kernel=jnp.where(kernel_rows(filled, state.kernel.shape), 0, state.kernel),
         scale=copy(state.scale),
         bias=copy(state.bias),
         mean=copy(state.mean),

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
-from selconv_jax.errors import ConfigError
+from selconv_jax.errors import ConfigError, nearest
 
-__all__ = ["canonical_padding", "canonical_window", "convolve"]
+__all__ = ["PADDINGS", "canonical_padding", "canonical_window", "convolve"]
 
 Padding = str | Sequence[tuple[int, int]]
+
+# The paddings that have a name, as in `flax.linen.Conv`. "CAUSAL" is for one spatial dimension.
+PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
 
 
 def convolve(
@@ -36,7 +39,7 @@ def convolve(
         x: ``[N, *S, C]``.
         kernel: ``[*K, C / groups, O]`` in the dtype of ``x``.
         strides: One per spatial dimension.
-        padding: ``"SAME"``, ``"VALID"`` or ``(low, high)`` per spatial dimension.
+        padding: One of `PADDINGS`, or ``(low, high)`` per spatial dimension.
         kernel_dilation: One per spatial dimension.
         groups: Number of channel groups.
         precision: See `jax.lax.Precision`.
@@ -45,6 +48,9 @@ def convolve(
         ``[N, *S', O]``.
     """
     taps = kernel.shape[:-2]
+    x, padding = _pad(
+        x, padding, [(size - 1) * step for size, step in zip(taps, kernel_dilation, strict=True)]
+    )
     unpadded = isinstance(padding, str) or all(pair == (0, 0) for pair in padding)
     if groups == 1 and all(size == 1 for size in taps) and unpadded:
         if any(stride != 1 for stride in strides):
@@ -57,6 +63,26 @@ def convolve(
     if groups == 1 and unit and _is_for_cpu(x):
         return _dense_convolution(x, kernel, window, precision)
     return _convolution(x, kernel, window, precision, groups)
+
+
+def _pad(x: jax.Array, padding: Padding, reach: Sequence[int]) -> tuple[jax.Array, Padding]:
+    """Takes care of the paddings that the compiler's convolution does not have.
+
+    Args:
+        x: ``[N, *S, C]``.
+        padding: As in `convolve`.
+        reach: Distance of a kernel's first tap from its last, per spatial dimension.
+
+    Returns:
+        The input, padded where the margin is not zero, and the padding that is left to do.
+    """
+    if padding == "CAUSAL":
+        return x, [(distance, 0) for distance in reach]
+    if padding not in ("CIRCULAR", "REFLECT"):
+        return x, padding
+    margins = [(distance // 2, distance - distance // 2) for distance in reach]
+    mode = "wrap" if padding == "CIRCULAR" else "reflect"
+    return jnp.pad(x, [(0, 0), *margins, (0, 0)], mode=mode), "VALID"
 
 
 def _is_for_cpu(x: jax.Array) -> bool:
@@ -162,11 +188,11 @@ def _kernel_gradient(
     return jnp.stack([product(*tap) for tap in itertools.product(*map(range, taps))]).reshape(shape)
 
 
-def canonical_window(value: int | Sequence[int], rank: int, name: str) -> tuple[int, ...]:
+def canonical_window(value: int | Sequence[int] | None, rank: int, name: str) -> tuple[int, ...]:
     """One positive number per spatial dimension, from one for all or one each.
 
     Args:
-        value: A number or a sequence of ``rank`` numbers.
+        value: A number or a sequence of ``rank`` numbers; None: 1.
         rank: Number of spatial dimensions.
         name: What the value is called in errors.
 
@@ -176,7 +202,8 @@ def canonical_window(value: int | Sequence[int], rank: int, name: str) -> tuple[
     Raises:
         ConfigError: There are not ``rank`` values, or one is below 1.
     """
-    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    numbers = 1 if value is None else value
+    values = (numbers,) * rank if isinstance(numbers, int) else tuple(numbers)
     if len(values) != rank or any(number < 1 for number in values):
         raise ConfigError(
             f"{name} is {value!r}; it must be a positive integer or {rank} of them, one per spatial "
@@ -186,11 +213,10 @@ def canonical_window(value: int | Sequence[int], rank: int, name: str) -> tuple[
 
 
 def canonical_padding(padding: str | int | Sequence[int | tuple[int, int]], rank: int) -> Padding:
-    """``"SAME"``, ``"VALID"`` or one pair per spatial dimension, from any of the accepted forms.
+    """One of `PADDINGS` or one pair per spatial dimension, from any of the accepted forms.
 
     Args:
-        padding: ``"SAME"``, ``"VALID"``, a number of pixels, or one number or ``(low, high)`` pair per
-            dimension.
+        padding: One of `PADDINGS`, a number of pixels, or one number or ``(low, high)`` pair per dimension.
         rank: Number of spatial dimensions.
 
     Returns:
@@ -200,8 +226,13 @@ def canonical_padding(padding: str | int | Sequence[int | tuple[int, int]], rank
         ConfigError: The padding has none of these forms.
     """
     if isinstance(padding, str):
-        if padding not in ("SAME", "VALID"):
-            raise ConfigError(f"padding is {padding!r}; as a string it must be 'SAME' or 'VALID'.")
+        if padding not in PADDINGS:
+            raise ConfigError(f"padding is {padding!r}. {nearest(padding, PADDINGS)}")
+        if padding == "CAUSAL" and rank != 1:
+            raise ConfigError(
+                f"padding is 'CAUSAL', which is for one spatial dimension; the kernel has {rank}. Give a "
+                "(low, high) pair for each."
+            )
         return padding
     if isinstance(padding, int):
         padding = (padding,) * rank

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.scipy.stats import norm
 
 from selconv_jax.batch_norm import statistics_dtype
+from selconv_jax.groups import group_count
 
 __all__ = ["channel_scores", "expected_channel_damage", "normalize_damage"]
 
@@ -23,14 +24,22 @@ def expected_channel_damage(
     the expected output :math:`o` by :math:`g_i E_i \sum_k W_{k, i, o}` (method, "Expected channel damage
     matrix").
 
+    The published method has no grouped selective layer. Here the matrix of a layer with ``G`` groups
+    stays ``[O, C]``: an output is damaged by the channels of its own group alone, so all other pairs are
+    0, and a row's shares (`normalize_damage`) are shares among the channels of one group.
+
     Args:
-        kernel: ``[*K, C, O]`` floating, any number of spatial dimensions ``K``.
+        kernel: ``[*K, C / G, O]`` floating, any number of spatial dimensions ``K``; the number of groups
+            ``G`` follows from the shapes.
         scale: ``[C]`` batch norm scale :math:`\gamma`, of any sign.
         bias: ``[C]`` batch norm bias :math:`\beta`.
         gate: ``[C]`` bool, false where the channel is closed.
 
     Returns:
         ``[O, C]`` in the dtype of ``kernel``, at least float32; columns of closed channels are 0.
+
+    Raises:
+        ValueError: The kernel does not belong to so many channels.
 
     Example:
         >>> import jax.numpy as jnp
@@ -39,7 +48,12 @@ def expected_channel_damage(
         ...     kernel, jnp.zeros(2), jnp.array([1.0, -1.0]), jnp.array([True, True]))
         >>> damage.tolist()
         [[2.0, 0.0]]
+        >>> kernel = jnp.array([[2.0, 3.0]])[None]  # [1, C/G=1, O=2]: two groups
+        >>> expected_channel_damage(kernel, jnp.zeros(2), jnp.ones(2), jnp.array([True, True])).tolist()
+        [[2.0, 0.0], [0.0, 3.0]]
     """
+    channels, outputs = gate.shape[0], kernel.shape[-1]
+    groups = group_count(channels, kernel.shape)
     dtype = statistics_dtype(kernel.dtype)
     scale, bias = scale.astype(dtype), bias.astype(dtype)
     deviation = jnp.abs(scale)
@@ -52,6 +66,11 @@ def expected_channel_damage(
     )
     mean = jnp.where(gate, activation, 0)
     taps = jnp.sum(kernel.astype(dtype), axis=tuple(range(kernel.ndim - 2)))
+    if groups > 1:
+        group_of_channel = jnp.arange(channels) // (channels // groups)
+        group_of_output = jnp.arange(outputs) // (outputs // groups)
+        same_group = group_of_channel[:, None] == group_of_output[None, :]
+        taps = jnp.where(same_group, jnp.tile(taps, (groups, 1)), 0)  # [C, O]
     return (mean[:, None] * taps).T
 
 

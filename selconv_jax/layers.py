@@ -17,6 +17,7 @@ from selconv_jax.batch_norm import (
 )
 from selconv_jax.convolution import canonical_padding, canonical_window, convolve
 from selconv_jax.errors import ConfigError
+from selconv_jax.groups import kernel_rows
 from selconv_jax.shift import select
 
 __all__ = ["BatchNormReLU", "PlainConv", "SelectiveConv", "fan_out_normal"]
@@ -38,10 +39,12 @@ class PlainConv(nn.Module):
 
     Attributes:
         features: Number of output channels ``O``.
-        kernel_size: One size per spatial dimension; their number sets the rank of the input.
-        strides: Steps of the window, one for all dimensions or one each.
-        padding: ``"SAME"``, ``"VALID"``, a number, or one number or ``(low, high)`` per dimension.
-        kernel_dilation: Spacing of the kernel's taps, one for all dimensions or one each.
+        kernel_size: One size per spatial dimension; their number sets the rank of the input. A number
+            stands for one dimension, as in `flax.linen.Conv`.
+        strides: Steps of the window, one for all dimensions or one each; None: 1.
+        padding: ``"SAME"``, ``"SAME_LOWER"``, ``"VALID"``, ``"CIRCULAR"``, ``"REFLECT"``, ``"CAUSAL"`` (one
+            dimension), a number, or one number or ``(low, high)`` per dimension.
+        kernel_dilation: Spacing of the kernel's taps, one for all dimensions or one each; None: 1.
         feature_group_count: Number of groups that input and output channels are split into.
         dropout_rate: Share of the activations that dropout removes in training; needs a ``dropout`` key.
         momentum: Share of the running statistics that survives a step.
@@ -54,10 +57,10 @@ class PlainConv(nn.Module):
     """
 
     features: int
-    kernel_size: Sequence[int]
-    strides: int | Sequence[int] = 1
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] | None = 1
     padding: str | int | Sequence[int | tuple[int, int]] = "SAME"
-    kernel_dilation: int | Sequence[int] = 1
+    kernel_dilation: int | Sequence[int] | None = 1
     feature_group_count: int = 1
     dropout_rate: float = 0.0
     momentum: float = 0.9
@@ -69,11 +72,8 @@ class PlainConv(nn.Module):
 
     def __post_init__(self) -> None:
         _check_positive(self, "features", "feature_group_count")
-        if isinstance(self.kernel_size, int):
-            raise ConfigError(
-                f"kernel_size is {self.kernel_size}; it must be a sequence such as (3, 3), with one size "
-                "per spatial dimension."
-            )
+        if any(size < 1 for size in self._window()):
+            raise ConfigError(f"kernel_size is {self.kernel_size}; every size must be at least 1.")
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ConfigError(f"dropout_rate is {self.dropout_rate}; it must be in [0, 1).")
         if not 0.0 <= self.momentum <= 1.0:
@@ -102,18 +102,19 @@ class PlainConv(nn.Module):
                 do not divide into the groups.
         """
         channels = x.shape[-1]
-        rank = len(self.kernel_size)
+        window = self._window()
+        rank = len(window)
         if x.ndim != rank + 2:
             raise ValueError(
                 f"{self.name or type(self).__name__}: input of shape {x.shape}, but kernel_size "
-                f"{tuple(self.kernel_size)} needs {rank + 2} dimensions: batch, {rank} spatial, channels."
+                f"{window} needs {rank + 2} dimensions: batch, {rank} spatial, channels."
             )
         if channels % self.feature_group_count:
             raise ValueError(
                 f"{self.name or type(self).__name__}: {channels} input channels do not divide into "
                 f"{self.feature_group_count} groups (feature_group_count)."
             )
-        shape = (*self.kernel_size, channels // self.feature_group_count, self.features)
+        shape = (*window, channels // self.feature_group_count, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
 
@@ -123,7 +124,7 @@ class PlainConv(nn.Module):
             x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
         if gate is not None:
             # Closing a channel is closing its kernel row: the same sum, at no cost per pixel.
-            kernel = _close_rows(kernel, gate, self.feature_group_count)
+            kernel = jnp.where(kernel_rows(gate, kernel.shape), kernel, jnp.zeros((), kernel.dtype))
         return convolve(
             x,
             kernel,
@@ -133,6 +134,11 @@ class PlainConv(nn.Module):
             groups=self.feature_group_count,
             precision=self.precision,
         )
+
+    @nn.nowrap
+    def _window(self) -> tuple[int, ...]:
+        """The kernel size, one per spatial dimension."""
+        return (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
 
     @nn.nowrap
     def _select(self, x: Array, rank: int) -> tuple[Array, Array | None]:
@@ -226,14 +232,6 @@ def _batch_norm_relu(module: PlainConv | BatchNormReLU, x: Array, train: bool) -
     else:
         mean, var = running_mean.value, running_var.value
     return nn.relu(batch_norm(x, mean, var, scale, bias, module.epsilon))
-
-
-def _close_rows(kernel: Array, gate: Array, groups: int) -> Array:
-    """Zeroes the kernel rows ``[*K, C / groups, O]`` that read a closed channel of ``gate [C]``."""
-    rows = gate.reshape(groups, -1).T  # [C / groups, groups]
-    columns = jnp.repeat(rows, kernel.shape[-1] // groups, axis=1)  # [C / groups, O]
-    shape = (1,) * (kernel.ndim - 2) + columns.shape
-    return jnp.where(columns.reshape(shape), kernel, jnp.zeros((), kernel.dtype))
 
 
 def _check_positive(module: nn.Module, *names: str) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from selconv_jax.groups import kernel_rows
 from selconv_jax.transform import Report
 
 __all__ = ["reset_rewritten", "rewritten_mask"]
@@ -20,24 +21,38 @@ def rewritten_mask(params: Mapping[str, Any], report: Report) -> Any:
         report: What `selconv_jax.reallocate` returned.
 
     Returns:
-        A tree like ``params`` of bool arrays that broadcast against them: kernel ``[*1, C, 1]``, scale and
-        bias ``[C]``, shift ``[C, 1]`` of the re-allocated channels; a scalar false for everything else.
+        A tree like ``params`` of bool arrays that broadcast against them: kernel ``[*1, C, 1]`` (with
+        groups ``[*1, C / G, O]``), scale and bias ``[C]``, shift ``[C, 1]`` of the re-allocated channels,
+        all after the axes of a stack of layers; a scalar false for everything else.
+
+    Raises:
+        ValueError: ``params`` has no kernel for a layer of the report: they belong to different models.
     """
+    kernels = set()
 
     def mask(path: tuple[Any, ...], leaf: Any) -> jax.Array:
         *layer_path, name = _names(path)
         layer = report.layers.get("/".join(layer_path))
         if layer is None or name not in ("kernel", "scale", "bias", "shift"):
             return jnp.zeros((), jnp.bool_)
-        axis = leaf.ndim - 2 if name == "kernel" else 0
-        return layer.reallocated.reshape([-1 if dimension == axis else 1 for dimension in range(leaf.ndim)])
+        if name == "kernel":
+            kernels.add("/".join(layer_path))
+            return kernel_rows(layer.reallocated, leaf.shape)
+        return jax.lax.expand_dims(layer.reallocated, range(layer.reallocated.ndim, leaf.ndim))
 
-    return jax.tree_util.tree_map_with_path(mask, params)
+    masks = jax.tree_util.tree_map_with_path(mask, params)
+    if missing := sorted(set(report.layers) - kernels):
+        raise ValueError(
+            f"params has no kernel for selective layer {missing[0]!r}, which the report is about. Pass the "
+            "'params' of the model that was re-allocated."
+        )
+    return masks
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:
-    """The keys of a leaf's path."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    """The keys of a leaf's path, without the attribute of a box around the leaf (as in Flax NNX)."""
+    keys = [key for key in path if not isinstance(key, jax.tree_util.GetAttrKey)]
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/").split("/")
 
 
 def reset_rewritten(

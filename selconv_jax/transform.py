@@ -2,37 +2,25 @@
 
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
-from flax.core import FrozenDict, freeze, unfreeze
+import numpy as np
 
 from selconv_jax.allocation import LayerState, deallocate, sources_from_uniform
 from selconv_jax.allocation import reallocate as fill_slots
 from selconv_jax.damage import channel_scores, expected_channel_damage, normalize_damage
 from selconv_jax.errors import ConfigError
+from selconv_jax.groups import group_count
+from selconv_jax.layer_tree import layer_states, merge_layers
 
 __all__ = ["Allocation", "LayerReport", "Report", "layer_states", "reallocate", "required_slots"]
 
-Path = tuple[str, ...]
 Variables = Mapping[str, Any]
-
-# Where a layer of path p keeps each field: variables[collection][p][field].
-_COLLECTION = {
-    "kernel": "params",
-    "scale": "params",
-    "bias": "params",
-    "shift": "params",
-    "mean": "batch_stats",
-    "var": "batch_stats",
-    "gate": "selectivity",
-    "source": "selectivity",
-}
-_OPTIONAL = ("source", "shift")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +32,9 @@ class Allocation:
         top_k: Number of channels that compete for the free slots; 0 only closes.
         max_copies: No further copies of a channel that more than this many read; None: no limit.
         shift_range: New copies start at shifts drawn from ``[-shift_range, shift_range]`` pixels.
+        random_sources: Ablation, random sources instead of the top K: every open channel that
+            ``max_copies`` does not exclude is a candidate with equal chance, whatever its score and
+            ``top_k`` (which at 0 still only closes).
 
     Raises:
         ConfigError: A value is out of bounds.
@@ -59,6 +50,7 @@ class Allocation:
     top_k: int = 3
     max_copies: int | None = None
     shift_range: float = 1.5
+    random_sources: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
@@ -76,12 +68,14 @@ class Allocation:
 class LayerReport:
     """What one round did to one layer with ``C`` input channels.
 
+    ``*L`` are the axes of a stack of layers (``nn.scan``, ``nn.vmap``); a single layer has none.
+
     Attributes:
-        deallocated: ``[C]`` bool, channels that were open and that the round closed.
-        reallocated: ``[C]`` bool, closed channels that the round filled: their kernel, batch norm and
+        deallocated: ``[*L, C]`` bool, channels that were open and that the round closed.
+        reallocated: ``[*L, C]`` bool, closed channels that the round filled: their kernel, batch norm and
             shift are rewritten. A channel can be both.
-        open: ``[]`` int32, open channels after the round.
-        copies: ``[]`` int32, channels that read another one (or themselves, shifted) after the round.
+        open: ``[*L]`` int32, open channels after the round.
+        copies: ``[*L]`` int32, channels that read another one (or themselves, shifted) after the round.
     """
 
     deallocated: jax.Array
@@ -146,6 +140,9 @@ def reallocate(
     which others there are, and every process of a cluster draws alike. Fold a step or epoch into
     ``key`` yourself, or each round draws the same.
 
+    Layers that ``nn.scan`` or ``nn.vmap`` stacked on axis 0 are re-allocated one by one, each with a key
+    folded with its index too.
+
     Compiled once for a model and an allocation. May be called inside of another ``jit``.
 
     Args:
@@ -158,8 +155,8 @@ def reallocate(
         The new variables, with the structure, shapes, dtypes and shardings of the old; and a `Report`.
 
     Raises:
-        ValueError: There is no selective layer, a part of one is missing, or its shapes are not those of one
-            layer without groups.
+        ValueError: There is no selective layer, a part of one is missing, or the shapes of its parts
+            contradict each other.
 
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax
@@ -176,7 +173,7 @@ def reallocate(
         new_states, layers = _rewrite(states, key, allocation)
     else:
         new_states, layers = _compiled(states, allocation)(states, key)
-    return _merge(variables, new_states), Report(layers)
+    return merge_layers(variables, new_states), Report(layers)
 
 
 def required_slots(variables: Variables) -> float:
@@ -196,92 +193,8 @@ def required_slots(variables: Variables) -> float:
         0.0
     """
     sources = [state.source for state in layer_states(variables).values() if state.source is not None]
-    shares = [(source >= 0).mean() for source in jax.device_get(sources)]
+    shares = [(source >= 0).mean(axis=-1).max() for source in jax.device_get(sources)]
     return max(map(float, shares), default=0.0)
-
-
-def layer_states(variables: Variables) -> dict[str, LayerState]:
-    """The selective and gate-only layers of a model, by path.
-
-    Args:
-        variables: The model's variables: ``params``, ``batch_stats``, ``selectivity``.
-
-    Returns:
-        `LayerState` by the path of the layer, parts joined by ``/`` (``""`` for a model that is one layer).
-
-    Raises:
-        ValueError: There is no selective layer, or a part of one is missing.
-    """
-    flat = {
-        collection: traverse_util.flatten_dict(unfreeze(variables.get(collection, {})))
-        for collection in ("params", "batch_stats", "selectivity")
-    }
-    paths = [path[:-1] for path in flat["selectivity"] if path[-1] == "gate"]
-    if not paths:
-        raise ValueError(
-            "no selective layer found: looked for 'gate' in variables['selectivity'], among the "
-            f"collections {sorted(variables)}. Use selconv_jax.SelectiveConv and pass all its variables."
-        )
-    for path in paths:
-        if any("/" in part for part in path):
-            raise ValueError(f"selective layer {path}: rename the module, its name must not contain '/'.")
-    return {"/".join(path): _layer_state(path, flat) for path in paths}
-
-
-def _layer_state(path: Path, flat: dict[str, dict[Path, Any]]) -> LayerState:
-    fields: dict[str, Any] = {}
-    for field, collection in _COLLECTION.items():
-        value = flat[collection].get((*path, field))
-        if value is None and field not in _OPTIONAL:
-            raise ValueError(
-                f"selective layer {'/'.join(path)!r}: variables[{collection!r}] has no {field!r} for it. "
-                "Pass params, batch_stats and selectivity of the same model."
-            )
-        fields[field] = value
-    if (fields["source"] is None) != (fields["shift"] is None):
-        raise ValueError(
-            f"selective layer {'/'.join(path)!r}: it must have both 'source' (selectivity) and 'shift' "
-            "(params), or, if it is gate-only, neither."
-        )
-    state = LayerState(**fields)
-    _check_shapes("/".join(path), state)
-    return state
-
-
-def _check_shapes(name: str, state: LayerState) -> None:
-    """Refuses what is not one plain layer: stacked, boxed or grouped ones."""
-    channels = jnp.shape(state.gate)
-    kernel: tuple[int, ...] = getattr(state.kernel, "shape", ())
-    expected = dict.fromkeys(("scale", "bias", "mean", "var", "gate", "source"), channels)
-    expected["shift"] = (*channels, len(kernel) - 2)
-    wrong = [
-        f"{field} has shape {getattr(value, 'shape', type(value).__name__)}, expected {shape}"
-        for field, shape in expected.items()
-        if (value := getattr(state, field)) is not None and getattr(value, "shape", None) != shape
-    ]
-    if len(channels) != 1 or len(kernel) < 2:
-        wrong.append(f"gate has shape {channels} and kernel {kernel}, expected [C] and [*K, C, O]")
-    elif kernel[-2] != channels[0]:
-        wrong.append(f"kernel has shape {kernel} for {channels[0]} channels")
-    if wrong:
-        raise ValueError(
-            f"selective layer {name!r}: {wrong[0]}. Layers with groups cannot be re-allocated; unbox "
-            "partitioned parameters with flax.linen.meta.unbox; map stacked layers by jax.vmap."
-        )
-
-
-def _merge(variables: Variables, states: dict[str, LayerState]) -> Any:
-    """The variables with the fields of ``states`` put in their places."""
-    merged = unfreeze(dict(variables))
-    flat = {name: traverse_util.flatten_dict(merged[name]) for name in set(_COLLECTION.values())}
-    for name, state in states.items():
-        path = tuple(name.split("/")) if name else ()
-        for field, collection in _COLLECTION.items():
-            value = getattr(state, field)
-            if value is not None:
-                flat[collection][(*path, field)] = value
-    merged = {**merged, **{name: traverse_util.unflatten_dict(leaves) for name, leaves in flat.items()}}
-    return freeze(merged) if isinstance(variables, FrozenDict) else merged
 
 
 def _compiled(states: dict[str, LayerState], allocation: Allocation) -> Any:
@@ -303,41 +216,72 @@ def _rewrite(
     states: dict[str, LayerState], key: jax.Array, allocation: Allocation
 ) -> tuple[dict[str, LayerState], dict[str, LayerReport]]:
     new_states, reports = {}, {}
-    for (name, state), uniform in zip(states.items(), _draws(states, key), strict=True):
-        new_states[name], reports[name] = _round(state, uniform, allocation)
+    draws = _draws(states, key)
+    for name, state in states.items():
+        new_states[name], reports[name] = _rounds(state, draws[name], allocation)
     return new_states, reports
 
 
-def _draws(states: dict[str, LayerState], key: jax.Array) -> list[jax.Array]:
-    """Uniform numbers in [0, 1) for every layer: ``[C, 1 + dimensions]``, for source and shift.
+def _draws(states: dict[str, LayerState], key: jax.Array) -> dict[str, jax.Array]:
+    """Uniform numbers in [0, 1) for every layer: ``[*L, C, 1 + dimensions]``, for source and shift.
 
-    They are drawn for all layers at once, as wide as the widest: random numbers are what a compiler takes
-    longest over. What a layer draws depends on the key, its path and the channel alone.
+    They are drawn for all layers at once, as many channels as the widest has: random numbers are what a
+    compiler takes longest over. What a layer draws depends on the key, its path and its index in a stack
+    alone; layers of different dimensions are drawn apart, as the numbers of a draw depend on its last axis.
     """
-    layer_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-        key, jnp.array([zlib.crc32(name.encode()) for name in states], jnp.uint32)
-    )
-    channels = max(state.gate.shape[0] for state in states.values())
-    dimensions = max(state.kernel.ndim - 2 for state in states.values())
-    uniform = jax.vmap(lambda layer_key: jax.random.uniform(layer_key, (channels, 1 + dimensions)))(
-        layer_keys
-    )
-    return [
-        uniform[index, : state.gate.shape[0], : state.kernel.ndim - 1]
-        for index, state in enumerate(states.values())
-    ]
+    draws = {}
+    for dimensions in sorted({_dimensions(state) for state in states.values()}):
+        gates = {name: state.gate for name, state in states.items() if _dimensions(state) == dimensions}
+        layer_keys = _layer_keys({name: gate.shape[:-1] for name, gate in gates.items()}, key)
+        shape = (max(gate.shape[-1] for gate in gates.values()), 1 + dimensions)
+        uniform = jax.vmap(functools.partial(jax.random.uniform, shape=shape))(layer_keys)
+        start = 0
+        for name, gate in gates.items():
+            *stack, channels = gate.shape
+            count = math.prod(stack)
+            drawn = uniform[start : start + count, :channels]
+            draws[name] = drawn.reshape(*stack, channels, 1 + dimensions)
+            start += count
+    return draws
+
+
+def _dimensions(state: LayerState) -> int:
+    """The number of spatial dimensions of a layer."""
+    return state.kernel.ndim - state.gate.ndim - 1
+
+
+def _layer_keys(stacks: dict[str, tuple[int, ...]], key: jax.Array) -> jax.Array:
+    """One key per layer: ``key`` folded with the path and, in a stack, with the layer's index."""
+    fold_in = jax.vmap(jax.random.fold_in)
+    paths = np.array([zlib.crc32(name.encode()) for name in stacks], np.uint32)
+    counts = np.array([math.prod(stack) for stack in stacks.values()])
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, paths)
+    if not any(stacks.values()):
+        return keys
+    keys = keys[np.repeat(np.arange(len(counts)), counts)]
+    index = np.concatenate([np.arange(count, dtype=np.uint32) for count in counts])
+    is_stacked = np.repeat([bool(stack) for stack in stacks.values()], counts)
+    chosen = np.arange(len(index)) + np.where(is_stacked, len(index), 0)
+    return jnp.concatenate([keys, fold_in(keys, index)])[chosen]
+
+
+def _rounds(state: LayerState, uniform: jax.Array, allocation: Allocation) -> tuple[LayerState, LayerReport]:
+    """`_round`, for each layer of a stack."""
+    if state.gate.ndim == 1:
+        return _round(state, uniform, allocation)
+    return jax.vmap(functools.partial(_rounds, allocation=allocation))(state, uniform)
 
 
 def _round(state: LayerState, uniform: jax.Array, allocation: Allocation) -> tuple[LayerState, LayerReport]:
     """De-allocates and re-allocates one layer with its numbers of `_draws`."""
-    gate, source = deallocate(_normalized(state), state.gate, state.source, allocation.threshold)
+    groups = group_count(state.gate.shape[0], state.kernel.shape)
+    gate, source = deallocate(_normalized(state), state.gate, state.source, allocation.threshold, groups)
     deallocated = state.gate & ~gate
     state = dataclasses.replace(state, gate=gate, source=source)
     filled = jnp.zeros_like(gate)
     copies = jnp.zeros((), jnp.int32)
     if source is not None and state.shift is not None and allocation.top_k > 0:
-        scores = channel_scores(_normalized(state), source, allocation.max_copies)
-        drawn = sources_from_uniform(uniform[:, 0], scores, gate, allocation.top_k)
+        drawn = _drawn_sources(state, uniform[:, 0], allocation)
         state = fill_slots(state, drawn, allocation.shift_range * (2 * uniform[:, 1:] - 1))
         filled = drawn >= 0
     if state.source is not None:
@@ -348,6 +292,17 @@ def _round(state: LayerState, uniform: jax.Array, allocation: Allocation) -> tup
         open=jnp.sum(state.gate, dtype=jnp.int32),
         copies=copies,
     )
+
+
+def _drawn_sources(state: LayerState, uniform: jax.Array, allocation: Allocation) -> jax.Array:
+    """The source of every free slot ``[C]`` int32, -1 for none."""
+    if not allocation.random_sources:
+        scores = channel_scores(_normalized(state), state.source, allocation.max_copies)
+        return sources_from_uniform(uniform, scores, state.gate, allocation.top_k)
+    # The ablation is the same draw among channels that all score alike.
+    alike = jnp.ones((1, state.gate.shape[0]), uniform.dtype)
+    scores = channel_scores(alike, state.source, allocation.max_copies)
+    return sources_from_uniform(uniform, scores, state.gate, state.gate.shape[0])
 
 
 def _normalized(state: LayerState) -> jax.Array:

@@ -1,7 +1,8 @@
 """The method once more, slowly: float64 NumPy and plain loops, written from its description alone.
 
 Nothing here imports the package. Axis order is that of the package: ``x [N, *S, C]``,
-``kernel [*K, C, O]``, per-channel vectors ``[C]``, ``shift [C, len(S)]`` in pixels.
+``kernel [*K, C / groups, O]``, per-channel vectors ``[C]``, ``shift [C, len(S)]`` in pixels. The
+number of groups follows from the shapes; output ``o`` reads the channels of group ``o // (O / groups)``.
 """
 
 import itertools
@@ -25,6 +26,18 @@ class Layer(NamedTuple):
     gate: np.ndarray
     source: np.ndarray
     shift: np.ndarray
+
+
+def groups_of(channels, kernel):
+    """Number of groups of a layer."""
+    return channels // kernel.shape[-2]
+
+
+def entries_of(channel, channels, kernel):
+    """The kernel row that reads a channel, and the outputs that it reaches."""
+    row, outputs = kernel.shape[-2], kernel.shape[-1] // groups_of(channels, kernel)
+    group = channel // row
+    return channel - group * row, range(group * outputs, (group + 1) * outputs)
 
 
 def shift(x, offset):
@@ -62,7 +75,7 @@ def select(x, source, offset):
 
 def convolve(x, kernel, strides, padding):
     """Cross-correlation with symmetric zero padding, summed channel by channel."""
-    *window, channels, _ = kernel.shape
+    window, channels = kernel.shape[:-2], x.shape[-1]
     x = np.pad(x, [(0, 0), *[(size, size) for size in padding], (0, 0)])
     sizes = [
         (size - width) // stride + 1
@@ -75,7 +88,9 @@ def convolve(x, kernel, strides, padding):
             for start, stride, size in zip(tap, strides, sizes, strict=True)
         )
         for channel in range(channels):
-            y += x[(slice(None), *region, channel, None)] * kernel[(*tap, channel)]
+            row, outputs = entries_of(channel, channels, kernel)
+            reached = slice(outputs.start, outputs.stop)
+            y[..., reached] += x[(slice(None), *region, channel, None)] * kernel[(*tap, row, reached)]
     return y
 
 
@@ -116,16 +131,17 @@ def expected_activation(scale, bias):
 
 def damage(kernel, scale, bias, gate):
     """ECDM [O, C]."""
-    *window, channels, outputs = kernel.shape
-    result = np.zeros((outputs, channels))
+    window, channels = kernel.shape[:-2], len(gate)
+    result = np.zeros((kernel.shape[-1], channels))
     for channel in range(channels):
         if not gate[channel]:
             continue
         expected = expected_activation(scale[channel], bias[channel])
-        for output in range(outputs):
+        row, outputs = entries_of(channel, channels, kernel)
+        for output in outputs:
             total = 0.0
             for tap in np.ndindex(*window):
-                total += float(kernel[(*tap, channel, output)])
+                total += float(kernel[(*tap, row, output)])
             result[output, channel] = expected * total
     return result
 
@@ -210,23 +226,35 @@ def margin(normalized, threshold):
         doubts.append(threshold - sums[count])
     for n in (count - 1, count):  # last closed | first open | the next one
         if n >= 0 and n + 1 < len(largest) and largest[n + 1] != largest[n]:
-            doubts.append(largest[n + 1] - largest[n])
+            doubt = largest[n + 1] - largest[n]
+            # Whichever of two open channels comes first, it ends the run if it alone exceeds the threshold.
+            doubts.append(max(doubt, largest[n + 1] - threshold) if n == count else doubt)
     return min(doubts)
 
 
-def close(normalized, gate, source, count):
-    """Gate and source after the first ``count`` channels in closing order are closed."""
-    gate, source = gate.copy(), source.copy()
-    for channel in closing_order(normalized)[:count]:
-        gate[channel] = False
-        source[channel] = -1
-    return gate, source
+def close(normalized, gate, source, count, groups=1):
+    """Gate and source after the first ``count`` channels in closing order are closed.
+
+    Of each group that would lose all its open channels, the last of them in that order stays open.
+    """
+    new_gate, source = gate.copy(), source.copy()
+    order = closing_order(normalized)
+    for channel in order[:count]:
+        new_gate[channel] = False
+    size = len(gate) // groups
+    for group in range(groups if groups > 1 else 0):
+        members = range(group * size, (group + 1) * size)
+        if not any(new_gate[channel] for channel in members):
+            for channel in [channel for channel in order if channel in members and gate[channel]][-1:]:
+                new_gate[channel] = True
+    source[[channel for channel in order[:count] if not new_gate[channel]]] = -1
+    return new_gate, source
 
 
-def deallocate(normalized, gate, source, threshold):
+def deallocate(normalized, gate, source, threshold, groups=1):
     """Gate and source after de-allocation."""
     (count,) = closing_counts(normalized, threshold)
-    return close(normalized, gate, source, count)
+    return close(normalized, gate, source, count, groups)
 
 
 def candidates(score, gate, top_k):
@@ -242,7 +270,8 @@ def reallocate(layer, drawn, drawn_shift):
         if origin == -1:
             continue
         new.gate[slot] = True
-        new.kernel[..., slot, :] = 0.0
+        row, outputs = entries_of(slot, len(drawn), new.kernel)
+        new.kernel[..., row, outputs.start : outputs.stop] = 0.0
         for name in ("scale", "bias", "mean", "var"):
             getattr(new, name)[slot] = getattr(layer, name)[origin]
         new.shift[slot] = drawn_shift[slot]

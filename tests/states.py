@@ -44,15 +44,15 @@ def _leaf(name, leaf, rng):
 
 
 def _allocate(tree, rng, closed, copies):
-    for value in tree.values():
-        if "gate" not in value:
+    if "gate" not in tree:
+        for value in tree.values():
             _allocate(value, rng, closed, copies)
-            continue
-        channels = value["gate"].shape[0]
-        gate = rng.uniform(size=channels) >= closed
-        gate[rng.integers(channels)] = True
-        value["gate"] = jnp.asarray(gate)
-        if "source" in value:
-            is_copy = gate & (rng.uniform(size=channels) < copies)
-            source = np.where(is_copy, rng.integers(channels, size=channels), -1)
-            value["source"] = jnp.asarray(source, jnp.int32)
+        return
+    shape = tree["gate"].shape
+    gate = rng.uniform(size=shape) >= closed
+    gate[..., rng.integers(shape[-1])] = True
+    tree["gate"] = jnp.asarray(gate)
+    if "source" in tree:
+        is_copy = gate & (rng.uniform(size=shape) < copies)
+        source = np.where(is_copy, rng.integers(shape[-1], size=shape), -1)
+        tree["source"] = jnp.asarray(source, jnp.int32)

@@ -20,6 +20,7 @@ class Shape:
     channels: int
     outputs: int
     image: tuple[int, ...]
+    groups: int = 1
 
 
 SHAPES = {
@@ -28,6 +29,8 @@ SHAPES = {
     "2-D 1x1": Shape((1, 1), 12, 3, (3, 6)),
     "3-D": Shape((2, 1, 2), 5, 3, (3, 2, 4)),
     "one channel": Shape((2, 1), 1, 2, (4, 1)),
+    "groups": Shape((2,), 9, 6, (7,), groups=3),
+    "depthwise": Shape((2, 2), 4, 8, (3, 4), groups=4),
 }
 THRESHOLDS = (0.0, 1e-3, 0.03, 0.2, 0.25, 0.5, 0.9, 0.999, 1.0)
 SHIFT_RANGES = (1.5, 4.0, 1e3, 1e10)  # the start value's, to the border, and far beyond
@@ -80,7 +83,7 @@ class Recipe:
         generator = np.random.default_rng((self.seed, 0))
         sizes = self.sizes
         channels = (sizes.channels,)
-        kernel_shape = (*sizes.window, sizes.channels, sizes.outputs)
+        kernel_shape = (*sizes.window, sizes.channels // sizes.groups, sizes.outputs)
         if self.exact:
             kernel = generator.integers(-1, 2, kernel_shape).astype(float)
             scale = np.zeros(channels)  # the damage is max(bias, 0) times a sum of integers
@@ -88,11 +91,11 @@ class Recipe:
         else:
             # Importance of channels over several orders of magnitude.
             size = np.exp(2 * generator.normal(size=(sizes.channels, 1)))
-            kernel = generator.normal(size=kernel_shape) * size
+            kernel = generator.normal(size=kernel_shape) * self._rows(size[:, 0])
             scale = generator.normal(size=channels)
             bias = generator.normal(size=channels)
         scale[generator.random(channels) < self.silent] = 0.0
-        kernel[..., generator.random(channels) < self.empty, :] = 0.0
+        kernel[..., self._rows(generator.random(channels) < self.empty)] = 0.0
         kernel[..., generator.random(sizes.outputs) < self.empty] = 0.0
         gate = generator.random(channels) >= self.closed
         gate[generator.integers(sizes.channels)] = True
@@ -108,6 +111,11 @@ class Recipe:
             source=source.astype(np.int32),
             shift=self.shifts(),
         )
+
+    def _rows(self, values):
+        """One value per channel [C] as [C / groups, O], for the kernel entries that read the channel."""
+        sizes = self.sizes
+        return np.repeat(values.reshape(sizes.groups, -1).T, sizes.outputs // sizes.groups, axis=1)
 
 
 def _float32(array):

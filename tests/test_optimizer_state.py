@@ -88,6 +88,12 @@ def test_factored_state_is_refused_by_name(round_):
         selconv_jax.reset_rewritten(optimizer, optimizer.init(params), params, report)
 
 
+def test_parameters_of_another_model_are_refused(round_):
+    params, report = round_
+    with pytest.raises(ValueError, match="params has no kernel for selective layer 'block1_layer1/conv1'"):
+        selconv_jax.rewritten_mask({"stem": params["stem"]}, report)
+
+
 def test_mask_broadcasts_against_the_parameters(round_):
     params, report = round_
     masks = selconv_jax.rewritten_mask(params, report)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,18 +211,62 @@ def test_uncommitted_arrays_stay_uncommitted(variables):
     assert not any(leaf.committed for leaf in jax.tree.leaves(new))
 
 
-def test_grouped_stacked_and_oddly_named_layers_are_refused_by_name():
+def test_what_is_no_layer_is_refused_by_name():
     x = jnp.ones((1, 8, 8, 16))
-    grouped = SelectiveConv(16, (3, 3), feature_group_count=16).init(jax.random.key(0), x, train=False)
-    with pytest.raises(ValueError, match=r"kernel has shape \(3, 3, 1, 16\) for 16 channels"):
-        selconv_jax.reallocate(grouped, jax.random.key(0))
     plain = SelectiveConv(16, (3, 3)).init(jax.random.key(0), x, train=False)
-    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), plain)
-    with pytest.raises(ValueError, match=r"expected \[C\] and \[\*K, C, O\]|expected \("):
-        selconv_jax.reallocate(stacked, jax.random.key(0))
+    kernel = plain["params"]["kernel"]
+    wrong = {**plain, "params": {**plain["params"], "kernel": kernel[:, :, :3]}}
+    with pytest.raises(ValueError, match=r"layer '': kernel has shape \(3, 3, 3, 16\) for 16 input channels"):
+        selconv_jax.reallocate(wrong, jax.random.key(0))
+    wrong = {**plain, "batch_stats": {**plain["batch_stats"], "mean": jnp.zeros(8)}}
+    with pytest.raises(ValueError, match=r"mean has shape \(8,\), expected \(16,\)"):
+        selconv_jax.reallocate(wrong, jax.random.key(0))
+    boxed = {**plain, "params": {**plain["params"], "kernel": nn.Partitioned(kernel, (None,) * 4)}}
+    with pytest.raises(ValueError, match=r"kernel is a Partitioned, expected an array\. Unbox"):
+        selconv_jax.reallocate(boxed, jax.random.key(0))
     named = {collection: {"a/b": leaves} for collection, leaves in plain.items()}
     with pytest.raises(ValueError, match="must not contain '/'"):
         selconv_jax.reallocate(named, jax.random.key(0))
+
+
+def test_layers_of_other_dimensions_leave_the_draws():
+    one, two = (
+        perturbed_variables(SelectiveConv(4, (3,) * rank), (2, *(6,) * rank, 12), seed=0) for rank in (1, 2)
+    )
+    together = {name: {"one": one[name], "two": two[name]} for name in one}
+    allocation = Allocation(threshold=0.2)
+    new, report = selconv_jax.reallocate(together, jax.random.key(0), allocation)
+    alone = {name: {"one": leaves} for name, leaves in one.items()}
+    expected, _ = selconv_jax.reallocate(alone, jax.random.key(0), allocation)
+    assert report.layers["one"].reallocated.any()
+    chex_equal(new["params"]["one"], expected["params"]["one"])
+
+
+def test_random_sources_are_any_open_channels():
+    layer = SelectiveConv(4, (3, 3))
+    variables = perturbed_variables(layer, (2, 6, 6, 40), seed=0)
+    variables["selectivity"]["gate"] = jnp.arange(40) < 10  # 30 slots
+    variables["params"]["kernel"] = variables["params"]["kernel"].at[:, :, 3].set(0)  # scores 0
+
+    def sources(key, source, **options):
+        given = {**variables, "selectivity": {**variables["selectivity"], "source": jnp.array(source)}}
+        new, report = selconv_jax.reallocate(given, jax.random.key(key), Allocation(**options))
+        assert report.closed == 0
+        return np.asarray(new["selectivity"]["source"])[10:]
+
+    own = [-1] * 40
+    # Threshold 1 closes nothing, so that channel 3 stays open.
+    drawn = np.concatenate([sources(key, own, threshold=1.0, random_sources=True) for key in range(30)])
+    counts = np.bincount(drawn, minlength=40)
+    assert counts[10:].sum() == 0
+    # Chi-square with 9 degrees of freedom: above 33.7 once in 10,000 keys.
+    assert np.sum(np.square(counts[:10] - 90) / 90) < 33.7
+    assert len(set(sources(0, own, threshold=1.0).tolist())) <= 3
+    # Channels 0 and 1 read channel 2: more than one copy excludes all three.
+    copies = [2, 2] + [-1] * 38
+    drawn = sources(0, copies, threshold=1.0, random_sources=True, max_copies=1)
+    assert set(drawn.tolist()) == set(range(3, 10))
+    assert (sources(0, own, threshold=1.0, random_sources=True, top_k=0) == -1).all()
 
 
 def test_narrow_parameters_decide_like_wide_ones():

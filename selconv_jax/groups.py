@@ -1,0 +1,66 @@
+"""Which entries of a kernel read which input channel, in convolutions with and without groups."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["group_count", "kernel_rows"]
+
+
+def group_count(channels: int, kernel_shape: Sequence[int]) -> int:
+    """Number of groups ``G`` of a convolution, from its shapes alone.
+
+    Output ``o`` belongs to group ``o // (O / G)`` and reads the ``C / G`` input channels of that group.
+
+    Args:
+        channels: Number of input channels ``C``.
+        kernel_shape: Of the kernel, ``[*K, C / G, O]``.
+
+    Returns:
+        ``G``; 1 without groups.
+
+    Raises:
+        ValueError: The kernel cannot belong to a layer with so many input channels.
+
+    Example:
+        >>> group_count(8, (3, 3, 2, 16))
+        4
+    """
+    rows, outputs = kernel_shape[-2:]
+    groups = channels // rows if rows else 0
+    if groups < 1 or groups * rows != channels or outputs % groups:
+        raise ValueError(
+            f"kernel has shape {tuple(kernel_shape)} for {channels} input channels; expected "
+            "[*K, C / groups, O] with the number of groups a divisor of C and O."
+        )
+    return groups
+
+
+def kernel_rows(values: jax.Array, kernel_shape: Sequence[int]) -> jax.Array:
+    """One value per input channel, laid out beside the kernel entries that read the channel.
+
+    Input channel ``c`` is read by ``kernel[..., c % (C / G), o]`` for the outputs ``o`` of its group.
+
+    Args:
+        values: ``[*L, C]``; axes before the last are those of stacked layers.
+        kernel_shape: Of the kernel, ``[*L, *K, C / G, O]``.
+
+    Returns:
+        ``[*L, *1, C / G, O]``, or ``[*L, *1, C, 1]`` without groups: it broadcasts against the kernel.
+
+    Raises:
+        ValueError: See `group_count`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kernel_rows(jnp.array([1, 2, 3, 4]), (2, 2)).tolist()  # C = 4, O = 2, two groups
+        [[1, 3], [2, 4]]
+    """
+    *stack, channels = values.shape
+    groups = group_count(channels, kernel_shape)
+    rows = values.reshape(*stack, groups, channels // groups).swapaxes(-1, -2)  # [*L, C / G, G]
+    if groups > 1:
+        rows = jnp.repeat(rows, kernel_shape[-1] // groups, axis=-1)
+    window = len(kernel_shape) - len(stack) - 2
+    return rows.reshape(*stack, *(1,) * window, *rows.shape[-2:])

@@ -1,0 +1,107 @@
+"""From the variables of a trained plain network to those of its selective twin."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import traverse_util
+from flax.core import FrozenDict, freeze, unfreeze
+
+__all__ = ["selectivize"]
+
+Path = tuple[str, ...]
+
+_SHOWN = 5  # misfits that an error lists
+
+
+def selectivize(plain: Mapping[str, Any], template: Mapping[str, Any]) -> Any:
+    """Takes a trained network over into its selective twin, which computes exactly the same.
+
+    The twin is the same model with `selconv_jax.SelectiveConv` in the places of
+    `selconv_jax.PlainConv`, or of any module that does batch norm, ReLU and convolution with parameters
+    ``kernel``, ``scale``, ``bias`` and statistics ``mean``, ``var``. All variables keep their values; the
+    allocation is that of a new layer: every gate open, every channel read from itself, shifts 0. The
+    network can then be trained on and re-allocated.
+
+    Variables with other names are renamed first. Of a network made of ``nn.BatchNorm``, ``nn.relu`` and
+    ``nn.Conv(..., use_bias=False)``, the layer ``"conv"`` of the twin gets::
+
+        params["conv"] = {"kernel": old["params"]["Conv_0"]["kernel"], **old["params"]["BatchNorm_0"]}
+        batch_stats["conv"] = old["batch_stats"]["BatchNorm_0"]
+
+    Args:
+        plain: The variables of the plain network: ``params``, ``batch_stats`` and what else it has.
+        template: The variables of the selective twin as ``init`` makes them, or their shapes alone
+            (``jax.eval_shape`` of ``init``). Of its values none is used.
+
+    Returns:
+        The variables of the twin. Arrays of ``plain`` are shared, not copied.
+
+    Raises:
+        ValueError: The template has no selective layer, ``plain`` has selective layers already, or the two
+            do not fit: entries are missing, left over, or of another shape or dtype.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, selconv_jax
+        >>> x = jnp.ones((1, 8, 8, 16))
+        >>> plain = selconv_jax.PlainConv(features=4, kernel_size=(3, 3))
+        >>> trained = plain.init(jax.random.key(0), x, train=False)
+        >>> twin = selconv_jax.SelectiveConv(features=4, kernel_size=(3, 3))
+        >>> variables = selconv_jax.selectivize(trained, twin.init(jax.random.key(1), x, train=False))
+        >>> bool((plain.apply(trained, x, train=False) == twin.apply(variables, x, train=False)).all())
+        True
+    """
+    wanted = traverse_util.flatten_dict(unfreeze(dict(template)))
+    given = traverse_util.flatten_dict(unfreeze(dict(plain)))
+    layers = [path[1:-1] for path in wanted if path[0] == "selectivity" and path[-1] == "gate"]
+    if not layers:
+        raise ValueError(
+            "the template has no selective layer: it has no 'gate' in 'selectivity', among the collections "
+            f"{sorted(template)}. Pass the variables of the model with selconv_jax.SelectiveConv in it."
+        )
+    if any(path[0] == "selectivity" for path in given):
+        raise ValueError(
+            "the plain variables hold a 'selectivity' collection: the model is selective already. Use its "
+            "variables as they are."
+        )
+    new = {}
+    for layer in layers:
+        gate = ("selectivity", *layer, "gate")
+        new[gate] = jnp.ones(wanted[gate].shape, bool)
+        source, shift = ("selectivity", *layer, "source"), ("params", *layer, "shift")
+        if source in wanted and shift in wanted:  # else the layer is gate-only
+            new[source] = jnp.full(wanted[source].shape, -1, jnp.int32)
+            new[shift] = jnp.zeros(wanted[shift].shape, wanted[shift].dtype)
+    _check_fit({path: leaf for path, leaf in wanted.items() if path not in new}, given)
+    variables = traverse_util.unflatten_dict({**given, **new})
+    return freeze(variables) if isinstance(plain, FrozenDict) else variables
+
+
+def _check_fit(wanted: dict[Path, Any], given: dict[Path, Any]) -> None:
+    """Refuses plain variables that are not, entry by entry, what the template wants."""
+    misfits = [f"missing: {_name(path)}" for path in wanted if path not in given]
+    misfits += [f"left over: {_name(path)}" for path in given if path not in wanted]
+    misfits += [
+        f"{_name(path)} is {_kind(given[path])}, expected {_kind(leaf)}"
+        for path, leaf in wanted.items()
+        if path in given and _kind(given[path]) != _kind(leaf)
+    ]
+    if misfits:
+        listed = "; ".join(misfits[:_SHOWN])
+        more = f"; and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
+        raise ValueError(
+            f"{len(misfits)} of the plain variables do not fit the selective model: {listed}{more}. Both "
+            "models must be built alike, with the same names of layers; unbox partitioned parameters with "
+            "flax.linen.meta.unbox."
+        )
+
+
+def _name(path: Path) -> str:
+    return "/".join(map(str, path))
+
+
+def _kind(leaf: Any) -> str:
+    """Dtype and shape of an array, or the name of what is none."""
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return f"{leaf.dtype}{list(leaf.shape)}"
+    return type(leaf).__name__
