@@ -43,6 +43,7 @@ def split(count=6, shape=(4, 5, 1), dtype=np.uint8, labels=None, label_dtype=np.
         ({"std": (0.0,)}, "std is"),
         ({"std": (float("nan"),)}, "std is"),
         ({"crop_padding": -1}, "crop_padding is -1"),
+        ({"eval_resize": 4}, r"eval_resize is 4, less than the image_shape \(4, 5, 1\)"),
     ],
 )
 def test_contradictory_facts_are_errors(change, message):
@@ -112,12 +113,15 @@ def test_sample_needs_no_tensorflow_datasets():
 def test_catalog_is_consistent():
     for name, known in KNOWN.items():
         assert known.name == name
-        assert known.info().num_classes == 10
-        assert all(count % 10 == 0 for count in known.counts.values())
+        assert known.info().num_classes == known.num_classes
+        assert all(count % known.num_classes == 0 for count in known.counts.values()) == known.balanced
         assert all(len(item.sha256) == 64 for item in known.downloads)
         assert all(len(digest) == 64 for digest in known.digests.values())
     assert len(KNOWN["fashion_mnist"].digests) == 4
     assert len(KNOWN["cifar10"].digests) == 6
+    assert KNOWN["cifar100"].class_names[99] == "worm"
+    assert KNOWN["cifar100"].mean == (0.5071, 0.4867, 0.4408)
+    assert (KNOWN["tiny_imagenet"].crop_padding, KNOWN["imagenet2012"].eval_resize) == (8, 256)
     with pytest.raises(DataError, match="Did you mean 'cifar10'"):
         known_set("cifar")
 
@@ -151,6 +155,9 @@ def test_status(tmp_path):
         "fashion_mnist_sample": "included",
         "fashion_mnist": "not prepared",
         "cifar10": "prepared",
+        "cifar100": "not prepared",
+        "tiny_imagenet": "not prepared",
+        "imagenet2012": "not prepared",
         "toy/small": "prepared",
     }
     assert rows["cifar10"].path == tmp_path / "cifar10" / "3.0.2"

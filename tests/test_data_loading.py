@@ -12,7 +12,7 @@ import tiny_sets
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from selconv_jax.data import load
+from selconv_jax.data import StreamedData, load, loading, open_data
 from selconv_jax.data.catalog import KNOWN
 from selconv_jax.data.png import encode_png
 from selconv_jax.data.prepare import prepare
@@ -172,6 +172,33 @@ def test_unlabelled_test_split(tmp_path):
     expect(tmp_path, "test split: labels run from -1 to -1; expected 0 to 1")
 
 
+# Streaming
+
+
+def test_streamed_images_are_the_loaded_ones(tmp_path):
+    train, test = images(30, (20, 24, 3)), images(8, (20, 24, 3), seed=1)
+    write_set(tmp_path, "toy_pictures", {"train": examples(train), "test": examples(test)})
+    whole, streamed = load("toy_pictures", tmp_path), open_data("toy_pictures", tmp_path, streaming=True)
+    assert streamed.info == whole.info  # all 30 images are among the evenly spaced thousand
+    for key in ("train", "test"):
+        split, source = getattr(whole, key), getattr(streamed, key)
+        assert len(source) == len(split)
+        for index in range(len(split)):
+            image, label = source[index]
+            np.testing.assert_array_equal(image, split.images[index])
+            assert label == split.labels[index]
+
+
+def test_large_sets_are_streamed(tmp_path, monkeypatch):
+    splits = {key: examples(images(4, (8, 8, 3))) for key in ("train", "test")}
+    write_set(tmp_path, "toy_pictures", splits)
+    monkeypatch.setattr(loading, "_MOST_BYTES", 8 * 8 * 8 * 3)
+    assert not isinstance(open_data("toy_pictures", tmp_path), StreamedData)
+    monkeypatch.setattr(loading, "_MOST_BYTES", 8 * 8 * 8 * 3 - 1)
+    assert isinstance(open_data("toy_pictures", tmp_path), StreamedData)
+    assert not isinstance(open_data("toy_pictures", tmp_path, streaming=False), StreamedData)
+
+
 # Names
 
 
@@ -180,7 +207,7 @@ def test_unlabelled_test_split(tmp_path):
     [
         ("cifar1O", "There is no data set 'cifar1O'. Did you mean 'cifar10'"),
         ("mnis", "There is no data set 'mnis'. Did you mean 'mnist'"),
-        ("qqqqqq", "There is no data set 'qqqqqq'. Valid: cifar10, fashion_mnist, fashion_mnist_sample"),
+        ("qqqqqq", "There is no data set 'qqqqqq'. Valid: cifar10, cifar100, fashion_mnist, fashion"),
         ("a b", "'a b' is no name of a data set"),
         ("../sets", "is no name of a data set"),
         ("huggingface:mnist", "is no name of a data set"),
@@ -240,6 +267,16 @@ def test_missing_record_file(copy):
     path = next(copy.glob("cifar10-test.array_record*"))
     path.unlink()
     expect(copy.parent.parent, f"^{path}: the file is missing", "cifar10")
+    with pytest.raises(DataError, match=f"^{path}: the file is missing"):
+        open_data("cifar10", copy.parent.parent, streaming=True)
+
+
+def test_damaged_record_is_named_when_it_is_read(copy):
+    path = next(copy.glob("cifar10-train.array_record*"))
+    path.write_bytes(flipped(path.read_bytes()))
+    data = open_data("cifar10", copy.parent.parent, streaming=True)
+    with pytest.raises(DataError, match=f"^{copy}, split train, record .*: damaged .*Remove its folder"):
+        [data.train[index] for index in range(len(data.train))]
 
 
 @pytest.mark.parametrize("content", [b"\xff\xff\xff", b""])

@@ -7,6 +7,7 @@ import json
 import pickle
 import struct
 import tarfile
+import zipfile
 
 import numpy as np
 from PIL import Image
@@ -115,9 +116,123 @@ def png_file(image):
 CIFAR_FORMS = {"binary": cifar_binary, "python": cifar_python, "npm": cifar_npm}
 
 
-def write_archive(path, contents):
-    """A .tar.gz with the given files; returns it."""
-    with tarfile.open(path, "w:gz") as archive:
+# CIFAR-100: five classes, of which three lie in superclass 0 and two in 1
+
+COARSE = np.array([0, 0, 1, 0, 1])
+
+
+def cifar100_splits(seed=0):
+    """Random images with balanced labels in 0..4, by split."""
+    data = splits(32, 32, 3, seed)
+    return {key: Split(split.images, split.labels % 5) for key, split in data.items()}
+
+
+def cifar100_binary(data):
+    contents = {}
+    for key, split in data.items():
+        columns = [COARSE[split.labels], split.labels]
+        labels = np.stack(columns, axis=1).astype(np.uint8)
+        contents[f"cifar-100-binary/{key}.bin"] = np.concatenate([labels, planes(split.images)], 1).tobytes()
+    return contents
+
+
+def cifar100_python(data):
+    return {
+        f"cifar-100-python/{key}": pickle.dumps(
+            {
+                b"data": planes(split.images),
+                b"fine_labels": split.labels.tolist(),
+                b"coarse_labels": COARSE[split.labels].tolist(),
+            },
+            protocol=2,
+        )
+        for key, split in data.items()
+    }
+
+
+# Image files
+
+
+def jpeg(seed, mode="RGB", size=(64, 64)):
+    """A JPEG file of smooth noise, (height, width)."""
+    channels = len(mode) if mode != "L" else 1
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, channels), dtype=np.uint8)
+    image = Image.fromarray(coarse[..., 0] if channels == 1 else coarse, mode).resize(size[::-1])
+    buffer = io.BytesIO()
+    image.save(buffer, "jpeg", quality=90)
+    return buffer.getvalue()
+
+
+# Tiny-ImageNet: three classes, listed out of order as in the original
+
+WNIDS = ("n03", "n01", "n02")
+
+
+def tiny_imagenet_files(train=3, validation=2):
+    """The unpacked files by path."""
+    files = {"wnids.txt": "\n".join(WNIDS).encode() + b"\n"}
+    lines = []
+    for number, wnid in enumerate(WNIDS):
+        for index in range(train):
+            files[f"train/{wnid}/images/{wnid}_{index}.JPEG"] = jpeg((number, index))
+        for index in range(validation):
+            name = f"val_{number + index * len(WNIDS)}.JPEG"
+            files[f"val/images/{name}"] = jpeg((number, index, 1))
+            lines.append(f"{name}\t{wnid}\t0\t32\t44\t62")
+    files["val/val_annotations.txt"] = "\n".join(lines).encode() + b"\n"
+    files["test/images/test_0.JPEG"] = jpeg(99)
+    return files
+
+
+def write_zip(path, contents, folder="tiny-imagenet-200/"):
+    """A zip archive with the given files; returns it."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(folder + name, content)
+    return path
+
+
+# ImageNet: images of two of the thousand classes, validation images with their published labels
+
+IMAGENET_WNIDS = ("n01440764", "n15075141")
+
+
+def imagenet_train():
+    """Training images by class and file name, of differing sizes."""
+    return {
+        wnid: {
+            f"{wnid}_{index}.JPEG": jpeg((number, index), size=(40 + 8 * index, 70 - 8 * index))
+            for index in range(4)
+        }
+        for number, wnid in enumerate(IMAGENET_WNIDS)
+    }
+
+
+def imagenet_validation():
+    """Validation images by file name."""
+    return {f"ILSVRC2012_val_{number:08}.JPEG": jpeg(number, size=(50, 90)) for number in range(1, 6)}
+
+
+def tar_bytes(contents):
+    buffer = io.BytesIO()
+    write_archive(None, contents, mode="w", fileobj=buffer)
+    return buffer.getvalue()
+
+
+def write_imagenet(folder, train=None, validation=None):
+    """A folder with both archives; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    classes = imagenet_train() if train is None else train
+    inner = {f"{wnid}.tar": tar_bytes(files) for wnid, files in classes.items()}
+    write_archive(folder / "ILSVRC2012_img_train.tar", inner, mode="w")
+    files = imagenet_validation() if validation is None else validation
+    write_archive(folder / "ILSVRC2012_img_val.tar", files, mode="w")
+    return folder
+
+
+def write_archive(path, contents, mode="w:gz", fileobj=None):
+    """A .tar.gz (or another archive) with the given files; returns it."""
+    with tarfile.open(path, mode, fileobj=fileobj) as archive:
         for name, content in contents.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)

@@ -1,6 +1,7 @@
-"""Data sets in memory, their preparation, and augmentation inside the jitted step."""
+"""Data sets in memory or streamed, their preparation, and augmentation inside the jitted step."""
 
 from selconv_jax.data.dataset import DatasetInfo, ImageData, Split
-from selconv_jax.data.loading import load
+from selconv_jax.data.loading import load, open_data
+from selconv_jax.data.stream import StreamedData
 
-__all__ = ["DatasetInfo", "ImageData", "Split", "load"]
+__all__ = ["DatasetInfo", "ImageData", "Split", "StreamedData", "load", "open_data"]

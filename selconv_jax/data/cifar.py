@@ -7,9 +7,6 @@ archive, one record per image: a byte with the label, then the red, the green an
 
 import io
 import json
-import pickle
-import tarfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from selconv_jax.data.catalog import KnownSet
+from selconv_jax.data.cifar_files import read_batch, read_members
 from selconv_jax.data.dataset import Split
-from selconv_jax.data.originals import Part, read_file
+from selconv_jax.data.originals import Part
 from selconv_jax.errors import DataError
 
 __all__ = ["decode_cifar", "read_cifar"]
@@ -58,7 +56,8 @@ def read_cifar(known: KnownSet, source: Path) -> dict[str, Part]:
     Raises:
         DataError: If a file is missing, damaged, or of another form.
     """
-    files = _read_archive(source) if source.is_file() else _read_folder(source)
+    names = {name for form in _FORMS for name in form}
+    files = read_members(source, names, _FOLDERS)
     form = next((form for form in _FORMS if any(name in files for name in form)), None)
     if form is None:
         raise DataError(
@@ -103,68 +102,10 @@ def decode_cifar(parts: Mapping[str, Part]) -> dict[str, Split]:
     return splits
 
 
-def _read_folder(source: Path) -> dict[str, Part]:
-    """The files of the first folder that holds any of them."""
-    names = {name for form in _FORMS for name in form}
-    for folder in (source / name for name in _FOLDERS):
-        found = [folder / name for name in sorted(names) if (folder / name).is_file()]
-        if found:
-            return {path.name: Part(read_file(path), str(path)) for path in found}
-    return {}
-
-
-def _read_archive(source: Path) -> dict[str, Part]:
-    """The files in an archive, whatever the folder inside it is called."""
-    names = {name for form in _FORMS for name in form}
-    files = {}
-    try:
-        with tarfile.open(source) as archive:
-            for member in archive:
-                name = Path(member.name).name
-                stream = archive.extractfile(member) if name in names else None
-                if stream is not None:
-                    files[name] = Part(stream.read(), f"{source}, {member.name}")
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        reason = str(error).partition("\n")[0].rstrip(":")
-        raise DataError(
-            f"{source}: damaged, cut short, or not an archive ({reason}). Get it again."
-        ) from error
-    return files
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads dictionaries, lists, numbers, texts and NumPy arrays, and refuses all else.
-
-    A pickle may call any function it names; only those that rebuild an array are let through.
-    """
-
-    _ALLOWED = {  # noqa: RUF012
-        ("_codecs", "encode"),
-        ("numpy", "dtype"),
-        ("numpy", "ndarray"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
-        if name == "_reconstruct":  # moved between NumPy's versions; arrays know where it is
-            return np.empty(0).__reduce__()[0]
-        return super().find_class(module, name)
-
-
 def _from_pickle(part: Part) -> Part:
     """A batch of the Python archive in the form of the binary one."""
-    try:
-        content = _ArrayUnpickler(io.BytesIO(part.content), encoding="bytes").load()
-        batch = {key.decode() if isinstance(key, bytes) else key: content[key] for key in content}
-        planes = np.asarray(batch["data"])
-        labels = np.asarray(batch["labels"])
-    except Exception as error:  # a damaged pickle can raise anything
-        raise DataError(
-            f"{part.path}: not a batch of cifar-10-python.tar.gz ({error!r}). Get it again."
-        ) from error
+    batch = read_batch(part, "cifar-10-python.tar.gz", ("data", "labels"))
+    planes, labels = batch["data"], batch["labels"]
     if planes.dtype != np.uint8 or planes.shape != (len(labels), 3 * _PIXELS):
         raise DataError(
             f"{part.path}: its data is {planes.dtype}{list(planes.shape)} for {labels.size} labels; "

@@ -23,6 +23,9 @@ class DatasetInfo:
         std: Per-channel standard deviation for normalization, as fractions of 255.
         crop_padding: Pixels of black border from which training crops are taken; 0 for no crop.
         flip: Whether training images are mirrored left to right half of the time.
+        eval_resize: For a set whose files differ in size: test images are resized to this shorter
+            side and the middle ``image_shape`` is taken, training images are random parts resized
+            to ``image_shape``. ``None``: all images have ``image_shape``.
 
     Raises:
         DataError: If the facts contradict each other.
@@ -41,6 +44,7 @@ class DatasetInfo:
     std: tuple[float, ...]
     crop_padding: int
     flip: bool
+    eval_resize: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.image_shape) != 3 or min(self.image_shape) < 1:
@@ -67,6 +71,11 @@ class DatasetInfo:
         if self.crop_padding < 0:
             raise DataError(
                 f"{self.name}: crop_padding is {self.crop_padding}; expected 0 (no crop) or more."
+            )
+        if self.eval_resize is not None and self.eval_resize < max(self.image_shape[:2]):
+            raise DataError(
+                f"{self.name}: eval_resize is {self.eval_resize}, less than the image_shape "
+                f"{self.image_shape} that is taken from it."
             )
 
 
@@ -102,6 +111,10 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        """The image uint8 ``[H, W, C]`` and the label at a place."""
+        return self.images[index], int(self.labels[index])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""Load a data set by name into memory."""
+"""Load a data set by name into memory, or open it for streaming."""
 
+import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,11 +11,15 @@ from numpy.typing import NDArray
 
 from selconv_jax.data.catalog import KNOWN, SAMPLE, resolve_data_dir
 from selconv_jax.data.dataset import DatasetInfo, ImageData
-from selconv_jax.data.records import open_prepared, read_split
+from selconv_jax.data.records import PreparedImages, open_prepared, read_split
 from selconv_jax.data.sample import load_sample
+from selconv_jax.data.stream import StreamedData
 from selconv_jax.errors import DataError
 
-__all__ = ["load"]
+__all__ = ["load", "open_data"]
+
+_MOST_BYTES = 2 * 2**30  # of a set that is kept on the device unless told otherwise
+_SAMPLED = 1000
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData:
@@ -26,8 +32,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData
     height, and its images are flipped.
 
     Args:
-        name: ``fashion_mnist_sample``, ``fashion_mnist``, ``cifar10``, or the name of another set
-            of tensorflow-datasets: ``name`` or ``name/config``, either followed by ``:version``.
+        name: A set of the catalog, or the name of another set of tensorflow-datasets: ``name`` or
+            ``name/config``, either followed by ``:version``.
         data_dir: The directory of the prepared sets; by default that of tensorflow-datasets.
 
     Returns:
@@ -41,8 +47,38 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData
         >>> load("fashion_mnist_sample").train.images.shape
         (2000, 28, 28, 1)
     """
+    data = open_data(name, data_dir, streaming=False)
+    assert isinstance(data, ImageData)
+    return data
+
+
+def open_data(
+    name: str, data_dir: str | os.PathLike[str] | None = None, streaming: bool | None = None
+) -> ImageData | StreamedData:
+    """Load a set as :func:`load` does, or open it to be read while it is used.
+
+    A streamed set outside the catalog has its mean and standard deviation computed from a thousand
+    of its training images, evenly spaced.
+
+    Args:
+        name: As for :func:`load`.
+        data_dir: As for :func:`load`.
+        streaming: Whether to stream; ``None``: a set whose images differ in size, and one that would
+            take more than 2 GiB.
+
+    Returns:
+        The set, in memory or to be streamed.
+
+    Raises:
+        DataError: As for :func:`load`, or if a set can only be streamed and must not.
+
+    Example:
+        >>> len(open_data("fashion_mnist_sample", streaming=True).train)
+        2000
+    """
     if name == SAMPLE:
-        return load_sample()
+        data = load_sample()
+        return StreamedData(data.info, data.train, data.test) if streaming else data
     builder = open_prepared(name, resolve_data_dir(data_dir))
     _check_features(name, builder.info.features)
     test = next((key for key in ("test", "validation") if key in builder.info.splits), None)
@@ -51,14 +87,32 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData
             f"{name} has the splits {', '.join(sorted(builder.info.splits)) or 'none'}; "
             "it needs train, and test or validation."
         )
-    train_split, test_split = read_split(builder, "train"), read_split(builder, test)
-    known = KNOWN.get(re.split("[/:]", name)[0])
-    if known is not None:
-        return ImageData(known.info(), train_split, test_split)
-    mean, std = _moments(train_split.images)
     label = builder.info.features["label"]
-    height, width, channels = train_split.images.shape[1:]
-    info = DatasetInfo(
+    known = KNOWN.get(re.split("[/:]", name)[0])
+    info = None if known is None else known.info(tuple(label.names))
+    differing = info is not None and info.eval_resize is not None
+    if differing and streaming is False:
+        raise DataError(
+            f"The images of {name} differ in size, so that it can only be streamed: leave out "
+            "data.streaming, or set it to true."
+        )
+    if streaming is None:
+        streaming = differing or _size(builder, ("train", test)) > _MOST_BYTES
+    if streaming:
+        train_images, test_images = PreparedImages(builder, "train"), PreparedImages(builder, test)
+        if info is None:
+            places = np.linspace(0, len(train_images) - 1, min(_SAMPLED, len(train_images)), dtype=int)
+            info = _info(name, label, [train_images[int(place)][0] for place in places])
+        return StreamedData(info, train_images, test_images)
+    train_split, test_split = read_split(builder, "train"), read_split(builder, test)
+    return ImageData(info or _info(name, label, [train_split.images]), train_split, test_split)
+
+
+def _info(name: str, label: Any, images: Sequence[NDArray[np.uint8]]) -> DatasetInfo:
+    """The facts of a set that the catalog does not know, from training images ``[..., H, W, C]``."""
+    height, width, channels = images[0].shape[-3:]
+    mean, std = _moments(images, channels)
+    return DatasetInfo(
         name=name,
         image_shape=(height, width, channels),
         num_classes=label.num_classes,
@@ -68,7 +122,15 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData
         crop_padding=round(height / 8),
         flip=True,
     )
-    return ImageData(info, train_split, test_split)
+
+
+def _size(builder: Any, splits: Sequence[str]) -> int:
+    """Bytes that all images would take, if they are like the first one."""
+    counts = [builder.info.splits[key].num_examples for key in splits]
+    shape = builder.info.features["image"].shape
+    if None in shape and counts[0]:
+        shape = PreparedImages(builder, splits[0])[0][0].shape
+    return sum(counts) * math.prod(side or 0 for side in shape)
 
 
 def _check_features(name: str, features: Any) -> None:
@@ -87,12 +149,16 @@ def _check_features(name: str, features: Any) -> None:
         raise DataError(f"{name} has no class label named 'label'; its features are {', '.join(keys)}.")
 
 
-def _moments(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _moments(
+    images: Sequence[NDArray[np.uint8]], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel as fractions of 255, exactly, by counting."""
     levels = np.arange(256) / 255
     means, deviations = [], []
-    for channel in range(images.shape[3]):
-        counts = np.bincount(images[..., channel].reshape(-1), minlength=256)
+    for channel in range(channels):
+        counts = np.zeros(256, np.int64)
+        for pixels in images:
+            counts += np.bincount(pixels[..., channel].reshape(-1), minlength=256)
         mean = np.average(levels, weights=counts)
         means.append(float(mean))
         deviations.append(float(np.sqrt(np.average((levels - mean) ** 2, weights=counts))))

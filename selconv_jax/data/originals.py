@@ -67,7 +67,7 @@ def verify(known: KnownSet, parts: Mapping[str, Part], splits: Mapping[str, Spli
             )
     ImageData(known.info(), splits["train"], splits["test"])  # shapes and labels
     for key, split in splits.items():
-        per_class = np.bincount(split.labels, minlength=len(known.class_names))
+        per_class = np.bincount(split.labels, minlength=known.num_classes)
         if len(split) != known.counts[key] or per_class.min() != per_class.max():
             raise DataError(
                 f"{known.name}, {key} split: {len(split)} images, per class {per_class.tolist()}; "

@@ -7,26 +7,39 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from selconv_jax.data.catalog import (
     SAMPLE,
     KnownSet,
     known_set,
+    prepare_command,
     prepared_directories,
     resolve_data_dir,
 )
 from selconv_jax.data.cifar import decode_cifar, read_cifar
-from selconv_jax.data.dataset import Split
+from selconv_jax.data.cifar100 import decode_cifar100, read_cifar100
 from selconv_jax.data.download import download
 from selconv_jax.data.idx import decode_idx, find_idx_files, read_idx_files
+from selconv_jax.data.image_files import ImageFiles, verify_files
+from selconv_jax.data.imagenet import open_imagenet
 from selconv_jax.data.originals import Part, verify
 from selconv_jax.data.progress import Progress, console_progress
-from selconv_jax.data.writing import write_tfds
+from selconv_jax.data.tiny_imagenet import open_tiny_imagenet
+from selconv_jax.data.writing import Examples, examples_of_arrays, examples_of_files, write_tfds
 from selconv_jax.errors import DataError
 
 __all__ = ["prepare"]
+
+# Sets that are written file by file, as they may be larger than the memory.
+_FILE_READERS: Mapping[str, Callable[[KnownSet, Path], contextlib.AbstractContextManager[ImageFiles]]] = {
+    "tiny_imagenet": open_tiny_imagenet,
+    "imagenet2012": open_imagenet,
+}
 
 
 def prepare(
@@ -35,7 +48,7 @@ def prepare(
     data_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Prepare ``fashion_mnist`` or ``cifar10``; do nothing if that has been done.
+    """Prepare a set of the catalog; do nothing if that has been done.
 
     The set is written beside its final place and moved there when it is complete: whatever goes
     wrong, a set that was prepared before stays as it was, and no part of the new one is left.
@@ -77,23 +90,29 @@ def prepare(
             f"{path}: there is no such file or folder. Give --from the folder or archive that "
             f"holds {known.name}; get it from {known.origin}."
         )
-    splits = _read(known, path, target, progress)
-    return _write(known, splits, target, progress)
+    if known.name in _FILE_READERS:
+        if path is None:
+            raise DataError(
+                f"{known.name} cannot be downloaded by this program. Get it from {known.origin}, then run: "
+                f"{prepare_command(known.name, target)} (PATH: the folder or archive)."
+            )
+        with _FILE_READERS[known.name](known, path) as files:
+            verify_files(known, files, progress)
+            examples = {key: examples_of_files(known, key, files) for key in known.counts}
+            return _write(known, files.class_names, examples, target, progress)
+    examples = _read(known, path, target, progress)
+    assert known.class_names is not None  # of the sets in memory, the catalog names the classes
+    return _write(known, known.class_names, examples, target, progress)
 
 
-def _read(known: KnownSet, source: Path | None, data_dir: Path, progress: Progress) -> Mapping[str, Split]:
-    """Find, read and check the original files."""
+def _read(known: KnownSet, source: Path | None, data_dir: Path, progress: Progress) -> dict[str, Examples]:
+    """Find, read and check the original files of a set that fits into memory."""
     if source is None:
         source = next((place for place in known.places if place.is_dir()), None)
     task = f"Reading {known.name} from {source or 'its download'}"
     parts: Mapping[str, Part]
-    if known.name == "cifar10":
-        if source is None:
-            (source,) = download(known, data_dir, progress).values()
-        progress(task, 0, 1)
-        parts = read_cifar(known, source)
-        splits = decode_cifar(parts)
-    else:
+    coarse: Mapping[str, NDArray[np.int32]] = {}
+    if known.name == "fashion_mnist":
         if source is None:
             fetched = download(known, data_dir, progress)
             files = {file.removesuffix(".gz"): path for file, path in fetched.items()}
@@ -102,12 +121,28 @@ def _read(known: KnownSet, source: Path | None, data_dir: Path, progress: Progre
         progress(task, 0, 1)
         parts = read_idx_files(files)
         splits = decode_idx(parts)
+    else:
+        if source is None:
+            (source,) = download(known, data_dir, progress).values()
+        progress(task, 0, 1)
+        if known.name == "cifar10":
+            parts = read_cifar(known, source)
+            splits = decode_cifar(parts)
+        else:
+            parts = read_cifar100(known, source)
+            splits, coarse = decode_cifar100(parts)
     verify(known, parts, splits)
     progress(task, 1, 1)
-    return splits
+    return {key: examples_of_arrays(key, split, coarse.get(key)) for key, split in splits.items()}
 
 
-def _write(known: KnownSet, splits: Mapping[str, Split], data_dir: Path, progress: Progress) -> Path:
+def _write(
+    known: KnownSet,
+    class_names: tuple[str, ...],
+    splits: Mapping[str, Examples],
+    data_dir: Path,
+    progress: Progress,
+) -> Path:
     """Write the set beside its final place, then move it there."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -118,7 +153,7 @@ def _write(known: KnownSet, splits: Mapping[str, Split], data_dir: Path, progres
             "Choose another directory for the prepared sets."
         ) from error
     try:
-        written = write_tfds(known, splits, draft, progress)
+        written = write_tfds(known, class_names, splits, draft, progress)
         final = data_dir / written.relative_to(draft)
         final.parent.mkdir(exist_ok=True)
         with contextlib.suppress(OSError):

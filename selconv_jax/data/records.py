@@ -1,4 +1,4 @@
-"""Read the splits of a prepared tensorflow-datasets directory into arrays, without TensorFlow."""
+"""Read a prepared tensorflow-datasets directory, whole or image by image, without TensorFlow."""
 
 import difflib
 import re
@@ -15,10 +15,11 @@ from selconv_jax.data.png import decode_image
 from selconv_jax.data.quiet import quiet_tfds
 from selconv_jax.errors import DataError, nearest
 
-__all__ = ["open_prepared", "read_split"]
+__all__ = ["PreparedImages", "open_prepared", "read_split"]
 
 _NAME = re.compile(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
 _AT_ONCE = 1024  # records held as bytes at a time
+_REMEDY = "Remove its folder and prepare the set again."
 
 
 def open_prepared(name: str, data_dir: Path) -> Any:
@@ -100,10 +101,7 @@ def read_split(builder: Any, name: str) -> Split:
             try:
                 image, label = _decode(tf_example_pb2.Example.FromString, record, channels)
             except (ValueError, DecodeError) as error:
-                raise DataError(
-                    f"{path}, record {number}: damaged ({error}). Remove its folder and prepare "
-                    "the set again."
-                ) from error
+                raise DataError(f"{path}, record {number}: damaged ({error}). {_REMEDY}") from error
             if images is None:
                 images = np.empty((len(labels), *image.shape), np.uint8)
             if image.shape != images.shape[1:]:
@@ -119,24 +117,60 @@ def read_split(builder: Any, name: str) -> Split:
     return Split(images, labels)
 
 
+class PreparedImages:
+    """The images of a split, each read and decoded when it is asked for.
+
+    Args:
+        builder: From :func:`open_prepared`.
+        name: The split.
+
+    Raises:
+        DataError: If a file is missing; when an image is asked for, if it is damaged.
+    """
+
+    def __init__(self, builder: Any, name: str) -> None:
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        split = builder.info.splits[name]
+        for path in split.filepaths:
+            if not Path(path).is_file():
+                raise DataError(f"{path}: the file is missing. {_REMEDY}")
+        self._where = f"{builder.data_dir}, split {name}"
+        self._channels = builder.info.features["image"].shape[-1]
+        self._length = split.num_examples
+        self._records = ArrayRecordDataSource(split.file_instructions) if self._length else ()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        """The image uint8 ``[H, W, C]`` and the label at a place."""
+        from google.protobuf.message import DecodeError
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        try:
+            return _decode(tf_example_pb2.Example.FromString, self._records[index], self._channels)
+        except (ValueError, RuntimeError, IndexError, DecodeError) as error:
+            raise DataError(f"{self._where}, record {index}: damaged ({error}). {_REMEDY}") from error
+
+
 def _records(path: Path, length: int) -> Iterator[bytes]:
     """Yield the records of one file as bytes."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    remedy = "Remove its folder and prepare the set again."
     if not path.is_file():
-        raise DataError(f"{path}: the file is missing. {remedy}")
+        raise DataError(f"{path}: the file is missing. {_REMEDY}")
     reader = ArrayRecordReader(str(path))
     try:
         found = reader.num_records()
         if found != length:
             reader.close()  # raises what is wrong with the file, if anything is
-            raise DataError(f"{path}: {found} records, expected {length}. {remedy}")
+            raise DataError(f"{path}: {found} records, expected {length}. {_REMEDY}")
         for start in range(0, length, _AT_ONCE):
             yield from reader.read(start, min(start + _AT_ONCE, length))
         reader.close()
     except (RuntimeError, IndexError) as error:
-        raise DataError(f"{path}: damaged or cut short ({error}). {remedy}") from error
+        raise DataError(f"{path}: damaged or cut short ({error}). {_REMEDY}") from error
 
 
 def _decode(

@@ -52,14 +52,23 @@ class DataConfig:
         directory: tensorflow-datasets directory; None: its default.
         crop_padding: Zero padding in pixels before the random crop; None: that of the data set.
         flip: Whether to flip half of the images; None: that of the data set.
+        streaming: Whether images are read while they are used, one step per call of the compiled program,
+            instead of lying on the devices; None: if they differ in size or would take more than 2 GiB.
+        workers: Processes that read streamed images; 0: threads of the program.
+        mixup: Parameter of the beta distribution of mixup's weights; 0: no mixup.
     """
 
     name: str = "fashion_mnist_sample"
     directory: str | None = None
     crop_padding: int | None = None
     flip: bool | None = None
+    streaming: bool | None = None
+    workers: int = 0
+    mixup: float = 0.0
 
     def __post_init__(self) -> None:
+        _check("data.workers", self.workers, self.workers >= 0, "at least 0 (0: threads)")
+        _check("data.mixup", self.mixup, 0 <= self.mixup < float("inf"), "at least 0 (0: off)")
         if self.crop_padding is not None:
             _check("data.crop_padding", self.crop_padding, self.crop_padding >= 0, "at least 0")
 
@@ -73,6 +82,7 @@ class AllocationConfig:
         top_k: Number of channels that compete for the free slots.
         max_copies: No further copies of a channel that more than this many read; None: no limit.
         shift_range: New copies start at shifts in ``[-shift_range, shift_range]`` pixels.
+        random_sources: Sources are drawn from all open channels instead of the top K: an ablation.
         until: Share of the epochs after which the allocation is frozen.
         every: Epochs from one round to the next.
         reset_momentum: Reset the optimizer's state of the rewritten entries; the published method does not.
@@ -82,6 +92,7 @@ class AllocationConfig:
     top_k: int = 3
     max_copies: int | None = None
     shift_range: float = 1.5
+    random_sources: bool = False
     until: float = 0.5
     every: int = 1
     reset_momentum: bool = False
@@ -92,7 +103,13 @@ class AllocationConfig:
     @property
     def allocation(self) -> Allocation:
         """How a round decides."""
-        return Allocation(self.threshold, self.top_k, self.max_copies, self.shift_range)
+        return Allocation(
+            threshold=self.threshold,
+            top_k=self.top_k,
+            max_copies=self.max_copies,
+            shift_range=self.shift_range,
+            random_sources=self.random_sources,
+        )
 
     @property
     def schedule(self) -> ReallocationSchedule:

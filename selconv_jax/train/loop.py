@@ -1,5 +1,6 @@
 """The course of a run: epochs, evaluation, re-allocation, checkpoints, records."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping
@@ -10,7 +11,8 @@ import jax
 from rich.console import Console
 
 from selconv_jax.data.dataset import DatasetInfo, ImageData
-from selconv_jax.data.loading import load
+from selconv_jax.data.loading import open_data
+from selconv_jax.data.stream import StreamedData
 from selconv_jax.errors import ConfigError, SelconvError
 from selconv_jax.train.checkpoint import CheckpointStore
 from selconv_jax.train.config import Config
@@ -129,8 +131,8 @@ def find_checkpoint(workdir: Path, which: str) -> int | None:
         return int(which)
 
 
-def _prepare(config: Config) -> tuple[Trainer, ImageData]:
-    data = load(config.data.name, config.data.directory)
+def _prepare(config: Config) -> tuple[Trainer, ImageData | StreamedData]:
+    data = open_data(config.data.name, config.data.directory, config.data.streaming)
     return Trainer(config, data), data
 
 
@@ -185,36 +187,36 @@ class _Run:
                 "compiling the training step"
                 + (f" for copies in up to {slots:.1%} of a layer's channels" if slots else "")
             )
-        order = trainer.order(state, epoch)
         step = int(state.step)
         end = (epoch + 1) * trainer.steps_per_epoch
         started: float | None = None
         measured = shown = 0.0
         waiting: jax.Array | None = None
-        while step < end and not self._stop:
-            count = min(trainer.steps_per_dispatch, end - step)
-            state, numbers = trainer.run_steps(state, order, slots, count)
-            if started is None:
-                # The first call compiles; the speed is that of the others.
-                jax.block_until_ready(numbers)
-                started = time.monotonic()
-            else:
-                measured += count * config.batch_size
-            step += count
-            if waiting is not None:
-                # The device is never more than a call ahead, so that a request to stop is soon heard, and
-                # never idle: these are the numbers of the call before.
-                loss, accuracy, failed = jax.device_get(waiting)
-                if failed:
-                    break
-                now = time.monotonic()
-                if now - shown >= _REFRESH_SECONDS:
-                    speed = (measured - count * config.batch_size) / (now - started)
-                    self._display.update(step - count, float(loss), float(accuracy), speed)
-                    shown = now
-            waiting = numbers
-            if time.monotonic() - self._last_save >= 60 * config.checkpoint_minutes and step < end:
-                self._save(state)
+        with contextlib.closing(trainer.batches(state, epoch)) as batches:
+            while step < end and not self._stop:
+                count = min(trainer.steps_per_dispatch, end - step)
+                state, numbers = trainer.run_steps(state, batches, slots, count)
+                if started is None:
+                    # The first call compiles; the speed is that of the others.
+                    jax.block_until_ready(numbers)
+                    started = time.monotonic()
+                else:
+                    measured += count * config.batch_size
+                step += count
+                if waiting is not None:
+                    # The device is never more than a call ahead, so that a request to stop is soon heard, and
+                    # never idle: these are the numbers of the call before.
+                    loss, accuracy, failed = jax.device_get(waiting)
+                    if failed:
+                        break
+                    now = time.monotonic()
+                    if now - shown >= _REFRESH_SECONDS:
+                        speed = (measured - count * config.batch_size) / (now - started)
+                        self._display.update(step - count, float(loss), float(accuracy), speed)
+                        shown = now
+                waiting = numbers
+                if time.monotonic() - self._last_save >= 60 * config.checkpoint_minutes and step < end:
+                    self._save(state)
         self._check(state)
         if started is None or not measured:
             return state, None

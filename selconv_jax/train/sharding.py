@@ -56,6 +56,15 @@ class Placement:
         """Puts a whole copy of every array on every device."""
         return jax.device_put(tree, self.replicated)
 
+    @property
+    def split(self) -> NamedSharding:
+        """The sharding of batches: the leading axis over the devices."""
+        return NamedSharding(self.mesh, PartitionSpec("batch"))
+
+    def from_processes(self, tree: Any) -> Any:
+        """Makes batches of the parts ``[B / processes, ...]`` that each process has in its memory."""
+        return jax.tree.map(lambda part: jax.make_array_from_process_local_data(self.split, part), tree)
+
     def shard_batch(self, x: jax.Array) -> jax.Array:
         """Inside of ``jit``: splits the leading axis over the devices."""
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec("batch")))
+        return jax.lax.with_sharding_constraint(x, self.split)

@@ -11,6 +11,7 @@ import optax
 
 from selconv_jax.data.augment import augment, normalize
 from selconv_jax.data.dataset import DatasetInfo
+from selconv_jax.data.mixup import draw_mixup, mix
 from selconv_jax.train.state import Totals, TrainState
 
 __all__ = ["Purpose", "classification_totals", "epoch_order", "eval_batch", "fold", "train_step"]
@@ -25,6 +26,8 @@ class Purpose:
     SHUFFLE = 0
     STEP = 1
     REALLOCATION = 2
+    MIXUP = 3
+    CROP = 4
 
 
 def fold(key: Array, purpose: int, index: int | Array) -> Array:
@@ -50,41 +53,43 @@ def train_step(
     state: TrainState,
     images: Array,
     labels: Array,
-    order: Array,
     *,
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     info: DatasetInfo,
-    batch_size: int,
+    steps_per_epoch: int,
+    mixup: float = 0.0,
     shard_batch: ShardBatch = lambda batch: batch,
 ) -> TrainState:
-    """One step on the batch that the state's position in the data asks for.
+    """One step on a batch.
 
-    The last images of an epoch's order that do not fill a batch are left out; as the order is drawn
-    anew, each epoch leaves out others.
+    With mixup, the loss is the weighted one of both labels of each mixed image, and a guess counts as
+    right if it is the label with the larger weight.
 
     Args:
         state: The state before.
-        images: ``[N, H, W, C]`` uint8, all training images.
-        labels: ``[N]`` int32.
-        order: ``[N]`` int32 from `epoch_order`.
+        images: ``[B, H, W, C]`` uint8.
+        labels: ``[B]`` int32.
         model: The network.
         optimizer: The optimizer.
         info: Augmentation and normalization.
-        batch_size: Images per step.
+        steps_per_epoch: The totals start anew with the first step of an epoch.
+        mixup: Parameter of the distribution of weights, see `selconv_jax.data.mixup`; 0: no mixup.
         shard_batch: Constrains arrays with a leading batch axis to the devices.
 
     Returns:
-        The state after; the totals start anew with the first step of an epoch.
+        The state after.
     """
     step_key = fold(state.key, Purpose.STEP, state.step)
     augment_key, dropout_key = jax.random.split(step_key)
-    position = state.step % (order.shape[0] // batch_size)
-    index = jax.lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
-    batch_labels = shard_batch(jnp.take(labels, index, axis=0))
-    batch = shard_batch(jnp.take(images, index, axis=0))
-    batch = augment(augment_key, batch, crop_padding=info.crop_padding, flip=info.flip)
+    labels = shard_batch(labels)
+    batch = augment(augment_key, shard_batch(images), crop_padding=info.crop_padding, flip=info.flip)
     batch = normalize(batch, info.mean, info.std, model.dtype or jnp.float32)
+    counted = labels
+    if mixup:
+        weight, partners = draw_mixup(fold(state.key, Purpose.MIXUP, state.step), mixup, labels.shape[0])
+        batch = shard_batch(mix(batch, weight, partners))
+        counted = jnp.where(weight >= 0.5, labels, jnp.take(labels, partners, axis=0))
 
     apply: Callable[..., Any] = model.apply
 
@@ -96,12 +101,20 @@ def train_step(
             rngs={"dropout": dropout_key},
             mutable=["batch_stats"],
         )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch_labels)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        if mixup:
+            others = jnp.take(labels, partners, axis=0)
+            other_losses = optax.softmax_cross_entropy_with_integer_labels(logits, others)
+            losses = weight * losses + (1 - weight) * other_losses
         return jnp.mean(losses), (logits, changed["batch_stats"])
 
     (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    totals = jax.tree.map(lambda total: jnp.where(position == 0, 0, total).astype(total.dtype), state.totals)
+    starts = state.step % steps_per_epoch == 0
+    totals = jax.tree.map(lambda total: jnp.where(starts, 0, total).astype(total.dtype), state.totals)
+    seen = classification_totals(logits, counted, jnp.ones_like(labels, bool))
+    if mixup:
+        seen = dataclasses.replace(seen, loss=(loss * labels.shape[0]).astype(jnp.float32))
     failed = (state.failed_step < 0) & ~jnp.isfinite(loss)
     return dataclasses.replace(
         state,
@@ -109,7 +122,7 @@ def train_step(
         params=optax.apply_updates(state.params, updates),
         batch_stats=batch_stats,
         opt_state=opt_state,
-        totals=totals + classification_totals(logits, batch_labels, jnp.ones_like(batch_labels, bool)),
+        totals=totals + seen,
         failed_step=jnp.where(failed, state.step, state.failed_step),
     )
 
@@ -118,36 +131,28 @@ def eval_batch(
     variables: Any,
     images: Array,
     labels: Array,
-    start: Array,
     *,
     model: nn.Module,
     info: DatasetInfo,
-    batch_size: int,
     shard_batch: ShardBatch = lambda batch: batch,
 ) -> Totals:
-    """Evaluates the images ``start .. start + batch_size``; those past the end are not counted.
+    """Evaluates a batch.
 
     Args:
         variables: The model's variables.
-        images: ``[N, H, W, C]`` uint8.
-        labels: ``[N]`` int32.
-        start: ``[]`` int32.
+        images: ``[B, H, W, C]`` uint8.
+        labels: ``[B]`` int32; an image with a negative label is not counted.
         model: The network.
         info: Normalization.
-        batch_size: Images per call.
         shard_batch: Constrains arrays with a leading batch axis to the devices.
 
     Returns:
-        Sums over the images that exist.
+        Sums over the counted images.
     """
-    index = start + jnp.arange(batch_size, dtype=jnp.int32)
-    exists = index < images.shape[0]
-    index = jnp.minimum(index, images.shape[0] - 1)
-    batch = normalize(
-        shard_batch(jnp.take(images, index, axis=0)), info.mean, info.std, model.dtype or jnp.float32
-    )
+    batch = normalize(shard_batch(images), info.mean, info.std, model.dtype or jnp.float32)
     logits: Any = model.apply(variables, batch, train=False)
-    return classification_totals(logits, shard_batch(jnp.take(labels, index, axis=0)), exists)
+    labels = shard_batch(labels)
+    return classification_totals(logits, jnp.maximum(labels, 0), labels >= 0)
 
 
 def classification_totals(logits: Array, labels: Array, counts: Array) -> Totals:

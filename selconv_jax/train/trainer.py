@@ -1,22 +1,25 @@
 """A configuration turned into compiled functions on devices: steps, evaluation, re-allocation."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from selconv_jax.data.dataset import DatasetInfo, ImageData
+from selconv_jax.data.stream import StreamedData
 from selconv_jax.errors import ConfigError
 from selconv_jax.models import create_model, stem_for
 from selconv_jax.optimizer_state import reset_rewritten
 from selconv_jax.train.config import Config, DataConfig
+from selconv_jax.train.feed import Arguments, Feed, ResidentFeed, StreamedFeed
 from selconv_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from selconv_jax.train.sharding import Placement
 from selconv_jax.train.state import Totals, TrainState, initial_state
-from selconv_jax.train.step import Purpose, epoch_order, eval_batch, fold, train_step
+from selconv_jax.train.step import Purpose, eval_batch, fold, train_step
 from selconv_jax.transform import Report, reallocate, required_slots
 
 __all__ = ["SLOT_BUCKETS", "Trainer"]
@@ -30,11 +33,11 @@ _STEPS_PER_DISPATCH_ELSEWHERE = 50
 
 
 class Trainer:
-    """The compiled functions of a run; holds the training images on the devices, but no state.
+    """The compiled functions of a run; holds its images, or reads them, but has no state.
 
     Args:
         config: The run.
-        data: Its images.
+        data: Its images, in memory or to be streamed.
 
     Raises:
         ConfigError: Configuration, data and devices do not go together.
@@ -47,8 +50,8 @@ class Trainer:
         optimizer: The optimizer.
     """
 
-    def __init__(self, config: Config, data: ImageData) -> None:
-        count = len(data.train.labels)
+    def __init__(self, config: Config, data: ImageData | StreamedData) -> None:
+        count = len(data.train)
         if config.batch_size > count:
             raise ConfigError(
                 f"batch_size is {config.batch_size}; {data.info.name} has {count} training images. "
@@ -76,15 +79,19 @@ class Trainer:
         self._placement = Placement.over(config.devices, config.batch_size)
         # Rounded up to a multiple of the devices: what is past the last image is not counted.
         devices = self._placement.mesh.size
-        self._eval_batch_size = -(-config.eval_batch_size // devices) * devices
-        self._test = data.test
-        self._train = self._placement.replicate((data.train.images, data.train.labels))
-        self._order = jax.jit(epoch_order, static_argnums=2, out_shardings=self._placement.replicated)
+        sizes = config.batch_size, -(-config.eval_batch_size // devices) * devices
+        self._feed: Feed
+        if isinstance(data, StreamedData):
+            self._feed = StreamedFeed(data, self._info, self._placement, *sizes, config.data.workers)
+        else:
+            self._feed = ResidentFeed(data, self._placement, *sizes)
         self._compiled: dict[tuple[str, float, int], Callable[..., Any]] = {}
 
     @property
     def steps_per_dispatch(self) -> int:
-        """Steps that one call of the compiled program makes."""
+        """Steps that one call of the compiled program makes; one where images are streamed."""
+        if self._feed.one_step:
+            return 1
         backend = _STEPS_PER_DISPATCH.get(jax.default_backend(), _STEPS_PER_DISPATCH_ELSEWHERE)
         return self.config.steps_per_dispatch or backend
 
@@ -117,22 +124,22 @@ class Trainer:
         needed = required_slots(state.variables)
         return next(bucket for bucket in SLOT_BUCKETS if bucket >= needed)
 
-    def order(self, state: TrainState, epoch: int) -> jax.Array:
-        """The order of the training images in an epoch."""
-        return self._order(state.key, epoch, self._train[1].shape[0])
+    def batches(self, state: TrainState, epoch: int) -> Generator[Arguments]:
+        """The batches of the rest of an epoch, for `run_steps`; to be closed when no more are needed."""
+        return self._feed.train(state.key, epoch, int(state.step) - epoch * self.steps_per_epoch)
 
     def is_compiled(self, slots: float) -> bool:
         """Whether training steps have been compiled for this share of slots."""
         return any(kind == "train" and share == slots for kind, share, _ in self._compiled)
 
     def run_steps(
-        self, state: TrainState, order: jax.Array, slots: float, count: int
+        self, state: TrainState, batches: Iterator[Arguments], slots: float, count: int
     ) -> tuple[TrainState, jax.Array]:
         """Makes ``count`` training steps; the given state is used up.
 
         Args:
             state: The state before.
-            order: From `order`, for the epoch of the state.
+            batches: From `batches`, for the epoch of the state.
             slots: From `slots`.
             count: Number of steps, within the epoch.
 
@@ -141,7 +148,7 @@ class Trainer:
             loss has not been finite, else 0.
         """
         function = self._function("train", slots, count, self._make_steps)
-        return function(state, *self._train, order)
+        return function(state, *next(batches))
 
     def evaluate(self, state: TrainState, should_stop: Callable[[], bool] = lambda: False) -> Totals | None:
         """Loss and accuracy on all test images.
@@ -153,18 +160,16 @@ class Trainer:
         Returns:
             Sums on the host, or None if it was asked to stop.
         """
-        slots = self.slots(state)
-        size = self._eval_batch_size
-        function = self._function("eval", slots, 1, self._make_eval)
-        images, labels = self._test_on_device
+        function = self._function("eval", self.slots(state), 1, self._make_eval)
         totals = []
-        for start in range(0, len(self._test.labels), size):
-            if should_stop():
-                return None
-            totals.append(function(state.variables, images, labels, start))
-            if len(totals) > 2:
-                # Keeps the queue short, so that a request to stop is soon heard.
-                totals[-3] = jax.device_get(totals[-3])
+        with contextlib.closing(self._feed.test()) as batches:
+            for arguments in batches:
+                if should_stop():
+                    return None
+                totals.append(function(state.variables, *arguments))
+                if len(totals) > 2:
+                    # Keeps the queue short, so that a request to stop is soon heard.
+                    totals[-3] = jax.device_get(totals[-3])
         return functools.reduce(Totals.__add__, jax.device_get(totals))
 
     def reallocate(self, state: TrainState, epoch: int) -> tuple[TrainState, Report]:
@@ -193,10 +198,6 @@ class Trainer:
         """The learning rate of a step."""
         return float(self._learning_rate(step))
 
-    @functools.cached_property
-    def _test_on_device(self) -> Any:
-        return self._placement.replicate((self._test.images, self._test.labels))
-
     def _function(
         self, kind: str, slots: float, count: int, make: Callable[[Any, int], Callable[..., Any]]
     ) -> Callable[..., Any]:
@@ -206,22 +207,23 @@ class Trainer:
         return self._compiled[key]
 
     def _make_steps(self, model: Any, count: int) -> Callable[..., Any]:
-        step = functools.partial(
-            train_step,
-            model=model,
-            optimizer=self.optimizer,
-            info=self._info,
-            batch_size=self.config.batch_size,
-            shard_batch=self._placement.shard_batch,
-        )
+        def step(state: TrainState, arguments: Arguments) -> TrainState:
+            return train_step(
+                state,
+                *self._feed.take(state.step, *arguments),
+                model=model,
+                optimizer=self.optimizer,
+                info=self._step_info,
+                steps_per_epoch=self.steps_per_epoch,
+                mixup=self.config.data.mixup,
+                shard_batch=self._placement.shard_batch,
+            )
 
-        def steps(state: TrainState, images: Any, labels: Any, order: Any) -> tuple[TrainState, Any]:
+        def steps(state: TrainState, *arguments: Any) -> tuple[TrainState, Any]:
             if count == 1:
-                state = step(state, images, labels, order)
+                state = step(state, arguments)
             else:
-                state, _ = jax.lax.scan(
-                    lambda carry, _: (step(carry, images, labels, order), None), state, length=count
-                )
+                state, _ = jax.lax.scan(lambda carry, _: (step(carry, arguments), None), state, length=count)
             seen = state.totals.count.astype(jnp.float32)
             correct = state.totals.correct.astype(jnp.float32)
             failed = (state.failed_step >= 0).astype(jnp.float32)
@@ -231,16 +233,24 @@ class Trainer:
 
     def _make_eval(self, model: Any, count: int) -> Callable[..., Any]:
         del count
-        return jax.jit(
-            functools.partial(
-                eval_batch,
+
+        def evaluate(variables: Any, *arguments: Any) -> Totals:
+            return eval_batch(
+                variables,
+                *self._feed.take_test(*arguments),
                 model=model,
                 info=self._info,
-                batch_size=self._eval_batch_size,
                 shard_batch=self._placement.shard_batch,
-            ),
-            out_shardings=self._placement.replicated,
-        )
+            )
+
+        return jax.jit(evaluate, out_shardings=self._placement.replicated)
+
+    @property
+    def _step_info(self) -> DatasetInfo:
+        """The facts with the augmentation that is left to the compiled step."""
+        if self._info.eval_resize is None:
+            return self._info
+        return dataclasses.replace(self._info, crop_padding=0, flip=False)
 
 
 @jax.jit
@@ -250,6 +260,11 @@ def _all_finite(tree: Any) -> jax.Array:
 
 def _with_augmentation(info: DatasetInfo, config: DataConfig) -> DatasetInfo:
     """The facts of the data set with the augmentation that the configuration asks for."""
+    if config.crop_padding and info.eval_resize is not None:
+        raise ConfigError(
+            f"data.crop_padding does not apply to {info.name}: its training images are random parts of "
+            "images of differing sizes. Leave it out."
+        )
     padding = info.crop_padding if config.crop_padding is None else config.crop_padding
     flip = info.flip if config.flip is None else config.flip
     return dataclasses.replace(info, crop_padding=padding, flip=flip)

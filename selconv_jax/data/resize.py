@@ -1,0 +1,100 @@
+"""Bring images of differing sizes to one size: random parts to train with, the middle to test.
+
+This runs where images are decoded, on the host, with Pillow's antialiased bilinear filter. All
+randomness comes from the generator that is passed in.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+__all__ = ["random_box", "random_resized_crop", "resized_center_crop"]
+
+_SCALES = (0.08, 1.0)
+_RATIOS = (3 / 4, 4 / 3)
+_ATTEMPTS = 10
+
+
+def random_box(height: int, width: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
+    """Draw a part of an image: its share of the area, then its ratio, then its place.
+
+    The share is uniform in [0.08, 1], the logarithm of width by height uniform between those of 3/4
+    and 4/3. After ten draws that do not fit into the image, the part is the largest one in the
+    middle whose ratio is within these bounds.
+
+    Args:
+        height: Of the image.
+        width: Of the image.
+        generator: Source of the random numbers.
+
+    Returns:
+        ``(top, left, height, width)`` of the part, in whole pixels.
+
+    Example:
+        >>> random_box(10, 100, np.random.default_rng(0))[2]
+        10
+    """
+    for _ in range(_ATTEMPTS):
+        area = height * width * generator.uniform(*_SCALES)
+        ratio = np.exp(generator.uniform(*np.log(_RATIOS)))
+        box_height, box_width = round(np.sqrt(area / ratio)), round(np.sqrt(area * ratio))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            top = int(generator.integers(height - box_height + 1))
+            left = int(generator.integers(width - box_width + 1))
+            return top, left, box_height, box_width
+    box_height = min(height, round(width / _RATIOS[0]))
+    box_width = min(width, round(height * _RATIOS[1]))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def random_resized_crop(
+    image: NDArray[np.uint8], size: tuple[int, int], generator: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Take a random part of an image and resize it.
+
+    Args:
+        image: uint8 ``[H, W, C]``, ``C`` 1 or 3.
+        size: ``(height, width)`` of the result.
+        generator: Source of the random numbers.
+
+    Returns:
+        uint8 ``[*size, C]``.
+
+    Example:
+        >>> image = np.zeros((40, 60, 3), np.uint8)
+        >>> random_resized_crop(image, (8, 8), np.random.default_rng(0)).shape
+        (8, 8, 3)
+    """
+    top, left, height, width = random_box(image.shape[0], image.shape[1], generator)
+    return _resize(image[top : top + height, left : left + width], size)
+
+
+def resized_center_crop(
+    image: NDArray[np.uint8], size: tuple[int, int], shorter_side: int
+) -> NDArray[np.uint8]:
+    """Resize an image with its proportions kept, then take the middle.
+
+    Args:
+        image: uint8 ``[H, W, C]``, ``C`` 1 or 3.
+        size: ``(height, width)`` of the result, at most ``shorter_side``.
+        shorter_side: Pixels of the shorter side before the middle is taken.
+
+    Returns:
+        uint8 ``[*size, C]``.
+
+    Example:
+        >>> resized_center_crop(np.zeros((40, 60, 3), np.uint8), (8, 8), shorter_side=10).shape
+        (8, 8, 3)
+    """
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    height, width = height * shorter_side // shorter, width * shorter_side // shorter
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    return _resize(image, (height, width))[top : top + size[0], left : left + size[1]]
+
+
+def _resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The image at another size; a grey one has a channel axis before and after."""
+    pixels = image[..., 0] if image.shape[2] == 1 else image
+    resized = Image.fromarray(np.ascontiguousarray(pixels)).resize(size[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(resized).reshape(*size, image.shape[2])
