@@ -1,7 +1,9 @@
 """The command line in a process of its own: output, exit codes, signals, sudden death."""
 
+import json
 import random
 import signal
+import statistics
 import subprocess
 import time
 
@@ -74,6 +76,82 @@ def test_eval_prints_the_recorded_numbers(finished, capsys):
     assert "no checkpoint of step 3" in capsys.readouterr().err
 
 
+def test_sweep_compares_configurations(config, tmp_path, capsys):
+    workdir = tmp_path / "sweep"
+    vary = "optimizer.learning_rate=0.1,1e30"
+    arguments = ["--vary", vary, "--seeds", "0,1", "--workdir", str(workdir), str(config), "epochs=1"]
+    assert main(["sweep", *arguments]) == 1
+    output = capsys.readouterr().out
+    assert "failed: tiny/optimizer.learning_rate=1e30, seed 1: the loss of step" in output
+    assert (workdir / "sweep.png").read_bytes()[:8] == PNG
+    good, bad = json.loads((workdir / "sweep.json").read_text())["configurations"]
+    assert good["configuration"] == "tiny/optimizer.learning_rate=0.1"
+    assert good["resolved"]["epochs"] == 1
+    assert good["seeds"] == bad["seeds"] == [0, 1]
+    accuracies = [
+        read_metrics(workdir / good["configuration"] / f"seed{seed}" / "metrics.jsonl")[-1]["test_accuracy"]
+        for seed in (0, 1)
+    ]
+    mean, std = statistics.mean(accuracies), statistics.stdev(accuracies)
+    assert good["summary"]["test_accuracy"] == {
+        "mean": pytest.approx(mean),
+        "std": pytest.approx(std),
+        "count": 2,
+    }
+    assert [run["numbers"]["test_accuracy"] for run in good["runs"]] == accuracies
+    assert [run["epochs"][0]["test_accuracy"] for run in good["runs"]] == accuracies
+    assert good["runs"][1]["environment"]["seed"] == 1
+    assert good["runs"][1]["directory"] == "tiny/optimizer.learning_rate=0.1/seed1"
+    assert bad["summary"] == {}
+    assert [run["complete"] for run in bad["runs"]] == [False, False]
+    assert "not finite" in bad["runs"][0]["error"]
+    assert f"{100 * mean:.2f}" in output
+    assert f"± {100 * std:.2f}" in output
+
+
+def test_sweep_refuses_a_run_of_another_configuration(config, tmp_path, capsys):
+    workdir = tmp_path / "sweep"
+    (workdir / "tiny" / "seed0").mkdir(parents=True)
+    (workdir / "tiny" / "seed0" / "config.toml").write_text("epochs = 3\n")
+    assert main(["sweep", str(config), "--workdir", str(workdir), "--seeds", "0"]) == 1
+    error = capsys.readouterr().err
+    assert "tiny/seed0 holds a run of another configuration: epochs is 3 there and 4 here" in error
+    assert [path.name for path in workdir.rglob("*") if path.is_file()] == ["config.toml"]
+
+
+@pytest.mark.slow
+def test_signal_stops_a_sweep_which_then_goes_on(config, tmp_path):
+    workdir = tmp_path / "sweep"
+    arguments = ["sweep", config, "epochs=2", "--seeds", "0", "--workdir", workdir]
+    process = subprocess.Popen(
+        command(*arguments),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for_first_epoch(workdir / "tiny" / "seed0" / "metrics.jsonl", process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "the sweep stopped with 0 of 1 runs complete" in output
+    assert not (workdir / "sweep.json").exists()
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stdout
+    assert f"every number: {workdir / 'sweep.json'}" in done.stdout
+
+
+def test_experiments_prints_and_writes_the_table(config, tmp_path, capsys):
+    (tmp_path / "tiny.toml").write_text(config.read_text())
+    assert main(["experiments", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    assert table.splitlines()[0].startswith("| file")
+    assert "| tiny.toml | densenet40 | selective | fashion_mnist_sample | 4 " in table
+    assert main(["experiments", str(tmp_path), "--write"]) == 1
+    assert "README.md needs the lines" in capsys.readouterr().err
+
+
 def test_data_list_says_what_is_there(tmp_path, capsys):
     assert main(["data", "list", "--data-dir", str(tmp_path)]) == 0
     output = capsys.readouterr().out
@@ -88,6 +166,12 @@ def test_data_list_says_what_is_there(tmp_path, capsys):
         (["tran"], 2, "there is no command 'tran'. Did you mean 'train'?"),
         (["data", "lst"], 2, "Did you mean 'list'?"),
         ([], 2, "COMMAND"),
+        (["sweep"], 2, "CONFIG|KEY=VALUE"),
+        (["sweep", "epochs=2"], 1, "a sweep needs at least one configuration file"),
+        (["sweep", "none.toml"], 1, "there is no configuration file none.toml"),
+        (["sweep", "none.toml", "--seeds", "0,x"], 1, "--seeds is '0,x'; it must be whole numbers"),
+        (["sweep", "none.toml", "--vary", "epochs"], 1, "'epochs' is not of the form key=value1,value2"),
+        (["experiments", "nowhere"], 1, "there is no configuration (*.toml) in nowhere"),
         (["train", "none.toml"], 1, "there is no configuration file none.toml"),
         (["resume", "nowhere"], 1, "nowhere does not hold a run"),
         (["show", "nowhere"], 1, "nowhere does not hold a run"),
@@ -188,3 +272,21 @@ def wait_for_first_epoch(path, process):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_models_lists_parameters_and_multiply_adds(capsys):
+    assert main(["models", "densenet40"]) == 0
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if "densenet40" in line)
+    # By hand: 663,552 for the stem, 2,400 for the classifier, the rest for the layers between.
+    assert [word for word in row.replace("│", " ").split() if word != "M"] == [
+        "densenet40",
+        "211,978",
+        "216,514",
+        "54.3",
+        "71.3",
+        "71.4",
+        "260.9",
+    ]
+    assert main(["models", "densnet40"]) == 1
+    assert "Did you mean 'densenet40'?" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def test_every_experiment_is_a_configuration():
 
 def test_commands_are_single_lines():
     commands = re.findall(r"<!-- command: (\w+) -->\n```bash\n(.*?)```", README, flags=re.DOTALL)
-    assert [name for name, _ in commands] == ["train", "test"]
+    assert [name for name, _ in commands] == ["train", "test", "reference"]
     for _, text in commands:
         assert text.count("\n") == 1
     assert "experiments/quickstart.toml" in dict(commands)["train"]

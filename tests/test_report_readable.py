@@ -16,6 +16,8 @@ from selconv_jax.report import (
     method_picture,
     save_figure,
 )
+from selconv_jax.report.comparison import ConfigurationResults
+from selconv_jax.report.comparison_picture import comparison_picture
 
 
 def layer(
@@ -58,6 +60,24 @@ def log(first: int, last: int) -> list[dict[str, float]]:
     ]
 
 
+def results(names: list[str], seeds: int, epochs: int) -> list[ConfigurationResults]:
+    """Runs whose error falls to another level for every configuration and seed."""
+    return [
+        ConfigurationResults(
+            name,
+            {
+                seed: [
+                    {"epoch": epoch, "test_accuracy": 0.95 - 0.003 * (index + seed) - 0.5 / epoch}
+                    for epoch in range(1, epochs + 1)
+                ]
+                for seed in range(seeds)
+            },
+        )
+        for index, name in enumerate(names)
+    ]
+
+
+LONG = "cifar10/densenet40_selective/allocation.threshold=0.01,model.options.blocks=16,16,16"
 PICTURES: dict[str, Callable[[], Figure]] = {
     "one channel, a copy of itself": lambda: channel_map(
         LayerAllocation("c", np.ones(1, bool), np.zeros(1, np.int32), np.full((1, 2), 0.5), np.ones(1), 1)
@@ -75,6 +95,11 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "curves": lambda: learning_curves(log(281, 300), "run"),
     "curves of one epoch": lambda: learning_curves(log(1, 1), "run"),
     "method": method_picture,
+    "comparison of one run": lambda: comparison_picture(results(["quickstart"], 1, 1), "quickstart"),
+    "comparison of two": lambda: comparison_picture(
+        results(["model.variant=plain", "model.variant=selective"], 3, 7), "quickstart"
+    ),
+    "comparison of 30": lambda: comparison_picture(results([f"{LONG}{i}" for i in range(30)], 2, 300), LONG),
 }
 SLOW: dict[str, Callable[[], Figure]] = {
     "456 channels": lambda: channel_map(layer(456, 30, 120)),

@@ -1,6 +1,7 @@
 """``selconv``: the arguments of every command, and how errors leave the program."""
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -10,8 +11,6 @@ from typing import NoReturn
 from selconv_jax.errors import SelconvError, nearest
 
 __all__ = ["main"]
-
-_COMMANDS = ("train", "resume", "eval", "show", "data")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,10 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     # A list of positional arguments takes none that come after an option, so overrides are gathered here.
     options, rest = parser.parse_known_args(arguments)
-    if rest and (options.command != "train" or any(word.startswith("-") for word in rest)):
+    if rest and (options.command not in ("train", "sweep") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.overrides = [*options.overrides, *rest]
+        options.words = [*options.words, *rest]
     try:
         return _run(options)
     except SelconvError as error:
@@ -45,17 +44,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
 
 
+# The module and the function of each command.
+_HANDLERS = {
+    "train": ("runs", "train"),
+    "resume": ("runs", "resume"),
+    "eval": ("runs", "evaluate"),
+    "show": ("runs", "show"),
+    "sweep": ("sweep", "run"),
+    "experiments": ("experiments", "run"),
+    "models": ("models", "run"),
+    "data": ("data", "run"),
+}
+
+
 def _run(options: argparse.Namespace) -> int:
     # Imported only now: the help and a wrong command line should not wait for JAX.
-    if options.command == "data":
-        from selconv_jax.cli import data
-
-        return data.run(options)
-    from selconv_jax.cli import runs
-
-    return {"train": runs.train, "resume": runs.resume, "eval": runs.evaluate, "show": runs.show}[
-        options.command
-    ](options)
+    module, function = _HANDLERS[options.command]
+    code: int = getattr(importlib.import_module(f"selconv_jax.cli.{module}"), function)(options)
+    return code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG", help="a TOML file, such as experiments/quickstart.toml")
     train.add_argument("--workdir", metavar="DIR", help="directory of the run (default: runs/NAME)")
     train.add_argument(
-        "overrides",
+        "words",
         nargs="*",
         metavar="KEY=VALUE",
         help="replaces a value of the file, such as epochs=10 or optimizer.learning_rate=0.05",
@@ -116,6 +122,27 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("workdir", metavar="DIR", help="directory of the run")
     show.add_argument("--output", metavar="DIR", help="where the pictures go (default: DIR/pictures)")
 
+    _add_sweep(commands)
+
+    experiments = commands.add_parser(
+        "experiments",
+        help="a table of configurations",
+        description="Prints a table of the configurations in a folder.",
+    )
+    experiments.add_argument(
+        "directory", nargs="?", default="experiments", metavar="DIR", help="the folder (default: experiments)"
+    )
+    experiments.add_argument(
+        "--write", action="store_true", help="write the table into DIR/README.md instead of printing it"
+    )
+
+    models = commands.add_parser(
+        "models",
+        help="names, parameters and multiply-adds of the networks",
+        description="Lists the networks: parameters, and multiply-adds per image for every image size.",
+    )
+    models.add_argument("names", nargs="*", metavar="NAME", help="only these networks")
+
     data = commands.add_parser("data", help="see and prepare data sets", description="Sees to the data sets.")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     prepare = actions.add_parser("prepare", help="turn original files into a prepared data set")
@@ -129,3 +156,29 @@ def _parser() -> argparse.ArgumentParser:
             "--data-dir", metavar="DIR", help="tensorflow-datasets directory (default: that library's)"
         )
     return parser
+
+
+def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="compare configurations over several seeds",
+        description="Trains every configuration with every seed, one run after another, and compares them: "
+        "a table, DIR/sweep.json and DIR/sweep.png. The same command goes on with an interrupted sweep.",
+    )
+    sweep.add_argument(
+        "words",
+        nargs="+",
+        metavar="CONFIG|KEY=VALUE",
+        help="TOML files, and values that replace those of every file, such as epochs=10",
+    )
+    sweep.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,VALUE",
+        help="try each value, such as model.variant=plain,selective; given several times, all combinations",
+    )
+    sweep.add_argument("--seeds", default="0,1,2", metavar="SEEDS", help="seeds of the runs (default: 0,1,2)")
+    sweep.add_argument(
+        "--workdir", default="runs/sweep", metavar="DIR", help="directory of the runs (default: runs/sweep)"
+    )

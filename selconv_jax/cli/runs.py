@@ -7,33 +7,33 @@ from pathlib import Path
 import jax
 import platformdirs
 
+from selconv_jax.cli.console import terminal_or_lines
 from selconv_jax.cli.pictures import draw_run, print_run
 from selconv_jax.train.config import load_config
 from selconv_jax.train.loop import evaluate_run, find_checkpoint, resume_run, train_run
-from selconv_jax.train.progress import terminal_or_lines
 from selconv_jax.train.workdir import default_workdir
 
-__all__ = ["evaluate", "resume", "show", "train"]
+__all__ = ["evaluate", "resume", "share_compilations", "show", "train"]
 
 
 def train(options: argparse.Namespace) -> int:
     """Trains in a new directory, then draws the pictures of the run."""
-    _share_compilations()
-    config = load_config(options.config, options.overrides)
+    share_compilations()
+    config = load_config(options.config, options.words)
     workdir = Path(options.workdir) if options.workdir else default_workdir(options.config)
     return _finish(train_run(config, workdir, terminal_or_lines()), workdir)
 
 
 def resume(options: argparse.Namespace) -> int:
     """Goes on with a run, then draws its pictures."""
-    _share_compilations()
+    share_compilations()
     workdir = Path(options.workdir)
     return _finish(resume_run(workdir, terminal_or_lines()), workdir)
 
 
 def evaluate(options: argparse.Namespace) -> int:
     """Prints loss and accuracy of a checkpoint."""
-    _share_compilations()
+    share_compilations()
     workdir = Path(options.workdir)
     step, metrics = evaluate_run(workdir, find_checkpoint(workdir, options.checkpoint))
     print(f"{workdir}, checkpoint of step {step}")
@@ -57,7 +57,7 @@ def _finish(code: int, workdir: Path) -> int:
     return code
 
 
-def _share_compilations() -> None:
+def share_compilations() -> None:
     """Keeps compiled programs in a folder of the user's, unless JAX has been told where."""
     if jax.config.jax_compilation_cache_dir is None:
         folder = platformdirs.user_cache_path("selconv_jax") / "compiled"

@@ -1,14 +1,12 @@
 """What a run shows while it works: a bar on a terminal, plain lines otherwise."""
 
-import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["ProgressDisplay", "terminal_or_lines"]
+__all__ = ["ProgressDisplay"]
 
 _SECONDS_BETWEEN_LINES = 20.0
 
@@ -93,9 +91,3 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def terminal_or_lines(stream: Any = None) -> Console:
-    """A console on ``stream`` (default: standard output) that wraps nothing when it is no terminal."""
-    stream = stream or sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else 200)

@@ -1,0 +1,276 @@
+"""Many runs one after another: every configuration of a grid with every seed.
+
+Runs are sequential and each is an ordinary run, as `selconv_jax.train.loop.train_run` makes it, in a
+directory of its own: nothing is known of a sweep but its runs, so that calling it again goes on with it.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax import traverse_util
+from rich.console import Console
+
+from selconv_jax.data.loading import open_data
+from selconv_jax.errors import ConfigError, SelconvError
+from selconv_jax.train.config import Config, load_config
+from selconv_jax.train.loop import resume_run, train_run
+from selconv_jax.train.metrics import read_metrics
+from selconv_jax.train.trainer import Trainer
+from selconv_jax.train.workdir import CONFIG, METRICS, read_config
+
+__all__ = ["SweepEnd", "SweepRun", "check_sweep", "plan_sweep", "run_sweep", "split_values"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep.
+
+    Attributes:
+        configuration: What it shares with the runs of other seeds, as a path: the name of the file and
+            the point of the grid, such as ``"quickstart/model.variant=plain"``.
+        config: The resolved configuration, with its seed.
+        workdir: The directory of the run.
+    """
+
+    configuration: str
+    config: Config
+    workdir: Path
+
+    @property
+    def name(self) -> str:
+        """The run in a message."""
+        return f"{self.configuration}, seed {self.config.seed}"
+
+    @property
+    def has_started(self) -> bool:
+        """Whether the directory holds a run."""
+        return (self.workdir / CONFIG).is_file()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last epoch has been recorded."""
+        records = read_metrics(self.workdir / METRICS) if self.has_started else []
+        return bool(records) and records[-1]["epoch"] == self.config.epochs
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepEnd:
+    """How a sweep ended.
+
+    Attributes:
+        code: 0 when every run is complete, 1 when one has failed, 128 plus the signal's number when it
+            was asked to stop.
+        failures: The error of every run that failed, by `SweepRun.name`.
+    """
+
+    code: int
+    failures: Mapping[str, str]
+
+
+def plan_sweep(
+    files: Sequence[Path],
+    workdir: Path,
+    *,
+    seeds: Sequence[int],
+    vary: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> list[SweepRun]:
+    """The runs of a sweep, in order: by file, then by point of the grid, then by seed.
+
+    Args:
+        files: Configuration files.
+        workdir: Directory of the sweep.
+        seeds: Seeds, each used with every configuration.
+        vary: ``"key=value1,value2"``: every value is tried, in all combinations with the other keys.
+        overrides: ``"key=value"``, for all runs.
+
+    Returns:
+        At least one run; nothing is read but the files, and nothing is written.
+
+    Raises:
+        ConfigError: A file, key or value is wrong, or two runs would share a directory.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "tiny.toml")
+        ...     _ = file.write_text("epochs = 3")
+        ...     runs = plan_sweep([file], Path("runs"), seeds=[0, 1], vary=["model.variant=plain,selective"])
+        >>> len(runs), str(runs[1].workdir)
+        (4, 'runs/tiny/model.variant=plain/seed1')
+    """
+    if not files:
+        raise ConfigError("a sweep needs at least one configuration file.")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"the seeds are {list(seeds)}; name at least one, and each once.")
+    grid = [split_values(text) for text in vary]
+    _check_keys([key for key, _ in grid], overrides)
+    runs = []
+    for file, name in zip(files, _names(files), strict=True):
+        for values in itertools.product(*(values for _, values in grid)):
+            point = [f"{key}={value}" for (key, _), value in zip(grid, values, strict=True)]
+            configuration = "/".join([name, *([_file_name(",".join(point))] if point else [])])
+            for seed in seeds:
+                try:
+                    config = load_config(file, [*overrides, *point, f"seed={seed}"])
+                except ConfigError as error:
+                    raise ConfigError(f"{file}: {error}") from None
+                runs.append(SweepRun(configuration, config, workdir / configuration / f"seed{seed}"))
+    _check_directories(runs)
+    return runs
+
+
+def split_values(text: str) -> tuple[str, list[str]]:
+    """The key and the values of ``"key=value1,value2"``.
+
+    Args:
+        text: Commas within brackets, braces or quotation marks do not separate.
+
+    Returns:
+        The key, and its values as text.
+
+    Raises:
+        ConfigError: The text has another form.
+
+    Example:
+        >>> split_values("model.options.blocks=[1, 1],[2, 2]")
+        ('model.options.blocks', ['[1, 1]', '[2, 2]'])
+    """
+    key, _, rest = text.partition("=")
+    values, part = [], ""
+    for piece in rest.split(","):
+        part = f"{part},{piece}" if part else piece
+        closed = part.count("[") == part.count("]") and part.count("{") == part.count("}")
+        if closed and part.count('"') % 2 == part.count("'") % 2 == 0:
+            values.append(part.strip())
+            part = ""
+    if part or not key.strip() or not all(values):
+        raise ConfigError(
+            f"{text!r} is not of the form key=value1,value2, such as model.variant=plain,selective."
+        )
+    return key.strip(), values
+
+
+def check_sweep(runs: Sequence[SweepRun]) -> None:
+    """Refuses what would fail later: foreign runs in the way, missing data, networks that do not fit.
+
+    Args:
+        runs: From `plan_sweep`.
+
+    Raises:
+        SelconvError: A run cannot be made or gone on with; the message names it.
+    """
+    for run in runs:
+        if run.has_started and (there := read_config(run.workdir)) != run.config:
+            raise ConfigError(
+                f"{run.workdir} holds a run of another configuration: {_difference(there, run.config)}. "
+                "Choose another --workdir, or remove that run."
+            )
+    checked = set()
+    for run in runs:
+        kind = repr(dataclasses.replace(run.config, seed=0))
+        if kind not in checked and not run.is_complete:
+            checked.add(kind)
+            try:
+                data = run.config.data
+                Trainer(run.config, open_data(data.name, data.directory, data.streaming))
+            except SelconvError as error:
+                raise type(error)(f"{run.configuration}: {error}") from None
+
+
+def run_sweep(runs: Sequence[SweepRun], console: Console) -> SweepEnd:
+    """Makes the runs one after another; complete ones are kept, begun ones gone on with.
+
+    A run that fails leaves the others as they are. A signal ends the sweep as it ends a run: saved.
+
+    Args:
+        runs: From `plan_sweep`, checked by `check_sweep`.
+        console: Where progress is shown.
+
+    Returns:
+        How it ended.
+    """
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    failures: dict[str, str] = {}
+    for number, run in enumerate(runs, start=1):
+        title = f"run {number} of {len(runs)}: {run.name}"
+        if run.is_complete:
+            say(f"{title}: complete already")
+            continue
+        say(title)
+        try:
+            if run.has_started:
+                code = resume_run(run.workdir, console)
+            else:
+                code = train_run(run.config, run.workdir, console)
+        except SelconvError as error:
+            failures[run.name] = str(error)
+            say(f"failed: {error}")
+            continue
+        if code:
+            complete = sum(each.is_complete for each in runs)
+            say(f"the sweep stopped with {complete} of {len(runs)} runs complete; the same command goes on")
+            return SweepEnd(code, failures)
+    return SweepEnd(1 if failures else 0, failures)
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """The stem of every file, preceded by as many folders as tell it from the others."""
+    paths = [file.resolve().with_suffix("").parts[1:] for file in files]
+    names = []
+    for file, path in zip(files, paths, strict=True):
+        if paths.count(path) > 1:
+            raise ConfigError(f"{file} is named twice, or another file differs from it by its ending alone.")
+        length = 1
+        while sum(other[-length:] == path[-length:] for other in paths) > 1:
+            length += 1
+        names.append("/".join(path[-length:]))
+    return names
+
+
+def _file_name(text: str) -> str:
+    """The text without what file systems and shells take for something else."""
+    return re.sub(r"[^\w.=,+-]", "_", re.sub(r"[\s\"'\[\]{}]", "", text))
+
+
+def _check_keys(varied: Sequence[str], overrides: Sequence[str]) -> None:
+    keys = [*varied, *(override.partition("=")[0].strip() for override in overrides)]
+    for key in keys:
+        if key == "seed":
+            raise ConfigError("seed cannot be set in a sweep: use --seeds.")
+        if key in varied and keys.count(key) > 1:
+            raise ConfigError(f"{key} is varied, and varied or set once more. Name it once.")
+
+
+def _check_directories(runs: Sequence[SweepRun]) -> None:
+    """No run lies in the directory of another."""
+    taken: dict[Path, SweepRun] = {}
+    for run in runs:
+        if run.workdir in taken:
+            raise ConfigError(f"two runs would share the directory {run.workdir}. Name every value once.")
+        taken[run.workdir] = run
+    for run in runs:
+        for parent in run.workdir.parents:
+            if parent in taken:
+                raise ConfigError(
+                    f"the run {run.name} would lie in the directory {parent} of another. Rename its file."
+                )
+
+
+def _difference(there: Config, here: Config) -> str:
+    """The first keys with different values, as a sentence without its end."""
+
+    def flat(config: Config) -> dict[str, Any]:
+        return traverse_util.flatten_dict(dataclasses.asdict(config), sep=".")
+
+    old, new = flat(there), flat(here)
+    keys = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+    parts = [f"{key} is {old.get(key)!r} there and {new.get(key)!r} here" for key in keys[:3]]
+    return "; ".join(parts) + ("; and more" if len(keys) > 3 else "")

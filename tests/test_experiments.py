@@ -1,0 +1,288 @@
+"""The configurations: the published ones have the published values, and all of them can be run."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from selconv_jax import ConfigError
+from selconv_jax.data.catalog import KNOWN
+from selconv_jax.data.dataset import ImageData, Split
+from selconv_jax.models import MODELS
+from selconv_jax.report.experiment_table import experiment_table, write_experiment_table
+from selconv_jax.train.config import load_config, parse_config
+from selconv_jax.train.step import train_step
+from selconv_jax.train.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent / "experiments"
+CONFIGS = {file.relative_to(ROOT).as_posix(): load_config(file) for file in sorted(ROOT.rglob("*.toml"))}
+
+# The published runs: epochs and batch size by data set, and where copies are limited to 32.
+EPOCHS_AND_BATCH = {
+    "cifar10": (300, 64),
+    "cifar100": (300, 64),
+    "fashion_mnist": (300, 128),
+    "tiny_imagenet": (200, 128),
+}
+AT_MOST_32_COPIES = [
+    ("cifar10", "densenet100"),
+    ("tiny_imagenet", "densenet100"),
+    ("cifar10", "resnext29"),
+    ("cifar100", "resnext29"),
+    ("tiny_imagenet", "resnext29"),
+]
+
+
+def published():
+    """What each published file has to say, by its path."""
+    trees = {}
+    for (data, (epochs, batch_size)), model, variant in itertools.product(
+        EPOCHS_AND_BATCH.items(),
+        ("densenet40", "densenet100", "preresnet164", "resnext29"),
+        ("plain", "selective"),
+    ):
+        limited = variant == "selective" and (data, model) in AT_MOST_32_COPIES
+        trees[f"{data}/{model}_{variant}.toml"] = {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "model": {"name": model, "variant": variant},
+            "data": {"name": data},
+            "allocation": {"threshold": 1e-3, "top_k": 3, "max_copies": 32 if limited else None},
+        }
+    trees["cifar10/condensenet182_gate_only.toml"] = {
+        "epochs": 600,
+        "batch_size": 64,
+        "model": {"name": "condensenet182", "variant": "gate_only"},
+        "data": {"name": "cifar10"},
+        "allocation": {"threshold": 1e-3, "top_k": 0},
+    }
+    return trees
+
+
+def test_there_are_33_published_configurations():
+    assert len(published()) == 33
+    named = {path for path, config in CONFIGS.items() if "the published configuration" in config.description}
+    assert named == set(published())
+
+
+@pytest.mark.parametrize("path", published())
+def test_published_configuration_has_the_published_values(path):
+    # All other values are the defaults, which test_train_config holds to the published ones.
+    expected = parse_config(published()[path])
+    assert dataclasses.replace(CONFIGS[path], description="") == expected
+
+
+def test_every_ablation_differs_from_the_published_configuration_in_what_its_name_says():
+    base = CONFIGS["cifar10/densenet40_selective.toml"]
+    changes = {
+        "no_reallocation": {"model.variant": "gate_only", "allocation.top_k": 0},
+        "random_sources": {"allocation.random_sources": True},
+        "frozen_shift": {"optimizer.train_shift": False},
+        "no_shift": {"optimizer.train_shift": False, "allocation.shift_range": 0.0},
+        **{f"threshold_1e-{n}": {"allocation.threshold": 10.0**-n} for n in (1, 2, 4)},
+        **{f"top_k_{k}": {"allocation.top_k": k} for k in (1, 2, 5, 8)},
+        **{f"max_copies_{n}": {"allocation.max_copies": n} for n in (8, 32)},
+    }
+    ablations = {path: config for path, config in CONFIGS.items() if path.startswith("ablations/")}
+    assert set(ablations) == {f"ablations/{name}.toml" for name in changes}
+    for name, change in changes.items():
+        config = dataclasses.replace(ablations[f"ablations/{name}.toml"], description=base.description)
+        for key, value in change.items():
+            section, field = key.split(".")
+            assert getattr(getattr(config, section), field) == value, name
+            restored = {field: getattr(getattr(base, section), field)}
+            config = dataclasses.replace(
+                config, **{section: dataclasses.replace(getattr(config, section), **restored)}
+            )
+        assert config == base, name
+
+
+def test_random_sources_reach_the_transform():
+    assert CONFIGS["ablations/random_sources.toml"].allocation.allocation.random_sources
+    assert not CONFIGS["cifar10/densenet40_selective.toml"].allocation.allocation.random_sources
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
+def test_densenet_bc190_trains_with_mixup(data):
+    assert CONFIGS[f"{data}/densenet_bc190_plain.toml"].data.mixup == 1.0
+    assert CONFIGS[f"{data}/densenet_bc190_selective.toml"].data.mixup == 1.0
+    assert all(not config.data.mixup for path, config in CONFIGS.items() if "bc190" not in path)
+
+
+def test_every_network_of_the_registry_has_an_experiment():
+    assert {config.model.name for config in CONFIGS.values()} == set(MODELS)
+
+
+def test_the_readme_holds_the_current_table(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    assert experiment_table(ROOT) in text
+    rows = [line for line in text.splitlines() if line.startswith("| ") and ".toml" in line]
+    assert len(rows) == len(CONFIGS)
+    row = next(row for row in rows if row.startswith("| densenet100_selective.toml") and " cifar10 " in row)
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        "densenet100_selective.toml",
+        "densenet100",
+        "selective",
+        "cifar10",
+        "300",
+        "64",
+        "0.001",
+        "3",
+        "32",
+        "Selective DenseNet-100 on CIFAR-10, the published configuration",
+    ]
+
+
+def test_writing_the_table(tmp_path):
+    (tmp_path / "a.toml").write_text('description = "this | that"\n[model]\nvariant = "plain"\n')
+    with pytest.raises(ConfigError, match=r"README\.md needs the lines"):
+        write_experiment_table(tmp_path)
+    readme = tmp_path / "README.md"
+    begin, end = (line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("<!--"))
+    readme.write_text(f"before\n{begin}\nof before\n{end}\nafter\n")
+    for _ in range(2):  # the second time changes nothing
+        assert write_experiment_table(tmp_path) == readme
+        text = readme.read_text()
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
+        assert "of before" not in text
+        assert text.count("a.toml") == 1
+        assert "| - " in text
+        assert "this \\| that" in text
+    (tmp_path / "b.toml").write_text("epoch = 3\n")
+    with pytest.raises(ConfigError, match=r"b\.toml: unknown configuration key 'epoch'"):
+        experiment_table(tmp_path)
+    with pytest.raises(ConfigError, match="there is no configuration"):
+        experiment_table(tmp_path / "nowhere")
+
+
+def distinct(key, paths=CONFIGS):
+    """The first configuration for every value of ``key``."""
+    first = {}
+    for path in paths:
+        first.setdefault(key(CONFIGS[path]), path)
+    return first
+
+
+def program(config):
+    """What the shapes of a step depend on."""
+    return (config.model.name, config.model.variant, repr(config.model.options), config.data)
+
+
+def fake_trainer(config, batch_size=2, **options):
+    """A trainer on fake images of the shape and number of classes of the data set."""
+    info = KNOWN[config.data.name].info()
+    random = np.random.default_rng(0)
+    splits = [
+        Split(
+            random.integers(0, 256, (2 * batch_size, *info.image_shape), np.uint8),
+            random.integers(0, info.num_classes, 2 * batch_size, np.int32),
+        )
+        for _ in range(2)
+    ]
+    model = dataclasses.replace(config.model, options={**config.model.options, **options})
+    small = dataclasses.replace(
+        config,
+        batch_size=batch_size,
+        eval_batch_size=batch_size,
+        devices=1,
+        steps_per_dispatch=1,
+        model=model,
+    )
+    return Trainer(small, ImageData(info, *splits))
+
+
+# Tracing a training step of these takes more than some seconds.
+DEEP = ("densenet100", "densenet121", "densenet_bc190", "preresnet164", "condensenet182")
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_network_is_built(name):
+    path = next(path for path, config in CONFIGS.items() if config.model.name == name)
+    state = fake_trainer(CONFIGS[path]).state_shape()
+    classes = KNOWN[CONFIGS[path].data.name].num_classes
+    assert state.params["classifier"]["linear"]["bias"].shape == (classes,)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=pytest.mark.slow if CONFIGS[path].model.name in DEEP else ())
+        for path in distinct(program).values()
+    ],
+)
+def test_full_size_step_has_the_right_shapes(path):
+    """A step of the whole network on a whole batch, evaluated by shapes alone."""
+    config = CONFIGS[path]
+    info = KNOWN[config.data.name].info()
+    trainer = fake_trainer(config)
+    assert (
+        trainer.model.stem
+        == {28: "cifar", 32: "cifar", 64: "tiny_imagenet", 224: "imagenet"}[info.image_shape[0]]
+    )
+    state = trainer.state_shape()
+    assert state.params["classifier"]["linear"]["bias"].shape == (info.num_classes,)
+    assert bool(state.selectivity) == (config.model.variant != "plain")
+    step = functools.partial(
+        train_step,
+        model=trainer.model.clone(slots=0.0),
+        optimizer=trainer.optimizer,
+        info=info,
+        steps_per_epoch=2,
+        mixup=config.data.mixup,
+    )
+    after = jax.eval_shape(
+        step,
+        state,
+        jax.ShapeDtypeStruct((config.batch_size, *info.image_shape), jnp.uint8),
+        jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+    )
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+
+
+# Options that leave a few layers of every kind.
+SMALL = {
+    "densenet": {"blocks": [1, 1], "growth": 4},
+    "preresnet": {"blocks": [1, 1], "width": 4},
+    "resnext": {"blocks": [1, 1], "groups": 2, "base_width": 4, "widen": 1},
+    "condensenet": {"blocks": [1, 1], "growth": [4, 8], "groups": 2},
+}
+
+
+def family(config):
+    return config.model.name.rstrip("0123456789").removesuffix("_bc")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path",
+    # Selective where there is a choice: its network has every part of the plain one.
+    distinct(
+        lambda config: (family(config), config.data.name, config.data.mixup),
+        [path for path, config in CONFIGS.items() if config.model.variant != "plain"],
+    ).values(),
+)
+def test_two_steps_of_a_small_network_run(path):
+    config = CONFIGS[path]
+    trainer = fake_trainer(config, **SMALL[family(config)])
+    state = trainer.initial_state()
+    before = jax.device_get(state.params)
+    with contextlib.closing(trainer.batches(state, 0)) as batches:
+        for _ in range(2):
+            state, numbers = trainer.run_steps(state, batches, trainer.slots(state), 1)
+    loss, _, failed = jax.device_get(numbers)
+    assert int(state.step) == 2
+    assert np.isfinite(loss)
+    assert not failed
+    moved = jax.tree.map(lambda old, new: bool((old != new).any()), before, jax.device_get(state.params))
+    assert moved["stem"]["kernel"]
+    assert moved["classifier"]["linear"]["kernel"]
+    assert int(trainer.evaluate(state).count) == 4

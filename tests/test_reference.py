@@ -1,0 +1,33 @@
+"""The README's command builds the reference of the API, and every public name is on its page."""
+
+import importlib
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def reference_command():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = readme.split("<!-- command: reference -->\n```bash\n")[1].split("```")[0]
+    return shlex.split(block.split("&&")[-1])
+
+
+def test_reference_has_every_public_name(tmp_path):
+    program, *arguments = reference_command()
+    assert program.endswith("pdoc")
+    arguments[arguments.index("--output-directory") + 1] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "pdoc", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warn" not in done.stderr
+    modules = [argument for argument in arguments if argument.startswith("selconv_jax")]
+    assert {"selconv_jax", "selconv_jax.models"} <= set(modules)
+    for name in [*modules, "selconv_jax.functional"]:
+        page = (tmp_path / f"{name.replace('.', '/')}.html").read_text(encoding="utf-8")
+        for public in importlib.import_module(name).__all__:
+            link = f'href="{name.rpartition(".")[2]}/{public}.html"'  # a module with a page of its own
+            assert f'id="{public}"' in page or link in page, f"{public} is not on the page of {name}"

@@ -1,0 +1,125 @@
+"""Comparison of configurations: mean and spread by hand, and what is drawn equals them."""
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from selconv_jax.errors import SelconvError
+from selconv_jax.report.comparison import ConfigurationResults, Spread, comparison_table, run_numbers, spread
+from selconv_jax.report.comparison_picture import comparison_picture
+
+
+def run(*accuracies: float, closed: int = 2, speed: float | None = 1000.0) -> list[dict[str, float | None]]:
+    return [
+        {
+            "epoch": epoch,
+            "train_loss": 1.0 / epoch,
+            "test_loss": 2.0 / epoch,
+            "test_accuracy": accuracy,
+            "closed": closed,
+            "reallocated": closed - 1,
+            "open_channels": 9,
+            "copies": 3,
+            "channels": 10,
+            "images_per_second": None if speed is None else speed * epoch,
+        }
+        for epoch, accuracy in enumerate(accuracies, start=1)
+    ]
+
+
+PLAIN = ConfigurationResults("plain", {0: run(0.5, 0.75, 0.625), 4: run(0.5, 0.5, 0.75)})
+SELECTIVE = ConfigurationResults("selective [x]", {0: run(0.5, 0.875, 0.75)})
+
+
+def text_of(table, width=80) -> str:
+    text = io.StringIO()
+    Console(file=text, width=width).print(table)
+    return text.getvalue()
+
+
+def test_spread_by_hand():
+    assert spread([1.0, 2.0, 6.0]) == Spread(mean=3.0, std=pytest.approx(7**0.5), count=3)
+    assert spread([5.0]) == Spread(mean=5.0, std=None, count=1)
+    assert spread([2.0, 2.0]).std == 0.0
+
+
+def test_numbers_of_a_run():
+    assert run_numbers(PLAIN.runs[0]) == {
+        "test_accuracy": 0.625,
+        "test_error": 0.375,
+        "test_loss": pytest.approx(2 / 3),
+        "train_loss": pytest.approx(1 / 3),
+        "best_test_accuracy": 0.75,
+        "best_epoch": 2.0,
+        "closed": 6.0,
+        "reallocated": 3.0,
+        "copies": 3.0,
+        "open_channels": 9.0,
+        "channels": 10.0,
+        "images_per_second": 2000.0,
+    }
+
+
+def test_missing_numbers_are_none():
+    numbers = run_numbers([{"epoch": 1, "test_accuracy": 0.5, "images_per_second": None}])
+    assert numbers["test_error"] == 0.5
+    assert numbers["images_per_second"] is None
+    assert numbers["closed"] is None
+    with pytest.raises(SelconvError, match="no finished epoch"):
+        run_numbers([])
+
+
+def test_summary_over_seeds():
+    summary = PLAIN.summary
+    assert summary["test_accuracy"] == Spread(0.6875, pytest.approx(0.125 / 2**0.5), 2)
+    assert summary["test_error"].mean == 0.3125
+    assert summary["best_test_accuracy"] == Spread(0.75, 0.0, 2)
+    partly = ConfigurationResults("partly", {0: run(0.5), 1: run(0.5, speed=None)})
+    assert partly.summary["images_per_second"] == Spread(1000.0, None, 1)
+    with pytest.raises(SelconvError, match="plain has no finished run"):
+        ConfigurationResults("plain", {})
+
+
+def test_table_shows_mean_and_deviation():
+    text = text_of(comparison_table([PLAIN, SELECTIVE]))
+    assert "seeds 0, 4" in text
+    assert "selective [x]" in text  # no markup
+    first, deviations = (
+        next(line for line in text.splitlines() if line.startswith(f" {start}"))
+        for start in ("plain", "seeds")
+    )
+    assert first.split() == ["plain", "68.75", "31.25", "75.00", "6.0", "3.0", "2,000"]
+    assert deviations.split("4", 1)[1].replace("±", "").split() == ["8.84", "8.84", "0.00", "0.0", "0.0", "0"]
+    single = next(line for line in text.splitlines() if "seed 0" in line)
+    assert single.split() == ["seed", "0", *"------"]
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_picture_draws_what_the_runs_logged():
+    curves, finals = comparison_picture([PLAIN, SELECTIVE], "title").axes
+    mean, single = curves.get_lines()
+    np.testing.assert_allclose(mean.get_xydata(), [[1, 50], [2, 37.5], [3, 31.25]])
+    np.testing.assert_allclose(single.get_ydata(), [50, 12.5, 25])
+    (band,) = curves.collections  # one seed has none
+    low, high = band.get_paths()[0].get_extents().intervaly
+    assert (low, high) == (25.0, 50.0)
+    assert [label.get_text() for label in finals.get_yticklabels()] == ["plain", "selective [x]"]
+    points = [line.get_xdata() for line in finals.get_lines() if line.get_marker() == "o"]
+    np.testing.assert_allclose(points[0], [37.5, 25])
+    np.testing.assert_allclose(points[1], [25])
+    assert [text.get_text() for text in finals.texts] == ["31.25 ± 8.84", "25.00"]
+    assert curves.get_yscale() == "linear"
+
+
+def test_picture_of_runs_of_other_lengths_and_gaps():
+    short = ConfigurationResults("short", {0: run(0.5, 0.95), 1: run(0.5, 0.95, 0.98)})
+    curves, finals = comparison_picture([short], "title").axes
+    np.testing.assert_allclose(curves.get_lines()[0].get_ydata(), [50, 5, np.nan])
+    assert curves.get_yscale() == "log"  # from 5 to 50 %
+    assert finals.texts[0].get_text() == "3.50 ± 2.12"
+    nothing = ConfigurationResults("nothing", {0: [{"epoch": 1}]})
+    assert not comparison_picture([nothing], "title").axes[1].texts
+    with pytest.raises(SelconvError, match="no finished run"):
+        comparison_picture([], "title")

@@ -1,0 +1,227 @@
+"""Sweeps: which runs, in which directories; what is kept, gone on with, refused and reported."""
+
+import copy
+import dataclasses
+import signal
+
+import pytest
+from runs import TINY, assert_same_end, quiet_console, tiny_config
+
+from selconv_jax import ConfigError, DataError
+from selconv_jax.train import loop
+from selconv_jax.train.config import dump_config, parse_config
+from selconv_jax.train.loop import NonFiniteLossError, train_run
+from selconv_jax.train.metrics import read_metrics
+from selconv_jax.train.sweep import check_sweep, plan_sweep, run_sweep, split_values
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A file of the tiny configuration, of one epoch."""
+    path = tmp_path_factory.mktemp("config") / "tiny.toml"
+    path.write_text(dump_config(parse_config({**TINY, "epochs": 1})))
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Runs that differ in their seed alone share what they compiled."""
+    prepared, prepare = {}, loop._prepare
+
+    def shared(config):
+        trainer, data = prepared.setdefault(repr(dataclasses.replace(config, seed=0)), prepare(config))
+        trainer = copy.copy(trainer)
+        trainer.config = config
+        return trainer, data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_prepare", shared)
+        yield
+
+
+def write(path, **keys):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump_config(parse_config({**TINY, **keys})))
+    return path
+
+
+def directories(runs, workdir):
+    return [run.workdir.relative_to(workdir).as_posix() for run in runs]
+
+
+def test_every_file_with_every_seed(tmp_path):
+    files = [write(tmp_path / "b.toml"), write(tmp_path / "a.toml", batch_size=250)]
+    runs = plan_sweep(files, tmp_path / "sweep", seeds=[3, 0], overrides=["epochs=7"])
+    assert directories(runs, tmp_path / "sweep") == ["b/seed3", "b/seed0", "a/seed3", "a/seed0"]
+    assert [run.name for run in runs[:2]] == ["b, seed 3", "b, seed 0"]
+    assert runs[2].config == parse_config({**TINY, "batch_size": 250, "epochs": 7, "seed": 3})
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_grid(tmp_path, tiny):
+    runs = plan_sweep(
+        [tiny],
+        tmp_path,
+        seeds=[0],
+        vary=["model.variant=plain,selective", "model.options.blocks=[1],[1, 2]"],
+    )
+    assert directories(runs, tmp_path) == [
+        "tiny/model.variant=plain,model.options.blocks=1/seed0",
+        "tiny/model.variant=plain,model.options.blocks=1,2/seed0",
+        "tiny/model.variant=selective,model.options.blocks=1/seed0",
+        "tiny/model.variant=selective,model.options.blocks=1,2/seed0",
+    ]
+    assert runs[1].config.model.variant == "plain"
+    assert runs[1].config.model.options["blocks"] == [1, 2]
+
+
+def test_files_of_one_name_do_not_collide(tmp_path):
+    files = [write(tmp_path / name) for name in ("x/run.toml", "y/run.toml", "y/other.toml", "z/x/run.toml")]
+    runs = plan_sweep(files, tmp_path, seeds=[0])
+    assert [run.configuration for run in runs] == [f"{tmp_path.name}/x/run", "y/run", "other", "z/x/run"]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("a.b=1", ["1"]),
+        ("a.b = 1, 2", ["1", "2"]),
+        ("a.b={x=[1,2],y=3},4", ["{x=[1,2],y=3}", "4"]),
+        ('a.b="x,y",z', ['"x,y"', "z"]),
+    ],
+)
+def test_split_values(text, values):
+    assert split_values(text) == ("a.b", values)
+
+
+@pytest.mark.parametrize("text", ["a", "a=", "=1", "a=1,", "a=,1", "a=1,,2", "a=[1,2"])
+def test_malformed_values(text):
+    with pytest.raises(ConfigError, match="is not of the form key=value1,value2"):
+        split_values(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": []}, r"the seeds are \[\]"),
+        ({"seeds": [1, 1]}, r"the seeds are \[1, 1\]; name at least one, and each once"),
+        ({"seeds": [-1]}, "seed is -1"),
+        ({"vary": ["seed=1,2"]}, "use --seeds"),
+        ({"overrides": ["seed=1"]}, "use --seeds"),
+        (
+            {"vary": ["epochs=1,2"], "overrides": ["epochs=3"]},
+            "epochs is varied, and varied or set once more",
+        ),
+        ({"vary": ["epochs=1,2", "epochs=3,4"]}, "epochs is varied, and varied or set once more"),
+        ({"vary": ["epochs=1,1"]}, "two runs would share the directory"),
+        ({"vary": ["epoch=1,2"]}, r"tiny\.toml: unknown configuration key 'epoch'. Did you mean 'epochs'"),
+        ({"vary": ["model.variant=plane"]}, r"tiny\.toml: .*model\.variant"),
+    ],
+)
+def test_wrong_sweeps(tiny, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_sweep([tiny], tmp_path, **{"seeds": [0], **changes})
+
+
+def test_wrong_files(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="at least one configuration file"):
+        plan_sweep([], tmp_path, seeds=[0])
+    with pytest.raises(ConfigError, match=r"tiny\.toml is named twice"):
+        plan_sweep([tiny, tiny], tmp_path, seeds=[0])
+    with pytest.raises(ConfigError, match="there is no configuration file"):
+        plan_sweep([tmp_path / "none.toml"], tmp_path, seeds=[0])
+    files = [write(tmp_path / name) for name in ("a.toml", "x/seed0.toml", "a/seed0.toml")]
+    with pytest.raises(ConfigError, match="would lie in the directory"):
+        plan_sweep(files, tmp_path, seeds=[0, 1])
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_runs(tiny, tmp_path):
+    vary = ["model.name=densenet40,densnet"]
+    with pytest.raises(ConfigError, match=r"tiny/model\.name=densnet: there is no model 'densnet'"):
+        check_sweep(plan_sweep([tiny], tmp_path / "sweep", seeds=[0], vary=vary))
+    overrides = ["data.name=cifar10", f"data.directory={tmp_path}"]
+    with pytest.raises(DataError, match="tiny: cifar10 is not prepared"):
+        check_sweep(plan_sweep([tiny], tmp_path / "sweep", seeds=[0], overrides=overrides))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_runs_are_ordinary_ones_and_complete_ones_are_kept(tiny, tmp_path):
+    console, text = quiet_console()
+    runs = plan_sweep([tiny], tmp_path / "sweep", seeds=[0, 1])
+    assert run_sweep(runs[:1], console).code == 0
+    before = [(path, path.stat().st_mtime_ns) for path in runs[0].workdir.rglob("*")]
+    check_sweep(runs)
+    end = run_sweep(runs, console)
+    assert (end.code, end.failures) == (0, {})
+    assert "run 1 of 2: tiny, seed 0: complete already" in text.getvalue()
+    assert [(path, path.stat().st_mtime_ns) for path in runs[0].workdir.rglob("*")] == before
+    alone = tmp_path / "alone"
+    assert train_run(tiny_config(epochs=1, seed=1), alone, console) == 0
+    assert_same_end(runs[1].workdir, alone)
+    assert all(run.is_complete for run in runs)
+
+
+class SignalInTheSecondRun:
+    """Stands for `StopRequest`; the second run of the sweep is asked to stop after some steps."""
+
+    made = 0
+
+    def __init__(self):
+        type(self).made += 1
+        self.signal, self.exit_code, self.questions = None, 0, 3
+
+    def __bool__(self):
+        self.questions -= 1
+        if self.made == 2 and self.questions < 0:
+            self.signal, self.exit_code = signal.SIGTERM, 128 + signal.SIGTERM
+        return self.signal is not None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *details):
+        return None
+
+
+def test_stopped_sweep_goes_on(tiny, tmp_path, monkeypatch):
+    console, text = quiet_console()
+    runs = plan_sweep([tiny], tmp_path / "sweep", seeds=[0, 1, 2])
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "StopRequest", SignalInTheSecondRun)
+        end = run_sweep(runs, console)
+    assert end.code == 128 + signal.SIGTERM
+    assert "the sweep stopped with 1 of 3 runs complete" in text.getvalue()
+    assert [run.has_started for run in runs] == [True, True, False]
+    check_sweep(runs)
+    assert run_sweep(runs, console).code == 0
+    assert "going on from step" in text.getvalue()
+    assert [len(read_metrics(run.workdir / "metrics.jsonl")) for run in runs] == [1, 1, 1]
+    alone = tmp_path / "alone"
+    assert train_run(tiny_config(epochs=1, seed=1), alone, console) == 0
+    assert_same_end(runs[1].workdir, alone)
+
+
+def test_a_failed_run_is_reported_and_the_others_are_made(tiny, tmp_path, monkeypatch):
+    def failing(config, workdir, console):
+        if config.seed == 1:
+            raise NonFiniteLossError("the loss of step 3 (epoch 1) is not finite")
+        return train_run(config, workdir, console)
+
+    console, text = quiet_console()
+    runs = plan_sweep([tiny], tmp_path / "sweep", seeds=[0, 1, 2])
+    monkeypatch.setattr("selconv_jax.train.sweep.train_run", failing)
+    end = run_sweep(runs, console)
+    assert end.code == 1
+    assert end.failures == {"tiny, seed 1": "the loss of step 3 (epoch 1) is not finite"}
+    assert [run.is_complete for run in runs] == [True, False, True]
+    assert "failed: the loss of step 3" in text.getvalue()
+
+
+def test_run_of_another_configuration_is_refused_by_name(tiny, tmp_path):
+    (run,) = plan_sweep([tiny], tmp_path / "sweep", seeds=[0])
+    run.workdir.mkdir(parents=True)
+    other = dataclasses.replace(run.config, epochs=9, batch_size=250)
+    (run.workdir / "config.toml").write_text(dump_config(other))
+    with pytest.raises(ConfigError, match=r"tiny/seed0 holds a run of another configuration: ") as caught:
+        check_sweep([run])
+    assert "epochs is 9 there and 1 here; batch_size is 250 there and 500 here. Choose" in str(caught.value)
