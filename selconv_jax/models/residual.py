@@ -52,7 +52,10 @@ class Bottleneck(nn.Module):
             y, train
         )
         grown = self.features - x.shape[-1]
-        return y + jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, grown))).astype(y.dtype)
+        y = y + jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, grown))).astype(y.dtype)
+        # The CPU compiler would fuse the addition into each of its readers, and so compute every sum of
+        # the chain anew from all terms before it: quadratic in the depth.
+        return jax.lax.optimization_barrier(y) if jax.default_backend() == "cpu" else y
 
 
 def residual_blocks(
