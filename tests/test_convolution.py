@@ -22,6 +22,8 @@ CASES = {
     "3x3, strides": ((6, 7), (3, 3), 4, {"strides": (2, 1), "padding": ((1, 1), (1, 1))}),
     "3x3, dilated": ((8, 8), (3, 3), 4, {"kernel_dilation": (2, 1)}),
     "3x3, groups": ((6, 7), (3, 3), 4, {"groups": 2}),
+    "3x3, groups of 8": ((6, 7), (3, 3), 6, {"groups": 2, "channels": 16}),
+    "3x3, groups of 8, strides": ((6, 7), (3, 3), 6, {"groups": 2, "channels": 16, "strides": (2, 2)}),
     "1-D": ((9,), (4,), 2, {}),
     "3-D": ((4, 5, 3), (3, 1, 2), 9, {}),
 }
@@ -30,17 +32,17 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradients(name):
     size, taps, features, options = CASES[name]
-    rank, groups = len(size), options.get("groups", 1)
+    rank, groups, channels = len(size), options.get("groups", 1), options.get("channels", 4)
     options = {
         "strides": (1,) * rank,
         "padding": "SAME",
         "kernel_dilation": (1,) * rank,
         "groups": 1,
-        **options,
+        **{key: value for key, value in options.items() if key != "channels"},
     }
     keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (3, *size, 4))
-    kernel = jax.random.normal(keys[1], (*taps, 4 // groups, features))
+    x = jax.random.normal(keys[0], (3, *size, channels))
+    kernel = jax.random.normal(keys[1], (*taps, channels // groups, features))
 
     def reference(x, kernel):
         spatial = "DHW"[-rank:]
