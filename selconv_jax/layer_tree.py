@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax import traverse_util
-from flax.core import FrozenDict, freeze, unfreeze
+from flax.core import FrozenDict, unfreeze
 
 from selconv_jax.allocation import LayerState
 from selconv_jax.groups import group_count
@@ -70,16 +70,21 @@ def merge_layers(variables: Variables, states: Mapping[str, LayerState]) -> Any:
     Returns:
         Variables of the same structure; what belongs to none of the layers is the same object.
     """
-    merged = unfreeze(dict(variables))
-    flat = {name: traverse_util.flatten_dict(merged[name]) for name in set(_COLLECTION.values())}
+    new: dict[Path, Any] = {}
     for name, state in states.items():
         path = tuple(name.split("/")) if name else ()
         for field, collection in _COLLECTION.items():
-            value = getattr(state, field)
-            if value is not None:
-                flat[collection][(*path, field)] = value
-    merged = {**merged, **{name: traverse_util.unflatten_dict(leaves) for name, leaves in flat.items()}}
-    return freeze(merged) if isinstance(variables, FrozenDict) else merged
+            if (value := getattr(state, field)) is not None:
+                new[collection, *path, field] = value
+    return _replaced(variables, new, ())
+
+
+def _replaced(tree: Any, new: Mapping[Path, Any], path: Path) -> Any:
+    """The tree with other leaves at some paths; mappings keep their types, empty ones stay."""
+    if isinstance(tree, Mapping):
+        kind = FrozenDict if isinstance(tree, FrozenDict) else dict
+        return kind({key: _replaced(child, new, (*path, key)) for key, child in tree.items()})
+    return new.get(path, tree)
 
 
 def _layer_state(path: Path, flat: dict[str, dict[Path, Any]]) -> LayerState:

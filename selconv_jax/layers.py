@@ -98,9 +98,16 @@ class PlainConv(nn.Module):
             ``[N, *S', features]``.
 
         Raises:
-            ValueError: The input does not have the rank that ``kernel_size`` asks for, or its channels
-                do not divide into the groups.
+            ValueError: The input does not have the rank that ``kernel_size`` asks for, its channels
+                do not divide into the groups, or ``train`` is traced.
         """
+        given: Any = train
+        if isinstance(given, jax.core.Tracer):
+            raise ValueError(
+                f"{self.name or type(self).__name__}: train is traced, but it decides what is compiled. "
+                "Pass it by position, with static_argnums=(2,) for nn.remat, in_axes=nn.broadcast for "
+                "nn.scan, in_axes=(0, None) for nn.vmap; under jax.jit, make it a static argument."
+            )
         channels = x.shape[-1]
         window = self._window()
         rank = len(window)

@@ -8,6 +8,7 @@ variables back.
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 __all__ = ["linen_variables", "update_module"]
@@ -51,7 +52,8 @@ def update_module(module: nnx.Module, variables: Mapping[str, Any]) -> None:
         variables: What it returned, with other arrays of the same shapes in it.
 
     Raises:
-        ValueError: The dictionary has an entry that the module lacks, or lacks one that the module has.
+        ValueError: The dictionary has an entry that the module lacks, lacks one that the module has, or
+            has one of another shape or dtype.
     """
     flat = traverse_util.flatten_dict(dict(variables))
     state = nnx.to_flat_state(nnx.state(module))
@@ -66,6 +68,13 @@ def update_module(module: nnx.Module, variables: Mapping[str, Any]) -> None:
             f"the variables are not those of the module: only the {owner} has {'/'.join(strange[0])!r}. "
             "Pass what linen_variables returned, rewritten."
         )
+    for key, (_, variable) in places.items():
+        old, new = variable.get_value(), flat[key]
+        if (old.shape, old.dtype) != (jnp.shape(new), jnp.result_type(new)):
+            raise ValueError(
+                f"{'/'.join(key)} is {old.dtype}{list(old.shape)} in the module and "
+                f"{jnp.result_type(new)}{list(jnp.shape(new))} in the dictionary. Pass those of this module."
+            )
     nnx.update(
         module,
         nnx.from_flat_state((path, variable.replace(flat[key])) for key, (path, variable) in places.items()),

@@ -18,7 +18,7 @@ from selconv_jax.errors import ConfigError
 from selconv_jax.groups import group_count
 from selconv_jax.layer_tree import layer_states, merge_layers
 
-__all__ = ["Allocation", "LayerReport", "Report", "layer_states", "reallocate", "required_slots"]
+__all__ = ["Allocation", "LayerReport", "Report", "reallocate", "required_slots"]
 
 Variables = Mapping[str, Any]
 
@@ -137,8 +137,8 @@ def reallocate(
     One round of the method's "De-allocation" and "Re-allocation" for all layers of any Flax model; the
     layers are found by the ``selectivity`` collection. Gate-only layers are only de-allocated.
     Every layer draws from ``key`` folded with its path, so that the draws of a layer do not depend on
-    which others there are, and every process of a cluster draws alike. Fold a step or epoch into
-    ``key`` yourself, or each round draws the same.
+    which others there are (keys of JAX's default generator), and every process of a cluster draws alike.
+    Fold a step or epoch into ``key`` yourself, or each round draws the same.
 
     Layers that ``nn.scan`` or ``nn.vmap`` stacked on axis 0 are re-allocated one by one, each with a key
     folded with its index too.

@@ -214,6 +214,9 @@ def test_large_sets_are_streamed(tmp_path, monkeypatch):
         ("mnist:1.1.1", "mnist:1.1.1 cannot be opened"),
         ("mnist", "mnist is not prepared in .*tfds build mnist --file_format=array_record"),
         ("cifar10", "cifar10 is not prepared in .*Run: selconv data prepare cifar10 --from PATH"),
+        ("cifar100", "cifar100 is not prepared .*--from PATH .*without --from it is downloaded"),
+        ("tiny_imagenet", "tiny_imagenet is not prepared .*--from PATH [^;]*$"),
+        ("imagenet2012", "imagenet2012 is not prepared .*--from PATH [^;]*$"),
         ("cifar10:3.0.2", "cifar10:3.0.2 is not prepared in .*Run: selconv data prepare cifar10 --from"),
     ],
 )

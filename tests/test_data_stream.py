@@ -1,6 +1,10 @@
 """Streaming: what a batch holds, whoever reads it and from wherever reading starts."""
 
 import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,3 +154,40 @@ def test_the_sample_can_be_streamed():
     assert streamed.info == whole.info
     np.testing.assert_array_equal(streamed.train[3][0], whole.train.images[3])
     assert not isinstance(open_data("fashion_mnist_sample"), StreamedData)
+
+
+_KILLED = """
+import multiprocessing, sys, time
+import numpy as np
+from selconv_jax.data import load
+from selconv_jax.data.stream import ImageReader, stream_batches
+
+if __name__ == "__main__":
+    data = load("fashion_mnist_sample")
+    order = np.arange(1000, dtype=np.int32)
+    batches = stream_batches(ImageReader(data.test, data.info), order, 10, workers=1)
+    next(batches)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_workers_do_not_outlive_a_killed_process(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(_KILLED)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
+        workers = [int(word) for word in process.stdout.readline().split()]
+        process.kill()
+    assert workers
+    deadline = time.monotonic() + 30
+    while any(_lives(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(_lives(worker) for worker in workers)
+
+
+def _lives(process):
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return False
+    return state != "Z"

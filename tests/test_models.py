@@ -118,6 +118,11 @@ def test_bad_arguments(network, arguments, message):
         network(**{"num_classes": 10, **arguments})
 
 
+def test_images_that_the_pools_eat_up_are_refused():
+    with pytest.raises(ConfigError, match="nothing is left of 1x1 pixels"):
+        shapes(PreResNet(10, (1, 1, 1, 1), width=4), 4, 4, 3)
+
+
 def test_unknown_model_and_option():
     with pytest.raises(ConfigError, match=r"no model 'densnet40'. Did you mean 'densenet40'\?"):
         create_model("densnet40", 10)

@@ -114,3 +114,10 @@ def test_variables_of_another_module_are_refused(module):
     strange["params"]["tail"] = {"bias": jnp.zeros(3)}
     with pytest.raises(ValueError, match="only the dictionary has 'params/tail/bias'"):
         update_module(module, strange)
+
+
+def test_arrays_of_another_shape_are_refused_by_name(module):
+    variables = linen_variables(module)
+    variables["params"]["blocks"]["0"]["scale"] = jnp.ones(3)
+    with pytest.raises(ValueError, match=r"params/blocks/0/scale is float32\[16\] .* float32\[3\]"):
+        update_module(module, variables)

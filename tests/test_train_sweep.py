@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 import signal
 
 import pytest
@@ -65,12 +66,15 @@ def test_grid(tmp_path, tiny):
         seeds=[0],
         vary=["model.variant=plain,selective", "model.options.blocks=[1],[1, 2]"],
     )
-    assert directories(runs, tmp_path) == [
+    # What a name of a directory cannot hold is told apart by a digest.
+    assert [re.sub("-[0-9a-f]{8}/", "/", name) for name in directories(runs, tmp_path)] == [
         "tiny/model.variant=plain,model.options.blocks=1/seed0",
         "tiny/model.variant=plain,model.options.blocks=1,2/seed0",
         "tiny/model.variant=selective,model.options.blocks=1/seed0",
         "tiny/model.variant=selective,model.options.blocks=1,2/seed0",
     ]
+    alike = plan_sweep([tiny], tmp_path, seeds=[0], vary=["model.options.blocks=[[1],[2,3]],[[1,2],[3]]"])
+    assert len({run.workdir for run in alike}) == 2
     assert runs[1].config.model.variant == "plain"
     assert runs[1].config.model.options["blocks"] == [1, 2]
 
@@ -201,19 +205,24 @@ def test_stopped_sweep_goes_on(tiny, tmp_path, monkeypatch):
     assert_same_end(runs[1].workdir, alone)
 
 
-def test_a_failed_run_is_reported_and_the_others_are_made(tiny, tmp_path, monkeypatch):
+def test_failed_runs_are_reported_and_the_others_are_made(tiny, tmp_path, monkeypatch):
     def failing(config, workdir, console):
         if config.seed == 1:
             raise NonFiniteLossError("the loss of step 3 (epoch 1) is not finite")
+        if config.seed == 2:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
         return train_run(config, workdir, console)
 
     console, text = quiet_console()
-    runs = plan_sweep([tiny], tmp_path / "sweep", seeds=[0, 1, 2])
+    runs = plan_sweep([tiny], tmp_path / "sweep", seeds=[1, 2, 0])
     monkeypatch.setattr("selconv_jax.train.sweep.train_run", failing)
     end = run_sweep(runs, console)
     assert end.code == 1
-    assert end.failures == {"tiny, seed 1": "the loss of step 3 (epoch 1) is not finite"}
-    assert [run.is_complete for run in runs] == [True, False, True]
+    assert end.failures == {
+        "tiny, seed 1": "the loss of step 3 (epoch 1) is not finite",
+        "tiny, seed 2": "RuntimeError: RESOURCE_EXHAUSTED: out of memory",
+    }
+    assert [run.is_complete for run in runs] == [False, False, True]
     assert "failed: the loss of step 3" in text.getvalue()
 
 

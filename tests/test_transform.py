@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.core import freeze
+from flax.core import FrozenDict, freeze
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from states import perturbed_variables
 
@@ -68,6 +68,16 @@ def test_structure_shapes_dtypes_and_shardings_stay(variables):
     for old, leaf in zip(jax.tree.leaves(placed), jax.tree.leaves(new), strict=True):
         assert (leaf.shape, leaf.dtype) == (old.shape, old.dtype)
         assert leaf.sharding.is_equivalent_to(old.sharding, old.ndim)
+
+
+@pytest.mark.parametrize("inner", [FrozenDict, dict])
+def test_types_of_mappings_and_empty_ones_stay(variables, inner):
+    mixed = {**variables, "params": inner({**variables["params"], "empty": {}})}
+    new, report = selconv_jax.reallocate(mixed, jax.random.key(0), Allocation(threshold=0.3))
+    assert report.reallocated > 0
+    assert jax.tree.structure(new) == jax.tree.structure(mixed)
+    assert type(new["params"]) is inner
+    assert "empty" in new["params"]
 
 
 def test_wide_layers_may_be_sharded(variables):

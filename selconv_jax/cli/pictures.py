@@ -8,6 +8,7 @@ from flax import traverse_util
 from rich.console import Console
 
 from selconv_jax.damage import channel_scores, expected_channel_damage, normalize_damage
+from selconv_jax.layer_tree import layer_states
 from selconv_jax.report.channel_map import channel_map
 from selconv_jax.report.curves import learning_curves
 from selconv_jax.report.layer_allocation import LayerAllocation
@@ -18,7 +19,6 @@ from selconv_jax.train.checkpoint import CheckpointStore
 from selconv_jax.train.config import Config
 from selconv_jax.train.metrics import read_metrics
 from selconv_jax.train.workdir import CHECKPOINTS, METRICS, read_config
-from selconv_jax.transform import layer_states
 
 __all__ = ["draw_run", "print_run"]
 

@@ -81,14 +81,16 @@ def open_data(
         return StreamedData(data.info, data.train, data.test) if streaming else data
     builder = open_prepared(name, resolve_data_dir(data_dir))
     _check_features(name, builder.info.features)
-    test = next((key for key in ("test", "validation") if key in builder.info.splits), None)
+    known = KNOWN.get(re.split("[/:]", name)[0])
+    # The test split of a known set may be one without labels.
+    wanted = ("test", "validation") if known is None else tuple(set(known.counts) - {"train"})
+    test = next((key for key in wanted if key in builder.info.splits), None)
     if "train" not in builder.info.splits or test is None:
         raise DataError(
             f"{name} has the splits {', '.join(sorted(builder.info.splits)) or 'none'}; "
-            "it needs train, and test or validation."
+            f"it needs train, and {' or '.join(wanted)}."
         )
     label = builder.info.features["label"]
-    known = KNOWN.get(re.split("[/:]", name)[0])
     info = None if known is None else known.info(tuple(label.names))
     differing = info is not None and info.eval_resize is not None
     if differing and streaming is False:

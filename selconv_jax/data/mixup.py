@@ -29,7 +29,7 @@ def draw_mixup(key: jax.Array, alpha: float, batch_size: int) -> tuple[jax.Array
 
 
 def mix(x: jax.Array, weight: jax.Array, partners: jax.Array) -> jax.Array:
-    """The weighted sums of images, or losses, with those of their partners.
+    """The weighted sums of images with their partners.
 
     Args:
         x: ``[B, ...]`` floating.

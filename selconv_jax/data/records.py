@@ -45,24 +45,28 @@ def open_prepared(name: str, data_dir: Path) -> Any:
 
     import tensorflow_datasets as tfds
 
+    builder: Any = None
+    found, file_format = False, tfds.core.FileFormat.ARRAY_RECORD
     with quiet_tfds():
         try:
             builder = tfds.builder(name, data_dir=data_dir)
             found = builder.is_prepared()
             file_format = builder.info.file_format
         except tfds.core.DatasetNotFoundError as error:
-            stock = tfds.list_builders(with_community_datasets=False)
-            options = {*KNOWN, *prepared, *difflib.get_close_matches(name, stock)}
-            raise DataError(f"There is no data set {name!r}. {nearest(name, options)}") from error
+            if known is None:  # else it is a set that tensorflow-datasets does not have by itself
+                stock = tfds.list_builders(with_community_datasets=False)
+                options = {*KNOWN, *prepared, *difflib.get_close_matches(name, stock)}
+                raise DataError(f"There is no data set {name!r}. {nearest(name, options)}") from error
         except Exception as error:  # assertions, parse errors and others
             raise DataError(
                 f"{name} cannot be opened in {data_dir} ({error}). If its folder is damaged, "
                 "remove it and prepare the set again."
             ) from error
-    if not found:
+    if builder is None or not found:
         raise DataError(
             f"{name} is not prepared in {data_dir}. Run: {prepare_command(known.name, data_dir)} "
-            f"(PATH: the folder or archive, got from {known.origin}; without --from it is downloaded)."
+            f"(PATH: the folder or archive, got from {known.origin}"
+            f"{'; without --from it is downloaded' if known.downloads else ''})."
             if known
             else f"{name} is not prepared in {data_dir}. Prepare it where TensorFlow is installed: "
             f"tfds build {name} --file_format=array_record --data_dir={data_dir}"

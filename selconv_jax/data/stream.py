@@ -8,8 +8,10 @@ have read.
 
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Generator
 from typing import Protocol
 
@@ -177,7 +179,7 @@ def stream_batches(
             absl.flags.FLAGS.mark_as_parsed()  # grain asks for a flag of its own; the default will do
         pipeline = pipeline.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BATCHES_PER_WORKER),
-            worker_init_fn=_leave_interrupts_to_the_parent,
+            worker_init_fn=_live_and_die_with_the_parent,
         )
     with contextlib.closing(iter(pipeline)) as iterator:
         for images, labels in iterator:
@@ -185,7 +187,17 @@ def stream_batches(
             yield (np.array(images), np.array(labels)) if workers else (images, labels)
 
 
-def _leave_interrupts_to_the_parent(worker: int, workers: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the one that trains decides what happens."""
+def _live_and_die_with_the_parent(worker: int, workers: int) -> None:
+    """Signals may reach every process of a run; the one that trains decides what happens."""
     del worker, workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    # A parent that was killed cannot stop its workers.
+    threading.Thread(target=follow, daemon=True).start()

@@ -114,8 +114,17 @@ def gated_conv(variant: str, **arguments: Any) -> PlainConv:
 
 
 def average_pool(x: jax.Array) -> jax.Array:
-    """2x2 average pool of ``[N, H, W, C]``; an odd last row or column is left out."""
+    """2x2 average pool of ``[N, H, W, C]``; an odd last row or column is left out.
+
+    Raises:
+        ConfigError: There are not even 2 rows and columns.
+    """
     batch, height, width, channels = x.shape
+    if min(height, width) < 2:
+        raise ConfigError(
+            f"the images are too small for the network: nothing is left of {height}x{width} pixels after the "
+            "next 2x2 pool. Take larger images, fewer blocks, or a stem without stride."
+        )
     rows, columns = height // 2, width // 2
     x = x[:, : 2 * rows, : 2 * columns]
     return jnp.mean(x.reshape(batch, rows, 2, columns, 2, channels), axis=(2, 4))

@@ -14,6 +14,7 @@ from selconv_jax.data.dataset import DatasetInfo, ImageData
 from selconv_jax.data.loading import open_data
 from selconv_jax.data.stream import StreamedData
 from selconv_jax.errors import ConfigError, SelconvError
+from selconv_jax.layer_tree import layer_states
 from selconv_jax.train.checkpoint import CheckpointStore
 from selconv_jax.train.config import Config
 from selconv_jax.train.metrics import MetricsLog, read_metrics
@@ -22,7 +23,6 @@ from selconv_jax.train.signals import StopRequest
 from selconv_jax.train.state import Totals, TrainState
 from selconv_jax.train.trainer import Trainer
 from selconv_jax.train.workdir import CHECKPOINTS, METRICS, create_workdir, lock, read_config
-from selconv_jax.transform import layer_states
 
 __all__ = ["NonFiniteLossError", "evaluate_run", "find_checkpoint", "resume_run", "train_run"]
 
@@ -249,6 +249,8 @@ class _Run:
             "reallocated": reallocated,
             **_channel_counts(state),
         }
+        if epoch + 1 == config.epochs:
+            self.store.steps()  # waits for the disk: who reads the last record may take the run for complete
         self._log.write(record)
         self._display.line(_sentence(record, config.epochs))
         return state, True

@@ -5,6 +5,9 @@ directory of its own: nothing is known of a sweep but its runs, so that calling 
 """
 
 import dataclasses
+import functools
+import gc
+import hashlib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +26,8 @@ from selconv_jax.train.trainer import Trainer
 from selconv_jax.train.workdir import CONFIG, METRICS, read_config
 
 __all__ = ["SweepEnd", "SweepRun", "check_sweep", "plan_sweep", "run_sweep", "split_values"]
+
+_LONGEST_NAME = 120  # characters of a directory's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,13 +176,14 @@ def check_sweep(runs: Sequence[SweepRun]) -> None:
                 "Choose another --workdir, or remove that run."
             )
     checked = set()
+    load = functools.cache(open_data)
     for run in runs:
         kind = repr(dataclasses.replace(run.config, seed=0))
         if kind not in checked and not run.is_complete:
             checked.add(kind)
             try:
                 data = run.config.data
-                Trainer(run.config, open_data(data.name, data.directory, data.streaming))
+                Trainer(run.config, load(data.name, data.directory, data.streaming))
             except SelconvError as error:
                 raise type(error)(f"{run.configuration}: {error}") from None
 
@@ -214,6 +220,12 @@ def run_sweep(runs: Sequence[SweepRun], console: Console) -> SweepEnd:
             failures[run.name] = str(error)
             say(f"failed: {error}")
             continue
+        except Exception as error:  # out of memory, say: the other runs may fit
+            failures[run.name] = f"{type(error).__name__}: {error}"
+            console.print_exception()
+            say(f"failed: {failures[run.name]}")
+            gc.collect()  # frees what the run held on the devices
+            continue
         if code:
             complete = sum(each.is_complete for each in runs)
             say(f"the sweep stopped with {complete} of {len(runs)} runs complete; the same command goes on")
@@ -236,8 +248,12 @@ def _names(files: Sequence[Path]) -> list[str]:
 
 
 def _file_name(text: str) -> str:
-    """The text without what file systems and shells take for something else."""
-    return re.sub(r"[^\w.=,+-]", "_", re.sub(r"[\s\"'\[\]{}]", "", text))
+    """The text without what file systems and shells take for something else; then a digest of what it was."""
+    name = re.sub(r"[^\w.=,+-]", "_", re.sub(r"[\s\"'\[\]{}]", "", text))
+    if name == text and len(name) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return f"{name[:_LONGEST_NAME]}-{digest}"
 
 
 def _check_keys(varied: Sequence[str], overrides: Sequence[str]) -> None:
