@@ -272,7 +272,26 @@ def family(config):
 )
 def test_two_steps_of_a_small_network_run(path):
     config = CONFIGS[path]
-    trainer = fake_trainer(config, **SMALL[family(config)])
+    run_two_steps(fake_trainer(config, **SMALL[family(config)]))
+
+
+# Networks of which two steps at their full size take seconds; the others' are held to their shapes above.
+RUN_AT_FULL_SIZE = ("densenet40", "densenet100", "preresnet164")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path",
+    distinct(
+        lambda config: (repr(config.model), config.data.name),
+        [path for path, config in CONFIGS.items() if config.model.name in RUN_AT_FULL_SIZE],
+    ).values(),
+)
+def test_two_steps_at_full_size_run(path):
+    run_two_steps(fake_trainer(CONFIGS[path]))
+
+
+def run_two_steps(trainer):
     state = trainer.initial_state()
     before = jax.device_get(state.params)
     with contextlib.closing(trainer.batches(state, 0)) as batches:
