@@ -210,8 +210,9 @@ class _Run:
                     if failed:
                         break
                     now = time.monotonic()
-                    if now - shown >= _REFRESH_SECONDS:
-                        speed = (measured - count * config.batch_size) / (now - started)
+                    done = measured - count * config.batch_size
+                    if done > 0 and now - shown >= _REFRESH_SECONDS:
+                        speed = done / (now - started)
                         self._display.update(step - count, float(loss), float(accuracy), speed)
                         shown = now
                 waiting = numbers
