@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType
 
@@ -210,13 +211,13 @@ def canonical_window(value: int | Sequence[int] | None, rank: int, name: str) ->
         ConfigError: There are not ``rank`` values, or one is below 1.
     """
     numbers = 1 if value is None else value
-    values = (numbers,) * rank if isinstance(numbers, int) else tuple(numbers)
+    values = (numbers,) * rank if isinstance(numbers, int | np.integer) else tuple(numbers)
     if len(values) != rank or any(number < 1 for number in values):
         raise ConfigError(
             f"{name} is {value!r}; it must be a positive integer or {rank} of them, one per spatial "
             "dimension."
         )
-    return values
+    return tuple(map(int, values))
 
 
 def canonical_padding(padding: str | int | Sequence[int | tuple[int, int]], rank: int) -> Padding:
@@ -241,9 +242,9 @@ def canonical_padding(padding: str | int | Sequence[int | tuple[int, int]], rank
                 "(low, high) pair for each."
             )
         return padding
-    if isinstance(padding, int):
+    if isinstance(padding, int | np.integer):
         padding = (padding,) * rank
-    pairs = tuple((item, item) if isinstance(item, int) else tuple(item) for item in padding)
+    pairs = tuple((item, item) if isinstance(item, int | np.integer) else tuple(item) for item in padding)
     if len(pairs) != rank or any(len(pair) != 2 for pair in pairs):
         raise ConfigError(
             f"padding is {padding!r}; a kernel of {rank} spatial dimensions needs {rank} numbers or "

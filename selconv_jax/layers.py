@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 from selconv_jax.batch_norm import (
@@ -145,7 +146,8 @@ class PlainConv(nn.Module):
     @nn.nowrap
     def _window(self) -> tuple[int, ...]:
         """The kernel size, one per spatial dimension."""
-        return (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        size = self.kernel_size
+        return (int(size),) if isinstance(size, int | np.integer) else tuple(map(int, size))
 
     @nn.nowrap
     def _select(self, x: Array, rank: int) -> tuple[Array, Array | None]:

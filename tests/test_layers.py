@@ -179,3 +179,10 @@ def test_wrong_rank_and_groups_of_the_input():
         SelectiveConv(4, (3, 3), feature_group_count=2).init(
             jax.random.key(0), jnp.ones((1, 8, 8, 5)), train=False
         )
+
+
+def test_numbers_of_numpy_are_numbers():
+    x = jnp.ones((2, 9, 3))
+    arguments = {"strides": np.int64(2), "padding": np.int64(1), "kernel_dilation": np.int64(1)}
+    y, _ = PlainConv(4, np.int64(3), **arguments).init_with_output(jax.random.key(0), x, train=False)
+    assert y.shape == (2, 5, 4)

@@ -17,7 +17,7 @@ from selconv_jax.train import loop, trainer
 from selconv_jax.train.loop import NonFiniteLossError, evaluate_run, find_checkpoint, resume_run, train_run
 from selconv_jax.train.metrics import read_metrics
 from selconv_jax.train.trainer import Trainer
-from selconv_jax.train.workdir import default_workdir, lock
+from selconv_jax.train.workdir import create_workdir, default_workdir, lock
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -316,6 +316,13 @@ def test_a_directory_with_a_run_is_never_overwritten(finished, tmp_path):
         train_run(tiny_config(), tmp_path, console)
     with pytest.raises(ConfigError, match="does not hold a run"):
         resume_run(tmp_path, console)
+
+
+def test_what_a_process_left_that_never_began_is_in_nobodys_way(tmp_path):
+    (tmp_path / "environment.json").write_text("{")
+    (tmp_path / ".config.toml.new").write_text("epo")
+    create_workdir(tmp_path, tiny_config())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.toml", "environment.json"]
 
 
 def test_two_processes_do_not_share_a_run(finished):

@@ -56,7 +56,7 @@ class ShiftUnits:
         align_corners: What the sampling of their program meant by the ends of the range.
 
     Raises:
-        ConfigError: ``align_corners`` is set without sizes, or an input has no pixels.
+        ConfigError: ``align_corners`` is set without sizes.
 
     Example:
         >>> units = ShiftUnits({("conv1",): (8, 24)}, align_corners=False)
@@ -69,8 +69,6 @@ class ShiftUnits:
             raise ConfigError(
                 "align_corners is True, which needs image_shape: give the (H, W, C) of the images."
             )
-        if sizes and min(map(min, sizes.values())) < 1:
-            raise ConfigError("image_shape is too small: the network's pools leave no pixel of it.")
         self._sizes = sizes
         self._lost = 1 if align_corners else 0
 

@@ -45,7 +45,9 @@ def create_workdir(workdir: Path, config: Config) -> None:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        content = sorted(entry.name for entry in workdir.iterdir())
+        # What a process leaves that was killed before its run had begun is in nobody's way.
+        unfinished = {ENVIRONMENT, f".{CONFIG}.new"}
+        content = sorted({entry.name for entry in workdir.iterdir()} - unfinished)
         if CONFIG in content:
             raise ConfigError(
                 f"{workdir} already holds a run. Go on with it by `selconv resume {workdir}`, or choose "
