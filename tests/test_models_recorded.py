@@ -11,6 +11,7 @@ from recorded import MODEL_CASES, assert_close, read
 
 from selconv_jax import Allocation, functional, layer_states
 from selconv_jax.interop.torch import load_state_dict, state_dict
+from selconv_jax.layer_tree import merge_layers
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
 from selconv_jax.train.config import OptimizerConfig
 from selconv_jax.train.optimizer import make_optimizer
@@ -39,7 +40,7 @@ def section(case, name):
 
 def given_round(variables, after, allocation):
     """De-allocates and re-allocates every layer with the sources and shifts that ``after`` came to."""
-    params, stats, selectivity = (dict(variables[key]) for key in ("params", "batch_stats", "selectivity"))
+    states = {}
     for path, state in layer_states(variables).items():
         wanted = layer_states(after)[path]
         gate, source = functional.deallocate(damage_of(state), state.gate, state.source, allocation.threshold)
@@ -51,15 +52,8 @@ def given_round(variables, after, allocation):
             candidates = np.argsort(-np.asarray(scores), kind="stable")[: allocation.top_k]
             assert set(np.asarray(drawn)[np.asarray(drawn) >= 0]) <= set(candidates)
             state = functional.reallocate(state, drawn, wanted.shift)
-        block, layer = path.split("/") if "/" in path else (path, None)
-        for tree, fields in (
-            (params, ("kernel", "scale", "bias", "shift")),
-            (stats, ("mean", "var")),
-            (selectivity, ("gate", "source")),
-        ):
-            new = {field: getattr(state, field) for field in fields if getattr(state, field) is not None}
-            tree[block] = {**tree[block], layer: new} if layer else new
-    return {"params": params, "batch_stats": stats, "selectivity": selectivity}
+        states[path] = state
+    return merge_layers(variables, states)
 
 
 def is_ours(name):
