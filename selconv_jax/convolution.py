@@ -1,7 +1,6 @@
 """Convolutions in NHWC, 1x1 ones as matrix products, and the forms their arguments may take."""
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,8 @@ from jax import lax
 from jax.sharding import AxisType
 
 from selconv_jax.errors import ConfigError, nearest
+from selconv_jax.platforms import target_platform
+from selconv_jax.stored import stored
 
 __all__ = ["PADDINGS", "canonical_padding", "canonical_window", "convolve"]
 
@@ -60,16 +61,22 @@ def convolve(
     if groups == 1 and all(size == 1 for size in taps) and unpadded:
         if any(stride != 1 for stride in strides):
             x = x[(slice(None), *(slice(None, None, stride) for stride in strides))]
-        return jnp.dot(x, kernel.reshape(kernel.shape[-2:]), precision=precision)
+        kernel = kernel.reshape(kernel.shape[-2:])
+        if not _gradients_as_products(x):
+            return jnp.dot(x, kernel, precision=precision)
+        flat = _product(stored(x.reshape(-1, x.shape[-1])), kernel, precision)
+        return stored(flat).reshape(*x.shape[:-1], -1)
     window = _Window(
         tuple(strides), padding if isinstance(padding, str) else tuple(padding), tuple(kernel_dilation)
     )
+    if groups == 1:
+        return stored(_convolution(stored(x), kernel, window, precision))
     unit = all(step == 1 for step in (*window.strides, *window.kernel_dilation))
-    if unit and (groups == 1 or kernel.shape[-2] >= _LEAST_GROUP_TO_SPLIT) and _is_for_cpu(x):
+    if unit and kernel.shape[-2] >= _LEAST_GROUP_TO_SPLIT and target_platform() == "cpu":
         # One dense convolution per group: the compiler's own gradients of groups are many times slower.
         parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
-        results = [_dense_convolution(part, rows, window, precision) for part, rows in parts]
-        return results[0] if groups == 1 else jnp.concatenate(results, axis=-1)
+        results = [stored(_convolution(stored(part), rows, window, precision)) for part, rows in parts]
+        return jnp.concatenate(results, axis=-1)
     return _convolution(x, kernel, window, precision, groups)
 
 
@@ -93,13 +100,13 @@ def _pad(x: jax.Array, padding: Padding, reach: Sequence[int]) -> tuple[jax.Arra
     return jnp.pad(x, [(0, 0), *margins, (0, 0)], mode=mode), "VALID"
 
 
-def _is_for_cpu(x: jax.Array) -> bool:
-    """Whether the kernel gradient may be a product: on CPU, and where the compiler places arrays.
+def _gradients_as_products(x: jax.Array) -> bool:
+    """Whether `_product` shall be used: on CPU, and where the compiler places arrays.
 
-    On a mesh of explicit axes the product would have to say where it lies.
+    On a mesh of explicit axes the products of its gradients would have to say where they lie.
     """
     explicit = any(kind == AxisType.Explicit for kind in jax.typeof(x).sharding.mesh.axis_types)
-    return jax.default_backend() == "cpu" and not explicit
+    return target_platform() == "cpu" and not explicit
 
 
 class _Window(NamedTuple):
@@ -127,73 +134,34 @@ def _convolution(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dense_convolution(x: jax.Array, kernel: jax.Array, window: _Window, precision: Any) -> jax.Array:
-    """A convolution with steps of 1, whose kernel gradient is one matrix product on CPU.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, kernel: jax.Array, precision: Any) -> jax.Array:
+    """``x @ kernel`` for ``[M, C]`` and ``[C, O]``, whose gradients are products of the operands as they lie.
 
-    There the compiler's own convolution for that gradient moves the batch to the last dimension and back,
-    which takes several times longer than the arithmetic. As any custom gradient it has no forward mode
-    (``jax.jvp``) on CPU; reverse mode, also of itself, is what training needs. A program that is compiled
-    on a CPU host for another platform gets that platform's own gradient.
+    What follows from the chain rule is a transposed product, for which the CPU compiler transposes the
+    cotangent first.
     """
-    return _convolution(x, kernel, window, precision)
+    return jnp.dot(x, kernel, precision=precision)
 
 
-def _dense_forward(
-    x: jax.Array, kernel: jax.Array, window: _Window, precision: Any
+def _product_forward(
+    x: jax.Array, kernel: jax.Array, precision: Any
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _convolution(x, kernel, window, precision), (x, kernel)
+    return _product(x, kernel, precision), (x, kernel)
 
 
-def _dense_backward(
-    window: _Window, precision: Any, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
+def _product_backward(
+    precision: Any, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    apply = functools.partial(_convolution, window=window, precision=precision)
-    _, transpose_x = jax.vjp(lambda x: apply(x, kernel), x)
-
-    def by_convolution(x: jax.Array, cotangent: jax.Array) -> jax.Array:
-        return jax.vjp(lambda kernel: apply(x, kernel), kernel)[1](cotangent)[0]
-
-    def by_product(x: jax.Array, cotangent: jax.Array) -> jax.Array:
-        return _kernel_gradient(x, cotangent, kernel.shape, window.padding, precision)
-
-    gradient = lax.platform_dependent(x, cotangent, cpu=by_product, default=by_convolution)
-    return transpose_x(cotangent)[0], gradient
+    product = functools.partial(lax.dot_general, precision=precision)
+    return (
+        product(cotangent, kernel, (((1,), (1,)), ((), ()))),
+        product(x, cotangent, (((0,), (0,)), ((), ()))),
+    )
 
 
-_dense_convolution.defvjp(_dense_forward, _dense_backward)
-
-
-def _kernel_gradient(
-    x: jax.Array, cotangent: jax.Array, shape: tuple[int, ...], padding: Padding, precision: Any
-) -> jax.Array:
-    """Gradient of a kernel of ``shape [*K, C, O]``: for each tap one product with a shifted operand.
-
-    The operand with fewer channels is the one that is padded and shifted.
-    """
-    *taps, channels, features = shape
-    spatial = x.shape[1:-1]
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(spatial, taps, (1,) * len(taps), padding)
-    if channels <= features:
-        moved, size, margins = x, cotangent.shape[1:-1], padding
-    else:
-        moved, size = cotangent, spatial
-        margins = [(tap - 1 - low, tap - 1 - high) for tap, (low, high) in zip(taps, padding, strict=True)]
-    config = [(0, 0, 0), *((low, high, 0) for low, high in margins), (0, 0, 0)]
-    # Fused into the product, padding and slice would be computed element by element.
-    moved = lax.optimization_barrier(lax.pad(moved, jnp.zeros((), moved.dtype), config))
-
-    def product(*tap: int) -> jax.Array:
-        start = tap if channels <= features else (last - 1 - at for last, at in zip(taps, tap, strict=True))
-        window = tuple(slice(low, low + length) for low, length in zip(start, size, strict=True))
-        shifted = lax.optimization_barrier(moved[(slice(None), *window)])
-        left, right = (shifted, cotangent) if channels <= features else (x, shifted)
-        flat = left.reshape(-1, channels), right.reshape(-1, features)
-        return lax.dot_general(*flat, (((0,), (0,)), ((), ())), precision=precision)
-
-    return jnp.stack([product(*tap) for tap in itertools.product(*map(range, taps))]).reshape(shape)
+_product.defvjp(_product_forward, _product_backward)
 
 
 def canonical_window(value: int | Sequence[int] | None, rank: int, name: str) -> tuple[int, ...]:

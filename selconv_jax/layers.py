@@ -12,7 +12,7 @@ from flax.linen.dtypes import promote_dtype
 
 from selconv_jax.batch_norm import (
     batch_norm,
-    batch_statistics,
+    batch_norm_relu,
     statistics_dtype,
     update_running_statistics,
 )
@@ -233,13 +233,13 @@ def _batch_norm_relu(module: PlainConv | BatchNormReLU, x: Array, train: bool) -
     running_mean = module.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
     running_var = module.variable("batch_stats", "var", jnp.ones, channels, dtype)
     if train:
-        mean, var = batch_statistics(x)
+        y, mean, var = batch_norm_relu(x, scale, bias, module.epsilon)
         if not module.is_initializing() and module.is_mutable_collection("batch_stats"):
             running_mean.value, running_var.value = update_running_statistics(
                 running_mean.value, running_var.value, mean, var, x.size // x.shape[-1], module.momentum
             )
-    else:
-        mean, var = running_mean.value, running_var.value
+        return y
+    mean, var = running_mean.value, running_var.value
     return nn.relu(batch_norm(x, mean, var, scale, bias, module.epsilon))
 
 

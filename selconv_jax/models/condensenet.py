@@ -17,6 +17,7 @@ from selconv_jax.models.parts import (
     check_whole,
     selective_conv,
 )
+from selconv_jax.stored import stored
 
 __all__ = ["CondenseNet"]
 
@@ -125,4 +126,4 @@ class _Layer(nn.Module):
         y = PlainConv(
             self.growth, kernel_size=(3, 3), feature_group_count=self.groups, **types, name="conv2"
         )(y, train)
-        return jnp.concatenate([x, y], axis=-1)
+        return stored(jnp.concatenate([x, y], axis=-1))

@@ -17,6 +17,7 @@ from selconv_jax.models.parts import (
     gated_conv,
     selective_conv,
 )
+from selconv_jax.stored import stored
 
 __all__ = ["DenseNet"]
 
@@ -128,4 +129,4 @@ class DenseLayer(nn.Module):
         y = gated_conv(self.variant, features=self.growth, kernel_size=(3, 3), **common, name="conv2")(
             y, train
         )
-        return jnp.concatenate([x, y], axis=-1)
+        return stored(jnp.concatenate([x, y], axis=-1))

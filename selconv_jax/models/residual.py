@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from selconv_jax.layers import PlainConv
 from selconv_jax.models.parts import average_pool, gated_conv, selective_conv
+from selconv_jax.stored import stored
 
 __all__ = ["Bottleneck", "residual_blocks"]
 
@@ -53,9 +54,7 @@ class Bottleneck(nn.Module):
         )
         grown = self.features - x.shape[-1]
         y = y + jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, grown))).astype(y.dtype)
-        # The CPU compiler would fuse the addition into each of its readers, and so compute every sum of
-        # the chain anew from all terms before it: quadratic in the depth.
-        return jax.lax.optimization_barrier(y) if jax.default_backend() == "cpu" else y
+        return stored(y)
 
 
 def residual_blocks(
