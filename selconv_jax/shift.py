@@ -1,10 +1,15 @@
 """Spatial shift of channels by fractions of a pixel, and the selection that reads through it."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from selconv_jax.batch_norm import statistics_dtype
+from selconv_jax.platforms import target_platform
 
 __all__ = ["channel_shift", "select"]
 
@@ -45,13 +50,20 @@ def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
         )
     # Channels first, so that every channel is one product with its own matrix. The weights are
     # fractions: without full precision an accelerator would round them to 8 bits.
-    y = jnp.moveaxis(x, -1, 0)  # [C, N, *S]
-    for axis in range(expected[1]):
-        matrix = _interpolation_matrix(shift[:, axis], x.shape[axis + 1], x.dtype)
-        y = jnp.moveaxis(y, axis + 2, -1)
-        y = jnp.einsum("c...i,coi->c...o", y, matrix, precision=lax.Precision.HIGHEST)
-        y = jnp.moveaxis(y, -1, axis + 2)
-    return jnp.moveaxis(y, 0, -1)
+    product = functools.partial(lax.dot_general, precision=lax.Precision.HIGHEST)
+    spatial = list(range(1, x.ndim - 1))
+    order = [x.ndim - 1, 0, *spatial]  # the dimensions of x in those of y
+    y = jnp.transpose(x, order)
+    for axis in spatial:
+        matrix = _interpolation_matrix(shift[:, axis - 1], x.shape[axis], x.dtype)  # [C, out, in]
+        at = order.index(axis)
+        if at == y.ndim - 1:
+            y = product(y, matrix, (((at,), (2,)), ((0,), (0,))))
+        else:
+            # The dimension goes before all others and stays there, instead of forth and back.
+            order.insert(1, order.pop(at))
+            y = product(matrix, jnp.moveaxis(y, at, 1), (((2,), (1,)), ((0,), (0,))))
+    return jnp.transpose(y, [order.index(axis) for axis in range(x.ndim)])
 
 
 def _interpolation_matrix(shift: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
@@ -103,14 +115,48 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None 
     slots = channels if slots is None else min(slots, channels)
     if slots == 0:
         return x
-    # Unused slots lie at index C, outside of the one-hot rows below: they read and write nothing.
-    slot = jnp.nonzero(source >= 0, size=slots, fill_value=channels)[0]
-    origin = jnp.take(source, slot, mode="fill", fill_value=channels)
-    displacement = jnp.take(shift, slot, axis=0, mode="fill", fill_value=0)
-    # Products with one-hot matrices, whose gradients are products again and not scatters.
-    read = jax.nn.one_hot(origin, channels, dtype=x.dtype, axis=0)  # [C, slots]
-    write = jax.nn.one_hot(slot, channels, dtype=x.dtype)  # [slots, C]
-    copies = channel_shift(jnp.dot(x, read, precision=lax.Precision.HIGHEST), displacement)
-    replaced = lax.expand_dims(jnp.any(write > 0, axis=0), range(x.ndim - 1))
-    kept = jnp.where(replaced, jnp.zeros((), x.dtype), x)
-    return kept + jnp.dot(copies, write, precision=lax.Precision.HIGHEST)
+    slot = _one_hot_slots(source, slots)
+    # Places that are not used read channel 0 and are written nowhere.
+    origin = jnp.sum(jnp.where(slot, source[None, :], 0), axis=1)
+    read = jnp.where((source >= 0)[:, None], shift, jnp.zeros((), shift.dtype))
+    displacement = jnp.dot(slot.astype(shift.dtype), read, precision=lax.Precision.HIGHEST)
+    copies = channel_shift(_read(x, origin), displacement)
+    kept = jnp.where(lax.expand_dims(source >= 0, range(x.ndim - 1)), jnp.zeros((), x.dtype), x)
+    # A product, whose gradient is a product again and not a scatter.
+    return kept + jnp.dot(copies, slot.astype(x.dtype), precision=lax.Precision.HIGHEST)
+
+
+def _one_hot_slots(source: jax.Array, slots: int) -> jax.Array:
+    """``[slots, C]`` bool: row ``s`` marks the ``s``-th channel that is a copy; rows past the last none."""
+    is_copy = source >= 0
+    channel = jnp.arange(source.shape[0])
+    # Comparing all pairs compiles to less than a cumulative sum and its inverse.
+    before = jnp.sum(is_copy[None, :] & (channel[None, :] < channel[:, None]), axis=1)
+    return is_copy[None, :] & (before[None, :] == jnp.arange(slots)[:, None])
+
+
+def _read(x: jax.Array, origin: jax.Array) -> jax.Array:
+    """The channels ``origin`` ``[slots]`` of ``x``."""
+    if target_platform() == "tpu":
+        one_hot = jax.nn.one_hot(origin, x.shape[-1], dtype=x.dtype, axis=0)
+        return jnp.dot(x, one_hot, precision=lax.Precision.HIGHEST)
+    return _gather(x, origin)
+
+
+@jax.custom_vjp
+def _gather(x: jax.Array, origin: jax.Array) -> jax.Array:
+    """`_read` as a gather, whose gradient is a product with a one-hot matrix instead of a scatter."""
+    return jnp.take(x, origin, axis=-1, mode="clip")
+
+
+def _gather_forward(x: jax.Array, origin: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _gather(x, origin), (jax.nn.one_hot(origin, x.shape[-1], dtype=x.dtype), origin)
+
+
+def _gather_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, Any]:
+    one_hot, origin = saved
+    no_gradient = np.zeros(origin.shape, jax.dtypes.float0)
+    return jnp.dot(cotangent, one_hot, precision=lax.Precision.HIGHEST), no_gradient
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

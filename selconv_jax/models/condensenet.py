@@ -12,12 +12,12 @@ from selconv_jax.layers import PlainConv
 from selconv_jax.models.parts import (
     Classifier,
     Stem,
+    append_channels,
     average_pool,
     check_network,
     check_whole,
     selective_conv,
 )
-from selconv_jax.stored import stored
 
 __all__ = ["CondenseNet"]
 
@@ -126,4 +126,4 @@ class _Layer(nn.Module):
         y = PlainConv(
             self.growth, kernel_size=(3, 3), feature_group_count=self.groups, **types, name="conv2"
         )(y, train)
-        return stored(jnp.concatenate([x, y], axis=-1))
+        return append_channels(x, y)

@@ -11,13 +11,13 @@ from selconv_jax.errors import ConfigError
 from selconv_jax.models.parts import (
     Classifier,
     Stem,
+    append_channels,
     average_pool,
     check_network,
     check_whole,
     gated_conv,
     selective_conv,
 )
-from selconv_jax.stored import stored
 
 __all__ = ["DenseNet"]
 
@@ -129,4 +129,4 @@ class DenseLayer(nn.Module):
         y = gated_conv(self.variant, features=self.growth, kernel_size=(3, 3), **common, name="conv2")(
             y, train
         )
-        return stored(jnp.concatenate([x, y], axis=-1))
+        return append_channels(x, y)

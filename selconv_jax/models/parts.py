@@ -11,12 +11,14 @@ from flax.linen.dtypes import promote_dtype
 from selconv_jax.convolution import convolve
 from selconv_jax.errors import ConfigError, nearest
 from selconv_jax.layers import BatchNormReLU, PlainConv, SelectiveConv, fan_out_normal
+from selconv_jax.stored import stored
 
 __all__ = [
     "STEMS",
     "VARIANTS",
     "Classifier",
     "Stem",
+    "append_channels",
     "average_pool",
     "check_choice",
     "check_network",
@@ -128,6 +130,13 @@ def average_pool(x: jax.Array) -> jax.Array:
     rows, columns = height // 2, width // 2
     x = x[:, : 2 * rows, : 2 * columns]
     return jnp.mean(x.reshape(batch, rows, 2, columns, 2, channels), axis=(2, 4))
+
+
+def append_channels(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Joins ``[N, H, W, C]`` and ``[N, H, W, k]`` to ``[N, H, W, C + k]``, computed once."""
+    # As rows of channels: the CPU compiler joins arrays of more dimensions in one thread.
+    rows = [part.reshape(-1, part.shape[-1]) for part in (x, y)]
+    return stored(jnp.concatenate(rows, axis=-1).reshape(*x.shape[:-1], -1))
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:
