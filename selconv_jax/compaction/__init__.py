@@ -1,0 +1,7 @@
+"""Physically smaller networks with the same function."""
+
+from selconv_jax.compaction.module import Compact
+from selconv_jax.compaction.plan import CompactionPlan
+from selconv_jax.compaction.planning import compact, plan_compaction
+
+__all__ = ["Compact", "CompactionPlan", "compact", "plan_compaction"]
