@@ -22,10 +22,10 @@ _Value = Ids | str | None
 
 # Operations position by position. Arrays that meet in one lose and keep the same positions.
 _ELEMENTWISE = """
-    abs add add_any and atan2 cbrt ceil clamp convert_element_type copy copy_p cos cosh div eq erf erf_inv erfc
-    exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul name ne neg nextafter
-    not or pow real reduce_precision rem round rsqrt select_n sharding_constraint sign sin sinh sqrt square
-    stop_gradient sub tan tanh xor
+    abs add add_any and atan2 cbrt ceil clamp convert_element_type copy copy_p cos cosh div eq erf erf_inv
+    erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul name ne neg
+    nextafter not or pow reduce_precision rem round rsqrt select_n sharding_constraint sign sin sinh sqrt
+    square stop_gradient sub tan tanh xor
 """.split()  # noqa: SIM905
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
 _CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
