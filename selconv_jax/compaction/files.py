@@ -22,7 +22,7 @@ from selconv_jax.compaction.layout import LayerLayout
 from selconv_jax.compaction.module import Compact
 from selconv_jax.errors import CheckpointError
 
-__all__ = ["load_compact", "save_compact"]
+__all__ = ["check_target", "load_compact", "save_compact"]
 
 _FORMAT = 1
 _DTYPES = ("dtype", "param_dtype")  # attributes that are types
@@ -62,10 +62,7 @@ def save_compact(
     if not isinstance(model, Compact):
         raise ValueError(f"model is a {type(model).__name__}; pass what selconv_jax.compact returned.")
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path}: there is a file already; choose another name, or overwrite it.")
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path}: there is no folder {path.parent}; make it first.")
+    check_target(path, overwrite=overwrite)
     flat = jax.device_get(traverse_util.flatten_dict(unfreeze(dict(variables))))
     if any("/" in part for name in flat for part in name):
         raise ValueError("the name of a module or variable contains '/'; rename it.")
@@ -91,6 +88,14 @@ def save_compact(
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot be written ({error}).") from error
+
+
+def check_target(path: Path, *, overwrite: bool = False) -> None:
+    """Raises a `CheckpointError` if there is a file already, or no folder to write it to."""
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path}: there is a file already. Choose another name or remove it first.")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: there is no folder {path.parent}; make it first.")
 
 
 def load_compact(
