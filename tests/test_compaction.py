@@ -204,6 +204,8 @@ def test_refusals():
         selconv_jax.compact(layer, variables)
     with pytest.raises(ValueError, match="no params/stem/kernel"):
         selconv_jax.compact(model, {"params": {}})
+    with pytest.raises(ValueError, match="gates and sources are traced"):
+        jax.jit(lambda v: selconv_jax.compact(model, v)[1])(variables)
     plan = selconv_jax.plan_compaction(model, variables)
     other = perturbed_variables(DenseNet(5, (2, 1), growth=8), SHAPE, seed=0)
     with pytest.raises(ValueError, match=r"has shape .*, which is not that of the network this plan"):

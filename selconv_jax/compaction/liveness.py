@@ -28,7 +28,7 @@ class Allocated:
     groups: int
 
     @property
-    def is_idle(self) -> bool:
+    def is_untouched(self) -> bool:
         """Whether nothing is closed and nothing copied."""
         return bool(self.gate.all() and (self.source < 0).all())
 

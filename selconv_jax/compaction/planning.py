@@ -133,6 +133,11 @@ def _allocations(
     trace: Trace, flow: Flow, variables: Mapping[str, Any]
 ) -> tuple[dict[str, Allocated], frozenset[str]]:
     """The allocation of every layer that may be changed, and which of them have a gate."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(variables.get("selectivity", {}))):
+        raise ValueError(
+            "gates and sources are traced, but they decide what is compiled. Plan outside of jax.jit and use "
+            "the plan's take and put inside."
+        )
     gates = jax.device_get(traverse_util.flatten_dict(unfreeze(variables.get("selectivity", {}))))
     layers, selective = {}, set()
     for path, ids in flow.inputs.items():
@@ -145,7 +150,10 @@ def _allocations(
         else:
             selective.add(path)
         if gate.shape != ids.shape:
-            raise ValueError(f"layer {path!r}: gate has shape {gate.shape}, but {len(ids)} channels come in.")
+            raise ValueError(
+                f"layer {path!r}: gate has shape {gate.shape}, but {len(ids)} channels come in. Pass the "
+                "variables of this model."
+            )
         source = gates.get((*parts, "source"), np.full(len(ids), -1))
         layers[path] = Allocated(
             np.asarray(gate, bool),

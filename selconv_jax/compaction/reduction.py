@@ -68,7 +68,7 @@ def reduction(flow: Flow, layers: dict[str, Allocated], kept: Kept, selective: f
 
 def _is_whole(layer: Allocated, kept: Kept, path: str) -> bool:
     masks = (kept.inputs[path], kept.slots[path], kept.outputs[path])
-    return layer.is_idle and all(mask.all() for mask in masks)
+    return layer.is_untouched and all(mask.all() for mask in masks)
 
 
 def _add_layer(result: Reduction, path: str, layer: Allocated, kept: Kept) -> None:
