@@ -8,6 +8,8 @@ import numpy as np
 from jax import lax
 from numpy.typing import NDArray
 
+from selconv_jax.stored import stored
+
 __all__ = ["spread_channels", "take_channels", "take_repeated"]
 
 Index = tuple[int, ...]
@@ -68,7 +70,8 @@ def spread_channels(x: jax.Array, index: Index, size: int, axis: int = -1) -> ja
     filled[list(index)] = True
     taken = _taken(x, inverse, axis)
     mask = np.expand_dims(filled, tuple(other for other in range(x.ndim) if other != axis))
-    return _computed_once(jnp.where(mask, taken, jnp.zeros((), x.dtype)))
+    # The CPU compiler would gather anew for each reader.
+    return stored(jnp.where(mask, taken, jnp.zeros((), x.dtype)))
 
 
 def take_repeated(x: jax.Array, index: Index) -> jax.Array:
@@ -96,7 +99,7 @@ def take_repeated(x: jax.Array, index: Index) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(x: jax.Array, index: Index, size: int, axis: int) -> jax.Array:
     del size
-    return _computed_once(_taken(x, np.array(index, np.int32), axis))
+    return stored(_taken(x, np.array(index, np.int32), axis))
 
 
 def _gather_forward(x: jax.Array, index: Index, size: int, axis: int) -> tuple[jax.Array, None]:
@@ -116,7 +119,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather_repeated(x: jax.Array, index: Index, size: int) -> jax.Array:
     del size
-    return _computed_once(_taken(x, np.array(index, np.int32), x.ndim - 1))
+    return stored(_taken(x, np.array(index, np.int32), x.ndim - 1))
 
 
 def _gather_repeated_forward(x: jax.Array, index: Index, size: int) -> tuple[jax.Array, None]:
@@ -138,8 +141,3 @@ def _taken(x: jax.Array, index: NDArray[np.int32], axis: int) -> jax.Array:
         return jnp.take(x, index, axis=axis, mode="clip")
     rows = x.reshape(-1, x.shape[-1])
     return jnp.take(rows, index, axis=1, mode="clip").reshape(*x.shape[:-1], len(index))
-
-
-def _computed_once(x: jax.Array) -> jax.Array:
-    """The array, of which the CPU compiler would gather the entries anew for each of its readers."""
-    return lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
