@@ -49,6 +49,7 @@ _HANDLERS = {
     "train": ("runs", "train"),
     "resume": ("runs", "resume"),
     "eval": ("runs", "evaluate"),
+    "compact": ("runs", "compact"),
     "show": ("runs", "show"),
     "sweep": ("sweep", "run"),
     "experiments": ("experiments", "run"),
@@ -107,12 +108,29 @@ def _parser() -> argparse.ArgumentParser:
         "eval", help="evaluate a checkpoint", description="Evaluates a checkpoint on all test images."
     )
     evaluate.add_argument("workdir", metavar="DIR", help="directory of the run")
+    _add_checkpoint(evaluate)
     evaluate.add_argument(
-        "--checkpoint",
-        default="last",
-        metavar="WHICH",
-        help="last (default), best (by test accuracy), or the number of a step",
+        "--compact",
+        action="store_true",
+        help="compute with the network that is left without closed and unused channels",
     )
+
+    compact = commands.add_parser(
+        "compact",
+        help="write the network without what it does not use",
+        description="Writes the network of a checkpoint, without closed and unused channels, into a file "
+        "for selconv_jax.load_compact.",
+    )
+    compact.add_argument("workdir", metavar="DIR", help="directory of the run")
+    _add_checkpoint(compact)
+    compact.add_argument(
+        "--multiple",
+        type=int,
+        default=1,
+        metavar="N",
+        help="round widths up to a multiple of N by keeping idle channels (default: 1)",
+    )
+    compact.add_argument("--output", metavar="FILE", help="the file (default: DIR/compact.npz)")
 
     show = commands.add_parser(
         "show",
@@ -156,6 +174,15 @@ def _parser() -> argparse.ArgumentParser:
             "--data-dir", metavar="DIR", help="tensorflow-datasets directory (default: that library's)"
         )
     return parser
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--checkpoint",
+        default="last",
+        metavar="WHICH",
+        help="last (default), best (by test accuracy), or the number of a step",
+    )
 
 
 def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -1,4 +1,4 @@
-"""``selconv train | resume | eval | show``."""
+"""``selconv train | resume | eval | compact | show``."""
 
 import argparse
 import os
@@ -9,11 +9,12 @@ import platformdirs
 
 from selconv_jax.cli.console import terminal_or_lines
 from selconv_jax.cli.pictures import draw_run, print_run
+from selconv_jax.train.compacting import CompactedRun, compact_run
 from selconv_jax.train.config import load_config
 from selconv_jax.train.loop import evaluate_run, find_checkpoint, resume_run, train_run
 from selconv_jax.train.workdir import default_workdir
 
-__all__ = ["evaluate", "resume", "share_compilations", "show", "train"]
+__all__ = ["compact", "evaluate", "resume", "share_compilations", "show", "train"]
 
 
 def train(options: argparse.Namespace) -> int:
@@ -35,11 +36,36 @@ def evaluate(options: argparse.Namespace) -> int:
     """Prints loss and accuracy of a checkpoint."""
     share_compilations()
     workdir = Path(options.workdir)
-    step, metrics = evaluate_run(workdir, find_checkpoint(workdir, options.checkpoint))
-    print(f"{workdir}, checkpoint of step {step}")
+    checkpoint = find_checkpoint(workdir, options.checkpoint)
+    if options.compact:
+        compacted = compact_run(workdir, checkpoint, evaluate=True)
+        step, metrics = compacted.step, compacted.metrics
+        print(f"{workdir}, checkpoint of step {step}, compacted")
+        _print_sizes(compacted)
+    else:
+        step, metrics = evaluate_run(workdir, checkpoint)
+        print(f"{workdir}, checkpoint of step {step}")
     for name, value in metrics.items():
         print(f"  {name:<14} " + (f"{value:.4f}" if name == "test_loss" else f"{value:.2%}"))
     return 0
+
+
+def compact(options: argparse.Namespace) -> int:
+    """Writes the network of a checkpoint, without what it does not use, into a file."""
+    workdir = Path(options.workdir)
+    output = Path(options.output) if options.output else workdir / "compact.npz"
+    compacted = compact_run(
+        workdir, find_checkpoint(workdir, options.checkpoint), multiple=options.multiple, output=output
+    )
+    print(f"{workdir}, checkpoint of step {compacted.step}: compacted network in {output}")
+    _print_sizes(compacted)
+    return 0
+
+
+def _print_sizes(compacted: CompactedRun) -> None:
+    for name, (before, after) in compacted.sizes.items():
+        share = f" ({after / before:.1%})" if before else ""
+        print(f"  {name:<14} {before:,} -> {after:,}{share}")
 
 
 def show(options: argparse.Namespace) -> int:

@@ -73,7 +73,9 @@ class DenseNet(nn.Module):
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Maps images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = Stem(2 * self.growth, self.stem, **types, name="stem")(images)
+        # Not taken from the arrays: those of a compacted network have fewer.
+        channels = 2 * self.growth
+        x = Stem(channels, self.stem, **types, name="stem")(images)
         for index, layers in enumerate(self.blocks, start=1):
             for layer in range(1, layers + 1):
                 x = DenseLayer(
@@ -86,11 +88,13 @@ class DenseNet(nn.Module):
                 )(x, train)
             if index == len(self.blocks):
                 break
+            channels += layers * self.growth
             if self.compression < 1:
+                channels = int(channels * self.compression)
                 x = selective_conv(
                     self.variant,
                     self.slots,
-                    features=int(x.shape[-1] * self.compression),
+                    features=channels,
                     kernel_size=(1, 1),
                     dropout_rate=self.dropout_rate,
                     **types,

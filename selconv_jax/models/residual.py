@@ -52,7 +52,7 @@ class Bottleneck(nn.Module):
         y = selective_conv(self.variant, self.slots, features=self.features, **pointwise, name="conv3")(
             y, train
         )
-        grown = self.features - x.shape[-1]
+        grown = y.shape[-1] - x.shape[-1]  # which a compacted network has fewer of
         y = y + jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, grown))).astype(y.dtype)
         return stored(y)
 

@@ -24,7 +24,15 @@ from selconv_jax.train.state import Totals, TrainState
 from selconv_jax.train.trainer import Trainer
 from selconv_jax.train.workdir import CHECKPOINTS, METRICS, create_workdir, lock, read_config
 
-__all__ = ["NonFiniteLossError", "evaluate_run", "find_checkpoint", "resume_run", "train_run"]
+__all__ = [
+    "NonFiniteLossError",
+    "evaluate_run",
+    "evaluation_metrics",
+    "find_checkpoint",
+    "restore_run",
+    "resume_run",
+    "train_run",
+]
 
 _REFRESH_SECONDS = 0.5
 
@@ -96,13 +104,30 @@ def evaluate_run(workdir: Path, step: int | None = None) -> tuple[int, dict[str,
     Raises:
         SelconvError: Something the user can mend.
     """
+    trainer, info, step, state = restore_run(workdir, step)
+    totals = trainer.evaluate(state)
+    assert totals is not None  # nobody asked it to stop
+    return step, evaluation_metrics(totals, info)
+
+
+def restore_run(workdir: Path, step: int | None = None) -> tuple[Trainer, DatasetInfo, int, TrainState]:
+    """A run as it was at a checkpoint.
+
+    Args:
+        workdir: The directory of the run.
+        step: The checkpoint; None: the newest good one.
+
+    Returns:
+        The run's compiled functions, the facts of its images, the step, the state.
+
+    Raises:
+        SelconvError: Something the user can mend.
+    """
     config = read_config(workdir)
     trainer, data = _prepare(config)
     with _store(config, workdir) as store:
         restored = store.restore(trainer.state_shape(), step)
-    totals = trainer.evaluate(restored.state)
-    assert totals is not None  # nobody asked it to stop
-    return restored.step, _test_metrics(totals, data.info)
+    return trainer, data.info, restored.step, restored.state
 
 
 def find_checkpoint(workdir: Path, which: str) -> int | None:
@@ -229,7 +254,7 @@ class _Run:
         totals = trainer.evaluate(state, should_stop=lambda: bool(self._stop))
         if totals is None:
             return state, False
-        test = _test_metrics(totals, self.info)
+        test = evaluation_metrics(totals, self.info)
         self._save(state, score=test["test_accuracy"])
         train = jax.device_get(state.totals)
         step = int(state.step)
@@ -290,7 +315,8 @@ class _Run:
         )
 
 
-def _test_metrics(totals: Totals, info: DatasetInfo) -> dict[str, float]:
+def evaluation_metrics(totals: Totals, info: DatasetInfo) -> dict[str, float]:
+    """The numbers of an evaluation: test_loss, test_accuracy and, of more than five classes, test_top5."""
     count = int(totals.count)
     metrics = {"test_loss": float(totals.loss) / count, "test_accuracy": int(totals.correct) / count}
     if info.num_classes > 5:

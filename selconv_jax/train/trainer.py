@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from selconv_jax.compaction import CompactionPlan, plan_compaction
 from selconv_jax.data.dataset import DatasetInfo, ImageData
 from selconv_jax.data.stream import StreamedData
 from selconv_jax.errors import ConfigError
@@ -150,17 +151,32 @@ class Trainer:
         function = self._function("train", slots, count, self._make_steps)
         return function(state, *next(batches))
 
-    def evaluate(self, state: TrainState, should_stop: Callable[[], bool] = lambda: False) -> Totals | None:
+    def plan_compaction(self, state: TrainState, multiple: int = 1) -> CompactionPlan:
+        """Plans the network without what the state's allocation does not use, see `selconv_jax.compact`."""
+        image = jax.ShapeDtypeStruct((1, *self._info.image_shape), self.model.dtype)
+        model = self.model.clone(slots=self.slots(state))
+        return plan_compaction(model, state.variables, example=image, multiple=multiple)
+
+    def evaluate(
+        self,
+        state: TrainState,
+        should_stop: Callable[[], bool] = lambda: False,
+        model: Any = None,
+    ) -> Totals | None:
         """Loss and accuracy on all test images.
 
         Args:
             state: The state to evaluate.
             should_stop: Asked between batches.
+            model: What computes in place of the network, with its variables; None: the network.
 
         Returns:
             Sums on the host, or None if it was asked to stop.
         """
-        function = self._function("eval", self.slots(state), 1, self._make_eval)
+        if model is None:
+            function = self._function("eval", self.slots(state), 1, self._make_eval)
+        else:
+            function = self._make_eval(model, 1)
         totals = []
         with contextlib.closing(self._feed.test()) as batches:
             for arguments in batches:

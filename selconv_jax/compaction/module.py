@@ -1,0 +1,91 @@
+"""A network whose layers are replaced by smaller ones, without a change of its code or its names."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from selconv_jax.compaction.layout import LayerLayout
+from selconv_jax.compaction.static_layer import call_static
+from selconv_jax.layers import PlainConv, SelectiveConv
+from selconv_jax.models.parts import Stem
+
+__all__ = ["Compact", "is_layer", "is_producer", "relative_path"]
+
+
+class Compact(nn.Module):
+    """A network that runs with fewer channels; `selconv_jax.compact` makes it with its variables.
+
+    It is called like the network itself: ``apply(variables, x, train=...)``. The variables have the names
+    that they have there; a layer in ``layouts`` has those of `static_layer.StaticConv`, a convolution in
+    ``widths`` fewer outputs, a layer without outputs none at all. All else is as it was.
+
+    Attributes:
+        network: The network as it was, which holds no variables.
+        layouts: Path and layout of each layer that is replaced.
+        widths: Path and number of outputs of each other convolution that makes fewer.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from selconv_jax import SelectiveConv
+        >>> layout = LayerLayout(inputs=6, own=(0, 1, 4), copied=(), outputs=8)
+        >>> model = Compact(SelectiveConv(8, (3, 3)), layouts=(("", layout),))
+        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 5, 5, 6)), train=False)
+        >>> variables["params"]["kernel"].shape, sorted(variables)
+        ((3, 3, 3, 8), ['batch_stats', 'params'])
+    """
+
+    network: nn.Module
+    layouts: tuple[tuple[str, LayerLayout], ...] = ()
+    widths: tuple[tuple[str, int], ...] = ()
+
+    def setup(self) -> None:
+        """Gives the network's variables their own names, without a part for this wrapper."""
+        nn.share_scope(self, self.network)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the network, see there."""
+        layouts, widths, root = dict(self.layouts), dict(self.widths), self.path
+
+        def swap(
+            call: Callable[..., Any],
+            args: tuple[Any, ...],
+            kwargs: Mapping[str, Any],
+            context: nn.module.InterceptorContext,
+        ) -> Any:
+            module: Any = context.module
+            if context.method_name != "__call__":
+                return call(*args, **kwargs)
+            if is_layer(module) and (layout := layouts.get(relative_path(module, root))):
+                return call_static(module, layout, *args, **kwargs)
+            width = widths.get(relative_path(module, root)) if is_producer(module) else None
+            if width is not None and width != module.features:
+                smaller = module.clone(features=width, parent=module.scope)
+                return smaller(*args, **kwargs)
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(swap):
+            network: Any = self.network
+            return network(*args, **kwargs)
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the computation, where the network has one; else None."""
+        return getattr(self.network, "dtype", None)
+
+
+def is_layer(module: Any) -> bool:
+    """Whether a module is a layer that may be replaced; a user's own kind of layer is left as it is."""
+    return type(module) in (PlainConv, SelectiveConv)
+
+
+def is_producer(module: Any) -> bool:
+    """Whether a module's outputs alone may be removed: another convolution, without groups."""
+    if type(module) is nn.Conv:
+        return module.feature_group_count == 1
+    return type(module) is Stem
+
+
+def relative_path(module: nn.Module, root: tuple[str, ...]) -> str:
+    """The path of a module below the network at ``root``, parts joined by ``/``."""
+    return "/".join(module.path[len(root) :])

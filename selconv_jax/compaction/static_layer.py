@@ -1,0 +1,142 @@
+"""A selective layer whose allocation is fixed: it holds only what it reads, under its usual names."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.dtypes import promote_dtype
+
+from selconv_jax.compaction.gather import take_channels, take_repeated
+from selconv_jax.compaction.layout import LayerLayout
+from selconv_jax.convolution import canonical_padding, canonical_window, convolve
+from selconv_jax.layers import PlainConv
+from selconv_jax.shift import channel_shift
+
+__all__ = ["StaticConv", "call_static", "output_shape"]
+
+Array = jax.Array
+
+
+class StaticConv(PlainConv):
+    """Reads the channels of its layout, then batch norm, ReLU, dropout and convolution of just these.
+
+    Variables, with ``R`` channels that are read: ``params`` kernel ``[*kernel_size, R / groups, features]``,
+    scale ``[R]``, bias ``[R]`` and, where there are copies, shift ``[copies, len(kernel_size)]`` in pixels;
+    ``batch_stats`` mean ``[R]``, var ``[R]``. There is no ``selectivity``.
+
+    Attributes:
+        layout: What the layer reads; ``features`` and ``feature_group_count`` are those of the layout.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> layout = LayerLayout(inputs=6, own=(0, 1, 4), copied=(4,), outputs=8)
+        >>> layer = StaticConv(features=8, kernel_size=(3, 3), layout=layout)
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 5, 5, 6)), train=False)
+        >>> variables["params"]["kernel"].shape, variables["params"]["shift"].shape
+        ((3, 3, 4, 8), (1, 2))
+    """
+
+    layout: LayerLayout | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """Applies the layer, see `PlainConv.__call__`.
+
+        Args:
+            x: ``[N, *S, layout.inputs]`` floating.
+            train: See `PlainConv`.
+
+        Returns:
+            ``[N, *S', features]``.
+
+        Raises:
+            ValueError: The input has another number of channels than the layout.
+        """
+        layout = self._layout
+        if x.shape[-1] != layout.inputs:
+            raise ValueError(
+                f"{self.name or type(self).__name__}: input of shape {x.shape}, but the layer was compacted "
+                f"for {layout.inputs} input channels."
+            )
+        x = _promoted(self, x)
+        parts = [take_channels(x, layout.own)] if layout.own else []
+        if layout.copied:
+            shape = (len(layout.copied), x.ndim - 2)
+            shift = self.param("shift", nn.initializers.zeros, shape, self.param_dtype)
+            parts.append(channel_shift(take_repeated(x, layout.copied), shift))
+        x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+        if layout.order:
+            x = take_channels(x, layout.order)
+        return super().__call__(x, train)
+
+    @property
+    def _layout(self) -> LayerLayout:
+        if self.layout is None:
+            raise ValueError("a StaticConv needs a layout; selconv_jax.compact makes such layers.")
+        return self.layout
+
+    @nn.nowrap
+    def _select(self, x: Array, rank: int) -> tuple[Array, Array | None]:
+        """All of the input, whose idle channels have their kernel rows held at zero."""
+        del rank
+        if not self._layout.idle:
+            return x, None
+        mask = np.ones(self._layout.reads, bool)
+        mask[list(self._layout.idle)] = False
+        return x, jnp.asarray(mask)
+
+
+def call_static(layer: PlainConv, layout: LayerLayout, x: Array, train: bool) -> Array:
+    """What a layer of a network computes with a fixed allocation, with variables in the same place.
+
+    Args:
+        layer: The layer, bound.
+        layout: Its layout.
+        x: ``[N, *S, layout.inputs]``.
+        train: See `PlainConv`.
+
+    Returns:
+        ``[N, *S', layout.outputs]``.
+    """
+    if layout.outputs == 0:
+        return jnp.zeros((*output_shape(layer, x)[:-1], 0), _promoted(layer, x).dtype)
+    arguments: dict[str, Any] = {
+        field.name: getattr(layer, field.name)
+        for field in dataclasses.fields(PlainConv)
+        if field.name not in ("name", "parent")
+    }
+    arguments |= {"features": layout.outputs, "feature_group_count": layout.groups, "layout": layout}
+    arguments |= {"name": layer.name, "parent": layer.scope}
+    return StaticConv(**arguments)(x, train)
+
+
+def output_shape(layer: PlainConv, x: Any) -> tuple[int, ...]:
+    """The shape ``[N, *S', features]`` of a layer's output for an input ``[N, *S, C]``."""
+    window = layer._window()
+    if len(x.shape) != len(window) + 2:
+        raise ValueError(
+            f"{layer.name or type(layer).__name__}: input of shape {x.shape}, but kernel_size {window} needs "
+            f"{len(window) + 2} dimensions: batch, {len(window)} spatial, channels."
+        )
+    # The channels do not matter to the other dimensions; one is enough, also where none is left.
+    one = jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((*window, 1, 1), jnp.float32)
+
+    def apply(x: Array, kernel: Array) -> Array:
+        return convolve(
+            x,
+            kernel,
+            strides=canonical_window(layer.strides, len(window), "strides"),
+            padding=canonical_padding(layer.padding, len(window)),
+            kernel_dilation=canonical_window(layer.kernel_dilation, len(window), "kernel_dilation"),
+        )
+
+    return (*jax.eval_shape(apply, one, kernel).shape[:-1], layer.features)
+
+
+def _promoted(layer: PlainConv, x: Array) -> Array:
+    """The input in the type that the layer computes in."""
+    return promote_dtype(x, jnp.zeros((), layer.param_dtype), dtype=layer.dtype)[0]

@@ -1,0 +1,120 @@
+"""Files of compacted networks: there and back, refusals, damage."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compactions import NETWORKS, SHAPE, assert_equal_trees
+from states import perturbed_variables
+
+import selconv_jax
+from selconv_jax import CheckpointError
+from selconv_jax.models import DenseNet
+
+
+def compacted(model, **options):
+    variables = perturbed_variables(model, SHAPE, seed=0, closed=0.4, copies=0.3)
+    return selconv_jax.compact(model, variables, **options)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return compacted(NETWORKS["densenet_bc"])
+
+
+@pytest.fixture
+def saved(small, tmp_path):
+    path = tmp_path / "small.npz"
+    selconv_jax.save_compact(path, *small)
+    return path
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_there_and_back(family, tmp_path):
+    model, variables = compacted(NETWORKS[family], multiple=4)
+    selconv_jax.save_compact(tmp_path / "small.npz", model, variables)
+    read_model, read_variables = selconv_jax.load_compact(tmp_path / "small.npz")
+    assert read_model == model
+    assert_equal_trees(read_variables, variables)
+    assert [path.name for path in tmp_path.iterdir()] == ["small.npz"]
+
+
+def test_types_are_kept(tmp_path):
+    network = DenseNet(5, (1,), growth=4, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    model, variables = compacted(network)
+    selconv_jax.save_compact(tmp_path / "small.npz", model, variables)
+    read_model, read_variables = selconv_jax.load_compact(tmp_path / "small.npz")
+    assert read_model.dtype == jnp.bfloat16
+    assert read_model.network.clone(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16) == network
+    for one, other in zip(jax.tree.leaves(read_variables), jax.tree.leaves(variables), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+def test_nothing_is_overwritten_unasked(saved, small):
+    before = saved.read_bytes()
+    with pytest.raises(CheckpointError, match=r"small\.npz: there is a file already"):
+        selconv_jax.save_compact(saved, *small)
+    assert saved.read_bytes() == before
+    selconv_jax.save_compact(saved, *small, overwrite=True)
+    with pytest.raises(CheckpointError, match="no folder"):
+        selconv_jax.save_compact(saved.parent / "missing" / "small.npz", *small)
+    with pytest.raises(ValueError, match=r"pass what selconv_jax\.compact returned"):
+        selconv_jax.save_compact(saved, NETWORKS["densenet"], {}, overwrite=True)
+
+
+def test_damaged_files(saved, tmp_path):
+    whole = saved.read_bytes()
+    middle = len(whole) // 2
+    for name, content in {
+        "short": whole[:middle],
+        "flipped": whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :],
+        "empty": b"",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{name}: not a whole file"):
+            selconv_jax.load_compact(tmp_path / name)
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        selconv_jax.load_compact(tmp_path / "missing.npz")
+
+
+def test_foreign_files(saved, tmp_path):
+    with np.load(saved) as archive:
+        arrays = dict(archive)
+    path = tmp_path / "other.npz"
+
+    def refused(match, entry=None, **changes):
+        described = {**arrays, **changes}
+        if entry is not None:
+            described["selconv_jax"] = np.frombuffer(json.dumps(entry).encode(), np.uint8)
+        np.savez(path, **{name: array for name, array in described.items() if array is not None})
+        with pytest.raises(CheckpointError, match=match):
+            selconv_jax.load_compact(path)
+
+    entry = json.loads(arrays["selconv_jax"].tobytes())
+    refused("has no entry 'selconv_jax'", selconv_jax=None)
+    refused("in format 2, this version reads format 1", {**entry, "format": 2})
+    refused("holds a UNet, none of the library's", {**entry, "network": "UNet"})
+    refused("the description in it is damaged", {"format": 1})
+    refused("the description in it is damaged", selconv_jax=np.zeros(3, np.uint8))
+    refused("has no attribute 'depth'", {**entry, "attributes": {"depth": 3}})
+    layouts = {**entry["layouts"], "transition1": {"inputs": 1, "own": [[4, 1]], "outputs": 2}}
+    refused("the layout of a compacted layer contradicts itself", {**entry, "layouts": layouts})
+    refused("such as params/stem/kernel", **{"params/stem/kernel": None})
+
+
+def test_a_network_of_the_users(tmp_path):
+    layer = selconv_jax.SelectiveConv(4, (3, 3))
+    variables = perturbed_variables(layer, SHAPE, seed=0, closed=0.4)
+    model, small = selconv_jax.compact(layer, variables, example=jnp.ones(SHAPE))
+    path = tmp_path / "small.npz"
+    selconv_jax.save_compact(path, model, small)
+    with pytest.raises(CheckpointError, match=r"holds a SelectiveConv.*load_compact\(path, network="):
+        selconv_jax.load_compact(path)
+    with pytest.raises(CheckpointError, match="holds a SelectiveConv, but network is a DenseNet"):
+        selconv_jax.load_compact(path, network=NETWORKS["densenet"])
+    read, read_variables = selconv_jax.load_compact(path, network=layer)
+    assert read == model
+    assert_equal_trees(read_variables, small)

@@ -1,0 +1,66 @@
+"""The compacted network of a run: evaluated and written by the command line."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import quiet_console, tiny_config
+
+import selconv_jax
+from selconv_jax.cli.main import main
+from selconv_jax.train.compacting import compact_run
+from selconv_jax.train.loop import evaluate_run, restore_run, train_run
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run whose last checkpoint has closed channels and copies."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    config = tiny_config(allocation={"threshold": 0.6})
+    assert train_run(config, workdir, quiet_console()[0]) == 0
+    return workdir
+
+
+def test_the_compacted_network_has_the_same_metrics(workdir):
+    step, expected = evaluate_run(workdir)
+    compacted = compact_run(workdir, evaluate=True)
+    assert compacted.step == step == 16
+    assert compacted.metrics == pytest.approx(expected, rel=1e-4)
+    _, _, _, state = restore_run(workdir)
+    states = selconv_jax.layer_states(state.variables).values()
+    channels = sum(layer.gate.size for layer in states)
+    opened = sum(int(layer.gate.sum()) for layer in states)
+    assert compacted.sizes["channels"] == (channels, opened)
+    assert opened < channels
+    for before, after in compacted.sizes.values():
+        assert 0 < after < before
+
+
+def test_eval_compact_prints_sizes_and_metrics(workdir, capsys):
+    assert main(["eval", str(workdir), "--compact"]) == 0
+    output = capsys.readouterr().out
+    compacted = compact_run(workdir)
+    assert compacted.metrics == {}
+    assert "checkpoint of step 16, compacted" in output
+    before, after = compacted.sizes["parameters"]
+    assert f"parameters     {before:,} -> {after:,} ({after / before:.1%})" in output
+    assert f"{evaluate_run(workdir)[1]['test_accuracy']:.2%}" in output
+
+
+def test_compact_writes_a_file(workdir, tmp_path, capsys):
+    output = tmp_path / "small.npz"
+    assert main(["compact", str(workdir), "--multiple", "8", "--output", str(output)]) == 0
+    assert "compacted network in" in capsys.readouterr().out
+    model, variables = selconv_jax.load_compact(output)
+    assert any(layout.idle for _, layout in model.layouts)
+    trainer, _, _, state = restore_run(workdir)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(3, 28, 28, 1)), jnp.float32)
+    expected = jax.jit(lambda v: trainer.model.apply(v, images, train=False))(state.variables)
+    actual = jax.jit(lambda v: model.apply(v, images, train=False))(variables)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    assert main(["compact", str(workdir), "--output", str(output)]) == 1
+    assert "there is a file already" in capsys.readouterr().err
+    assert main(["compact", str(workdir), "--multiple", "0"]) == 1
+    assert "multiple is 0" in capsys.readouterr().err
+    assert main(["compact", str(workdir)]) == 0
+    assert (workdir / "compact.npz").is_file()
