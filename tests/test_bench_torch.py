@@ -81,8 +81,18 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("variant", ["plain", "selective", "gate_only"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("densenet", "plain"),
+        ("densenet", "selective"),
+        ("densenet_bc", "selective"),
+        ("preresnet", "selective"),
+        ("preresnet_imagenet", "plain"),
+        ("resnext", "selective"),
+        ("condensenet", "gate_only"),
+    ],
+)
 def test_step_is_that_of_our_network(name, variant):
     """Logits, and every parameter after two steps of the published optimizer, in float64."""
     shape = (3, 16, 12, 3)
@@ -134,4 +144,4 @@ def test_step_is_that_of_our_network(name, variant):
             if key.endswith("_bias") and not (new[key.replace("_bias", "_ind_ptr")] >= 0).any():
                 continue  # not used, and what is not used does not decay there
             scale = np.abs(value).max(initial=0.0)
-            np.testing.assert_allclose(new[key], value, rtol=1e-6, atol=1e-8 * scale, err_msg=key)
+            np.testing.assert_allclose(new[key], value, rtol=1e-9, atol=1e-9 * scale, err_msg=key)

@@ -23,7 +23,7 @@ from selconv_jax.train.feed import ResidentFeed
 from selconv_jax.train.optimizer import make_optimizer
 from selconv_jax.train.sharding import Placement
 from selconv_jax.train.state import TrainState, initial_state
-from selconv_jax.train.step import eval_batch, train_step
+from selconv_jax.train.step import ShardBatch, eval_batch, train_step
 from selconv_jax.transform import Allocation, reallocate
 
 __all__ = [
@@ -161,20 +161,28 @@ class Workbench:
         state = dataclasses.replace(state, opt_state=self.optimizer.init(filled["params"]))
         return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
 
-    def step(self, model: Any) -> Callable[[TrainState, jax.Array, jax.Array], TrainState]:
-        """The training step of a network, a pure function."""
+    def step(
+        self, model: Any, shard_batch: ShardBatch = lambda batch: batch
+    ) -> Callable[[TrainState, jax.Array, jax.Array], TrainState]:
+        """The training step of a network, a pure function; see `selconv_jax.train.step.train_step`."""
         return functools.partial(
-            train_step, model=model, optimizer=self.optimizer, info=self.info, steps_per_epoch=_STEPS
+            train_step,
+            model=model,
+            optimizer=self.optimizer,
+            info=self.info,
+            steps_per_epoch=_STEPS,
+            shard_batch=shard_batch,
         )
 
     def prepare_step(self, model: Any, variables: dict[str, Any]) -> Prepared:
         """Compiles the step of a network, for a state with these variables."""
         state = self.state(variables)
         program = compile_program(self.step(model), state, *self.batch, donate_argnums=0)
+        step = program.run
 
         def call() -> None:
             nonlocal state
-            state = jax.block_until_ready(program.run(state, *self.batch))
+            state = jax.block_until_ready(step(state, *self.batch))
 
         call()
         if int(state.failed_step) >= 0:
@@ -189,19 +197,27 @@ class Workbench:
         """The step of the selective network with as many copies as it has slots."""
         return self.prepare_step(self.selective.clone(slots=slots), self.copied(slots))
 
-    def prepare_frozen(self) -> Prepared:
-        """The step for exactly the allocation there is, ``share`` of the channels re-allocated."""
+    def frozen(self) -> tuple[Any, dict[str, Any]]:
+        """The network for exactly the allocation there is, ``share`` re-allocated, and its variables."""
         plan_compaction = importlib.import_module(_COMPACTION).plan_compaction
         variables = self.copied(self.settings.share)
         model = self.selective.clone(slots=self.settings.share)
-        return self.prepare_step(plan_compaction(model, variables).frozen_model(), variables)
+        return plan_compaction(model, variables).frozen_model(), variables
 
-    def prepare_compact(self) -> Prepared:
-        """The step of the smaller network that is left when ``share`` of the channels are closed."""
+    def compact(self) -> tuple[Any, dict[str, Any]]:
+        """The smaller network that is left when ``share`` of the channels are closed, and its variables."""
         plan_compaction = importlib.import_module(_COMPACTION).plan_compaction
         variables = self.closed(self.settings.share)
         plan = plan_compaction(self.selective, variables)
-        return self.prepare_step(plan.model, plan.take(variables))
+        return plan.model, plan.take(variables)
+
+    def prepare_frozen(self) -> Prepared:
+        """The step of `frozen`."""
+        return self.prepare_step(*self.frozen())
+
+    def prepare_compact(self) -> Prepared:
+        """The step of `compact`."""
+        return self.prepare_step(*self.compact())
 
     def prepare_reallocate(self) -> Prepared:
         """One round for the whole network, as a training program calls it between epochs."""

@@ -17,13 +17,13 @@ class Program:
     """A compiled program.
 
     Attributes:
-        run: Calls it.
+        run: Calls it; also has its text, ``as_text()``.
         lower_seconds: Time it took to trace it and write it down for the compiler.
         compile_seconds: Time the compiler took, or the cache of compiled programs.
         memory: See `memory_of`.
     """
 
-    run: Callable[..., Any]
+    run: Any
     lower_seconds: float
     compile_seconds: float
     memory: dict[str, int] | None

@@ -17,15 +17,12 @@ class BenchProgress:
 
     Args:
         console: Where to write.
+        network: What every line begins with.
         clock: Seconds, monotonic.
-
-    Attributes:
-        network: What is shown before every line.
     """
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        self.network = ""
-        self._console, self._clock = console, clock
+    def __init__(self, console: Console, network: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._network, self._clock = console, network, clock
         self._last_line = clock()
         self._live: Live | None = None
         if console.is_terminal:
@@ -35,15 +32,11 @@ class BenchProgress:
 
     def preparing(self, number: int, count: int, name: str) -> None:
         """A case, counted from 0, is about to be compiled."""
-        self._show(f"{self.network}: compiling {number + 1}/{count}, {name}", always=True)
+        self._show(f"{self._network}: compiling {number + 1}/{count}, {name}", always=True)
 
     def turn(self, number: int, count: int, name: str) -> None:
         """A case is about to be timed, in a round counted from 0."""
-        self._show(f"{self.network}: round {number + 1}/{count}, {name}", always=False)
-
-    def line(self, text: str) -> None:
-        """Writes a line that stays."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._show(f"{self._network}: round {number + 1}/{count}, {name}", always=False)
 
     def close(self) -> None:
         """Takes the changing line away."""
@@ -55,4 +48,4 @@ class BenchProgress:
             self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
         elif always or self._clock() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = self._clock()
-            self.line(text)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -12,9 +12,22 @@ from selconv_jax.bench.rows import Ratio, Row, rows_of
 from selconv_jax.bench.run import NetworkResult
 from selconv_jax.bench.settings import BenchSettings
 
-__all__ = ["compile_table", "describe", "memory_table", "report_of", "time_table"]
+__all__ = ["MEGA", "compile_table", "describe", "memory_table", "new_table", "report_of", "time_table"]
 
-_MEGA = 1e6
+MEGA = 1e6  # megabytes are 10^6 bytes here
+
+
+def new_table(title: str, caption: str) -> Table:
+    """A table of the look that all have, to be filled."""
+    return Table(
+        title=escape(title),
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
 
 
 def describe(settings: BenchSettings) -> str:
@@ -35,12 +48,11 @@ def time_table(result: NetworkResult, title: str) -> Table:
     Returns:
         A table for ``rich.print``; a case without repetitions has no row.
     """
-    table = _table(title)
-    table.caption = (
+    table = new_table(
+        title,
         "times in ms; ratio: of the medians, in brackets the median of the ratios within each round; "
-        "to PyTorch: below 1 is faster than it"
+        "to PyTorch: below 1 is faster than it",
     )
-    table.caption_justify = "left"
     table.add_column("\ncase", no_wrap=True)
     headings = ("\nmedian", "\nquartiles", "\nmin.", "repe-\ntitions", "images\nper s", "ratio to the base")
     for heading in (*headings, "ratio to\nPyTorch"):
@@ -76,9 +88,9 @@ def memory_table(result: NetworkResult, title: str) -> Table:
     Returns:
         A table for ``rich.print``, in megabytes (10^6 bytes).
     """
-    table = _table(title)
-    table.caption = "MB; total: arguments, outputs and temporary arrays less outputs in place of arguments"
-    table.caption_justify = "left"
+    table = new_table(
+        title, "MB; total: arguments, outputs and temporary arrays less outputs in place of arguments"
+    )
     table.add_column("case", no_wrap=True)
     for heading in ("arguments", "outputs", "in place", "temporary", "total", "peak", "total, ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -86,7 +98,7 @@ def memory_table(result: NetworkResult, title: str) -> Table:
         if (memory := row.measured.memory) is None:
             continue
         keys = ("arguments", "outputs", "in_place", "temporary", "total", "peak")
-        numbers = [f"{memory[key] / _MEGA:,.1f}" if key in memory else "" for key in keys]
+        numbers = [f"{memory[key] / MEGA:,.1f}" if key in memory else "" for key in keys]
         table.add_row(
             escape(row.name), *numbers, "" if row.memory_ratio is None else f"{row.memory_ratio:.2f}"
         )
@@ -103,9 +115,7 @@ def compile_table(result: NetworkResult, title: str) -> Table:
     Returns:
         A table for ``rich.print``, in seconds.
     """
-    table = _table(title)
-    table.caption = "seconds, once each; the first program also traces what the others share"
-    table.caption_justify = "left"
+    table = new_table(title, "seconds, once each; the first program also traces what the others share")
     table.add_column("case", no_wrap=True)
     for heading in ("tracing", "compiling", "both"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -167,12 +177,6 @@ def _case_report(row: Row, with_compile: bool) -> dict[str, Any]:
         "memory_ratio": row.memory_ratio,
         "seconds": list(row.seconds),
     }
-
-
-def _table(title: str) -> Table:
-    return Table(
-        title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
 
 
 def _ms(seconds: float) -> str:

@@ -36,6 +36,7 @@ class BenchSettings:
         share: Of the channels: re-allocated for the frozen step and evaluation, closed for the compact step.
         repeats: Rounds of measurement.
         torch: Also the same steps in PyTorch.
+        topology: Compile for these TPUs, such as ``"v5e:1x1"``, and time nothing; None: time.
         seed: Of the order of measurement, the images, the networks and the allocations.
 
     Raises:
@@ -52,6 +53,7 @@ class BenchSettings:
     share: float = 0.25
     repeats: int = 10
     torch: bool = False
+    topology: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +77,8 @@ class BenchSettings:
         for key in ("variant", "dtype", "slots"):
             if key in self.options:
                 raise ConfigError(f"{key} cannot be set: the benchmark sets it itself. Leave it out.")
+        if self.torch and self.topology:
+            raise ConfigError("--torch and --topology do not go together: nothing is timed. Leave one out.")
         if self.torch and importlib.util.find_spec("torch") is None:
             raise ConfigError(
                 "--torch needs PyTorch, which is not installed. Install it by "

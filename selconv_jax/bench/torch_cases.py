@@ -60,7 +60,8 @@ class TorchStep:
         self._optimizer.zero_grad(set_to_none=True)
         with self._autocast:
             logits = self.network(self._images)
-        functional.cross_entropy(logits.float(), self._labels).backward()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        functional.cross_entropy(logits, self._labels).backward()
         self._optimizer.step()
         if self._images.is_cuda:
             torch.cuda.synchronize()

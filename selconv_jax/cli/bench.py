@@ -5,7 +5,7 @@ import contextlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from selconv_jax.bench.progress import BenchProgress
 from selconv_jax.bench.report import compile_table, describe, memory_table, report_of, time_table
 from selconv_jax.bench.run import NetworkResult, bench_network
 from selconv_jax.bench.settings import BenchSettings
+from selconv_jax.bench.topology import TopologyResult, bench_topology, prepare_process, topology_devices
+from selconv_jax.bench.topology_report import costs_table, cycles_panel, largest_table, topology_report
 from selconv_jax.cli.console import terminal_or_lines
 from selconv_jax.cli.runs import share_compilations
 from selconv_jax.errors import ConfigError
@@ -38,8 +40,13 @@ def run(options: argparse.Namespace) -> int:
         Path(options.output) if options.output else default_workdir("-".join(settings.models), "runs/bench")
     )
     console = terminal_or_lines()
+    if settings.topology is None:
+        _create(output)
+        return _measure(settings, output, console)
+    prepare_process()
+    devices = topology_devices(settings.topology)
     _create(output)
-    return _measure(settings, output, console)
+    return _compile(settings, devices, output, console)
 
 
 def _measure(settings: BenchSettings, output: Path, console: Console) -> int:
@@ -53,12 +60,8 @@ def _measure(settings: BenchSettings, output: Path, console: Console) -> int:
         machine = environment()
         _warn_if_busy(console, machine)
         for model in settings.models:
-            progress = BenchProgress(console)
-            progress.network = model
-            try:
+            with _progress(console, model) as progress:
                 result = bench_network(model, settings, progress, lambda: bool(stop))
-            finally:
-                progress.close()
             results.append(result)
             _print(console, settings, result)
             # After every network, so that little is lost if a later one fails.
@@ -66,6 +69,49 @@ def _measure(settings: BenchSettings, output: Path, console: Console) -> int:
             _write(output, settings, machine, results)
             if stop:
                 break
+    return _end(console, output, stop)
+
+
+def _compile(settings: BenchSettings, devices: Sequence[Any], output: Path, console: Console) -> int:
+    share_compilations()
+    results: list[TopologyResult] = []
+    with StopRequest() as stop:
+        machine = environment()
+        for model in settings.models:
+            with _progress(console, model) as progress:
+                result = bench_topology(model, settings, devices, progress, lambda: bool(stop))
+            results.append(result)
+            title = f"{model} for {settings.topology} ({describe(settings)})"
+            for note in result.notes:
+                _say(console, f"{model}: {note}")
+            console.print(largest_table(result, title))
+            console.print(costs_table(result, title))
+            report = report_of(settings, machine, [])
+            report["topology"] = [topology_report(result) for result in results]
+            _write_json(output / _REPORT, report)
+            panels = [cycles_panel(result, str(settings.topology)) for result in results if result.steps]
+            if panels:
+                versions = machine["versions"]
+                caption = f"libtpu {versions['libtpu']}, jax {versions['jax']}; nothing was run"
+                save_figure(
+                    bar_picture(panels, f"Compiled for {settings.topology}: {describe(settings)}", caption),
+                    output / _PICTURE,
+                )
+            if stop:
+                break
+    return _end(console, output, stop)
+
+
+@contextlib.contextmanager
+def _progress(console: Console, network: str) -> Iterator[BenchProgress]:
+    progress = BenchProgress(console, network)
+    try:
+        yield progress
+    finally:
+        progress.close()
+
+
+def _end(console: Console, output: Path, stop: StopRequest) -> int:
     _say(console, f"every number: {output / _REPORT}")
     if stop:
         _say(console, "stopped: these are the numbers so far.")
@@ -139,7 +185,10 @@ def _settings(options: argparse.Namespace) -> BenchSettings:
         "what": tuple(dict.fromkeys(options.what.split(","))) if options.what else None,
         "slots": _shares(options.slots) if options.slots else None,
     }
-    plain = {key: getattr(options, key) for key in ("batch", "dtype", "share", "repeats", "torch", "seed")}
+    plain = {
+        key: getattr(options, key)
+        for key in ("batch", "dtype", "share", "repeats", "torch", "topology", "seed")
+    }
     return BenchSettings(**plain, **{key: value for key, value in chosen.items() if value})
 
 

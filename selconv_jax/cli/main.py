@@ -229,6 +229,12 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     bench.add_argument("--repeats", type=int, default=10, metavar="N", help="rounds (default: 10)")
     bench.add_argument("--torch", action="store_true", help="also time the same steps in PyTorch")
+    bench.add_argument(
+        "--topology",
+        metavar="TPU",
+        help="time nothing, but compile the steps for a TPU that need not be there, such as v5e:1x1, and "
+        "show estimated cycles and memory (needs libtpu)",
+    )
     bench.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
     bench.add_argument(
         "--output", metavar="DIR", help="a new directory for the results (default: runs/bench/MODEL)"
