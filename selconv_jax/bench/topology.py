@@ -50,7 +50,7 @@ class CompiledStep:
         ratio: Of the cycles to those of the plain step; None: the compiler tells none.
         memory: Of one chip, see `compilation.memory_of`.
         memory_ratio: Of the total memory to that of the plain step; None: not known.
-        compile_seconds: Time the compiler took, or the cache of compiled programs.
+        compile_seconds: Time the compiler took.
         largest: The most costly operations, the most costly first.
     """
 
