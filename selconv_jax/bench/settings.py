@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,6 +78,10 @@ class BenchSettings:
         for key in ("variant", "dtype", "slots"):
             if key in self.options:
                 raise ConfigError(f"{key} cannot be set: the benchmark sets it itself. Leave it out.")
+        if self.topology is not None and not re.fullmatch(r"\w+:\d+(x\d+)*", self.topology):
+            raise ConfigError(
+                f"--topology is {self.topology!r}; it must be of the form v5e:1x1, v5e:2x4, v4:2x2x1."
+            )
         if self.torch and self.topology:
             raise ConfigError("--torch and --topology do not go together: nothing is timed. Leave one out.")
         if self.torch and importlib.util.find_spec("torch") is None:
