@@ -105,6 +105,7 @@ def test_against_torch(tmp_path):
         (["--image", "32xx3"], "--image is '32xx3'; it must be of the form 32x32x3."),
         (["--batch", "0"], "--batch is 0; it must be at least 1."),
         (["--repeats", "0"], "--repeats is 0"),
+        (["--steps", "-1"], "--steps is -1"),
         (["--dtype", "float16"], "--dtype is 'float16'; it must be one of float32, bfloat16."),
         (["--seed", "-1"], "--seed is -1"),
         (["--torch", "--topology", "v5e:1x1"], "do not go together"),

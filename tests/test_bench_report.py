@@ -6,6 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
+from selconv_jax.bench import run
 from selconv_jax.bench.cases import Case
 from selconv_jax.bench.picture import bar_picture, panels_of
 from selconv_jax.bench.progress import BenchProgress
@@ -13,6 +14,7 @@ from selconv_jax.bench.report import compile_table, memory_table, report_of, tim
 from selconv_jax.bench.rows import Ratio, rows_of
 from selconv_jax.bench.run import Measured, NetworkResult, measure
 from selconv_jax.bench.settings import BenchSettings
+from selconv_jax.bench.workbench import Prepared
 from selconv_jax.errors import SelconvError
 
 MEMORY = {"arguments": 4_000_000, "outputs": 4_000_000, "in_place": 3_000_000, "temporary": 5_000_000}
@@ -124,3 +126,17 @@ def test_stopping_before_anything_is_timed():
     progress.turn(0, 3, "a")
     progress.close()
     assert text.getvalue() == "tiny: compiling 1/2, a\n"
+
+
+def test_times_are_those_of_one_step(monkeypatch):
+    monkeypatch.setattr(run, "take_rounds", lambda calls, *_, **__: [{name: 6.0 for name in calls}] * 2)
+
+    def one(name, timed, steps):
+        return Case(name, "training step", None, None, 8, lambda: Prepared(print), timed, steps)
+
+    cases = [one("a", True, 3), one("compiled only", False, 3), one("b", True, 1)]
+    progress = BenchProgress(Console(file=io.StringIO()), "tiny")
+    measured, rounds, complete = measure(cases, 2, 0, progress, lambda: False)
+    assert [found.case.name for found in measured] == ["a", "compiled only", "b"]
+    assert rounds == [{"a": 2.0, "b": 6.0}] * 2
+    assert complete

@@ -61,7 +61,11 @@ def panels_of(result: NetworkResult) -> list[Panel]:
         if row.summary is not None:
             groups.setdefault(row.group, []).append(row)
     return [
-        Panel(f"{result.model}: {group}", "ms per call", [_bar(row) for row in rows])
+        Panel(
+            f"{result.model}: {group}",
+            "ms per step" if group == "training step" else "ms per call",
+            [_bar(row) for row in rows],
+        )
         for group, rows in groups.items()
     ]
 

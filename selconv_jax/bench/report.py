@@ -14,6 +14,7 @@ from selconv_jax.bench.settings import BenchSettings
 
 __all__ = ["MEGA", "compile_table", "describe", "memory_table", "new_table", "report_of", "time_table"]
 
+_MEMORY = ("arguments", "outputs", "in_place", "temporary", "total", "peak")
 MEGA = 1e6  # megabytes are 10^6 bytes here
 
 
@@ -50,8 +51,8 @@ def time_table(result: NetworkResult, title: str) -> Table:
     """
     table = new_table(
         title,
-        "times in ms; ratio: of the medians, in brackets the median of the ratios within each round; "
-        "to PyTorch: below 1 is faster than it",
+        "times in ms per step or call; ratio: of the medians, in brackets the median of the ratios within "
+        "each round; to PyTorch: below 1 is faster than it",
     )
     table.add_column("\ncase", no_wrap=True)
     headings = ("\nmedian", "\nquartiles", "\nmin.", "repe-\ntitions", "images\nper s", "ratio to the base")
@@ -91,13 +92,13 @@ def memory_table(result: NetworkResult, title: str) -> Table:
     table = new_table(
         title, "MB; total: arguments, outputs and temporary arrays less outputs in place of arguments"
     )
+    rows = [row for row in rows_of(result) if row.measured.memory is not None]
+    keys = [key for key in _MEMORY if any(key in (row.measured.memory or {}) for row in rows)]
     table.add_column("case", no_wrap=True)
-    for heading in ("arguments", "outputs", "in place", "temporary", "total", "peak", "total, ratio"):
+    for heading in (*(key.replace("_", " ") for key in keys), "total, ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows_of(result):
-        if (memory := row.measured.memory) is None:
-            continue
-        keys = ("arguments", "outputs", "in_place", "temporary", "total", "peak")
+    for row in rows:
+        memory = row.measured.memory or {}
         numbers = [f"{memory[key] / MEGA:,.1f}" if key in memory else "" for key in keys]
         table.add_row(
             escape(row.name), *numbers, "" if row.memory_ratio is None else f"{row.memory_ratio:.2f}"
@@ -168,6 +169,7 @@ def _case_report(row: Row, with_compile: bool) -> dict[str, Any]:
         "group": row.group,
         "base": measured.case.base,
         "images": measured.case.images,
+        "steps_per_call": measured.case.steps,
         "summary": None if row.summary is None else dataclasses.asdict(row.summary),
         "images_per_second": row.images_per_second,
         "ratio": None if row.ratio is None else dataclasses.asdict(row.ratio),

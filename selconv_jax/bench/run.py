@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from selconv_jax.bench.cases import Case, Prepared, Workbench, has_compaction, plan_cases
+from selconv_jax.bench.cases import Case, plan_cases
 from selconv_jax.bench.measure import Round, take_rounds
 from selconv_jax.bench.settings import BenchSettings
+from selconv_jax.bench.workbench import Prepared, Workbench, has_compaction
 
 __all__ = ["Listener", "Measured", "NetworkResult", "bench_network", "measure"]
 
@@ -45,7 +46,7 @@ class NetworkResult:
     Attributes:
         model: Its name.
         cases: Those that were compiled.
-        rounds: Seconds of those that are timed.
+        rounds: Seconds of those that are timed, for one step where a call makes several.
         complete: Whether nothing was cut short.
         notes: What the reader should know, such as what was left out.
     """
@@ -79,7 +80,9 @@ def bench_network(
     if settings.torch:
         from selconv_jax.bench.torch_cases import TORCH_NOTE, plan_torch_cases
 
-        cases += plan_torch_cases(bench)
+        # After our steps, before what is not a step.
+        at = sum(case.group == cases[0].group for case in cases)
+        cases[at:at] = plan_torch_cases(bench)
         notes.append(TORCH_NOTE)
     measured, rounds, complete = measure(cases, settings.repeats, settings.seed, listener, should_stop)
     return NetworkResult(model, measured, rounds, complete, notes)
@@ -98,7 +101,8 @@ def measure(
         should_stop: Asked between compilations and calls.
 
     Returns:
-        The cases that were compiled; the rounds; whether nothing was cut short.
+        The cases that were compiled; the rounds, times for one step where a call makes several; whether
+        nothing was cut short.
     """
     measured: list[Measured] = []
     prepared: dict[str, Prepared] = {}
@@ -123,5 +127,7 @@ def measure(
         should_stop=should_stop,
         on_turn=lambda number, name: listener.turn(number, repeats, name),
     )
+    steps = {case.name: case.steps for case in cases}
+    rounds = [{name: value / steps[name] for name, value in seconds.items()} for seconds in rounds]
     complete = len(rounds) == repeats and all(len(seconds) == len(prepared) for seconds in rounds)
     return measured, rounds, complete

@@ -36,6 +36,7 @@ class BenchSettings:
             with as many copies.
         share: Of the channels: re-allocated for the frozen step and evaluation, closed for the compact step.
         repeats: Rounds of measurement.
+        steps: Training steps per call of a compiled program; 0: as training runs do, 1 on CPU, 50 elsewhere.
         torch: Also the same steps in PyTorch.
         topology: Compile for these TPUs, such as ``"v5e:1x1"``, and time nothing; None: time.
         seed: Of the order of measurement, the images, the networks and the allocations.
@@ -53,6 +54,7 @@ class BenchSettings:
     slots: tuple[float, ...] = (0.0, 0.125, 0.25, 0.5, 1.0)
     share: float = 0.25
     repeats: int = 10
+    steps: int = 0
     torch: bool = False
     topology: str | None = None
     seed: int = 0
@@ -61,6 +63,8 @@ class BenchSettings:
         for name in ("batch", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.steps < 0:
+            raise ConfigError(f"--steps is {self.steps}; it must be at least 1, or 0 to have it chosen.")
         if len(self.image) != 3 or min(self.image) < 1:
             raise ConfigError(f"--image is {self.image}; it must be HEIGHTxWIDTHxCHANNELS, such as 32x32x3.")
         if self.dtype not in _DTYPES:

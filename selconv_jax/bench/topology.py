@@ -16,12 +16,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from selconv_jax.bench.cases import PLAIN, Workbench, has_compaction, step_name
+from selconv_jax.bench.cases import PLAIN, step_name
 from selconv_jax.bench.compilation import Program, compile_program
 from selconv_jax.bench.hlo import CostedOperation, entry_costs
 from selconv_jax.bench.run import Listener
 from selconv_jax.bench.settings import BenchSettings
 from selconv_jax.bench.states import without_allocation
+from selconv_jax.bench.workbench import Workbench, has_compaction
 from selconv_jax.errors import ConfigError
 from selconv_jax.platforms import tracing_for
 from selconv_jax.train.sharding import Placement

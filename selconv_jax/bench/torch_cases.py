@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from selconv_jax.bench.cases import Case, Prepared, Workbench, torch_name
+from selconv_jax.bench.cases import Case, torch_name
 from selconv_jax.bench.environment import cores
 from selconv_jax.bench.states import without_allocation
 from selconv_jax.bench.torch_networks import torch_network
+from selconv_jax.bench.workbench import Prepared, Workbench, has_compaction
 from selconv_jax.interop.torch import state_dict
 from selconv_jax.train.config import OptimizerConfig
 
@@ -56,15 +57,13 @@ class TorchStep:
         )
 
     def __call__(self) -> None:
-        """Makes a step and returns when it is done."""
+        """Makes a step; on a GPU it may return before the step is done."""
         self._optimizer.zero_grad(set_to_none=True)
         with self._autocast:
             logits = self.network(self._images)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         functional.cross_entropy(logits, self._labels).backward()
         self._optimizer.step()
-        if self._images.is_cuda:
-            torch.cuda.synchronize()
 
 
 def plan_torch_cases(bench: Workbench) -> list[Case]:
@@ -79,11 +78,14 @@ def plan_torch_cases(bench: Workbench) -> list[Case]:
     settings, group = bench.settings, "training step"
     torch.set_num_threads(cores())
     plain = functools.partial(_prepare, bench, None)
-    cases = [Case(torch_name(None), group, None, None, settings.batch, plain)]
-    if "step" in settings.what:
-        for slots in settings.slots:
-            prepare = functools.partial(_prepare, bench, slots)
-            cases.append(Case(torch_name(slots), group, torch_name(None), None, settings.batch, prepare))
+    cases = [Case(torch_name(None), group, None, None, settings.batch, plain, steps=bench.steps)]
+    shares = list(settings.slots) if "step" in settings.what else []
+    if "frozen" in settings.what and has_compaction():
+        shares.append(settings.share)
+    for share in dict.fromkeys(shares):
+        prepare = functools.partial(_prepare, bench, share)
+        name, base = torch_name(share), torch_name(None)
+        cases.append(Case(name, group, base, None, settings.batch, prepare, steps=bench.steps))
     return cases
 
 
@@ -108,5 +110,12 @@ def _prepare(bench: Workbench, slots: float | None) -> Prepared:
         bench.optimizer_config,
         autocast=bench.settings.dtype == "bfloat16",
     )
-    step()
-    return Prepared(step)
+
+    def call() -> None:
+        for _ in range(bench.steps):
+            step()
+        if use_gpu:
+            torch.cuda.synchronize()
+
+    call()
+    return Prepared(call)

@@ -31,6 +31,7 @@ __all__ = ["run"]
 
 _REPORT = "bench.json"
 _PICTURE = "bench.png"
+_PLAIN_OPTIONS = ("batch", "dtype", "share", "repeats", "steps", "torch", "topology", "seed")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -185,10 +186,7 @@ def _settings(options: argparse.Namespace) -> BenchSettings:
         "what": tuple(dict.fromkeys(options.what.split(","))) if options.what else None,
         "slots": _shares(options.slots) if options.slots else None,
     }
-    plain = {
-        key: getattr(options, key)
-        for key in ("batch", "dtype", "share", "repeats", "torch", "topology", "seed")
-    }
+    plain = {key: getattr(options, key) for key in _PLAIN_OPTIONS}
     return BenchSettings(**plain, **{key: value for key, value in chosen.items() if value})
 
 

@@ -228,6 +228,14 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "(default: 0.25)",
     )
     bench.add_argument("--repeats", type=int, default=10, metavar="N", help="rounds (default: 10)")
+    bench.add_argument(
+        "--steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="training steps per call of a compiled program (default: as training runs do, 1 on CPU, 50 "
+        "elsewhere)",
+    )
     bench.add_argument("--torch", action="store_true", help="also time the same steps in PyTorch")
     bench.add_argument(
         "--topology",
