@@ -129,7 +129,7 @@ def test_stopping_before_anything_is_timed():
 
 
 def test_times_are_those_of_one_step(monkeypatch):
-    monkeypatch.setattr(run, "take_rounds", lambda calls, *_, **__: [{name: 6.0 for name in calls}] * 2)
+    monkeypatch.setattr(run, "take_rounds", lambda calls, *_, **__: [dict.fromkeys(calls, 6.0)] * 2)
 
     def one(name, timed, steps):
         return Case(name, "training step", None, None, 8, lambda: Prepared(print), timed, steps)

@@ -65,6 +65,8 @@ def take_rounds(
     rng = random.Random(seed)
     rounds: list[Round] = []
     was_enabled = gc.isenabled()
+    # What is there already is not looked through again between the rounds.
+    gc.freeze()
     try:
         for number in range(repeats):
             order = list(calls)
@@ -81,6 +83,7 @@ def take_rounds(
                 seconds[name] = clock() - start
             rounds.append(seconds)
     finally:
+        gc.unfreeze()
         if was_enabled:
             gc.enable()
     return rounds

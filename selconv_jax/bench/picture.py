@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from selconv_jax.bench.report import ratio_text
 from selconv_jax.bench.rows import Row, rows_of
 from selconv_jax.bench.run import NetworkResult
 from selconv_jax.errors import SelconvError
@@ -128,9 +129,9 @@ def _bar(row: Row) -> Bar:
     median = 1e3 * row.summary.median
     parts = [f"{median:,.{0 if median >= 100 else 1 if median >= 10 else 2}f} ms"]
     if row.ratio is not None:
-        parts.append(f"{row.ratio.medians:.2f} x {row.ratio.to}")
+        parts.append(f"{ratio_text(row.ratio.medians)} x {row.ratio.to}")
     if row.torch_ratio is not None:
-        parts.append(f"{row.torch_ratio.medians:.2f} x PyTorch")
+        parts.append(f"{ratio_text(row.torch_ratio.medians)} x PyTorch")
     elif row.ratio is None and row.images_per_second is not None:
         parts.append(f"{row.images_per_second:,.0f} images/s")
     return Bar(row.name, median, 1e3 * row.summary.low, 1e3 * row.summary.high, "   ".join(parts))

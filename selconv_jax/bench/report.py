@@ -12,7 +12,16 @@ from selconv_jax.bench.rows import Ratio, Row, rows_of
 from selconv_jax.bench.run import NetworkResult
 from selconv_jax.bench.settings import BenchSettings
 
-__all__ = ["MEGA", "compile_table", "describe", "memory_table", "new_table", "report_of", "time_table"]
+__all__ = [
+    "MEGA",
+    "compile_table",
+    "describe",
+    "memory_table",
+    "new_table",
+    "ratio_text",
+    "report_of",
+    "time_table",
+]
 
 _MEMORY = ("arguments", "outputs", "in_place", "temporary", "total", "peak")
 MEGA = 1e6  # megabytes are 10^6 bytes here
@@ -189,5 +198,10 @@ def _ms(seconds: float) -> str:
 def _ratio(ratio: Ratio | None) -> str:
     if ratio is None:
         return ""
-    paired = "" if ratio.paired is None else f" ({ratio.paired:.2f})"
-    return f"{ratio.medians:.2f}{paired}"
+    paired = "" if ratio.paired is None else f" ({ratio_text(ratio.paired)})"
+    return f"{ratio_text(ratio.medians)}{paired}"
+
+
+def ratio_text(ratio: float) -> str:
+    """A ratio with two digits that count, also where it is small."""
+    return f"{ratio:.{2 if ratio >= 0.1 else 4}f}"

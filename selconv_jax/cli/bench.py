@@ -31,6 +31,7 @@ __all__ = ["run"]
 
 _REPORT = "bench.json"
 _PICTURE = "bench.png"
+_BUSY = 0.5  # load average
 _PLAIN_OPTIONS = ("batch", "dtype", "share", "repeats", "steps", "torch", "topology", "seed")
 
 
@@ -59,7 +60,7 @@ def _measure(settings: BenchSettings, output: Path, console: Console) -> int:
     results: list[NetworkResult] = []
     with StopRequest() as stop, cache:
         machine = environment()
-        _warn_if_busy(console, machine)
+        _warn_if_busy(console, machine, settings)
         for model in settings.models:
             with _progress(console, model) as progress:
                 result = bench_network(model, settings, progress, lambda: bool(stop))
@@ -165,14 +166,20 @@ def _create(output: Path) -> None:
         )
 
 
-def _warn_if_busy(console: Console, machine: Mapping[str, Any]) -> None:
+def _warn_if_busy(console: Console, machine: Mapping[str, Any], settings: BenchSettings) -> None:
     load = machine["load_average"]
-    if load is not None and load > 0.5:
-        _say(
-            console,
-            f"the machine is busy (load average {load:.1f} on {machine['cores']} cores): times will be too "
-            "long and noisy; compare the ratios within rounds, or wait.",
+    if load is None or load < _BUSY:
+        return
+    text = (
+        f"the machine is busy (load average {load:.1f} on {machine['cores']} cores): times will be too long "
+        "and noisy; compare the ratios within rounds, or wait."
+    )
+    if settings.torch:
+        text += (
+            " PyTorch's threads wait for one another and lose the most by it: do not trust the ratios to "
+            "PyTorch, which come out in our favour."
         )
+    _say(console, text)
 
 
 def _settings(options: argparse.Namespace) -> BenchSettings:
