@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     # A list of positional arguments takes none that come after an option, so overrides are gathered here.
     options, rest = parser.parse_known_args(arguments)
-    if rest and (options.command not in ("train", "sweep") or any(word.startswith("-") for word in rest)):
+    if rest and (
+        options.command not in ("train", "sweep", "bench") or any(word.startswith("-") for word in rest)
+    ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.words = [*options.words, *rest]
@@ -52,6 +54,7 @@ _HANDLERS = {
     "compact": ("runs", "compact"),
     "show": ("runs", "show"),
     "sweep": ("sweep", "run"),
+    "bench": ("bench", "run"),
     "experiments": ("experiments", "run"),
     "models": ("models", "run"),
     "data": ("data", "run"),
@@ -141,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--output", metavar="DIR", help="where the pictures go (default: DIR/pictures)")
 
     _add_sweep(commands)
+    _add_bench(commands)
 
     experiments = commands.add_parser(
         "experiments",
@@ -208,4 +212,65 @@ def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:
     sweep.add_argument("--seeds", default="0,1,2", metavar="SEEDS", help="seeds of the runs (default: 0,1,2)")
     sweep.add_argument(
         "--workdir", default="runs/sweep", metavar="DIR", help="directory of the runs (default: runs/sweep)"
+    )
+
+
+def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="time training steps, plain and selective",
+        description="Times training steps of networks in turns, on images of noise: a table, DIR/bench.json "
+        "and DIR/bench.png. Ctrl-C ends it with what has been measured.",
+    )
+    bench.add_argument(
+        "words",
+        nargs="*",
+        metavar="MODEL|KEY=VALUE",
+        help="networks that `selconv models` lists (default: densenet40), and options of theirs, such as "
+        "blocks=[1,1]",
+    )
+    bench.add_argument("--batch", type=int, default=64, metavar="N", help="images per step (default: 64)")
+    bench.add_argument("--image", default="32x32x3", metavar="HxWxC", help="their size (default: 32x32x3)")
+    bench.add_argument(
+        "--dtype", default="float32", metavar="TYPE", help="of the computation: float32 (default), bfloat16"
+    )
+    bench.add_argument(
+        "--what",
+        metavar="WHAT,WHAT",
+        help="of step, frozen, compact, reallocate, eval, input, memory, and compile, which takes long "
+        "(default: all but compile)",
+    )
+    bench.add_argument(
+        "--slots",
+        metavar="SHARE,SHARE",
+        help="shares of the channels that selective steps are compiled for and that are re-allocated then "
+        "(default: 0,0.125,0.25,0.5,1)",
+    )
+    bench.add_argument(
+        "--share",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="of the channels: re-allocated for the frozen step and evaluation, closed for the compact step "
+        "(default: 0.25)",
+    )
+    bench.add_argument("--repeats", type=int, default=10, metavar="N", help="rounds (default: 10)")
+    bench.add_argument(
+        "--steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="training steps per call of a compiled program (default: as training runs do, 1 on CPU, 50 "
+        "elsewhere)",
+    )
+    bench.add_argument("--torch", action="store_true", help="also time the same steps in PyTorch")
+    bench.add_argument(
+        "--topology",
+        metavar="TPU",
+        help="time nothing, but compile the steps for a TPU that need not be there, such as v5e:1x1, and "
+        "show estimated cycles and memory (needs libtpu)",
+    )
+    bench.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
+    bench.add_argument(
+        "--output", metavar="DIR", help="a new directory for the results (default: runs/bench/MODEL)"
     )

@@ -1,0 +1,1 @@
+"""How long steps take, what they need, and how they compare: behind ``selconv bench``."""

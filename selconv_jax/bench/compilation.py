@@ -1,0 +1,93 @@
+"""Compiling a program once, with what it took and what the program needs."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+__all__ = ["Program", "compile_program", "memory_of", "without_compilation_cache"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program.
+
+    Attributes:
+        run: Calls it; also has its text, ``as_text()``.
+        lower_seconds: Time it took to trace it and write it down for the compiler.
+        compile_seconds: Time the compiler took, or the cache of compiled programs.
+        memory: See `memory_of`.
+    """
+
+    run: Any
+    lower_seconds: float
+    compile_seconds: float
+    memory: dict[str, int] | None
+
+
+def compile_program(
+    function: Callable[..., Any], *arguments: Any, clock: Callable[[], float] = time.perf_counter, **jit: Any
+) -> Program:
+    """Compiles a function for its arguments, in a ``jit`` of its own.
+
+    Args:
+        function: A pure function.
+        *arguments: Arrays, or their shapes.
+        clock: Seconds, monotonic.
+        **jit: Further arguments of `jax.jit`.
+
+    Returns:
+        The program.
+    """
+    start = clock()
+    lowered = jax.jit(function, **jit).lower(*arguments)
+    middle = clock()
+    compiled = lowered.compile()
+    return Program(compiled, middle - start, clock() - middle, memory_of(compiled))
+
+
+def memory_of(compiled: Any) -> dict[str, int] | None:
+    """What a compiled program needs of the device's memory, in bytes.
+
+    Args:
+        compiled: From ``jax.jit(...).lower(...).compile()``.
+
+    Returns:
+        ``arguments``, ``outputs`` (those that take the place of a donated argument included),
+        ``in_place`` (the outputs that do), ``temporary``, ``peak`` where the compiler tells it, and
+        ``total``: arguments, outputs and temporary less those in place. None: it is not known here.
+    """
+    try:
+        analysis = compiled.memory_analysis()
+    except (NotImplementedError, jax.errors.JaxRuntimeError):
+        return None
+    if analysis is None:
+        return None
+    memory = {
+        "arguments": int(analysis.argument_size_in_bytes),
+        "outputs": int(analysis.output_size_in_bytes),
+        "in_place": int(analysis.alias_size_in_bytes),
+        "temporary": int(analysis.temp_size_in_bytes),
+    }
+    memory["total"] = memory["arguments"] + memory["outputs"] + memory["temporary"] - memory["in_place"]
+    peak = int(getattr(analysis, "peak_memory_in_bytes", 0))
+    if peak >= memory["temporary"] > 0:  # on CPU it leaves the temporary arrays out
+        memory["peak"] = peak
+    return memory
+
+
+@contextlib.contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """While entered, nothing is taken from the persistent cache of compiled programs, nor put into it."""
+    enabled = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()

@@ -1,0 +1,55 @@
+"""The costs that a TPU compiler writes into the text of a program."""
+
+import dataclasses
+import re
+
+__all__ = ["CostedOperation", "entry_costs"]
+
+_ENTRY = re.compile(r"^ENTRY .*?^\}", re.DOTALL | re.MULTILINE)
+_NAME = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = ")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_PLACE = re.compile(r'op_name="([^"]*)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class CostedOperation:
+    """An operation of a compiled program, as a rule many fused into one.
+
+    Attributes:
+        name: In the program's text.
+        cycles: The compiler's estimate.
+        place: Where it comes from, such as ``"jit(step)/block1_layer1/conv1/dot_general"``; may be empty.
+    """
+
+    name: str
+    cycles: int
+    place: str
+
+
+def entry_costs(text: str) -> list[CostedOperation]:
+    """The operations of the main computation for which the compiler tells a number of cycles.
+
+    What is inside of a loop or of a fusion is not counted apart; copies and messages between chips have
+    no estimate.
+
+    Args:
+        text: Of a compiled program, from ``compiled.as_text()``.
+
+    Returns:
+        The operations in the order of the program.
+
+    Example:
+        >>> entry_costs('''
+        ... ENTRY %main (x: f32[8]) -> f32[8] {
+        ...   ROOT %fusion = f32[8] fusion(%x), backend_config={"estimated_cycles":"70"}
+        ... }
+        ... ''')
+        [CostedOperation(name='fusion', cycles=70, place='')]
+    """
+    entry = _ENTRY.search(text)
+    costs = []
+    for line in entry.group().splitlines() if entry else ():
+        name, cycles, place = _NAME.match(line), _CYCLES.search(line), _PLACE.search(line)
+        if name and cycles:
+            costs.append(CostedOperation(name[1], int(cycles[1]), place[1] if place else ""))
+    return costs

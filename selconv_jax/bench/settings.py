@@ -1,0 +1,110 @@
+"""What a benchmark is asked to do, checked before anything is computed."""
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from selconv_jax.errors import ConfigError, nearest
+from selconv_jax.models import create_model, stem_for
+
+__all__ = ["WHAT", "BenchSettings"]
+
+# What can be looked at, in the order of the report.
+WHAT = ("step", "frozen", "compact", "reallocate", "eval", "input", "compile", "memory")
+
+_CLASSES = 10
+_DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchSettings:
+    """A benchmark.
+
+    Attributes:
+        models: Names of `selconv_jax.models.MODELS`.
+        options: Arguments of the networks that replace those of their names.
+        batch: Images per step.
+        image: ``(H, W, C)``.
+        dtype: Type of the computation; parameters and statistics stay float32.
+        what: Of `WHAT`.
+        slots: Shares of the channels; at each, a step compiled for as many slots is looked at, in a network
+            with as many copies.
+        share: Of the channels: re-allocated for the frozen step and evaluation, closed for the compact step.
+        repeats: Rounds of measurement.
+        steps: Training steps per call of a compiled program; 0: as training runs do, 1 on CPU, 50 elsewhere.
+        torch: Also the same steps in PyTorch.
+        topology: Compile for these TPUs, such as ``"v5e:1x1"``, and time nothing; None: time.
+        seed: Of the order of measurement, the images, the networks and the allocations.
+
+    Raises:
+        ConfigError: A value is unknown or out of bounds.
+    """
+
+    models: tuple[str, ...] = ("densenet40",)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    batch: int = 64
+    image: tuple[int, int, int] = (32, 32, 3)
+    dtype: str = "float32"
+    what: tuple[str, ...] = tuple(name for name in WHAT if name != "compile")
+    slots: tuple[float, ...] = (0.0, 0.125, 0.25, 0.5, 1.0)
+    share: float = 0.25
+    repeats: int = 10
+    steps: int = 0
+    torch: bool = False
+    topology: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "repeats"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.steps < 0:
+            raise ConfigError(f"--steps is {self.steps}; it must be at least 1, or 0 to have it chosen.")
+        if len(self.image) != 3 or min(self.image) < 1:
+            raise ConfigError(f"--image is {self.image}; it must be HEIGHTxWIDTHxCHANNELS, such as 32x32x3.")
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"--dtype is {self.dtype!r}; it must be one of {', '.join(_DTYPES)}.")
+        for name in self.what:
+            if name not in WHAT:
+                raise ConfigError(f"--what has {name!r}. {nearest(name, WHAT)}")
+        for share in (*self.slots, self.share):
+            if not 0.0 <= share <= 1.0:
+                raise ConfigError(
+                    f"--slots and --share are shares of the channels, in [0, 1]; {share} is not one."
+                )
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed is {self.seed}; it must be in [0, 2**32).")
+        for key in ("variant", "dtype", "slots"):
+            if key in self.options:
+                raise ConfigError(f"{key} cannot be set: the benchmark sets it itself. Leave it out.")
+        if self.topology is not None and not re.fullmatch(r"\w+:\d+(x\d+)*", self.topology):
+            raise ConfigError(
+                f"--topology is {self.topology!r}; it must be of the form v5e:1x1, v5e:2x4, v4:2x2x1."
+            )
+        if self.torch and self.topology:
+            raise ConfigError("--torch and --topology do not go together: nothing is timed. Leave one out.")
+        if self.torch and importlib.util.find_spec("torch") is None:
+            raise ConfigError(
+                "--torch needs PyTorch, which is not installed. Install it by "
+                "`pip install 'selconv-jax[torch]'`, or leave --torch out."
+            )
+        for name in self.models:
+            self.model(name, "selective")
+
+    def model(self, name: str, variant: str) -> nn.Module:
+        """The network of a name; a selective one for no copies (clone it with other ``slots``).
+
+        Args:
+            name: One of ``models``.
+            variant: See `selconv_jax.models.DenseNet`.
+
+        Returns:
+            The network, for images of ``image`` and 10 classes.
+        """
+        arguments = {"stem": stem_for(self.image), "dtype": jnp.dtype(self.dtype), **self.options}
+        return create_model(name, _CLASSES, variant=variant, slots=0.0, **arguments)

@@ -1,0 +1,135 @@
+"""``selconv bench``: what it leaves, and what it refuses before anything is computed."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from selconv_jax.bench.compilation import compile_program, without_compilation_cache
+from selconv_jax.bench.settings import BenchSettings
+from selconv_jax.cli.main import main
+from selconv_jax.errors import ConfigError
+from selconv_jax.train.signals import StopRequest
+
+TINY = ["densenet40", "blocks=[1,1]", "growth=4", "--image", "8x8x3", "--batch", "4", "--repeats", "3"]
+
+
+def bench(*arguments):
+    return main(["bench", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a whole benchmark."""
+    output = tmp_path_factory.mktemp("bench") / "out"
+    what = "step,frozen,compact,reallocate,eval,input,memory"
+    assert bench(*TINY, "--slots", "0,0.5", "--what", what, "--output", output) == 0
+    return output
+
+
+def test_leaves_every_number_and_a_picture(finished):
+    assert sorted(path.name for path in finished.iterdir()) == ["bench.json", "bench.png"]
+    assert (finished / "bench.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    report = json.loads((finished / "bench.json").read_text())
+    settings = report["settings"]
+    assert (settings["batch"], settings["image"], settings["seed"]) == (4, [8, 8, 3], 0)
+    assert settings["options"] == {"blocks": [1, 1], "growth": 4}
+    environment = report["environment"]
+    assert environment["versions"]["jax"] == jax.__version__
+    assert environment["cores"] >= 1
+    assert environment["device"]
+    (network,) = report["networks"]
+    assert network["complete"] is True
+    cases = {case["name"]: case for case in network["cases"]}
+    names = ["plain", "selective, slots 0", "selective, slots 0.5", "one round, whole network"]
+    names += ["eval plain", "eval selective, slots 0.25", "gather and augment"]
+    if importlib.util.find_spec("selconv_jax.compaction"):
+        names[3:3] = ["frozen, 0.25 re-allocated", "compact, 0.25 closed"]
+        assert network["notes"] == []
+    assert list(cases) == names
+    for name, case in cases.items():
+        assert len(case["seconds"]) == case["summary"]["count"] == 3, name
+        assert min(case["seconds"]) == case["summary"]["minimum"] > 0
+    assert all(sorted(seconds) == sorted(names) for seconds in network["rounds"])
+    assert cases["selective, slots 0"]["ratio"]["to"] == "plain"
+    assert cases["eval selective, slots 0.25"]["ratio"]["to"] == "eval plain"
+    assert cases["gather and augment"]["images_per_second"] > 0
+    memory = cases["plain"]["memory"]
+    total = memory["arguments"] + memory["outputs"] + memory["temporary"] - memory["in_place"]
+    assert memory["total"] == total > 0
+
+
+def test_is_never_written_over(finished, capsys):
+    before = (finished / "bench.json").read_bytes()
+    assert bench(*TINY, "--output", finished) == 1
+    assert "is not empty (it holds 'bench.json')" in capsys.readouterr().err
+    assert (finished / "bench.json").read_bytes() == before
+
+
+def test_stopped_with_what_there_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(StopRequest, "__bool__", lambda self: True)
+    monkeypatch.setattr(StopRequest, "exit_code", 130)
+    assert bench(*TINY, "--output", tmp_path / "out") == 130
+    assert "stopped" in capsys.readouterr().out
+    (network,) = json.loads((tmp_path / "out" / "bench.json").read_text())["networks"]
+    assert network["complete"] is False
+    assert not (tmp_path / "out" / "bench.png").exists()
+
+
+@pytest.mark.slow
+def test_against_torch(tmp_path):
+    pytest.importorskip("torch")
+    output = tmp_path / "out"
+    assert bench(*TINY, "--slots", "0.5", "--what", "step", "--torch", "--output", output) == 0
+    (network,) = json.loads((output / "bench.json").read_text())["networks"]
+    cases = {case["name"]: case for case in network["cases"]}
+    assert "augmented" in network["notes"][0]
+    assert cases["plain"]["torch_ratio"]["to"] == "torch plain"
+    assert cases["selective, slots 0.5"]["torch_ratio"]["to"] == "torch selective, 0.5 re-allocated"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["densnet40"], "Did you mean 'densenet40'?"),
+        (["densenet40", "growht=3"], "Did you mean 'growth'?"),
+        (["densenet40", "variant=plain"], "variant cannot be set"),
+        (["densenet40", "blocks=[]"], "blocks is ()"),
+        (["--what", "step,evla"], "Did you mean 'eval'?"),
+        (["--slots", "0,2"], "2.0 is not one"),
+        (["--slots", "a"], "--slots is 'a'; it must be of the form 0,0.25."),
+        (["--share", "-0.5"], "-0.5 is not one"),
+        (["--image", "32"], "--image is (32,)"),
+        (["--image", "32xx3"], "--image is '32xx3'; it must be of the form 32x32x3."),
+        (["--batch", "0"], "--batch is 0; it must be at least 1."),
+        (["--repeats", "0"], "--repeats is 0"),
+        (["--steps", "-1"], "--steps is -1"),
+        (["--dtype", "float16"], "--dtype is 'float16'; it must be one of float32, bfloat16."),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--torch", "--topology", "v5e:1x1"], "do not go together"),
+        (["--topology", "tpu"], "--topology is 'tpu'"),
+    ],
+)
+def test_refusals(arguments, said, tmp_path, capsys):
+    assert bench(*arguments, "--output", tmp_path / "out") == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_torch_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'selconv-jax\[torch\]'"):
+        BenchSettings(torch=True)
+
+
+def test_compilation_is_timed_without_the_cache():
+    ticks = iter([10.0, 11.0, 14.0])
+    with without_compilation_cache():
+        assert not jax.config.jax_enable_compilation_cache
+        program = compile_program(lambda x: 2 * x, jnp.arange(3), clock=lambda: next(ticks))
+    assert jax.config.jax_enable_compilation_cache
+    assert (program.lower_seconds, program.compile_seconds) == (1.0, 3.0)
+    assert program.run(jnp.arange(3)).tolist() == [0, 2, 4]
+    assert program.memory is None or program.memory["arguments"] == 12
