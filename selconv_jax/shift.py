@@ -1,6 +1,7 @@
 """Spatial shift of channels by fractions of a pixel, and the selection that reads through it."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -54,8 +55,8 @@ def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
     spatial = list(range(1, x.ndim - 1))
     order = [x.ndim - 1, 0, *spatial]  # the dimensions of x in those of y
     y = jnp.transpose(x, order)
-    for axis in spatial:
-        matrix = _interpolation_matrix(shift[:, axis - 1], x.shape[axis], x.dtype)  # [C, out, in]
+    matrices = _interpolation_matrices(shift, x.shape[1:-1], x.dtype)
+    for axis, matrix in zip(spatial, matrices, strict=True):
         at = order.index(axis)
         if at == y.ndim - 1:
             y = product(y, matrix, (((at,), (2,)), ((0,), (0,))))
@@ -66,8 +67,16 @@ def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
     return jnp.transpose(y, [order.index(axis) for axis in range(x.ndim)])
 
 
+def _interpolation_matrices(shift: jax.Array, sizes: Sequence[int], dtype: jnp.dtype) -> list[jax.Array]:
+    """Weights ``[C, out, in]`` of the linear interpolation along each dimension, for all shifts."""
+    if len(set(sizes)) == 1:
+        # Dimensions of equal size at once: a smaller program.
+        return list(jax.vmap(_interpolation_matrix, in_axes=(1, None, None))(shift, sizes[0], dtype))
+    return [_interpolation_matrix(shift[:, axis], size, dtype) for axis, size in enumerate(sizes)]
+
+
 def _interpolation_matrix(shift: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
-    """Weights ``[C, out, in]`` of the linear interpolation along one axis, for shifts ``[C]``."""
+    """Weights ``[C, out, in]`` of the linear interpolation along one dimension, for shifts ``[C]``."""
     # A narrow type cannot even count the pixels of a large image.
     shift = shift.astype(statistics_dtype(shift.dtype))
     column = jnp.arange(size, dtype=shift.dtype)[None, None, :]
@@ -117,12 +126,15 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None 
         return x
     slot = _one_hot_slots(source, slots)
     # Places that are not used read channel 0 and are written nowhere.
-    origin = jnp.sum(jnp.where(slot, source[None, :], 0), axis=1)
+    # Indices are computed once, not for every pixel that a gather reads.
+    origin = lax.optimization_barrier(jnp.sum(jnp.where(slot, source[None, :], 0), axis=1))
     read = jnp.where((source >= 0)[:, None], shift, jnp.zeros((), shift.dtype))
     displacement = jnp.dot(slot.astype(shift.dtype), read, precision=lax.Precision.HIGHEST)
-    copies = channel_shift(_read(x, origin), displacement)
+    if target_platform() != "tpu":
+        return _replace(x, channel_shift(_gather(x, origin), displacement), source, slot)
+    one_hot = jax.nn.one_hot(origin, channels, dtype=x.dtype, axis=0)
+    copies = channel_shift(jnp.dot(x, one_hot, precision=lax.Precision.HIGHEST), displacement)
     kept = jnp.where(lax.expand_dims(source >= 0, range(x.ndim - 1)), jnp.zeros((), x.dtype), x)
-    # A product, whose gradient is a product again and not a scatter.
     return kept + jnp.dot(copies, slot.astype(x.dtype), precision=lax.Precision.HIGHEST)
 
 
@@ -135,17 +147,9 @@ def _one_hot_slots(source: jax.Array, slots: int) -> jax.Array:
     return is_copy[None, :] & (before[None, :] == jnp.arange(slots)[:, None])
 
 
-def _read(x: jax.Array, origin: jax.Array) -> jax.Array:
-    """The channels ``origin`` ``[slots]`` of ``x``."""
-    if target_platform() == "tpu":
-        one_hot = jax.nn.one_hot(origin, x.shape[-1], dtype=x.dtype, axis=0)
-        return jnp.dot(x, one_hot, precision=lax.Precision.HIGHEST)
-    return _gather(x, origin)
-
-
 @jax.custom_vjp
 def _gather(x: jax.Array, origin: jax.Array) -> jax.Array:
-    """`_read` as a gather, whose gradient is a product with a one-hot matrix instead of a scatter."""
+    """The channels ``origin`` ``[slots]`` of ``x``; the gradient is a product and not a scatter."""
     return jnp.take(x, origin, axis=-1, mode="clip")
 
 
@@ -155,8 +159,49 @@ def _gather_forward(x: jax.Array, origin: jax.Array) -> tuple[jax.Array, tuple[j
 
 def _gather_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, Any]:
     one_hot, origin = saved
-    no_gradient = np.zeros(origin.shape, jax.dtypes.float0)
-    return jnp.dot(cotangent, one_hot, precision=lax.Precision.HIGHEST), no_gradient
+    return jnp.dot(cotangent, one_hot, precision=lax.Precision.HIGHEST), _no_gradient(origin)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+@jax.custom_vjp
+def _replace(x: jax.Array, copies: jax.Array, source: jax.Array, slot: jax.Array) -> jax.Array:
+    """``x`` with the copies in their slots; forward and back only channels are gathered."""
+    place = jnp.sum(jnp.where(slot, jnp.arange(slot.shape[0])[:, None], 0), axis=0)  # [C]
+    place = lax.optimization_barrier(place)
+    is_copy = lax.expand_dims(source >= 0, range(x.ndim - 1))
+    return jnp.where(is_copy, jnp.take(copies, place, axis=-1, mode="clip"), x)
+
+
+def _replace_forward(
+    x: jax.Array, copies: jax.Array, source: jax.Array, slot: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _replace(x, copies, source, slot), (source, slot)
+
+
+def _replace_backward(
+    saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, Any, Any]:
+    source, slot = saved
+    leading = range(cotangent.ndim - 1)
+    zero = jnp.zeros((), cotangent.dtype)
+    channel = jnp.sum(jnp.where(slot, jnp.arange(slot.shape[1])[None, :], 0), axis=1)  # [slots]
+    channel = lax.optimization_barrier(channel)
+    of_copies = jnp.take(cotangent, channel, axis=-1, mode="clip")
+    # Places that are not used have read channel 0.
+    used = lax.expand_dims(jnp.any(slot, axis=1), leading)
+    return (
+        jnp.where(lax.expand_dims(source >= 0, leading), zero, cotangent),
+        jnp.where(used, of_copies, zero),
+        _no_gradient(source),
+        _no_gradient(slot),
+    )
+
+
+_replace.defvjp(_replace_forward, _replace_backward)
+
+
+def _no_gradient(values: jax.Array) -> Any:
+    """The cotangent of integers and truth values."""
+    return np.zeros(values.shape, jax.dtypes.float0)
