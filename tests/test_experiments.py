@@ -296,7 +296,7 @@ def run_two_steps(trainer):
     before = jax.device_get(state.params)
     with contextlib.closing(trainer.batches(state, 0)) as batches:
         for _ in range(2):
-            state, numbers = trainer.run_steps(state, batches, trainer.slots(state), 1)
+            state, numbers = trainer.run_steps(state, batches, trainer.program(state, 0), 1)
     loss, _, failed = jax.device_get(numbers)
     assert int(state.step) == 2
     assert np.isfinite(loss)

@@ -79,6 +79,7 @@ def test_what_a_run_leaves(finished):
     assert about["versions"]["jax"] == jax.__version__
     assert "epoch 4/4" in text
     assert "compiling the training step for copies in up to" in text
+    assert text.count("compiling the training step for the frozen allocation (") == 1
     assert final_arrays(workdir)[0] == 16
 
 
@@ -362,13 +363,14 @@ def test_default_workdir_is_free(tmp_path):
 def test_slots_grow_with_the_copies():
     tested = Trainer(tiny_config(), load("fashion_mnist_sample"))
     state = tested.initial_state()
-    assert tested.slots(state) == 0.0
+    assert tested.program(state, 0).model.slots == 0.0
     layers = state.selectivity["block1_layer1"]
     assert layers["conv1"]["source"].shape == (16,)
     for copies, bucket in ((1, 0.125), (2, 0.125), (3, 0.25), (8, 0.5), (9, 1.0), (16, 1.0)):
         source = np.where(np.arange(16) < copies, 0, -1)
         selectivity = {"block1_layer1": {**layers, "conv1": {**layers["conv1"], "source": source}}}
-        assert tested.slots(dataclasses.replace(state, selectivity=selectivity)) == bucket
+        program = tested.program(dataclasses.replace(state, selectivity=selectivity), 0)
+        assert program.model.slots == bucket
 
 
 def strip_speed(record):

@@ -12,6 +12,7 @@ from selconv_jax.compaction.files import check_target
 from selconv_jax.counting import count_multiply_adds, count_parameters
 from selconv_jax.layer_tree import layer_states
 from selconv_jax.train.loop import evaluation_metrics, restore_run
+from selconv_jax.train.program import Program
 from selconv_jax.train.state import TrainState
 from selconv_jax.train.trainer import Trainer
 
@@ -70,7 +71,7 @@ def compact_run(
         save_compact(output, plan.model, variables)
     metrics = {}
     if evaluate:
-        totals = trainer.evaluate(state, model=plan.frozen_model())
+        totals = trainer.evaluate(state, program=Program("compact", plan.frozen_model()))
         assert totals is not None  # nobody asked it to stop
         metrics = evaluation_metrics(totals, info)
     image = jax.ShapeDtypeStruct((1, *info.image_shape), trainer.model.dtype)

@@ -105,7 +105,9 @@ def evaluate_run(workdir: Path, step: int | None = None) -> tuple[int, dict[str,
         SelconvError: Something the user can mend.
     """
     trainer, info, step, state = restore_run(workdir, step)
-    totals = trainer.evaluate(state)
+    # As after the epoch that the checkpoint belongs to.
+    epoch = max(step - 1, 0) // trainer.steps_per_epoch
+    totals = trainer.evaluate(state, program=trainer.program(state, epoch))
     assert totals is not None  # nobody asked it to stop
     return step, evaluation_metrics(totals, info)
 
@@ -206,12 +208,9 @@ class _Run:
     def _train_epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, float | None]:
         """Trains to the end of the epoch or until asked to stop; returns images per second too."""
         trainer, config = self.trainer, self.trainer.config
-        slots = trainer.slots(state)
-        if not trainer.is_compiled(slots):
-            self._display.line(
-                "compiling the training step"
-                + (f" for copies in up to {slots:.1%} of a layer's channels" if slots else "")
-            )
+        program = trainer.program(state, epoch)
+        if not trainer.is_compiled(program):
+            self._display.line(f"compiling the training step{program.note}")
         step = int(state.step)
         end = (epoch + 1) * trainer.steps_per_epoch
         started: float | None = None
@@ -220,7 +219,7 @@ class _Run:
         with contextlib.closing(trainer.batches(state, epoch)) as batches:
             while step < end and not self._stop:
                 count = min(trainer.steps_per_dispatch, end - step)
-                state, numbers = trainer.run_steps(state, batches, slots, count)
+                state, numbers = trainer.run_steps(state, batches, program, count)
                 if started is None:
                     # The first call compiles; the speed is that of the others.
                     jax.block_until_ready(numbers)
@@ -251,7 +250,8 @@ class _Run:
     def _end_epoch(self, state: TrainState, epoch: int, speed: float | None) -> tuple[TrainState, bool]:
         """Evaluates, saves, re-allocates and records, in this order; false if asked to stop before."""
         trainer, config = self.trainer, self.trainer.config
-        totals = trainer.evaluate(state, should_stop=lambda: bool(self._stop))
+        program = trainer.program(state, epoch)
+        totals = trainer.evaluate(state, should_stop=lambda: bool(self._stop), program=program)
         if totals is None:
             return state, False
         test = evaluation_metrics(totals, self.info)

@@ -18,15 +18,13 @@ from selconv_jax.optimizer_state import reset_rewritten
 from selconv_jax.train.config import Config, DataConfig
 from selconv_jax.train.feed import Arguments, Feed, ResidentFeed, StreamedFeed
 from selconv_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from selconv_jax.train.program import Program, bucket_program, frozen_program
 from selconv_jax.train.sharding import Placement
 from selconv_jax.train.state import Totals, TrainState, initial_state
 from selconv_jax.train.step import Purpose, eval_batch, fold, train_step
 from selconv_jax.transform import Report, reallocate, required_slots
 
-__all__ = ["SLOT_BUCKETS", "Trainer"]
-
-# Shares of the channels that a step may be compiled for: few programs, little waste.
-SLOT_BUCKETS = (0.0, 0.125, 0.25, 0.5, 1.0)
+__all__ = ["Trainer"]
 
 # A loop of convolutions inside one program is slow on CPU, which also gains nothing from it.
 _STEPS_PER_DISPATCH = {"cpu": 1}
@@ -86,7 +84,8 @@ class Trainer:
             self._feed = StreamedFeed(data, self._info, self._placement, *sizes, config.data.workers)
         else:
             self._feed = ResidentFeed(data, self._placement, *sizes)
-        self._compiled: dict[tuple[str, float, int], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[str, Program, int], Callable[..., Any]] = {}
+        self._frozen: tuple[bytes, Program] | None = None
 
     @property
     def steps_per_dispatch(self) -> int:
@@ -118,65 +117,82 @@ class Trainer:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shape
         )
 
-    def slots(self, state: TrainState) -> float:
-        """The smallest of `SLOT_BUCKETS` that holds the copies of every layer."""
-        if not state.selectivity:
-            return 0.0
-        needed = required_slots(state.variables)
-        return next(bucket for bucket in SLOT_BUCKETS if bucket >= needed)
+    def program(self, state: TrainState, epoch: int) -> Program:
+        """What the steps of an epoch, and the evaluation after it, are compiled for.
+
+        Args:
+            state: The state before the epoch, or within it.
+            epoch: The epoch, counted from 0.
+
+        Returns:
+            While re-allocations are to come, the program that has room for the copies there are. Then, unless
+            ``allocation.compile_frozen`` is false, that of the allocation which remains.
+        """
+        settings = self.config.allocation
+        last = self.config.epochs - 1  # no round follows it
+        frozen = not any(settings.schedule.is_due(later, last + 1) for later in range(epoch, last))
+        if frozen and settings.compile_frozen and state.selectivity:
+            return self._frozen_program(state)
+        return self._bucket_program(state)
+
+    def _bucket_program(self, state: TrainState) -> Program:
+        return bucket_program(self.model, required_slots(state.variables) if state.selectivity else 0.0)
+
+    def _frozen_program(self, state: TrainState) -> Program:
+        allocation = b"".join(leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(state.selectivity)))
+        if self._frozen is None or self._frozen[0] != allocation:
+            program = frozen_program(self.model, state.variables, self._example)
+            self._frozen = (allocation, program)
+        return self._frozen[1]
 
     def batches(self, state: TrainState, epoch: int) -> Generator[Arguments]:
         """The batches of the rest of an epoch, for `run_steps`; to be closed when no more are needed."""
         return self._feed.train(state.key, epoch, int(state.step) - epoch * self.steps_per_epoch)
 
-    def is_compiled(self, slots: float) -> bool:
-        """Whether training steps have been compiled for this share of slots."""
-        return any(kind == "train" and share == slots for kind, share, _ in self._compiled)
+    def is_compiled(self, program: Program) -> bool:
+        """Whether training steps have been compiled for this program."""
+        return any(kind == "train" and known == program for kind, known, _ in self._compiled)
 
     def run_steps(
-        self, state: TrainState, batches: Iterator[Arguments], slots: float, count: int
+        self, state: TrainState, batches: Iterator[Arguments], program: Program, count: int
     ) -> tuple[TrainState, jax.Array]:
         """Makes ``count`` training steps; the given state is used up.
 
         Args:
             state: The state before.
             batches: From `batches`, for the epoch of the state.
-            slots: From `slots`.
+            program: From `program`, for the epoch of the state.
             count: Number of steps, within the epoch.
 
         Returns:
             The state after, and ``[3]`` float32: mean loss and accuracy of the epoch so far, and 1 if a
             loss has not been finite, else 0.
         """
-        function = self._function("train", slots, count, self._make_steps)
+        function = self._function("train", program, count, self._make_steps)
         return function(state, *next(batches))
 
     def plan_compaction(self, state: TrainState, multiple: int = 1) -> CompactionPlan:
         """Plans the network without what the state's allocation does not use, see `selconv_jax.compact`."""
-        image = jax.ShapeDtypeStruct((1, *self._info.image_shape), self.model.dtype)
-        model = self.model.clone(slots=self.slots(state))
-        return plan_compaction(model, state.variables, example=image, multiple=multiple)
+        model = self.model.clone(slots=0.0)
+        return plan_compaction(model, state.variables, example=self._example, multiple=multiple)
 
     def evaluate(
         self,
         state: TrainState,
         should_stop: Callable[[], bool] = lambda: False,
-        model: Any = None,
+        program: Program | None = None,
     ) -> Totals | None:
         """Loss and accuracy on all test images.
 
         Args:
             state: The state to evaluate.
             should_stop: Asked between batches.
-            model: What computes in place of the network, with its variables; None: the network.
+            program: What computes; None: the one with room for the copies there are.
 
         Returns:
             Sums on the host, or None if it was asked to stop.
         """
-        if model is None:
-            function = self._function("eval", self.slots(state), 1, self._make_eval)
-        else:
-            function = self._make_eval(model, 1)
+        function = self._function("eval", program or self._bucket_program(state), 1, self._make_eval)
         totals = []
         with contextlib.closing(self._feed.test()) as batches:
             for arguments in batches:
@@ -215,11 +231,11 @@ class Trainer:
         return float(self._learning_rate(step))
 
     def _function(
-        self, kind: str, slots: float, count: int, make: Callable[[Any, int], Callable[..., Any]]
+        self, kind: str, program: Program, count: int, make: Callable[[Any, int], Callable[..., Any]]
     ) -> Callable[..., Any]:
-        key = (kind, slots, count)
+        key = (kind, program, count)
         if key not in self._compiled:
-            self._compiled[key] = make(self.model.clone(slots=slots), count)
+            self._compiled[key] = make(program.model, count)
         return self._compiled[key]
 
     def _make_steps(self, model: Any, count: int) -> Callable[..., Any]:
@@ -260,6 +276,11 @@ class Trainer:
             )
 
         return jax.jit(evaluate, out_shardings=self._placement.replicated)
+
+    @property
+    def _example(self) -> jax.ShapeDtypeStruct:
+        """An image in a batch of its own, as the network takes it."""
+        return jax.ShapeDtypeStruct((1, *self._info.image_shape), self.model.dtype)
 
     @property
     def _step_info(self) -> DatasetInfo:

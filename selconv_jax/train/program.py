@@ -1,0 +1,73 @@
+"""What the steps of a run are compiled for."""
+
+import dataclasses
+import hashlib
+from collections.abc import Hashable
+from typing import Any
+
+from selconv_jax.compaction import plan_compaction
+
+__all__ = ["SLOT_BUCKETS", "Program", "bucket_program", "frozen_program"]
+
+# Shares of the channels that a step may be compiled for: few programs, little waste.
+SLOT_BUCKETS = (0.0, 0.125, 0.25, 0.5, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A network that computes what the run's network computes with the allocation as it stands.
+
+    Attributes:
+        key: Equal for equal programs.
+        model: Applied to the run's variables, whatever the program leaves out of them.
+        note: What it is compiled for, as the end of a sentence; empty for the plain network's program.
+    """
+
+    key: Hashable
+    model: Any = dataclasses.field(compare=False)
+    note: str = dataclasses.field(default="", compare=False)
+
+
+def bucket_program(model: Any, needed: float) -> Program:
+    """The program that any allocation with so many copies can use.
+
+    Args:
+        model: The network.
+        needed: Largest share of copies in a layer, from `selconv_jax.required_slots`.
+
+    Returns:
+        That of the smallest of `SLOT_BUCKETS` which holds them.
+
+    Example:
+        >>> from selconv_jax import SelectiveConv
+        >>> bucket_program(SelectiveConv(8, (3, 3)), needed=0.2).model.slots
+        0.25
+    """
+    slots = next(bucket for bucket in SLOT_BUCKETS if bucket >= needed)
+    note = f" for copies in up to {slots:.1%} of a layer's channels" if slots else ""
+    return Program(("slots", slots), model.clone(slots=slots), note)
+
+
+def frozen_program(model: Any, variables: Any, example: Any) -> Program:
+    """The program of one allocation, which holds nothing that the allocation does not use.
+
+    Args:
+        model: The network.
+        variables: Its variables, with values.
+        example: Shape and type of a batch, a `jax.ShapeDtypeStruct`.
+
+    Returns:
+        A compacted network under the names and shapes of the whole one; where nothing is closed and nothing
+        copied, the program of the plain network.
+    """
+    plan = plan_compaction(model.clone(slots=0.0), variables, example=example)
+    if not plan.model.layouts and not plan.model.widths:
+        return bucket_program(model, 0.0)
+    reads = sum(layout.reads for _, layout in plan.model.layouts)
+    arriving = sum(layout.inputs for _, layout in plan.model.layouts)
+    digest = hashlib.sha256(repr((plan.model.layouts, plan.model.widths)).encode()).hexdigest()
+    return Program(
+        ("frozen", digest),
+        plan.frozen_model(),
+        f" for the frozen allocation ({reads} channels are left to be read, of {arriving} that arrive)",
+    )
