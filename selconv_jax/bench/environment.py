@@ -15,7 +15,7 @@ _PACKAGES = ("selconv-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", 
 
 
 def environment() -> dict[str, Any]:
-    """Processor, device and versions, ready for JSON."""
+    """Processor, device, settings of the C library's memory and versions, ready for JSON."""
     device = jax.devices()[0]
     return {
         "processor": _processor(),
@@ -25,6 +25,7 @@ def environment() -> dict[str, Any]:
         "devices_used": 1,
         "system": platform.platform(),
         "load_average": load_average(),
+        "malloc": os.environ.get("GLIBC_TUNABLES", ""),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
     }
 

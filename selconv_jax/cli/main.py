@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
+from selconv_jax.cli.allocator import keep_memory
 from selconv_jax.errors import SelconvError, nearest
 
 __all__ = ["main"]
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.words = [*options.words, *rest]
+    if arguments is None and options.command in _COMPUTING:
+        keep_memory()
     try:
         return _run(options)
     except SelconvError as error:
@@ -59,6 +62,9 @@ _HANDLERS = {
     "models": ("models", "run"),
     "data": ("data", "run"),
 }
+
+# Commands that spend their time in compiled programs.
+_COMPUTING = ("train", "resume", "eval", "sweep", "bench")
 
 
 def _run(options: argparse.Namespace) -> int:
