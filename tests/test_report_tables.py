@@ -8,7 +8,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from selconv_jax.errors import SelconvError
-from selconv_jax.report import LayerAllocation, layer_table, run_table
+from selconv_jax.layer_counts import Count, LayerCounts
+from selconv_jax.report import LayerAllocation, count_table, layer_table, run_table
 
 
 def printed(table: RenderableType, width: int = 80) -> list[list[str]]:
@@ -120,3 +121,25 @@ def test_brackets_are_no_markup():
 
 def test_no_layers():
     assert layer_table([]).row_count == 0
+
+
+def test_count_table():
+    layers = [
+        LayerCounts(
+            "block1_layer12/conv1",
+            Count(33_751_370, 4_900_726_784),
+            Count(33_781_706, 5_285_538_816),
+            Count(25_322_446, 3_676_438_528),
+        ),
+        LayerCounts("", Count(0, 2_000), Count(0, 2_000), Count(0, 0)),
+    ]
+    lines = printed(count_table(layers, "of [bold]"))
+    assert ["of", "[bold]"] in lines
+    numbers = ["33,751,370", "33,781,706", "25,322,446", "4,900.727", "5,285.539", "3,676.439"]
+    (row,) = [line for line in lines if line and line[0].startswith("block1_layer")]
+    assert row[1:] == numbers
+    assert ["(network)", "0", "0", "0", "0.002", "0.002", "0.000"] in lines
+    assert ["total", *numbers[:3], "4,900.729", "5,285.541", "3,676.439"] in lines
+    plain = printed(count_table(layers, "", ("plain",)))
+    assert ["total", "33,751,370", "4,900.729"] in plain
+    assert not [line for line in plain if "selective" in line or "compact" in line]

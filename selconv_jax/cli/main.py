@@ -144,7 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser(
         "show",
         help="tables and pictures of a run",
-        description="Prints the table of a run and draws its learning curves and channel maps.",
+        description="Prints the tables of a run, among them the parameters and multiply-adds of every layer, "
+        "and draws its learning curves and channel maps.",
     )
     show.add_argument("workdir", metavar="DIR", help="directory of the run")
     show.add_argument("--output", metavar="DIR", help="where the pictures go (default: DIR/pictures)")

@@ -7,6 +7,7 @@ import numpy as np
 from flax import traverse_util
 from rich.console import Console
 
+from selconv_jax.cli.counts import run_counts
 from selconv_jax.damage import channel_scores, expected_channel_damage, normalize_damage
 from selconv_jax.layer_tree import layer_states
 from selconv_jax.report.channel_map import channel_map
@@ -24,7 +25,7 @@ __all__ = ["draw_run", "print_run"]
 
 
 def print_run(workdir: Path, console: Console) -> None:
-    """Prints the table of a run's epochs and that of its layers.
+    """Prints the tables of a run: its epochs, its layers, their parameters and multiply-adds.
 
     Args:
         workdir: The directory of the run.
@@ -39,9 +40,11 @@ def print_run(workdir: Path, console: Console) -> None:
         console.print(f"{workdir}: no epoch has ended yet", highlight=False, soft_wrap=True)
         return
     console.print(run_table(records, _summary(workdir, config)))
-    layers = _layers(workdir)
+    variables = _variables(workdir)
+    layers = _layers(variables)
     if layers:
         console.print(layer_table(layers))
+    console.print(run_counts(config, variables), highlight=False)
 
 
 def draw_run(workdir: Path, output: Path, console: Console) -> None:
@@ -62,7 +65,7 @@ def draw_run(workdir: Path, output: Path, console: Console) -> None:
     title = f"{config.model.name} ({config.model.variant}) on {config.data.name}"
     output.mkdir(parents=True, exist_ok=True)
     save_figure(learning_curves(records, title), output / "learning_curves.png")
-    layers = _layers(workdir)
+    layers = _layers(_variables(workdir))
     if layers:
         save_figure(allocation_overview(layers, title), output / "allocation.png")
     for layer in layers:
@@ -85,17 +88,22 @@ def _summary(workdir: Path, config: Config) -> dict[str, str]:
     }
 
 
-def _layers(workdir: Path) -> list[LayerAllocation]:
-    """The selective and gate-only layers as the newest checkpoint has them."""
+def _variables(workdir: Path) -> dict[str, Any]:
+    """The network's variables as the newest good checkpoint has them; empty if there is none yet."""
     with CheckpointStore(workdir / CHECKPOINTS) as store:
         if not store.steps():
-            return []
+            return {}
         _, arrays = store.read()
-    tree: Any = traverse_util.unflatten_dict({tuple(name.split("/")): leaf for name, leaf in arrays.items()})
-    if not tree.get("selectivity"):
+    tree = traverse_util.unflatten_dict({tuple(name.split("/")): leaf for name, leaf in arrays.items()})
+    return {name: tree[name] for name in ("params", "batch_stats", "selectivity") if name in tree}
+
+
+def _layers(variables: dict[str, Any]) -> list[LayerAllocation]:
+    """The selective and gate-only layers."""
+    if not variables.get("selectivity"):
         return []
     layers = []
-    for name, state in sorted(layer_states(tree).items(), key=lambda item: _natural(item[0])):
+    for name, state in sorted(layer_states(variables).items(), key=lambda item: _natural(item[0])):
         damage = expected_channel_damage(state.kernel, state.scale, state.bias, state.gate)
         layers.append(
             LayerAllocation(

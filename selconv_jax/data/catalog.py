@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = [
     "KnownSet",
     "Status",
     "default_data_dir",
+    "find_known",
     "known_set",
     "prepare_command",
     "prepared_directories",
@@ -43,6 +45,22 @@ def known_set(name: str) -> KnownSet:
     if name not in KNOWN:
         raise DataError(f"There is no data set {name!r} to prepare. {nearest(name, KNOWN)}")
     return KNOWN[name]
+
+
+def find_known(name: str) -> KnownSet | None:
+    """The catalog's entry for a set's name, with or without a config and a version.
+
+    Args:
+        name: ``name`` or ``name/config``, either followed by ``:version``.
+
+    Returns:
+        The entry; None: the set is none of the catalog.
+
+    Example:
+        >>> find_known("cifar10:3.0.2").image_shape
+        (32, 32, 3)
+    """
+    return KNOWN.get(re.split("[/:]", name)[0])
 
 
 def default_data_dir() -> Path:

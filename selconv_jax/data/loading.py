@@ -2,14 +2,13 @@
 
 import math
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from selconv_jax.data.catalog import KNOWN, SAMPLE, resolve_data_dir
+from selconv_jax.data.catalog import SAMPLE, find_known, resolve_data_dir
 from selconv_jax.data.dataset import DatasetInfo, ImageData
 from selconv_jax.data.records import PreparedImages, open_prepared, read_split
 from selconv_jax.data.sample import load_sample
@@ -81,7 +80,7 @@ def open_data(
         return StreamedData(data.info, data.train, data.test) if streaming else data
     builder = open_prepared(name, resolve_data_dir(data_dir))
     _check_features(name, builder.info.features)
-    known = KNOWN.get(re.split("[/:]", name)[0])
+    known = find_known(name)
     # The test split of a known set may be one without labels.
     wanted = ("test", "validation") if known is None else tuple(set(known.counts) - {"train"})
     test = next((key for key in wanted if key in builder.info.splits), None)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from selconv_jax.data.catalog import KNOWN, prepare_command, prepared_directories
+from selconv_jax.data.catalog import KNOWN, find_known, prepare_command, prepared_directories
 from selconv_jax.data.dataset import Split
 from selconv_jax.data.png import decode_image
 from selconv_jax.data.quiet import quiet_tfds
@@ -35,7 +35,7 @@ def open_prepared(name: str, data_dir: Path) -> Any:
     Raises:
         DataError: If there is no such set, it is not prepared, or not as array_record files.
     """
-    known = KNOWN.get(re.split("[/:]", name)[0])
+    known = find_known(name)
     prepared = prepared_directories(data_dir)
     if not _NAME.fullmatch(name):
         raise DataError(

@@ -6,12 +6,13 @@ from selconv_jax.report.layer_allocation import LayerAllocation
 from selconv_jax.report.method_picture import method_picture
 from selconv_jax.report.overview import allocation_overview
 from selconv_jax.report.save import save_figure
-from selconv_jax.report.tables import layer_table, run_table
+from selconv_jax.report.tables import count_table, layer_table, run_table
 
 __all__ = [
     "LayerAllocation",
     "allocation_overview",
     "channel_map",
+    "count_table",
     "layer_table",
     "learning_curves",
     "method_picture",

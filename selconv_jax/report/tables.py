@@ -9,10 +9,11 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from selconv_jax.layer_counts import Count, LayerCounts, total_counts
 from selconv_jax.report.layer_allocation import LayerAllocation
 from selconv_jax.report.records import best_index, require_records, series
 
-__all__ = ["layer_table", "run_table"]
+__all__ = ["count_table", "layer_table", "run_table"]
 
 _LAST = 5  # epochs shown at the end
 # key in the records, heading, format of a value
@@ -27,6 +28,7 @@ _COLUMNS = (
     ("copies", "\ncopies", "{:,.0f}"),
     ("images_per_second", "images\nper s", "{:,.0f}"),
 )
+_FORMS = ("plain", "selective", "compact")
 _PERCENT = ("train_accuracy", "test_accuracy", "test_top5")
 
 
@@ -117,3 +119,40 @@ def layer_table(layers: Sequence[LayerAllocation]) -> Table:
             most = f"{source} ({slots.size:,} {'copy' if slots.size == 1 else 'copies'})"
         table.add_row(escape(layer.name), *(f"{count:,}" for count in counts), most)
     return table
+
+
+def count_table(layers: Sequence[LayerCounts], title: str, forms: Sequence[str] = _FORMS) -> Table:
+    """Parameters and multiply-adds of every layer in numbers, with the totals below.
+
+    Args:
+        layers: From `selconv_jax.layer_counts.count_layers`.
+        title: What the numbers hold for.
+        forms: Which of the three forms have columns: ``"plain"``, ``"selective"``, ``"compact"``.
+
+    Returns:
+        A table for ``rich.print``; multiply-adds are in millions.
+
+    Example:
+        >>> conv = LayerCounts("conv", Count(292, 18_432), Count(300, 18_432), Count(148, 9_216))
+        >>> count_table([conv], "per image").row_count
+        1
+    """
+    # Narrow, so that all columns fit a terminal of 80 characters.
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_footer=True, title=escape(title), title_justify="left")
+    total = total_counts(layers)
+    table.add_column("\n\nlayer", total.path, overflow="fold")
+    for heading, form in (("para-\nmeters", _parameters), ("multiply-\nadds (M)", _millions)):
+        for name in forms:
+            table.add_column(f"{heading}\n{name}", form(getattr(total, name)), justify="right")
+    for layer in layers:
+        cells = [form(getattr(layer, name)) for form in (_parameters, _millions) for name in forms]
+        table.add_row(escape(layer.path or "(network)"), *cells)
+    return table
+
+
+def _parameters(count: Count) -> str:
+    return f"{count.parameters:,}"
+
+
+def _millions(count: Count) -> str:
+    return f"{count.multiply_adds / 1e6:,.3f}"

@@ -13,10 +13,10 @@ from selconv_jax.compaction import CompactionPlan, plan_compaction
 from selconv_jax.data.dataset import DatasetInfo, ImageData
 from selconv_jax.data.stream import StreamedData
 from selconv_jax.errors import ConfigError
-from selconv_jax.models import create_model, stem_for
 from selconv_jax.optimizer_state import reset_rewritten
 from selconv_jax.train.config import Config, DataConfig
 from selconv_jax.train.feed import Arguments, Feed, ResidentFeed, StreamedFeed
+from selconv_jax.train.network import make_network
 from selconv_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from selconv_jax.train.program import Program, bucket_program, frozen_program
 from selconv_jax.train.sharding import Placement
@@ -60,19 +60,7 @@ class Trainer:
         self.steps_per_epoch = count // config.batch_size
         self.steps = self.steps_per_epoch * config.epochs
         self._info = _with_augmentation(data.info, config.data)
-        for key in ("variant", "dtype", "slots"):
-            if key in config.model.options:
-                raise ConfigError(f"model.options.{key} cannot be set: it follows from [model] and the run.")
-        self.model = create_model(
-            config.model.name,
-            data.info.num_classes,
-            **{
-                "stem": stem_for(data.info.image_shape),
-                "variant": config.model.variant,
-                "dtype": jnp.dtype(config.model.dtype),
-                **config.model.options,
-            },
-        )
+        self.model = make_network(config.model, data.info.image_shape, data.info.num_classes)
         self.optimizer = make_optimizer(config.optimizer, self.steps)
         self._learning_rate = learning_rate_schedule(config.optimizer.learning_rate, self.steps)
         self._placement = Placement.over(config.devices, config.batch_size)

@@ -1,0 +1,93 @@
+"""What `selconv show` counts of a run, with and without checkpoints, allocations and data."""
+
+import shutil
+
+import pytest
+from runs import final_arrays, quiet_console, tiny_config
+
+from selconv_jax.cli.main import main
+from selconv_jax.cli.pictures import print_run
+from selconv_jax.train import loop
+from selconv_jax.train.compacting import compact_run
+
+
+def trained(folder, **changes):
+    config = tiny_config(**{"allocation": {"threshold": 0.6}, "epochs": 2, **changes})
+    assert loop.train_run(config, folder, quiet_console()[0]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run whose last checkpoint has closed channels and copies."""
+    return trained(tmp_path_factory.mktemp("runs") / "selective")
+
+
+def shown(workdir):
+    console, text = quiet_console()
+    print_run(workdir, console)
+    return text.getvalue()
+
+
+def total(output):
+    return [line.split()[1:] for line in output.splitlines() if line.split()[:1] == ["total"]][-1]
+
+
+def renamed(workdir, folder, data):
+    """A copy of the run with another data set in its configuration."""
+    shutil.copytree(workdir, folder)
+    config = folder / "config.toml"
+    config.write_text(config.read_text().replace('"fashion_mnist_sample"', f'"{data}"'))
+    assert data in config.read_text()
+    return folder
+
+
+def test_show_prints_the_sizes_that_compaction_tells(workdir, capsys, tmp_path):
+    sizes = compact_run(workdir).sizes
+    _, arrays = final_arrays(workdir)
+    assert (arrays["selectivity/block1_layer1/conv1/source"] >= 0).any()
+    assert main(["show", str(workdir), "--output", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "per image of 28x28x1; selective: as compiled for copies in up to" in " ".join(output.split())
+    plain, selective, small, *multiply_adds = total(output)
+    assert (selective, small) == tuple(f"{count:,}" for count in sizes["parameters"])
+    shifts = arrays["params/block1_layer1/conv1/shift"].size
+    assert plain == f"{sizes['parameters'][0] - shifts:,}"
+    whole, least = (f"{count / 1e6:.3f}" for count in sizes["multiply-adds"])
+    assert (multiply_adds[0], multiply_adds[2]) == (whole, least)
+    assert float(multiply_adds[1]) > float(whole)
+
+
+def test_no_data_is_needed(workdir, tmp_path, monkeypatch):
+    expected = total(shown(workdir))
+
+    def refuse(*arguments, **options):
+        raise AssertionError("the data was opened")
+
+    monkeypatch.setattr(loop, "open_data", refuse)
+    other = renamed(workdir, tmp_path / "other", "fashion_mnist:3.0.1")
+    assert total(shown(other)) == expected
+
+
+def test_images_of_unknown_size(workdir, tmp_path):
+    output = shown(renamed(workdir, tmp_path / "other", "beans"))
+    assert "not counted, as the size of the images of beans is in none of the run's files" in output
+    assert "block1_layer1/conv2" in output
+
+
+def test_no_checkpoint(workdir, tmp_path):
+    folder = renamed(workdir, tmp_path / "other", "fashion_mnist_sample")
+    shutil.rmtree(folder / "checkpoints")
+    assert "not counted, as there is no checkpoint" in shown(folder)
+
+
+def test_a_plain_run_and_one_that_only_closes(tmp_path):
+    plain = shown(trained(tmp_path / "plain", epochs=1, model={"variant": "plain"}))
+    closing = shown(trained(tmp_path / "closing", model={"variant": "gate_only"}))
+    assert "selective" not in plain
+    assert "as compiled for no copies" in " ".join(closing.split())
+    parameters, multiply_adds = total(plain)
+    counts = total(closing)
+    assert counts[:2] == [parameters, parameters]
+    assert counts[3:5] == [multiply_adds, multiply_adds]
+    assert float(counts[5]) < float(multiply_adds)
