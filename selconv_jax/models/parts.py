@@ -135,8 +135,9 @@ def average_pool(x: jax.Array) -> jax.Array:
 def append_channels(x: jax.Array, y: jax.Array) -> jax.Array:
     """Joins ``[N, H, W, C]`` and ``[N, H, W, k]`` to ``[N, H, W, C + k]``, computed once."""
     # As rows of channels: the CPU compiler joins arrays of more dimensions in one thread.
-    rows = [part.reshape(-1, part.shape[-1]) for part in (x, y)]
-    return stored(jnp.concatenate(rows, axis=-1).reshape(*x.shape[:-1], -1))
+    rows = [part.reshape(math.prod(part.shape[:-1]), part.shape[-1]) for part in (x, y)]
+    joined = jnp.concatenate(rows, axis=-1)
+    return stored(joined.reshape(*x.shape[:-1], joined.shape[-1]))
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:
