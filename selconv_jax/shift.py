@@ -1,6 +1,7 @@
 """Spatial shift of channels by fractions of a pixel, and the selection that reads through it."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax import lax
 
 from selconv_jax.batch_norm import statistics_dtype
 from selconv_jax.platforms import target_platform
+from selconv_jax.stored import stored
 
 __all__ = ["channel_shift", "select"]
 
@@ -150,7 +152,7 @@ def _one_hot_slots(source: jax.Array, slots: int) -> jax.Array:
 @jax.custom_vjp
 def _gather(x: jax.Array, origin: jax.Array) -> jax.Array:
     """The channels ``origin`` ``[slots]`` of ``x``; the gradient is a product and not a scatter."""
-    return jnp.take(x, origin, axis=-1, mode="clip")
+    return _taken(x, origin)
 
 
 def _gather_forward(x: jax.Array, origin: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -171,7 +173,7 @@ def _replace(x: jax.Array, copies: jax.Array, source: jax.Array, slot: jax.Array
     place = jnp.sum(jnp.where(slot, jnp.arange(slot.shape[0])[:, None], 0), axis=0)  # [C]
     place = lax.optimization_barrier(place)
     is_copy = lax.expand_dims(source >= 0, range(x.ndim - 1))
-    return jnp.where(is_copy, jnp.take(copies, place, axis=-1, mode="clip"), x)
+    return jnp.where(is_copy, jnp.take(stored(copies), place, axis=-1, mode="clip"), x)
 
 
 def _replace_forward(
@@ -188,7 +190,7 @@ def _replace_backward(
     zero = jnp.zeros((), cotangent.dtype)
     channel = jnp.sum(jnp.where(slot, jnp.arange(slot.shape[1])[None, :], 0), axis=1)  # [slots]
     channel = lax.optimization_barrier(channel)
-    of_copies = jnp.take(cotangent, channel, axis=-1, mode="clip")
+    of_copies = _taken(cotangent, channel)
     # Places that are not used have read channel 0.
     used = lax.expand_dims(jnp.any(slot, axis=1), leading)
     return (
@@ -200,6 +202,13 @@ def _replace_backward(
 
 
 _replace.defvjp(_replace_forward, _replace_backward)
+
+
+def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Channels of ``x``; as columns of a matrix, which is the faster gather on CPU."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    taken = stored(jnp.take(rows, index, axis=1, mode="clip"))
+    return taken.reshape(*x.shape[:-1], index.shape[0])
 
 
 def _no_gradient(values: jax.Array) -> Any:
