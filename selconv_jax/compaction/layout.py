@@ -62,6 +62,20 @@ class LayerLayout:
         """Channels that the layer normalizes and convolves."""
         return len(self.own) + len(self.copied)
 
+    @property
+    def places(self) -> tuple[int, ...] | None:
+        """Incoming channel in whose place each of the `reads` can be computed, or None.
+
+        Own channels have their own places, copies those of channels that are not read. Computing so takes
+        no gather, but also passes over the channels that are left over; so it is None where those are the
+        greater part, where there are too few for the copies, and in layers with groups.
+        """
+        taken = set(self.own)
+        free = [channel for channel in range(self.inputs) if channel not in taken]
+        if self.groups > 1 or self.order or len(self.copied) > len(free) or 2 * self.reads < self.inputs:
+            return None
+        return (*self.own, *free[: len(self.copied)])
+
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and lists; rising neighbours as ``[first, count]``."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from selconv_jax.compaction.gather import take_channels, take_repeated
+from selconv_jax.compaction.gather import spread_channels, take_channels, take_repeated
 from selconv_jax.compaction.layout import LayerLayout
 from selconv_jax.convolution import canonical_padding, canonical_window, convolve
-from selconv_jax.layers import PlainConv
-from selconv_jax.shift import channel_shift
+from selconv_jax.layers import PlainConv, apply_batch_norm_relu
+from selconv_jax.shift import channel_shift, select
 
 __all__ = ["StaticConv", "call_static", "output_shape"]
 
@@ -62,21 +62,42 @@ class StaticConv(PlainConv):
                 f"for {layout.inputs} input channels."
             )
         x = _promoted(self, x)
-        parts = [take_channels(x, layout.own)] if layout.own else []
+        shift = None
         if layout.copied:
             shape = (len(layout.copied), x.ndim - 2)
             shift = self.param("shift", nn.initializers.zeros, shape, self.param_dtype)
-            parts.append(channel_shift(take_repeated(x, layout.copied), shift))
-        x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-        if layout.order:
-            x = take_channels(x, layout.order)
-        return super().__call__(x, train)
+        arrange = _gathered if layout.places is None else _in_place
+        return super().__call__(arrange(x, layout, shift), train)
 
     @property
     def _layout(self) -> LayerLayout:
         if self.layout is None:
             raise ValueError("a StaticConv needs a layout; selconv_jax.compact makes such layers.")
         return self.layout
+
+    @nn.nowrap
+    def _reads(self, channels: int) -> int:
+        del channels
+        return self._layout.reads
+
+    @nn.nowrap
+    def _normalized(self, x: Array, train: bool) -> Array:
+        places = self._layout.places
+        if places is None:
+            return super()._normalized(x, train)
+        return apply_batch_norm_relu(
+            self,
+            x,
+            train,
+            channels=self._layout.reads,
+            widen=lambda values: spread_channels(values, places, x.shape[-1]),
+            narrow=lambda values: take_channels(values, places),
+        )
+
+    @nn.nowrap
+    def _as_wide_as_input(self, kernel: Array) -> Array:
+        places = self._layout.places
+        return kernel if places is None else spread_channels(kernel, places, self._layout.inputs, axis=-2)
 
     @nn.nowrap
     def _select(self, x: Array, rank: int) -> tuple[Array, Array | None]:
@@ -87,6 +108,26 @@ class StaticConv(PlainConv):
         mask = np.ones(self._layout.reads, bool)
         mask[list(self._layout.idle)] = False
         return x, jnp.asarray(mask)
+
+
+def _in_place(x: Array, layout: LayerLayout, shift: Array | None) -> Array:
+    """The input with the copies in their places; what is not read stays where it is."""
+    if shift is None:
+        return x
+    assert layout.places is not None
+    copies = layout.places[len(layout.own) :]
+    source = np.full(layout.inputs, -1, np.int32)
+    source[list(copies)] = layout.copied
+    return select(x, jnp.asarray(source), spread_channels(shift, copies, layout.inputs, axis=0), len(copies))
+
+
+def _gathered(x: Array, layout: LayerLayout, shift: Array | None) -> Array:
+    """Just what is read of the input."""
+    parts = [take_channels(x, layout.own)] if layout.own else []
+    if shift is not None:
+        parts.append(channel_shift(take_repeated(x, layout.copied), shift))
+    x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    return take_channels(x, layout.order) if layout.order else x
 
 
 def call_static(layer: PlainConv, layout: LayerLayout, x: Array, train: bool) -> Array:
