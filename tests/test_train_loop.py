@@ -204,25 +204,31 @@ def test_damaged_checkpoint_falls_back_and_says_so(finished, tmp_path, monkeypat
     assert_same_metrics(workdir, finished[0])
 
 
-def test_steps_in_one_dispatch_agree_with_single_ones(finished, tmp_path):
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory):
+    """The records of a run of two epochs."""
+    workdir = tmp_path_factory.mktemp("runs") / "two"
+    assert train_run(tiny_config(epochs=2), workdir, quiet_console()[0]) == 0
+    return read_metrics(workdir / "metrics.jsonl")
+
+
+def test_steps_in_one_dispatch_agree_with_single_ones(two_epochs, tmp_path):
     """A scan is another program: equal up to rounding, with the same re-allocation."""
     workdir = tmp_path / "scanned"
     console, _ = quiet_console()
-    assert train_run(tiny_config(steps_per_dispatch=3, epochs=4), workdir, console) == 0
-    records, expected = (read_metrics(path / "metrics.jsonl") for path in (workdir, finished[0]))
-    assert records[0]["train_loss"] == pytest.approx(expected[0]["train_loss"], rel=1e-4)
-    assert records[0]["closed"] == expected[0]["closed"]
+    assert train_run(tiny_config(steps_per_dispatch=3, epochs=2), workdir, console) == 0
+    records = read_metrics(workdir / "metrics.jsonl")
+    assert records[0]["train_loss"] == pytest.approx(two_epochs[0]["train_loss"], rel=1e-4)
+    assert records[0]["closed"] == two_epochs[0]["closed"]
 
 
-def test_devices_agree_with_one(finished, tmp_path):
+def test_devices_agree_with_one(two_epochs, tmp_path):
     """Batch norm over the global batch: the first epoch agrees up to rounding."""
     workdir = tmp_path / "sharded"
     console, _ = quiet_console()
     assert train_run(tiny_config(devices=2, epochs=2, eval_batch_size=333), workdir, console) == 0
     record, _ = read_metrics(workdir / "metrics.jsonl")
-    alone = tmp_path / "alone"
-    assert train_run(tiny_config(epochs=2), alone, console) == 0
-    expected, _ = read_metrics(alone / "metrics.jsonl")
+    expected, _ = two_epochs
     assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
     assert record["closed"] == expected["closed"]
 
