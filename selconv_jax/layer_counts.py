@@ -74,9 +74,9 @@ def count_layers(model: nn.Module, variables: Variables, image: Any) -> list[Lay
       shifts, ``2 s C``. In programs for TPUs (`platforms.target_platform`) reading the sources and putting
       the copies into their places are products too, ``s H W C`` each. Parameters include the shift of every
       channel.
-    - *compact*: the network of `plan_compaction`: open channels alone, and for each of the copies themselves
-      the interpolation, ``H W (H + W)``; places and sources are constants and cost no products. Parameters
-      include the shifts of the copies. Where nothing is closed, copied or unused, it is the selective
+    - *compact*: the network of `plan_compaction`: open channels alone, and the copies themselves, each as in
+      *selective* where it is computed in the place of a channel that is not read (`LayerLayout.places`),
+      else its interpolation alone, ``H W (H + W)``. Parameters include the shifts of the copies. Where nothing is closed, copied or unused, it is the selective
       network itself, compiled for no copies.
 
     So an allocation costs its copies, which *selective* rounds up to ``slots`` and *compact* does not, and

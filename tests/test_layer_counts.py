@@ -83,7 +83,7 @@ def test_by_hand():
     # The 3x3 convolution of block 1 reads 4 of its 8 channels, which are all that the 1x1 one makes.
     assert {path: layer.compact for path, layer in layers.items()} == {
         "stem": layers["stem"].plain,
-        "block1_layer1/conv1": Count(4 * 4 + 2 * 4 + 2, 64 * 4 * 4 + 64 * (8 + 8)),
+        "block1_layer1/conv1": Count(4 * 4 + 2 * 4 + 2, 64 * 4 * 4 + copies["block1_layer1/conv1"]),
         "block1_layer1/conv2": Count(36 * 2 + 2 * 4, 64 * 36 * 2),
         "block2_layer1/conv1": Count(5 * 8 + 2 * 5, 16 * 5 * 8),
         "block2_layer1/conv2": layers["block2_layer1/conv2"].plain,
@@ -175,12 +175,12 @@ def test_a_single_layer_in_one_dimension():
     # Two slots: for each 10 x 10 weights, and one shift out of 4.
     slot = 2 * 10 * 10 + 4
     assert counts.selective == Count(5 * 4 * 6 + 3 * 4, plain + 2 * slot)
-    assert counts.compact == Count(5 * 4 * 6 + 2 * 4 + 1, plain + 2 * 10 * 10)
+    assert counts.compact == Count(5 * 4 * 6 + 2 * 4 + 1, plain + 2 * 10 * 10 + 4)
     with tracing_for("tpu"):
         (counts,) = count_layers(layer, variables, signal)
     # There 10 pixels are read from 4 channels and put into 4, as products.
     assert counts.selective.multiply_adds == plain + 2 * (slot + 2 * (2 * 10 * 4))
-    assert counts.compact.multiply_adds == plain + 2 * 10 * 10
+    assert counts.compact.multiply_adds == plain + 2 * 10 * 10 + 4 + 2 * (2 * 10 * 4)
 
 
 class Looped(nn.Module):

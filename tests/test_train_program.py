@@ -77,7 +77,7 @@ def losses(model, variables, optimizer, compiled=True):
 @pytest.mark.parametrize(
     ("name", "dtype", "tolerance"),
     [
-        ("densenet", "float32", 1e-4),
+        pytest.param("densenet", "float32", 1e-4, marks=pytest.mark.slow),
         ("preresnet", "float64", 1e-9),
         pytest.param("densenet", "float64", 1e-9, marks=pytest.mark.slow),
         pytest.param("preresnet", "float32", 1e-4, marks=pytest.mark.slow),

@@ -66,13 +66,15 @@ class LayerLayout:
     def places(self) -> tuple[int, ...] | None:
         """Incoming channel in whose place each of the `reads` can be computed, or None.
 
-        Own channels have their own places, copies those of channels that are not read. Computing so takes
-        no gather, but also passes over the channels that are left over; so it is None where those are the
-        greater part, where there are too few for the copies, and in layers with groups.
+        Own channels have their own places, copies those of channels that are not read, as before compaction.
+        Computing so takes no gather of the own channels, but passes over what is left over, too. So it is
+        None where there is no copy, where more than an eighth is left over or too little for the copies, and
+        in layers with groups.
         """
         taken = set(self.own)
         free = [channel for channel in range(self.inputs) if channel not in taken]
-        if self.groups > 1 or self.order or len(self.copied) > len(free) or 2 * self.reads < self.inputs:
+        left_over = len(free) - len(self.copied)
+        if not self.copied or self.groups > 1 or self.order or not 0 <= left_over <= self.inputs / 8:
             return None
         return (*self.own, *free[: len(self.copied)])
 
