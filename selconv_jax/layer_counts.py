@@ -76,8 +76,8 @@ def count_layers(model: nn.Module, variables: Variables, image: Any) -> list[Lay
       channel.
     - *compact*: the network of `plan_compaction`: open channels alone, and the copies themselves, each as in
       *selective* where it is computed in the place of a channel that is not read (`LayerLayout.places`),
-      else its interpolation alone, ``H W (H + W)``. Parameters include the shifts of the copies. Where nothing is closed, copied or unused, it is the selective
-      network itself, compiled for no copies.
+      else its interpolation alone, ``H W (H + W)``. Parameters include the shifts of the copies. Where
+      nothing is closed, copied or unused, it is the selective network itself, compiled for no copies.
 
     So an allocation costs its copies, which *selective* rounds up to ``slots`` and *compact* does not, and
     saves its closed channels in *compact* alone. Nothing is computed or compiled: programs are only traced.

@@ -30,7 +30,11 @@ def shapes(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
 
 
-@pytest.mark.parametrize("family", NETWORKS)
+@pytest.mark.parametrize(
+    "family",
+    ["densenet_bc", "resnext"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("densenet", "preresnet", "condensenet")],
+)
 @hypothesis.settings(
     max_examples=2, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate], database=None
 )

@@ -81,6 +81,7 @@ def test_no_checkpoint(workdir, tmp_path):
     assert "not counted, as there is no checkpoint" in shown(folder)
 
 
+@pytest.mark.slow
 def test_a_plain_run_and_one_that_only_closes(tmp_path):
     plain = shown(trained(tmp_path / "plain", epochs=1, model={"variant": "plain"}))
     closing = shown(trained(tmp_path / "closing", model={"variant": "gate_only"}))
