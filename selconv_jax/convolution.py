@@ -139,7 +139,7 @@ def _product(x: jax.Array, kernel: jax.Array, precision: Any) -> jax.Array:
     """``x @ kernel`` for ``[M, C]`` and ``[C, O]``, whose gradients are products of the operands as they lie.
 
     What follows from the chain rule is a transposed product, for which the CPU compiler transposes the
-    cotangent first.
+    cotangent first. As any custom gradient it has no forward mode (``jax.jvp``).
     """
     return jnp.dot(x, kernel, precision=precision)
 

@@ -75,7 +75,7 @@ def count_layers(model: nn.Module, variables: Variables, image: Any) -> list[Lay
       the copies into their places are products too, ``s H W C`` each. Parameters include the shift of every
       channel.
     - *compact*: the network of `plan_compaction`: open channels alone, and the copies themselves, each as in
-      *selective* where it is computed in the place of a channel that is not read (`LayerLayout.places`),
+      *selective* where it is computed in the place of a channel that is not read (`LayerLayout.is_in_place`),
       else its interpolation alone, ``H W (H + W)``. Parameters include the shifts of the copies. Where
       nothing is closed, copied or unused, it is the selective network itself, compiled for no copies.
 

@@ -21,7 +21,7 @@ from selconv_jax.errors import ConfigError
 from selconv_jax.groups import kernel_rows
 from selconv_jax.shift import select
 
-__all__ = ["BatchNormReLU", "PlainConv", "SelectiveConv", "apply_batch_norm_relu", "fan_out_normal"]
+__all__ = ["BatchNormReLU", "PlainConv", "SelectiveConv", "fan_out_normal"]
 
 Array = jax.Array
 Initializer = Callable[..., Any]
@@ -122,18 +122,17 @@ class PlainConv(nn.Module):
                 f"{self.name or type(self).__name__}: {channels} input channels do not divide into "
                 f"{self.feature_group_count} groups (feature_group_count)."
             )
-        shape = (*window, self._reads(channels) // self.feature_group_count, self.features)
+        shape = (*window, channels // self.feature_group_count, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
 
         x, gate = self._select(x, rank)
-        x = self._normalized(x, train)
+        x = _batch_norm_relu(self, x, train)
         if self.dropout_rate > 0:
             x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
         if gate is not None:
             # Closing a channel is closing its kernel row: the same sum, at no cost per pixel.
             kernel = jnp.where(kernel_rows(gate, kernel.shape), kernel, jnp.zeros((), kernel.dtype))
-        kernel = self._as_wide_as_input(kernel)
         return convolve(
             x,
             kernel,
@@ -149,20 +148,6 @@ class PlainConv(nn.Module):
         """The kernel size, one per spatial dimension."""
         size = self.kernel_size
         return (int(size),) if isinstance(size, int | np.integer) else tuple(map(int, size))
-
-    @nn.nowrap
-    def _reads(self, channels: int) -> int:
-        """Number of channels that the layer has variables for, of an input with so many."""
-        return channels
-
-    @nn.nowrap
-    def _normalized(self, x: Array, train: bool) -> Array:
-        return apply_batch_norm_relu(self, x, train)
-
-    @nn.nowrap
-    def _as_wide_as_input(self, kernel: Array) -> Array:
-        """The kernel with a row for each channel of the input."""
-        return kernel
 
     @nn.nowrap
     def _select(self, x: Array, rank: int) -> tuple[Array, Array | None]:
@@ -236,46 +221,26 @@ class BatchNormReLU(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         """Normalizes ``[N, *S, C]`` and clips it at 0, see `PlainConv.__call__`."""
-        return apply_batch_norm_relu(self, x, train)
+        return _batch_norm_relu(self, x, train)
 
 
-def apply_batch_norm_relu(
-    module: PlainConv | BatchNormReLU,
-    x: Array,
-    train: bool,
-    channels: int | None = None,
-    widen: Callable[[Array], Array] = lambda values: values,
-    narrow: Callable[[Array], Array] = lambda values: values,
-) -> Array:
-    """Batch norm and ReLU with the variables of ``module``; moves the running ones in training.
-
-    Args:
-        module: Whose variables they are.
-        x: ``[N, *S, C]``.
-        train: See `PlainConv.__call__`.
-        channels: Length of the variables; None: ``C``.
-        widen: Makes ``[C]`` of one of them.
-        narrow: The other way round.
-
-    Returns:
-        ``[N, *S, C]``.
-    """
-    shape = (x.shape[-1] if channels is None else channels,)
-    scale = widen(module.param("scale", nn.initializers.ones, shape, module.param_dtype))
-    bias = widen(module.param("bias", nn.initializers.zeros, shape, module.param_dtype))
+def _batch_norm_relu(module: PlainConv | BatchNormReLU, x: Array, train: bool) -> Array:
+    """Batch norm and ReLU with the variables of ``module``; moves the running ones in training."""
+    channels = (x.shape[-1],)
+    scale = module.param("scale", nn.initializers.ones, channels, module.param_dtype)
+    bias = module.param("bias", nn.initializers.zeros, channels, module.param_dtype)
     dtype = statistics_dtype(module.param_dtype)
-    running_mean = module.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
-    running_var = module.variable("batch_stats", "var", jnp.ones, shape, dtype)
-    if train:
-        y, mean, var = batch_norm_relu(x, scale, bias, module.epsilon)
-        if not module.is_initializing() and module.is_mutable_collection("batch_stats"):
-            moved = narrow(mean), narrow(var), x.size // x.shape[-1], module.momentum
-            running_mean.value, running_var.value = update_running_statistics(
-                running_mean.value, running_var.value, *moved
-            )
-        return y
-    mean, var = widen(running_mean.value), widen(running_var.value)
-    return nn.relu(batch_norm(x, mean, var, scale, bias, module.epsilon))
+    running_mean = module.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
+    running_var = module.variable("batch_stats", "var", jnp.ones, channels, dtype)
+    if not train:
+        normalized = batch_norm(x, running_mean.value, running_var.value, scale, bias, module.epsilon)
+        return nn.relu(normalized)
+    y, mean, var = batch_norm_relu(x, scale, bias, module.epsilon)
+    if not module.is_initializing() and module.is_mutable_collection("batch_stats"):
+        running_mean.value, running_var.value = update_running_statistics(
+            running_mean.value, running_var.value, mean, var, x.size // x.shape[-1], module.momentum
+        )
+    return y
 
 
 def _check_positive(module: nn.Module, *names: str) -> None:

@@ -54,7 +54,11 @@ def test_a_stem_channel_that_is_read_by_no_one_is_removed():
     # A single reader, and be it a copy, keeps the channel; the copy's own, 7, has none left.
     layouts, widths = layouts_of(DENSENET_BC, copy(variables, "transition1", 7, 1))
     assert widths == {}
-    assert layouts["transition1"] == LayerLayout(inputs=7, own=(0, 2, 3, 4, 5, 6), copied=(1,), outputs=4)
+    # All seven that arrive are used, so the copy is computed where its source arrives.
+    assert layouts["transition1"] == LayerLayout(
+        inputs=7, own=(0, 2, 3, 4, 5, 6), copied=(1,), outputs=4, order=(0, 6, 1, 2, 3, 4, 5)
+    )
+    assert layouts["transition1"].is_in_place
 
 
 def test_outputs_before_a_gate_go_with_it():

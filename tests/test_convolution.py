@@ -104,3 +104,14 @@ def test_trains_on_a_mesh_of_explicit_axes():
             jax.device_put(kernel, NamedSharding(mesh, PartitionSpec())), sharded
         )
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_convolutions_of_several_taps_have_a_forward_mode():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 2))
+
+    def apply(x):
+        return convolve(x, kernel, strides=(1, 1), padding="SAME", kernel_dilation=(1, 1))
+
+    y, tangent = jax.jvp(apply, (x,), (x,))  # linear, so it is its own tangent
+    np.testing.assert_allclose(tangent, y, rtol=1e-6, atol=1e-6)

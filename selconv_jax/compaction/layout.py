@@ -63,20 +63,15 @@ class LayerLayout:
         return len(self.own) + len(self.copied)
 
     @property
-    def places(self) -> tuple[int, ...] | None:
-        """Incoming channel in whose place each of the `reads` can be computed, or None.
+    def is_in_place(self) -> bool:
+        """Whether the reads are the incoming channels, some of them replaced by copies.
 
-        Own channels have their own places, copies those of channels that are not read, as before compaction.
-        Computing so takes no gather of the own channels, but passes over what is left over, too. So it is
-        None where there is no copy, where more than an eighth is left over or too little for the copies, and
-        in layers with groups.
+        Then they can be computed without a gather of the own channels, as before compaction.
         """
-        taken = set(self.own)
-        free = [channel for channel in range(self.inputs) if channel not in taken]
-        left_over = len(free) - len(self.copied)
-        if not self.copied or self.groups > 1 or self.order or not 0 <= left_over <= self.inputs / 8:
-            return None
-        return (*self.own, *free[: len(self.copied)])
+        if not self.copied or self.reads != self.inputs:
+            return False
+        order = self.order or range(self.reads)
+        return all(order[channel] == number for number, channel in enumerate(self.own))
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and lists; rising neighbours as ``[first, count]``."""

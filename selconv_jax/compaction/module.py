@@ -1,6 +1,7 @@
 """A network whose layers are replaced by smaller ones, without a change of its code or its names."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ from selconv_jax.compaction.static_layer import call_static
 from selconv_jax.layers import PlainConv, SelectiveConv
 from selconv_jax.models.parts import Stem
 
-__all__ = ["Compact", "is_layer", "is_producer", "relative_path"]
+__all__ = ["Compact", "intercept_calls", "is_layer", "is_producer", "relative_path"]
 
 
 class Compact(nn.Module):
@@ -47,24 +48,17 @@ class Compact(nn.Module):
         """Runs the network, see there."""
         layouts, widths, root = dict(self.layouts), dict(self.widths), self.path
 
-        def swap(
-            call: Callable[..., Any],
-            args: tuple[Any, ...],
-            kwargs: Mapping[str, Any],
-            context: nn.module.InterceptorContext,
-        ) -> Any:
-            module: Any = context.module
-            if context.method_name != "__call__":
-                return call(*args, **kwargs)
-            if is_layer(module) and (layout := layouts.get(relative_path(module, root))):
+        def swap(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            path = relative_path(module, root)
+            if is_layer(module) and (layout := layouts.get(path)):
                 return call_static(module, layout, *args, **kwargs)
-            width = widths.get(relative_path(module, root)) if is_producer(module) else None
+            width = widths.get(path) if is_producer(module) else None
             if width is not None and width != module.features:
                 smaller = module.clone(features=width, parent=module.scope)
                 return smaller(*args, **kwargs)
             return call(*args, **kwargs)
 
-        with nn.intercept_methods(swap):
+        with intercept_calls(swap):
             network: Any = self.network
             return network(*args, **kwargs)
 
@@ -72,6 +66,27 @@ class Compact(nn.Module):
     def dtype(self) -> Any:
         """Type of the computation, where the network has one; else None."""
         return getattr(self.network, "dtype", None)
+
+
+def intercept_calls(handle: Callable[..., Any]) -> AbstractContextManager[None]:
+    """Hands every call of a module inside of the context over.
+
+    Args:
+        handle: Called as ``handle(module, call, *args, **kwargs)`` where ``call(*args, **kwargs)`` was to be;
+            returns what the call is to return.
+    """
+
+    def interceptor(
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        if context.method_name != "__call__":
+            return call(*args, **kwargs)
+        return handle(context.module, call, *args, **kwargs)
+
+    return nn.intercept_methods(interceptor)
 
 
 def is_layer(module: Any) -> bool:

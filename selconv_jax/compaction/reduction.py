@@ -87,10 +87,15 @@ def _add_layer(result: Reduction, path: str, layer: Allocated, kept: Kept) -> No
     is_copy = kept.slots[path] & layer.gate & (layer.source >= 0)
     own = np.flatnonzero(kept.slots[path] & ~is_copy)
     copies = np.flatnonzero(is_copy)
-    # Group by group the own channels first; without groups that is the order they are read in.
-    group = np.arange(channels) // (channels // layer.groups)
     read = np.concatenate([own, copies])
-    order = np.argsort(group[read], kind="stable")
+    if len(read) == arriving and layer.groups == 1:
+        # The own channels where they arrive and the copies in between, see `LayerLayout.is_in_place`.
+        free = np.setdiff1d(np.arange(arriving), position[own])
+        order = np.argsort(np.concatenate([position[own], free]))
+    else:
+        # Group by group the own channels first; without groups that is the order they are read in.
+        group = np.arange(channels) // (channels // layer.groups)
+        order = np.argsort(group[read], kind="stable")
     slots = read[order]
     idle = _numbers(~layer.gate[slots])
     result.layouts[path] = LayerLayout(

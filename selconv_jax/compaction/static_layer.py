@@ -12,7 +12,7 @@ from flax.linen.dtypes import promote_dtype
 from selconv_jax.compaction.gather import spread_channels, take_channels, take_repeated
 from selconv_jax.compaction.layout import LayerLayout
 from selconv_jax.convolution import canonical_padding, canonical_window, convolve
-from selconv_jax.layers import PlainConv, apply_batch_norm_relu
+from selconv_jax.layers import PlainConv
 from selconv_jax.shift import channel_shift, select
 
 __all__ = ["StaticConv", "call_static", "output_shape"]
@@ -66,7 +66,7 @@ class StaticConv(PlainConv):
         if layout.copied:
             shape = (len(layout.copied), x.ndim - 2)
             shift = self.param("shift", nn.initializers.zeros, shape, self.param_dtype)
-        arrange = _gathered if layout.places is None else _in_place
+        arrange = _in_place if layout.is_in_place else _gathered
         return super().__call__(arrange(x, layout, shift), train)
 
     @property
@@ -74,30 +74,6 @@ class StaticConv(PlainConv):
         if self.layout is None:
             raise ValueError("a StaticConv needs a layout; selconv_jax.compact makes such layers.")
         return self.layout
-
-    @nn.nowrap
-    def _reads(self, channels: int) -> int:
-        del channels
-        return self._layout.reads
-
-    @nn.nowrap
-    def _normalized(self, x: Array, train: bool) -> Array:
-        places = self._layout.places
-        if places is None:
-            return super()._normalized(x, train)
-        return apply_batch_norm_relu(
-            self,
-            x,
-            train,
-            channels=self._layout.reads,
-            widen=lambda values: spread_channels(values, places, x.shape[-1]),
-            narrow=lambda values: take_channels(values, places),
-        )
-
-    @nn.nowrap
-    def _as_wide_as_input(self, kernel: Array) -> Array:
-        places = self._layout.places
-        return kernel if places is None else spread_channels(kernel, places, self._layout.inputs, axis=-2)
 
     @nn.nowrap
     def _select(self, x: Array, rank: int) -> tuple[Array, Array | None]:
@@ -111,14 +87,14 @@ class StaticConv(PlainConv):
 
 
 def _in_place(x: Array, layout: LayerLayout, shift: Array | None) -> Array:
-    """The input with the copies in their places; what is not read stays where it is."""
-    if shift is None:
-        return x
-    assert layout.places is not None
-    copies = layout.places[len(layout.own) :]
+    """The input with the copies in the places of channels that are not read."""
+    assert shift is not None
+    order = layout.order or tuple(range(layout.reads))
+    places = tuple(order.index(len(layout.own) + number) for number in range(len(layout.copied)))
     source = np.full(layout.inputs, -1, np.int32)
-    source[list(copies)] = layout.copied
-    return select(x, jnp.asarray(source), spread_channels(shift, copies, layout.inputs, axis=0), len(copies))
+    source[list(places)] = layout.copied
+    shift = spread_channels(shift, places, layout.inputs, axis=0)
+    return select(x, jnp.asarray(source), shift, len(places))
 
 
 def _gathered(x: Array, layout: LayerLayout, shift: Array | None) -> Array:

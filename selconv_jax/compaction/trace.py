@@ -1,7 +1,7 @@
 """A network's program with each of its layers as one opaque step."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +11,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax.extend.core import ClosedJaxpr, Primitive  # type: ignore[attr-defined]
 from jax.interpreters import batching
 
-from selconv_jax.compaction.module import Compact, is_layer, is_producer, relative_path
+from selconv_jax.compaction.module import Compact, intercept_calls, is_layer, is_producer, relative_path
 from selconv_jax.compaction.static_layer import StaticConv, output_shape
 from selconv_jax.layers import PlainConv
 
@@ -89,15 +89,7 @@ def trace_network(model: nn.Module, variables: Any, example: Any) -> Trace:
     layers: dict[str, PlainConv] = {}
     layouts = dict(model.layouts) if isinstance(model, Compact) else {}
 
-    def step(
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        context: nn.module.InterceptorContext,
-    ) -> Any:
-        module: Any = context.module
-        if context.method_name != "__call__":
-            return call(*args, **kwargs)
+    def step(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         path = relative_path(module, ())
         # A layer of a compacted network becomes a `StaticConv` first, or nothing if it has no outputs.
         layout = layouts.get(path)
@@ -113,7 +105,7 @@ def trace_network(model: nn.Module, variables: Any, example: Any) -> Trace:
     apply: Callable[..., Any] = model.apply
 
     def run(variables: Any, example: Any) -> Any:
-        with nn.intercept_methods(step):
+        with intercept_calls(step):
             return apply(variables, example, train=False)
 
     program, output = jax.make_jaxpr(run, return_shape=True)(variables, example)
