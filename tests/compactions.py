@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from runs import QUICK
 
 import selconv_jax
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
@@ -17,8 +18,6 @@ NETWORKS = {
     "resnext": ResNeXt(5, (1, 1), groups=2, base_width=4, widen=1),
     "condensenet": CondenseNet(5, (2, 1), growth=(4, 8), variant="selective", dropout_rate=0.0),
 }
-# The programs run once: compiling them well would take longer.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def quick_jit(function):

@@ -2,10 +2,10 @@
 
 import jax
 from jax import lax
+from runs import QUICK
 
 _CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")
 _PRODUCTS = ("dot_general", "conv_general_dilated")
-QUICK = {"xla_backend_optimization_level": 0}  # the machine code is never run
 
 
 def compiled_multiply_adds(function, *shapes, padded=True):

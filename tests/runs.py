@@ -13,6 +13,9 @@ from selconv_jax.train.config import parse_config
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
 
+# Options of `jax.jit` for programs that run so seldom that compiling them well would take longer.
+QUICK = {"xla_backend_optimization_level": 0}
+
 TINY = {
     "epochs": 4,
     "batch_size": 500,
@@ -20,7 +23,8 @@ TINY = {
     "devices": 1,
     "model": {"name": "densenet40", "options": {"blocks": [1], "growth": 8}},
     "data": {"name": "fashion_mnist_sample"},
-    "allocation": {"threshold": 0.4},
+    # Without a program of its own for the second half, which takes as long to compile as the others.
+    "allocation": {"threshold": 0.4, "compile_frozen": False},
 }
 
 
@@ -30,6 +34,11 @@ def tiny_config(**changes):
     for key, value in changes.items():
         tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
     return parse_config(tree)
+
+
+def whole_config():
+    """The tiny configuration with all that a run does."""
+    return tiny_config(allocation={"compile_frozen": True})
 
 
 def quiet_console():

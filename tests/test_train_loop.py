@@ -8,7 +8,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from runs import assert_same_end, final_arrays, quiet_console, tiny_config
+from runs import assert_same_end, final_arrays, quiet_console, tiny_config, whole_config
 from tensorboardX.proto import event_pb2
 
 from selconv_jax import CheckpointError, ConfigError, DataError
@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
     """An unbroken tiny run."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     console, text = quiet_console()
-    assert train_run(tiny_config(), workdir, console) == 0
+    assert train_run(whole_config(), workdir, console) == 0
     return workdir, text.getvalue()
 
 
@@ -143,7 +143,7 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one(finished, tmp_path, monk
     console, text = quiet_console()
     with monkeypatch.context() as patch:
         patch.setattr(loop, "StopRequest", lambda: StopAfter(questions))
-        assert train_run(tiny_config(), workdir, console) == 128 + signal.SIGTERM
+        assert train_run(whole_config(), workdir, console) == 128 + signal.SIGTERM
     step = int(re.search(r"stopped after step (\d+) of 16; go on by `selconv resume", text.getvalue())[1])
     assert step < 16
     if step > 0:
@@ -158,7 +158,7 @@ def test_resuming_again_and_again(finished, tmp_path, monkeypatch):
     console, _ = quiet_console()
     with monkeypatch.context() as patch:
         patch.setattr(loop, "StopRequest", lambda: StopAfter(2))
-        code = train_run(tiny_config(), workdir, console)
+        code = train_run(whole_config(), workdir, console)
         attempts = 0
         while code != 0 and attempts < 40:
             patch.setattr(loop, "StopRequest", lambda: StopAfter(6))
@@ -175,7 +175,7 @@ def test_resuming_before_the_first_checkpoint_starts_anew(finished, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "initial_state", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            train_run(tiny_config(), workdir, console)
+            train_run(whole_config(), workdir, console)
     assert resume_run(workdir, console) == 0
     assert "there is no checkpoint yet" in text.getvalue()
     assert_same_end(workdir, finished[0])
@@ -194,7 +194,7 @@ def test_damaged_checkpoint_falls_back_and_says_so(finished, tmp_path, monkeypat
     console, text = quiet_console()
     with monkeypatch.context() as patch:
         patch.setattr(loop, "StopRequest", lambda: StopAfter(14))
-        assert train_run(tiny_config(), workdir, console) != 0
+        assert train_run(whole_config(), workdir, console) != 0
     newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
     victim = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-7])
@@ -212,6 +212,7 @@ def two_epochs(tmp_path_factory):
     return read_metrics(workdir / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_steps_in_one_dispatch_agree_with_single_ones(two_epochs, tmp_path):
     """A scan is another program: equal up to rounding, with the same re-allocation."""
     workdir = tmp_path / "scanned"
@@ -316,7 +317,7 @@ def test_a_directory_with_a_run_is_never_overwritten(finished, tmp_path):
     console, _ = quiet_console()
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=r"already holds a run. Go on with it by `selconv resume"):
-        train_run(tiny_config(), workdir, console)
+        train_run(whole_config(), workdir, console)
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()} == before
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"is not empty \(it holds 'notes.txt'\)"):
@@ -354,7 +355,7 @@ def test_disk_full_is_an_error_and_keeps_what_is_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "_save_arrays", save_arrays)
     with pytest.raises(CheckpointError, match="the disk is full"):
-        train_run(tiny_config(), workdir, console)
+        train_run(whole_config(), workdir, console)
     monkeypatch.undo()
     assert final_arrays(workdir)[0] == 4
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from array_functions import precision
 from flax import traverse_util
-from runs import tiny_config
+from runs import tiny_config, whole_config
 
 import selconv_jax
 from selconv_jax.data.loading import load
@@ -115,7 +115,7 @@ def test_compiled_steps_agree_with_eager_ones(name):
 
 
 def test_the_program_follows_the_schedule():
-    config = tiny_config()  # 4 epochs: rounds after the first and the second
+    config = whole_config()  # 4 epochs: rounds after the first and the second
     tested = Trainer(config, load("fashion_mnist_sample"))
     state = tested.initial_state()
     layer = state.selectivity["block1_layer1"]["conv1"]
@@ -134,5 +134,5 @@ def test_the_program_follows_the_schedule():
     # Nothing closed, nothing copied: the plain network's program, already compiled.
     assert tested.program(state, 3) == tested.program(state, 0)
     assert tested.program(state, 0).model.slots == 0
-    unfrozen = Trainer(tiny_config(allocation={"compile_frozen": False}), load("fashion_mnist_sample"))
+    unfrozen = Trainer(tiny_config(), load("fashion_mnist_sample"))
     assert unfrozen.program(copied, 3).key == ("slots", 0.125)
