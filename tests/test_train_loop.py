@@ -136,7 +136,9 @@ class StopAfter:
         return None
 
 
-@pytest.mark.parametrize("questions", [0, 1, 3, 5, 6, 9, 12, 20])
+@pytest.mark.parametrize(
+    "questions", [0, 3, 6, 12, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 5, 9, 20))]
+)
 def test_stopped_and_resumed_run_equals_an_unbroken_one(finished, tmp_path, monkeypatch, questions):
     """Stops in the middle of an epoch, at its end, during evaluation."""
     workdir = tmp_path / "broken"
@@ -259,6 +261,7 @@ def test_a_loss_that_really_diverges(tmp_path):
         train_run(config, tmp_path / "run", console)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["plain", "gate_only"])
 def test_other_variants_train(tmp_path, variant):
     workdir = tmp_path / variant

@@ -74,15 +74,9 @@ def losses(model, variables, optimizer, compiled=True):
     return np.array(found), variables
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "tolerance"),
-    [
-        pytest.param("densenet", "float32", 1e-4, marks=pytest.mark.slow),
-        ("preresnet", "float64", 1e-9),
-        pytest.param("densenet", "float64", 1e-9, marks=pytest.mark.slow),
-        pytest.param("preresnet", "float32", 1e-4, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-9)])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_trajectories_agree(name, dtype, tolerance):
     with precision(np.dtype(dtype).type):
         model, optimizer = typed(name, dtype), make_optimizer(OptimizerConfig(learning_rate=RATE), 100)
