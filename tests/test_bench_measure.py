@@ -31,12 +31,13 @@ class Clock:
 
 def test_every_case_once_per_round_in_changing_orders():
     clock = Clock()
-    calls = {name: clock.case(name, *[1.0] * 20) for name in "abc"}
+    calls = {name: clock.case(name, *[1.0] * 40) for name in "abc"}
     rounds = take_rounds(calls, repeats=20, seed=0, clock=clock)
     assert len(rounds) == 20
     for number, seconds in enumerate(rounds):
         assert sorted(seconds) == ["a", "b", "c"]
-        assert list(seconds) == clock.calls[3 * number : 3 * number + 3]
+        twice = clock.calls[6 * number : 6 * number + 6]
+        assert list(seconds) == twice[::2] == twice[1::2]
     assert len({tuple(seconds) for seconds in rounds}) == 6  # all orders
     assert gc.isenabled()
 
@@ -44,29 +45,29 @@ def test_every_case_once_per_round_in_changing_orders():
 def test_orders_follow_from_the_seed():
     def orders(seed):
         clock = Clock()
-        calls = {name: clock.case(name, *[1.0] * 5) for name in "abcd"}
+        calls = {name: clock.case(name, *[1.0] * 10) for name in "abcd"}
         return [tuple(seconds) for seconds in take_rounds(calls, 5, seed, clock=clock)]
 
     assert orders(1) == orders(1) != orders(2)
 
 
-def test_only_the_call_is_timed():
+def test_only_the_second_call_is_timed():
     clock = Clock()
 
     def on_turn(number, name):
         clock.now += 100.0
 
-    calls = {"a": clock.case("a", 1.0, 2.0), "b": clock.case("b", 10.0, 40.0)}
+    calls = {"a": clock.case("a", 9.0, 1.0, 9.0, 2.0), "b": clock.case("b", 9.0, 10.0, 9.0, 40.0)}
     rounds = take_rounds(calls, 2, seed=0, clock=clock, on_turn=on_turn)
     assert seconds_of(rounds, "a") == [1.0, 2.0]
     assert seconds_of(rounds, "b") == [10.0, 40.0]
     assert paired_ratio(rounds, "b", "a") == 15.0
 
 
-@pytest.mark.parametrize(("calls", "whole", "rest"), [(0, 0, 0), (3, 1, 1), (4, 2, 0)])
+@pytest.mark.parametrize(("calls", "whole", "rest"), [(0, 0, 0), (6, 1, 1), (8, 2, 0)])
 def test_stopping_leaves_what_was_measured(calls, whole, rest):
     clock = Clock()
-    cases = {name: clock.case(name, *[1.0] * 9) for name in "ab"}
+    cases = {name: clock.case(name, *[1.0] * 18) for name in "ab"}
     rounds = take_rounds(cases, 9, seed=0, clock=clock, should_stop=lambda: len(clock.calls) == calls)
     assert [len(seconds) for seconds in rounds] == [2] * whole + [1] * (rest > 0)
     assert gc.isenabled()

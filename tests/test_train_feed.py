@@ -120,6 +120,8 @@ class StopAfter:
     def __bool__(self):
         return next(self.questions) > 0
 
+    check = __bool__
+
     def __enter__(self):
         return self
 
@@ -131,10 +133,10 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
     console, _ = quiet_console()
     assert train_run(CONFIG, tmp_path / "whole", console) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "StopRequest", lambda: StopAfter(2))
+        patch.setattr(loop, "stop_request", lambda: StopAfter(2))
         assert train_run(CONFIG, tmp_path / "broken", console) == 128 + signal.SIGTERM
         assert final_arrays(tmp_path / "broken")[0] == 2  # in the middle of the first epoch
-        patch.setattr(loop, "StopRequest", lambda: StopAfter(9))
+        patch.setattr(loop, "stop_request", lambda: StopAfter(9))
         assert resume_run(tmp_path / "broken", console) == 128 + signal.SIGTERM
         assert 4 <= final_arrays(tmp_path / "broken")[0] < 8
     assert resume_run(tmp_path / "broken", console) == 0

@@ -129,6 +129,8 @@ class StopAfter:
             self.signal = signal.SIGTERM
         return self.signal is not None
 
+    check = __bool__
+
     def __enter__(self):
         return self
 
@@ -144,7 +146,7 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one(finished, tmp_path, monk
     workdir = tmp_path / "broken"
     console, text = quiet_console()
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "StopRequest", lambda: StopAfter(questions))
+        patch.setattr(loop, "stop_request", lambda: StopAfter(questions))
         assert train_run(whole_config(), workdir, console) == 128 + signal.SIGTERM
     step = int(re.search(r"stopped after step (\d+) of 16; go on by `selconv resume", text.getvalue())[1])
     assert step < 16
@@ -159,11 +161,11 @@ def test_resuming_again_and_again(finished, tmp_path, monkeypatch):
     workdir = tmp_path / "broken"
     console, _ = quiet_console()
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "StopRequest", lambda: StopAfter(2))
+        patch.setattr(loop, "stop_request", lambda: StopAfter(2))
         code = train_run(whole_config(), workdir, console)
         attempts = 0
         while code != 0 and attempts < 40:
-            patch.setattr(loop, "StopRequest", lambda: StopAfter(6))
+            patch.setattr(loop, "stop_request", lambda: StopAfter(6))
             code, attempts = resume_run(workdir, console), attempts + 1
     assert code == 0
     assert attempts > 2
@@ -195,7 +197,7 @@ def test_damaged_checkpoint_falls_back_and_says_so(finished, tmp_path, monkeypat
     workdir = tmp_path / "damaged"
     console, text = quiet_console()
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "StopRequest", lambda: StopAfter(14))
+        patch.setattr(loop, "stop_request", lambda: StopAfter(14))
         assert train_run(whole_config(), workdir, console) != 0
     newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
     victim = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)

@@ -180,6 +180,8 @@ class SignalInTheSecondRun:
             self.signal, self.exit_code = signal.SIGTERM, 128 + signal.SIGTERM
         return self.signal is not None
 
+    check = __bool__
+
     def __enter__(self):
         return self
 
@@ -191,7 +193,7 @@ def test_stopped_sweep_goes_on(tiny, tmp_path, monkeypatch):
     console, text = quiet_console()
     runs = plan_sweep([tiny], tmp_path / "sweep", seeds=[0, 1, 2])
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "StopRequest", SignalInTheSecondRun)
+        patch.setattr(loop, "stop_request", SignalInTheSecondRun)
         end = run_sweep(runs, console)
     assert end.code == 128 + signal.SIGTERM
     assert "the sweep stopped with 1 of 3 runs complete" in text.getvalue()

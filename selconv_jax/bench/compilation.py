@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-__all__ = ["Program", "compile_program", "memory_of", "without_compilation_cache"]
+__all__ = ["Program", "compile_lowered", "compile_program", "memory_of", "without_compilation_cache"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +45,23 @@ def compile_program(
     """
     start = clock()
     lowered = jax.jit(function, **jit).lower(*arguments)
-    middle = clock()
+    lower_seconds = clock() - start
+    return dataclasses.replace(compile_lowered(lowered, clock), lower_seconds=lower_seconds)
+
+
+def compile_lowered(lowered: jax.stages.Lowered, clock: Callable[[], float] = time.perf_counter) -> Program:
+    """Compiles what has been traced.
+
+    Args:
+        lowered: From ``jax.jit(...).lower(...)``.
+        clock: Seconds, monotonic.
+
+    Returns:
+        The program; the time of tracing is not known.
+    """
+    start = clock()
     compiled = lowered.compile()
-    return Program(compiled, middle - start, clock() - middle, memory_of(compiled))
+    return Program(compiled, 0.0, clock() - start, memory_of(compiled))
 
 
 def memory_of(compiled: Any) -> dict[str, int] | None:

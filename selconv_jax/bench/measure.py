@@ -41,7 +41,10 @@ def take_rounds(
     should_stop: Callable[[], bool] = lambda: False,
     on_turn: Callable[[int, str], None] = lambda number, name: None,
 ) -> list[Round]:
-    """Calls everything once per round, in an order of its own in each, and takes the times.
+    """Calls everything in every round, in an order of its own in each, and takes the times.
+
+    Each is called twice in a row, and the second call is timed: in a training run, too, a step follows on a
+    step of the same program, and finds memory and caches as that has left them.
 
     What slows the machine down for a while so slows all cases, not one of them; and within a round they
     can be compared in pairs. Python's garbage collector works between the rounds only.
@@ -78,6 +81,7 @@ def take_rounds(
                 if should_stop():
                     return [*rounds, seconds] if seconds else rounds
                 on_turn(number, name)
+                calls[name]()
                 start = clock()
                 calls[name]()
                 seconds[name] = clock() - start

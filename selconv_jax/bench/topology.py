@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from selconv_jax.bench.cases import PLAIN, step_name
 from selconv_jax.bench.compilation import Program, compile_program
@@ -147,7 +145,7 @@ def bench_topology(
             f"{settings.topology}. Choose a multiple of {len(devices)}."
         )
     bench = Workbench(model, settings)
-    placement = Placement(Mesh(np.array(devices), ("batch",)))
+    placement = Placement.of(devices)
     steps: list[CompiledStep] = []
     wanted = list(_networks(bench))
     for number, (name, make) in enumerate(wanted):
@@ -186,7 +184,7 @@ def _compile(bench: Workbench, network: Any, variables: Any, placement: Placemen
 
     state = jax.tree.map(shape_of(placement.replicated), jax.eval_shape(bench.state, variables))
     batch = jax.tree.map(shape_of(placement.split), bench.batch)
-    step = bench.step(network, placement.shard_batch)
+    step = bench.step(network, placement)
     with tracing_for("tpu"):
         return compile_program(step, state, *batch, donate_argnums=0, out_shardings=placement.replicated)
 

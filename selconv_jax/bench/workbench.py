@@ -23,7 +23,7 @@ from selconv_jax.train.feed import ResidentFeed
 from selconv_jax.train.optimizer import make_optimizer
 from selconv_jax.train.sharding import Placement
 from selconv_jax.train.state import TrainState, initial_state
-from selconv_jax.train.step import ShardBatch, eval_batch, train_step
+from selconv_jax.train.step import eval_batch, train_step
 from selconv_jax.transform import Allocation, reallocate
 
 __all__ = ["Prepared", "Workbench", "has_compaction"]
@@ -128,7 +128,7 @@ class Workbench:
         return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
 
     def step(
-        self, model: Any, shard_batch: ShardBatch = lambda batch: batch
+        self, model: Any, placement: Placement | None = None
     ) -> Callable[[TrainState, jax.Array, jax.Array], TrainState]:
         """The training step of a network, a pure function; see `selconv_jax.train.step.train_step`."""
         return functools.partial(
@@ -137,7 +137,7 @@ class Workbench:
             optimizer=self.optimizer,
             info=self.info,
             steps_per_epoch=_STEPS,
-            shard_batch=shard_batch,
+            placement=placement,
         )
 
     def prepare_step(self, model: Any, variables: dict[str, Any]) -> Prepared:

@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A list of positional arguments takes none that come after an option, so overrides are gathered here.
     options, rest = parser.parse_known_args(arguments)
     if rest and (
-        options.command not in ("train", "sweep", "bench") or any(word.startswith("-") for word in rest)
+        options.command not in ("train", "sweep", "bench", "compile")
+        or any(word.startswith("-") for word in rest)
     ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -58,6 +59,7 @@ _HANDLERS = {
     "show": ("runs", "show"),
     "sweep": ("sweep", "run"),
     "bench": ("bench", "run"),
+    "compile": ("compile", "run"),
     "experiments": ("experiments", "run"),
     "models": ("models", "run"),
     "data": ("data", "run"),
@@ -109,9 +111,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="replaces a value of the file, such as epochs=10 or optimizer.learning_rate=0.05",
     )
+    _add_cluster(train)
 
     resume = commands.add_parser("resume", help="go on with a run", description="Goes on with a run.")
     resume.add_argument("workdir", metavar="DIR", help="directory of the run")
+    _add_cluster(resume)
 
     evaluate = commands.add_parser(
         "eval", help="evaluate a checkpoint", description="Evaluates a checkpoint on all test images."
@@ -123,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compute with the network that is left without closed and unused channels",
     )
+    _add_cluster(evaluate)
 
     compact = commands.add_parser(
         "compact",
@@ -152,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_sweep(commands)
     _add_bench(commands)
+    _add_compile(commands)
 
     experiments = commands.add_parser(
         "experiments",
@@ -187,6 +193,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_cluster(command: argparse.ArgumentParser) -> None:
+    cluster = command.add_argument_group(
+        "several processes",
+        "Start the command once on every machine. On TPU pods and under Slurm and Open MPI the processes "
+        "find each other by themselves; elsewhere, and on one machine, they need to be told.",
+    )
+    cluster.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached by all")
+    cluster.add_argument("--process", type=int, metavar="I", help="number of this process, from 0")
+    cluster.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    cluster.add_argument(
+        "--join-timeout",
+        type=float,
+        default=50.0,
+        metavar="SECONDS",
+        help="how long to wait until all processes have come (default: 50)",
+    )
+
+
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint",
@@ -220,6 +244,34 @@ def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:
     sweep.add_argument(
         "--workdir", default="runs/sweep", metavar="DIR", help="directory of the runs (default: runs/sweep)"
     )
+
+
+def _add_compile(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    compiling = commands.add_parser(
+        "compile",
+        help="see whether a run fits on TPUs that are not there",
+        description="Compiles the training step and the evaluation of a run for TPUs that need not be there "
+        "(needs libtpu), and prints memory of a chip, messages between chips, and estimated cycles. Nothing "
+        "is run, no image is read.",
+    )
+    compiling.add_argument("config", metavar="CONFIG", help="a TOML file")
+    compiling.add_argument("words", nargs="*", metavar="KEY=VALUE", help="replaces a value of the file")
+    compiling.add_argument(
+        "--topology", required=True, metavar="TPU", help="such as v5e:1x1, v5e:16x16 or v4:4x4x4"
+    )
+    compiling.add_argument(
+        "--batch",
+        metavar="N",
+        help="images per step (default: the file's); search: the largest that fits, of doubles and halves",
+    )
+    compiling.add_argument(
+        "--slots",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="of the channels that may be re-allocated (default: 0.25)",
+    )
+    compiling.add_argument("--output", metavar="FILE", help="a new JSON file for every number")
 
 
 def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:

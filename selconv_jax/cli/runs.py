@@ -2,13 +2,17 @@
 
 import argparse
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
 import platformdirs
+from rich.console import Console
 
 from selconv_jax.cli.console import terminal_or_lines
 from selconv_jax.cli.pictures import draw_run, print_run
+from selconv_jax.train.agreement import exchange, is_first, together
+from selconv_jax.train.cluster import Cluster, join
 from selconv_jax.train.compacting import CompactedRun, compact_run
 from selconv_jax.train.config import load_config
 from selconv_jax.train.loop import evaluate_run, find_checkpoint, resume_run, train_run
@@ -20,34 +24,43 @@ __all__ = ["compact", "evaluate", "resume", "share_compilations", "show", "train
 def train(options: argparse.Namespace) -> int:
     """Trains in a new directory, then draws the pictures of the run."""
     share_compilations()
-    config = load_config(options.config, options.words)
-    workdir = Path(options.workdir) if options.workdir else default_workdir(options.config)
-    return _finish(train_run(config, workdir, terminal_or_lines()), workdir)
+    with _joined(options):
+        config = together(lambda: load_config(options.config, options.words))
+        workdir = Path(options.workdir) if options.workdir else default_workdir(options.config)
+        if not options.workdir:
+            # A process that comes later may find the first one's directory made.
+            workdir = Path(exchange(os.fspath(workdir))[0])
+        return _finish(train_run(config, workdir, _console()), workdir)
 
 
 def resume(options: argparse.Namespace) -> int:
     """Goes on with a run, then draws its pictures."""
     share_compilations()
     workdir = Path(options.workdir)
-    return _finish(resume_run(workdir, terminal_or_lines()), workdir)
+    with _joined(options):
+        return _finish(resume_run(workdir, _console()), workdir)
 
 
 def evaluate(options: argparse.Namespace) -> int:
     """Prints loss and accuracy of a checkpoint."""
     share_compilations()
     workdir = Path(options.workdir)
-    checkpoint = find_checkpoint(workdir, options.checkpoint)
-    if options.compact:
-        compacted = compact_run(workdir, checkpoint, evaluate=True)
-        step, metrics = compacted.step, compacted.metrics
-        print(f"{workdir}, checkpoint of step {step}, compacted")
-        _print_sizes(compacted)
-    else:
-        step, metrics = evaluate_run(workdir, checkpoint)
-        print(f"{workdir}, checkpoint of step {step}")
-    for name, value in metrics.items():
-        print(f"  {name:<14} " + (f"{value:.4f}" if name == "test_loss" else f"{value:.2%}"))
-    return 0
+    with _joined(options):
+        checkpoint = together(lambda: find_checkpoint(workdir, options.checkpoint))
+        if options.compact:
+            compacted = compact_run(workdir, checkpoint, evaluate=True)
+            step, metrics, note = compacted.step, compacted.metrics, ", compacted"
+        else:
+            step, metrics = evaluate_run(workdir, checkpoint)
+            note = ""
+        if not is_first():
+            return 0
+        print(f"{workdir}, checkpoint of step {step}{note}")
+        if options.compact:
+            _print_sizes(compacted)
+        for name, value in metrics.items():
+            print(f"  {name:<14} " + (f"{value:.4f}" if name == "test_loss" else f"{value:.2%}"))
+        return 0
 
 
 def compact(options: argparse.Namespace) -> int:
@@ -77,8 +90,17 @@ def show(options: argparse.Namespace) -> int:
     return 0
 
 
+def _joined(options: argparse.Namespace) -> AbstractContextManager[None]:
+    return join(Cluster(options.coordinator, options.process, options.processes, options.join_timeout))
+
+
+def _console() -> Console:
+    """Of several processes the first one speaks for all."""
+    return terminal_or_lines() if is_first() else Console(quiet=True)
+
+
 def _finish(code: int, workdir: Path) -> int:
-    if code == 0:
+    if code == 0 and is_first():
         draw_run(workdir, workdir / "pictures", terminal_or_lines())
     return code
 

@@ -79,13 +79,14 @@ def crop_and_flip(
     """
     if crop_padding < 0:
         raise ConfigError(f"crop_padding is {crop_padding}; expected 0 (no crop) or more.")
-    batch, height, width, _ = images.shape
+    _, height, width, _ = images.shape
     border = (crop_padding, crop_padding)
     padded = jnp.pad(images, ((0, 0), border, border, (0, 0)))
     columns = jnp.arange(width)[None, :]
     columns = jnp.where(mirrored[:, None], width - 1 - columns, columns) + left[:, None]
     rows = jnp.arange(height)[None, :] + top[:, None]
-    return padded[jnp.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    # Image by image: a batch that is split over devices is not gathered together for it.
+    return jax.vmap(lambda image, row, column: image[row[:, None], column[None, :]])(padded, rows, columns)
 
 
 def normalize(

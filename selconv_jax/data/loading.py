@@ -15,9 +15,11 @@ from selconv_jax.data.sample import load_sample
 from selconv_jax.data.stream import StreamedData
 from selconv_jax.errors import DataError
 
-__all__ = ["load", "open_data"]
+__all__ = ["MOST_RESIDENT_BYTES", "load", "open_data"]
 
-_MOST_BYTES = 2 * 2**30  # of a set that is kept on the device unless told otherwise
+MOST_RESIDENT_BYTES = 2 * 2**30
+"""Of a set that is kept on the devices unless told otherwise."""
+
 _SAMPLED = 1000
 
 
@@ -98,7 +100,7 @@ def open_data(
             "data.streaming, or set it to true."
         )
     if streaming is None:
-        streaming = differing or _size(builder, ("train", test)) > _MOST_BYTES
+        streaming = differing or _size(builder, ("train", test)) > MOST_RESIDENT_BYTES
     if streaming:
         train_images, test_images = PreparedImages(builder, "train"), PreparedImages(builder, test)
         if info is None:

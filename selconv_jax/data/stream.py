@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Generator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,8 +128,7 @@ def stream_batches(
     *,
     start: int = 0,
     workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: NDArray[np.integer[Any]] | None = None,
 ) -> Generator[tuple[NDArray[np.uint8], NDArray[np.int32]]]:
     """Read this process's share of each batch, some batches ahead.
 
@@ -139,14 +138,13 @@ def stream_batches(
         reader: Reads an image.
         order: int32 ``[N]``, places of images in the order in which batches take them, the same in
             every process. What does not fill a batch is left out.
-        batch_size: Images per batch over all processes; they must divide it.
+        batch_size: Images per batch, over all processes.
         start: Number of batches to leave out at the beginning, without reading them.
         workers: Processes that read; 0: threads of this process.
-        process_index: Number of this process.
-        process_count: Number of processes of the run.
+        rows: ``[rows]``, which images of each batch to read, the share of this process; None: all.
 
     Yields:
-        Images uint8 ``[batch_size / process_count, H, W, C]`` and labels int32 of the same length.
+        Images uint8 ``[rows, H, W, C]`` and labels int32 of the same length.
 
     Raises:
         DataError: If an image cannot be read.
@@ -162,14 +160,11 @@ def stream_batches(
     import absl.flags
     import grain
 
-    places = order[start * batch_size : len(order) // batch_size * batch_size]
-    if not len(places):
+    batched = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)[start:]
+    places = batched if rows is None else batched[:, rows]
+    if not places.size:
         return
-    batches = (
-        grain.MapDataset.source(places)[process_index::process_count]
-        .map(reader)
-        .batch(batch_size // process_count)
-    )
+    batches = grain.MapDataset.source(places.reshape(-1)).map(reader).batch(places.shape[1])
     # Each thread reads a whole batch. Workers share the batches out among them, in turn.
     threads = 1 if workers else min(_MOST_THREADS, os.cpu_count() or 1)
     ahead = _BATCHES_PER_WORKER if workers else threads + 1

@@ -5,6 +5,9 @@ from the path of each leaf, `params/Dense_0/kernel`, to its array. Beside them l
 the score, dtype and shape of every leaf, and a BLAKE2b digest of every file. Tensorstore does not
 check array data, so the digests are compared before anything of a checkpoint is used.
 
+Of a run with several processes, each writes its share of the arrays; the first one completes what they
+have written. Whatever the number of processes and devices, a checkpoint restores on any other.
+
 Folders only ever appear, change places and disappear by a rename, so a process killed at any
 moment leaves nothing half-made under the name of a step. `<step>.partial` is being written,
 `<step>.removed` being deleted; `<step>.replaced` is what `<step>` was before a new save of the
@@ -23,15 +26,16 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
@@ -44,6 +48,7 @@ PyTree: TypeAlias = Any
 _MANIFEST = "manifest.json"
 _STEP = re.compile(r"(\d+)(\.replaced)?")
 _LEFTOVER = re.compile(r"\d+\.(partial.*|replaced|removed)")
+_DESCRIPTION = re.compile(r"(\w+)(\[.*\])")
 _SHOWN_LEAVES = 5
 
 # Orbax reports every phase of every save; what matters is raised as a CheckpointError.
@@ -116,9 +121,20 @@ class CheckpointStore:
         """
         self._wait()
         # A true copy: the training step may reuse the buffers that are donated to it.
-        leaves = {name: np.array(leaf) for name, leaf in _named(jax.device_get(state)).items()}
         score = None if score is None or math.isnan(score) else float(score)
-        self._pending = self._writer.submit(self._write, step, leaves, score)
+        if jax.process_count() == 1:
+            leaves = {name: np.array(leaf) for name, leaf in _named(jax.device_get(state)).items()}
+            self._pending = self._writer.submit(self._write, step, leaves, score)
+            return
+        arrays = _named(state)
+        partial = self.directory / f"{step}.partial"
+        if jax.process_index() == 0:
+            with _told(step, self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._sweep()
+        # On return every process has a copy in its memory, and goes on to write its share of it.
+        written = ocp.save_async(partial, _storable(arrays))
+        self._pending = self._writer.submit(self._complete_together, step, arrays, score, written)
 
     def restore(self, template: PyTree, step: int | None = None) -> Restored:
         """Verifies a checkpoint and reads it back, bit for bit.
@@ -150,9 +166,9 @@ class CheckpointStore:
         Raises:
             CheckpointError: There is no such checkpoint, or it is damaged (with None: all are).
         """
-        step, _, _ = self._find(step)
-        arrays = ocp.load(self._folders()[step])
-        return step, {name: np.asarray(array) for name, array in arrays.items()}
+        step, manifest, _ = self._find(step)
+        arrays = _load_arrays(self._folders()[step], manifest)
+        return step, {name: array for name, array in arrays.items() if array.size}
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, damaged ones included, in ascending order."""
@@ -232,32 +248,42 @@ class CheckpointStore:
 
     def _write(self, step: int, leaves: Mapping[str, np.ndarray], score: float | None) -> None:
         """Writes, completes and publishes one checkpoint, then prunes (in the thread)."""
+        with _told(step, self.directory):
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._sweep()
+                _save_arrays(self.directory / f"{step}.partial", _storable(leaves))
+                self._complete(step, leaves, score)
+            except Exception:
+                with suppress(OSError):
+                    self._sweep()
+                raise
+
+    def _complete_together(
+        self, step: int, leaves: Mapping[str, Any], score: float | None, written: Any
+    ) -> None:
+        """Waits until all processes have written their shares; the first one completes (in the thread)."""
+        with _told(step, self.directory):
+            written.result()
+            if jax.process_index() == 0:
+                self._complete(step, leaves, score)
+
+    def _complete(self, step: int, leaves: Mapping[str, Any], score: float | None) -> None:
+        """Adds the manifest to arrays that are written, and gives the folder its name."""
         partial = self.directory / f"{step}.partial"
         final, replaced = self.directory / f"{step}", self.directory / f"{step}.replaced"
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            # Orbax refuses arrays of size 0; all there is to store of them is in the manifest.
-            _save_arrays(partial, {name: leaf for name, leaf in leaves.items() if leaf.size})
-            files = sorted(file for file in partial.rglob("*") if file.is_file())
-            manifest = {
-                "score": score,
-                "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
-                "files": {file.relative_to(partial).as_posix(): _digest(file) for file in files},
-            }
-            (partial / _MANIFEST).write_bytes(_encode(manifest))
-            if final.exists():
-                final.rename(replaced)
-            partial.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
-            self._prune(step)
-        except Exception as error:
-            with suppress(OSError):
-                self._sweep()
-            raise CheckpointError(
-                f"Could not write the checkpoint of step {step} in {self.directory}: "
-                f"{_reason(error)} The checkpoints before it are intact."
-            ) from error
+        files = sorted(file for file in partial.rglob("*") if file.is_file())
+        manifest = {
+            "score": score,
+            "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
+            "files": {file.relative_to(partial).as_posix(): _digest(file) for file in files},
+        }
+        (partial / _MANIFEST).write_bytes(_encode(manifest))
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._prune(step)
 
     def _prune(self, step: int) -> None:
         folders = self._folders()
@@ -283,6 +309,43 @@ def _named(tree: PyTree) -> dict[str, Any]:
     if len(named) < len(paths):
         raise ValueError("Two leaves have the same path: rename the keys that contain '/'.")
     return named
+
+
+def _storable(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Without arrays of size 0, which Orbax refuses; all there is to store of them is in the manifest."""
+    return {name: leaf for name, leaf in leaves.items() if leaf.size}
+
+
+def _load_arrays(folder: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Has Orbax read the arrays of a checkpoint, whole, whoever wrote them."""
+    described = {name: _DESCRIPTION.fullmatch(text) for name, text in manifest["leaves"].items()}
+    like = {
+        name: np.empty(json.loads(found[2]), jnp.dtype(found[1]))
+        for name, found in described.items()
+        if found
+    }
+    context = ocp.Context()
+    if jax.process_count() > 1:
+        # Each process reads by itself: it may be the only one that needs to.
+        alone = jax.process_index()
+        context.multiprocessing.primary_host = alone
+        context.multiprocessing.active_processes = {alone}
+        context.multiprocessing.barrier_sync_key_prefix = f"process{alone}"
+    with context:
+        arrays = ocp.load(folder, _storable(like))
+    return {**like, **{name: np.asarray(array) for name, array in arrays.items()}}
+
+
+@contextmanager
+def _told(step: int, directory: Path) -> Iterator[None]:
+    """Turns what goes wrong while a checkpoint is written into a `CheckpointError`."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"Could not write the checkpoint of step {step} in {directory}: {_reason(error)} The checkpoints "
+            "before it are intact."
+        ) from error
 
 
 def _save_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -369,11 +432,8 @@ def _load(folder: Path, manifest: Mapping[str, Any], template: PyTree) -> PyTree
             "are missing, extra, or of another dtype or shape:\n  " + "\n  ".join(shown) + "\n"
             "Restore it with the model and the optimizer that it was saved with."
         )
-    arrays = ocp.load(folder)
-    leaves = [
-        _place(arrays[name] if name in arrays else np.empty(like.shape, like.dtype), like)
-        for name, like in wanted.items()
-    ]
+    arrays = _load_arrays(folder, manifest)
+    leaves = [_place(arrays[name], like) for name, like in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
@@ -382,6 +442,9 @@ def _place(array: np.ndarray, like: Any) -> Any:
     narrowed = jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
     if narrowed or isinstance(like, np.ndarray | np.generic):
         return array
+    sharding = getattr(like, "sharding", None)
+    if sharding is not None and not sharding.is_fully_addressable:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     # An array that was not committed to a device stays so: it may join others on any mesh.
     return jax.device_put(array, like.sharding if getattr(like, "committed", True) else None)
 

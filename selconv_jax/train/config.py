@@ -85,6 +85,7 @@ class AllocationConfig:
         random_sources: Sources are drawn from all open channels instead of the top K: an ablation.
         until: Share of the epochs after which the allocation is frozen.
         every: Epochs from one round to the next.
+        every_steps: Steps from one round to the next, instead of epochs; None: epochs.
         reset_momentum: Reset the optimizer's state of the rewritten entries; the published method does not.
         compile_frozen: Once the allocation is frozen, compile the steps for just what it uses. The results
             agree but for rounding; statistics of closed channels, which nothing reads, are no longer moved.
@@ -97,6 +98,7 @@ class AllocationConfig:
     random_sources: bool = False
     until: float = 0.5
     every: int = 1
+    every_steps: int | None = None
     reset_momentum: bool = False
     compile_frozen: bool = True
 
@@ -117,22 +119,31 @@ class AllocationConfig:
     @property
     def schedule(self) -> ReallocationSchedule:
         """After which epochs there is a round."""
-        return ReallocationSchedule(self.until, self.every)
+        return ReallocationSchedule(self.until, self.every, self.every_steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """``[optimizer]``: SGD as published (method, "Schedule and training").
+    """``[optimizer]``: by default SGD as published (method, "Schedule and training").
 
     Attributes:
-        learning_rate: At the first step; falls to 0 by a cosine over the steps of the run.
-        momentum: Nesterov momentum.
+        name: A function of optax that makes an optimizer of a learning rate, such as ``"lars"``.
+        options: Further arguments of it.
+        learning_rate: At the first step, or after the warm-up; falls to 0 by a cosine over the run's steps.
+        reference_batch_size: Size of the batch for which that rate is meant, scaled in proportion to that of
+            the run; None: it is that of the run. The method has none.
+        warmup_epochs: Epochs over which the rate rises from 0. The method has none.
+        momentum: Nesterov momentum, of ``"sgd"`` and ``"lars"``.
         weight_decay: Added to the gradient of every parameter but the shifts, times the parameter.
         shift_weight_decay: The same for the shifts.
         train_shift: Whether shifts are trained; false leaves them as drawn.
     """
 
+    name: str = "sgd"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     learning_rate: float = 0.1
+    reference_batch_size: int | None = None
+    warmup_epochs: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 1e-4
     shift_weight_decay: float = 1e-5
@@ -140,6 +151,19 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _check("optimizer.learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        if self.reference_batch_size is not None:
+            _check(
+                "optimizer.reference_batch_size",
+                self.reference_batch_size,
+                self.reference_batch_size >= 1,
+                "at least 1",
+            )
+        _check(
+            "optimizer.warmup_epochs",
+            self.warmup_epochs,
+            0 <= self.warmup_epochs < float("inf"),
+            "at least 0",
+        )
         _check("optimizer.momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
         for name in ("weight_decay", "shift_weight_decay"):
             value = getattr(self, name)
@@ -160,7 +184,13 @@ class Config:
             minutes without one.
         keep_checkpoints: Number of latest checkpoints that are kept beside the best.
         steps_per_dispatch: Training steps per call of the compiled program; 0: chosen by the backend.
-        devices: Number of devices to use; 0: all.
+        devices: Number of devices to use, over all processes; 0: all.
+        batch_norm: ``"global"``: statistics of the whole batch; ``"per_device"``: each device normalizes with
+            those of its own images, which saves messages in every layer.
+        micro_batches: Parts that a batch is computed in, one after the other, each with statistics of its
+            own: for batches that do not fit in memory at once.
+        parameter_shards: Parts that kernels, and what the optimizer keeps of them, are split into, over
+            devices of one process: for networks that do not fit in the memory of one device.
         model: ``[model]``.
         data: ``[data]``.
         allocation: ``[allocation]``.
@@ -176,16 +206,28 @@ class Config:
     keep_checkpoints: int = 3
     steps_per_dispatch: int = 0
     devices: int = 0
+    batch_norm: Literal["global", "per_device"] = "global"
+    micro_batches: int = 1
+    parameter_shards: int = 1
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     allocation: AllocationConfig = dataclasses.field(default_factory=AllocationConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_batch_size", "keep_checkpoints"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "eval_batch_size",
+            "keep_checkpoints",
+            "micro_batches",
+            "parameter_shards",
+        ):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("steps_per_dispatch", "devices"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0 (0: chosen for you)")
+        warmup, epochs = self.optimizer.warmup_epochs, self.epochs
+        _check("optimizer.warmup_epochs", warmup, warmup < epochs, f"below the {epochs} epochs of the run")
         _check("seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2**32)")
         _check("checkpoint_minutes", self.checkpoint_minutes, self.checkpoint_minutes > 0, "above 0")
 

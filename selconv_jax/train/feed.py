@@ -56,6 +56,9 @@ class Feed(Protocol):
     def take_test(self, *arguments: Array) -> tuple[Array, Array]:
         """Inside of ``jit``: as `take`; a label of `NO_IMAGE` marks what is no image."""
 
+    def shapes(self, *, test: bool) -> Arguments:
+        """Shapes, dtypes and shardings of the arguments, without any image."""
+
 
 class ResidentFeed:
     """Batches of a set that lies whole on every device.
@@ -72,13 +75,15 @@ class ResidentFeed:
     def __init__(self, data: ImageData, placement: Placement, batch_size: int, eval_batch_size: int) -> None:
         self._data, self._placement = data, placement
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
-        self._train = placement.replicate((data.train.images, data.train.labels))
+        self._train: Arguments | None = None
         self._test: Arguments | None = None
         self._order = jax.jit(epoch_order, static_argnums=2, out_shardings=placement.replicated)
 
     def train(self, key: Array, epoch: int, start: int) -> Generator[Arguments]:
         """All images and their order, again and again."""
         del start  # follows from the step
+        if self._train is None:
+            self._train = self._placement.replicate((self._data.train.images, self._data.train.labels))
         order = self._order(key, epoch, len(self._data.train))
         while True:
             yield (*self._train, order)
@@ -104,6 +109,14 @@ class ResidentFeed:
         exists = index < images.shape[0]
         index = jnp.minimum(index, images.shape[0] - 1)
         return jnp.take(images, index, axis=0), jnp.where(exists, jnp.take(labels, index, axis=0), NO_IMAGE)
+
+    def shapes(self, *, test: bool) -> Arguments:
+        """All images, and their order or where the batch begins."""
+        split = self._data.test if test else self._data.train
+        whole = self._placement.replicated
+        last = jax.ShapeDtypeStruct(() if test else (len(split),), jnp.int32, sharding=whole)
+        images = jax.ShapeDtypeStruct(split.images.shape, jnp.uint8, sharding=whole)
+        return images, jax.ShapeDtypeStruct(split.labels.shape, jnp.int32, sharding=whole), last
 
 
 class StreamedFeed:
@@ -159,6 +172,12 @@ class StreamedFeed:
         images, labels = arguments
         return images, labels
 
+    def shapes(self, *, test: bool) -> Arguments:
+        """A batch."""
+        size, split = self._eval_batch_size if test else self._batch_size, self._placement.split
+        images = jax.ShapeDtypeStruct((size, *self._info.image_shape), jnp.uint8, sharding=split)
+        return images, jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
+
     def _stream(
         self, reader: ImageReader, order: NDArray[np.int32], batch_size: int, start: int
     ) -> Generator[Arguments]:
@@ -168,8 +187,7 @@ class StreamedFeed:
             batch_size,
             start=start,
             workers=self._workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=self._placement.rows_of_process(batch_size),
         )
         queue: collections.deque[Arguments] = collections.deque()
         with contextlib.closing(batches):

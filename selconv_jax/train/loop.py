@@ -3,26 +3,36 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax import traverse_util
 from rich.console import Console
 
 from selconv_jax.data.dataset import DatasetInfo, ImageData
 from selconv_jax.data.loading import open_data
 from selconv_jax.data.stream import StreamedData
 from selconv_jax.errors import ConfigError, SelconvError
-from selconv_jax.layer_tree import layer_states
-from selconv_jax.train.checkpoint import CheckpointStore
-from selconv_jax.train.config import Config
+from selconv_jax.train.agreement import (
+    check_same_state,
+    exchange,
+    first_decides,
+    is_first,
+    require_same,
+    software,
+    together,
+)
+from selconv_jax.train.checkpoint import CheckpointStore, Restored
+from selconv_jax.train.config import Config, dump_config
 from selconv_jax.train.metrics import MetricsLog, read_metrics
+from selconv_jax.train.program import Program
 from selconv_jax.train.progress import ProgressDisplay
-from selconv_jax.train.signals import StopRequest
+from selconv_jax.train.signals import stop_request
 from selconv_jax.train.state import Totals, TrainState
 from selconv_jax.train.trainer import Trainer
-from selconv_jax.train.workdir import CHECKPOINTS, METRICS, create_workdir, lock, read_config
+from selconv_jax.train.workdir import CHECKPOINTS, CONFIG, METRICS, create_workdir, lock, read_config
 
 __all__ = [
     "NonFiniteLossError",
@@ -35,6 +45,7 @@ __all__ = [
 ]
 
 _REFRESH_SECONDS = 0.5
+_DISPATCHES_BETWEEN_LOOKS = 20  # at the clock, which takes a message to all processes
 
 
 class NonFiniteLossError(SelconvError):
@@ -56,8 +67,8 @@ def train_run(config: Config, workdir: Path, console: Console) -> int:
         SelconvError: Something the user can mend; nothing was overwritten.
     """
     trainer, data = _prepare(config)
-    create_workdir(workdir, config)
-    with lock(workdir), _store(config, workdir) as store:
+    together(lambda: create_workdir(workdir, config) if is_first() else None)
+    with _claimed(workdir), _store(config, workdir) as store:
         console.print(f"run in {workdir}", highlight=False, soft_wrap=True)
         return _Run(trainer, data.info, workdir, store, console).go_on(trainer.initial_state())
 
@@ -75,11 +86,11 @@ def resume_run(workdir: Path, console: Console) -> int:
     Raises:
         SelconvError: Something the user can mend.
     """
-    config = read_config(workdir)
+    config = together(lambda: read_config(workdir))
     trainer, data = _prepare(config)
-    with lock(workdir), _store(config, workdir) as store:
-        if store.steps():
-            restored = store.restore(trainer.state_shape())
+    with _claimed(workdir), _store(config, workdir) as store:
+        if first_decides(bool(store.steps())):
+            restored = _restore(store, trainer)
             for note in restored.skipped:
                 console.print(f"skipped: {note}", highlight=False, markup=False, soft_wrap=True)
             state = restored.state
@@ -125,10 +136,10 @@ def restore_run(workdir: Path, step: int | None = None) -> tuple[Trainer, Datase
     Raises:
         SelconvError: Something the user can mend.
     """
-    config = read_config(workdir)
+    config = together(lambda: read_config(workdir))
     trainer, data = _prepare(config)
     with _store(config, workdir) as store:
-        restored = store.restore(trainer.state_shape(), step)
+        restored = _restore(store, trainer, step)
     return trainer, data.info, restored.step, restored.state
 
 
@@ -159,8 +170,47 @@ def find_checkpoint(workdir: Path, which: str) -> int | None:
 
 
 def _prepare(config: Config) -> tuple[Trainer, ImageData | StreamedData]:
-    data = open_data(config.data.name, config.data.directory, config.data.streaming)
-    return Trainer(config, data), data
+    def prepare() -> tuple[Trainer, ImageData | StreamedData]:
+        data = open_data(config.data.name, config.data.directory, config.data.streaming)
+        return Trainer(config, data), data
+
+    trainer, data = together(prepare)
+    facts = f"{data.info}\n{len(data.train)} training images\n{len(data.test)} test images"
+    settings = dataclasses.replace(config, data=dataclasses.replace(config.data, directory=None))
+    require_same({"software": software(), "configuration": dump_config(settings), "images": facts})
+    return trainer, data
+
+
+def _restore(store: CheckpointStore, trainer: Trainer, step: int | None = None) -> Restored:
+    """The same checkpoint on every process; the first one looks which is good."""
+    found: Restored | None = None
+
+    def restore_first() -> None:
+        nonlocal found
+        if is_first():
+            found = store.restore(trainer.state_shape(), step)
+
+    together(restore_first)
+    chosen = int(exchange("" if found is None else str(found.step))[0])
+    return together(lambda: found or store.restore(trainer.state_shape(), chosen))
+
+
+@contextlib.contextmanager
+def _claimed(workdir: Path) -> Iterator[None]:
+    """Holds the run for the processes of this job; the first one stands for all."""
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            if is_first():
+                stack.enter_context(lock(workdir))
+            elif not (workdir / CONFIG).is_file():
+                raise ConfigError(
+                    f"the work directory {workdir} of process 0 is not there. All processes need one that "
+                    "they share: choose a --workdir on a file system that all machines see."
+                )
+
+        together(claim)
+        yield
 
 
 def _store(config: Config, workdir: Path) -> CheckpointStore:
@@ -183,14 +233,16 @@ class _Run:
         ended = step > 0 and step % trainer.steps_per_epoch == 0
         epoch = step // trainer.steps_per_epoch - ended
         # What the record of that epoch knew and a repetition of it does not.
-        recorded = [record for record in read_metrics(self.workdir / METRICS) if record["epoch"] == epoch + 1]
+        metrics = self.workdir / METRICS
+        recorded = [record for record in read_metrics(metrics) if record["epoch"] == epoch + 1]
         speed: float | None = recorded[0]["images_per_second"] if ended and recorded else None
-        self._log = MetricsLog(self.workdir / METRICS, self.workdir / "tensorboard", epochs_done=epoch)
+        self._log = MetricsLog(metrics, self.workdir / "tensorboard", epoch) if is_first() else None
         self._display = ProgressDisplay(trainer.steps, step, trainer.steps_per_epoch, self.console)
         self._last_save = time.monotonic()
         self._saved_step = step
+        self._dispatches = 0
         try:
-            with StopRequest() as self._stop:
+            with stop_request() as self._stop:
                 while epoch < trainer.config.epochs:
                     complete = False
                     if not ended:
@@ -202,23 +254,23 @@ class _Run:
                     epoch, ended = epoch + 1, False
         finally:
             self._display.close()
-            self._log.close()
+            if self._log is not None:
+                self._log.close()
         return 0
 
     def _train_epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, float | None]:
         """Trains to the end of the epoch or until asked to stop; returns images per second too."""
         trainer, config = self.trainer, self.trainer.config
-        program = trainer.program(state, epoch)
-        if not trainer.is_compiled(program):
-            self._display.line(f"compiling the training step{program.note}")
+        program = self._program(state, epoch)
         step = int(state.step)
         end = (epoch + 1) * trainer.steps_per_epoch
         started: float | None = None
         measured = shown = 0.0
         waiting: jax.Array | None = None
         with contextlib.closing(trainer.batches(state, epoch)) as batches:
-            while step < end and not self._stop:
-                count = min(trainer.steps_per_dispatch, end - step)
+            while step < end and not self._stop.check():
+                due = trainer.next_round(step + 1) or end
+                count = min(trainer.steps_per_dispatch, min(due, end) - step)
                 state, numbers = trainer.run_steps(state, batches, program, count)
                 if started is None:
                     # The first call compiles; the speed is that of the others.
@@ -240,30 +292,42 @@ class _Run:
                         self._display.update(step - count, float(loss), float(accuracy), speed)
                         shown = now
                 waiting = numbers
-                if time.monotonic() - self._last_save >= 60 * config.checkpoint_minutes and step < end:
+                if step == due < end and state.selectivity:
+                    state = self._reallocate(state)
+                    program = self._program(state, epoch)
+                if step < end and self._is_save_due():
                     self._save(state)
         self._check(state)
         if started is None or not measured:
             return state, None
         return state, measured / (time.monotonic() - started)
 
+    def _program(self, state: TrainState, epoch: int) -> Program:
+        """What the next steps are compiled for; says so if they have to be."""
+        program = self.trainer.program(state, epoch)
+        if not self.trainer.is_compiled(program):
+            self._display.line(f"compiling the training step{program.note}")
+        return program
+
+    def _reallocate(self, state: TrainState) -> TrainState:
+        state, _ = self.trainer.reallocate(state)
+        check_same_state(state.selectivity, f"after step {int(state.step)}")
+        return state
+
     def _end_epoch(self, state: TrainState, epoch: int, speed: float | None) -> tuple[TrainState, bool]:
         """Evaluates, saves, re-allocates and records, in this order; false if asked to stop before."""
         trainer, config = self.trainer, self.trainer.config
         program = trainer.program(state, epoch)
-        totals = trainer.evaluate(state, should_stop=lambda: bool(self._stop), program=program)
+        totals = trainer.evaluate(state, should_stop=self._stop.check, program=program)
         if totals is None:
             return state, False
         test = evaluation_metrics(totals, self.info)
         self._save(state, score=test["test_accuracy"])
         train = jax.device_get(state.totals)
         step = int(state.step)
-        closed = reallocated = 0
-        # A round after the last epoch would change a network that is neither trained nor evaluated again.
-        due = config.allocation.schedule.is_due(epoch, config.epochs) and epoch + 1 < config.epochs
-        if state.selectivity and due:
-            state, report = trainer.reallocate(state, epoch)
-            closed, reallocated = report.closed, report.reallocated
+        if state.selectivity and trainer.next_round(step) == step:
+            state = self._reallocate(state)
+        closed, reallocated = jax.device_get(state.changed).tolist()
         record: dict[str, Any] = {
             "epoch": epoch + 1,
             "train_loss": float(train.loss) / int(train.count),
@@ -277,7 +341,8 @@ class _Run:
         }
         if epoch + 1 == config.epochs:
             self.store.steps()  # waits for the disk: who reads the last record may take the run for complete
-        self._log.write(record)
+        if self._log is not None:
+            self._log.write(record)
         self._display.line(_sentence(record, config.epochs))
         return state, True
 
@@ -291,6 +356,14 @@ class _Run:
             f"`selconv resume {self.workdir}`"
         )
         return self._stop.exit_code
+
+    def _is_save_due(self) -> bool:
+        """Whether the last checkpoint is old; of several processes the first one's clock decides."""
+        self._dispatches += 1
+        if jax.process_count() > 1 and self._dispatches % _DISPATCHES_BETWEEN_LOOKS:
+            return False
+        age = time.monotonic() - self._last_save
+        return first_decides(age >= 60 * self.trainer.config.checkpoint_minutes)
 
     def _save(self, state: TrainState, score: float | None = None) -> None:
         self._check(state)
@@ -328,11 +401,12 @@ def _channel_counts(state: TrainState) -> dict[str, int]:
     """Channels of all selective and gate-only layers, and how many are open or copies."""
     if not state.selectivity:
         return {"open_channels": 0, "copies": 0, "channels": 0}
-    layers = layer_states(jax.device_get(state.variables)).values()
+    allocation = traverse_util.flatten_dict(jax.device_get(state.selectivity))
+    gates = [leaf for path, leaf in allocation.items() if path[-1] == "gate"]
     return {
-        "open_channels": sum(int(layer.gate.sum()) for layer in layers),
-        "copies": sum(int((layer.source >= 0).sum()) for layer in layers if layer.source is not None),
-        "channels": sum(layer.gate.size for layer in layers),
+        "open_channels": sum(int(gate.sum()) for gate in gates),
+        "copies": sum(int((leaf >= 0).sum()) for path, leaf in allocation.items() if path[-1] == "source"),
+        "channels": sum(gate.size for gate in gates),
     }
 
 

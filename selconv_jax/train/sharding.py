@@ -1,20 +1,25 @@
-"""Where arrays lie: one mesh of devices, batches split over it, everything else on each of them."""
+"""Where arrays lie: one mesh of all devices of all processes, batches split over it."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
 
 from selconv_jax.errors import ConfigError
 
-__all__ = ["Placement"]
+__all__ = ["BATCH_AXES", "Placement"]
+
+# Batches are split over both; large kernels, where asked for, over the second.
+BATCH_AXES = ("batch", "parameters")
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Devices of a run, as a mesh with the one axis ``"batch"``.
+    """Devices of a run, as a mesh with the axes of `BATCH_AXES`.
 
     Attributes:
         mesh: The mesh.
@@ -23,12 +28,16 @@ class Placement:
     mesh: Mesh
 
     @classmethod
-    def over(cls, devices: int, batch_size: int) -> "Placement":
-        """Takes the first ``devices`` devices, or all if it is 0.
+    def over(
+        cls, devices: int, batch_size: int, *, parameter_shards: int = 1, micro_batches: int = 1
+    ) -> "Placement":
+        """Takes so many devices of the run, of every process the same number, or all if it is 0.
 
         Args:
-            devices: Number of devices.
+            devices: Number of devices, over all processes.
             batch_size: Size of the batch that must divide over the devices.
+            parameter_shards: Parts that kernels are split into, of one process's devices each.
+            micro_batches: Parts of a batch that are computed one after the other; each must divide.
 
         Returns:
             The placement.
@@ -36,35 +45,114 @@ class Placement:
         Raises:
             ConfigError: There are not as many devices, or they do not divide the batch.
         """
-        present = jax.devices()
-        if devices > len(present):
-            raise ConfigError(f"devices is {devices}; there are {len(present)} ({present[0].device_kind}).")
-        chosen = present[: devices or len(present)]
-        if batch_size % len(chosen):
+        chosen = _chosen_devices(devices)
+        if batch_size % (len(chosen) * micro_batches):
+            parts = f" in {micro_batches} micro-batches" if micro_batches > 1 else ""
             raise ConfigError(
-                f"a batch of {batch_size} images does not divide over {len(chosen)} devices. Choose a "
-                f"multiple of {len(chosen)} for batch_size, or set devices."
+                f"a batch of {batch_size} images{parts} does not divide over {len(chosen)} devices. Choose a "
+                f"multiple of {len(chosen) * micro_batches} for batch_size, or set devices."
             )
-        return cls(Mesh(np.array(chosen), ("batch",)))
+        per_process = len(chosen) // jax.process_count()
+        if per_process % parameter_shards:
+            raise ConfigError(
+                f"parameter_shards is {parameter_shards}, which does not divide the {per_process} devices of "
+                "a process."
+            )
+        return cls.of(chosen, parameter_shards, whole=len(chosen) == jax.device_count())
+
+    @classmethod
+    def of(cls, devices: Sequence[Any], parameter_shards: int = 1, *, whole: bool = True) -> "Placement":
+        """A placement on just these devices.
+
+        Args:
+            devices: The devices, those of a process together.
+            parameter_shards: See `over`.
+            whole: Whether they are all of a machine, a slice or a pod: then their order is chosen to suit the
+                links between them. Parts of kernels stay within a process, and so keep the order.
+
+        Returns:
+            The placement.
+        """
+        shape = (len(devices) // parameter_shards, parameter_shards)
+        if whole and parameter_shards == 1:
+            kinds = (AxisType.Auto,) * len(shape)
+            return cls(jax.make_mesh(shape, BATCH_AXES, axis_types=kinds, devices=list(devices)))
+        return cls(Mesh(np.asarray(devices).reshape(shape), BATCH_AXES))
 
     @property
     def replicated(self) -> NamedSharding:
         """The sharding of what every device holds whole."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def replicate(self, tree: Any) -> Any:
-        """Puts a whole copy of every array on every device."""
-        return jax.device_put(tree, self.replicated)
-
     @property
     def split(self) -> NamedSharding:
         """The sharding of batches: the leading axis over the devices."""
-        return NamedSharding(self.mesh, PartitionSpec("batch"))
+        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+
+    def replicate(self, tree: Any) -> Any:
+        """Puts a whole copy of every array, which all processes have alike, on every device."""
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_callback(
+                np.shape(leaf), self.replicated, lambda index: np.asarray(leaf)[index]
+            ),
+            tree,
+        )
+
+    def state_sharding(self, state: Any) -> Any:
+        """The sharding of every array of a run's state.
+
+        Args:
+            state: Arrays, or their shapes.
+
+        Returns:
+            A tree of shardings: kernels, and what the optimizer keeps of them, split along their last
+            dimension that ``parameter_shards`` divides; all else whole on every device.
+        """
+        shards = self.mesh.shape[BATCH_AXES[1]]
+
+        def sharding(path: Any, leaf: Any) -> NamedSharding:
+            divisible = [axis for axis, size in enumerate(leaf.shape) if size % shards == 0]
+            if shards == 1 or getattr(path[-1], "key", None) != "kernel" or not divisible:
+                return self.replicated
+            return NamedSharding(self.mesh, PartitionSpec(*[None] * divisible[-1], BATCH_AXES[1]))
+
+        return jax.tree_util.tree_map_with_path(sharding, state)
+
+    def rows_of_process(self, size: int) -> NDArray[np.int64]:
+        """Which rows of a batch lie on the devices of this process, in ascending order.
+
+        Args:
+            size: Rows of the batch.
+
+        Returns:
+            ``[size / processes]`` their numbers.
+        """
+        slices = self.split.addressable_devices_indices_map((size,)).values()
+        return np.unique(np.concatenate([np.arange(size)[index] for index in slices if index is not None]))
 
     def from_processes(self, tree: Any) -> Any:
-        """Makes batches of the parts ``[B / processes, ...]`` that each process has in its memory."""
+        """Makes batches of the `rows_of_process` that each process has in its memory."""
         return jax.tree.map(lambda part: jax.make_array_from_process_local_data(self.split, part), tree)
 
     def shard_batch(self, x: jax.Array) -> jax.Array:
         """Inside of ``jit``: splits the leading axis over the devices."""
         return jax.lax.with_sharding_constraint(x, self.split)
+
+
+def _chosen_devices(devices: int) -> list[Any]:
+    """The devices of the run, those of a process together."""
+    present = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    processes = jax.process_count()
+    if devices > len(present):
+        raise ConfigError(f"devices is {devices}; there are {len(present)} ({present[0].device_kind}).")
+    if devices % processes:
+        raise ConfigError(
+            f"devices is {devices}, which the {processes} processes do not divide; each takes as many."
+        )
+    if not devices:
+        return present
+    return [
+        device
+        for process in range(processes)
+        for device in [each for each in present if each.process_index == process][: devices // processes]
+    ]

@@ -1,11 +1,15 @@
 """Ctrl-C and SIGTERM as a request to stop after the current step."""
 
+import itertools
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["StopRequest"]
+import jax
+from jax.experimental import multihost_utils
+
+__all__ = ["SharedStopRequest", "StopRequest", "stop_request"]
 
 
 class StopRequest:
@@ -22,6 +26,8 @@ class StopRequest:
         True
     """
 
+    _noted: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+
     def __init__(self) -> None:
         self.signal: int | None = None
         self._previous: dict[int, Any] = {}
@@ -34,10 +40,14 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def check(self) -> bool:
+        """Whether to stop now; to be asked wherever the work may be left off."""
+        return bool(self)
+
     def __enter__(self) -> "StopRequest":
         # Only the main thread may handle signals; elsewhere they end the process as usual.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in self._noted:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -58,3 +68,32 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+class SharedStopRequest(StopRequest):
+    """A request to any process of a run, heard by all at the same call of `check`.
+
+    JAX's runtime catches SIGTERM and spreads the word; SIGINT is handed to it as one.
+    """
+
+    _noted = (signal.SIGINT,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls = itertools.count()
+
+    def check(self) -> bool:
+        """Whether to stop now; every process asks at the same places, and gets the same answer."""
+        if self.signal is None and multihost_utils.reached_preemption_sync_point(next(self._calls)):
+            self.signal = signal.SIGTERM
+        return bool(self)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self._restore()
+        signal.raise_signal(signal.SIGTERM)
+
+
+def stop_request() -> StopRequest:
+    """The request that suits the run: of this process alone, or of all."""
+    return StopRequest() if jax.process_count() == 1 else SharedStopRequest()

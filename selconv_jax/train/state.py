@@ -58,6 +58,7 @@ class TrainState:
         key: ``[2]`` uint32, PRNG key data, the same for the whole run: keys are folded from it.
         totals: Training loss and accuracy of the current epoch so far.
         failed_step: ``[]`` int32, the first step whose loss was not finite, or -1.
+        changed: ``[2]`` int32, channels closed and re-allocated within the current epoch so far.
     """
 
     step: jax.Array
@@ -68,6 +69,7 @@ class TrainState:
     key: jax.Array
     totals: Totals
     failed_step: jax.Array
+    changed: jax.Array
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -111,4 +113,5 @@ def initial_state(
         key=jax.random.key_data(run_key),
         totals=Totals.zero(),
         failed_step=jnp.full((), -1, jnp.int32),
+        changed=jnp.zeros(2, jnp.int32),
     )

@@ -12,9 +12,12 @@ import optax
 from selconv_jax.data.augment import augment, normalize
 from selconv_jax.data.dataset import DatasetInfo
 from selconv_jax.data.mixup import draw_mixup, mix
+from selconv_jax.train.classification import classification_totals
+from selconv_jax.train.gradients import BatchNormScope, Examples, Mixture, of_batch
+from selconv_jax.train.sharding import Placement
 from selconv_jax.train.state import Totals, TrainState
 
-__all__ = ["Purpose", "classification_totals", "epoch_order", "eval_batch", "fold", "train_step"]
+__all__ = ["Purpose", "epoch_order", "eval_batch", "fold", "train_step"]
 
 Array = jax.Array
 ShardBatch = Callable[[Any], Any]
@@ -59,7 +62,9 @@ def train_step(
     info: DatasetInfo,
     steps_per_epoch: int,
     mixup: float = 0.0,
-    shard_batch: ShardBatch = lambda batch: batch,
+    micro_batches: int = 1,
+    placement: Placement | None = None,
+    batch_norm: BatchNormScope = "global",
 ) -> TrainState:
     """One step on a batch.
 
@@ -75,55 +80,47 @@ def train_step(
         info: Augmentation and normalization.
         steps_per_epoch: The totals start anew with the first step of an epoch.
         mixup: Parameter of the distribution of weights, see `selconv_jax.data.mixup`; 0: no mixup.
-        shard_batch: Constrains arrays with a leading batch axis to the devices.
+        micro_batches: See `gradients.of_micro_batches`.
+        placement: The devices; None: one.
+        batch_norm: See `gradients.of_batch`.
 
     Returns:
         The state after.
     """
+    shard_batch: ShardBatch = placement.shard_batch if placement else lambda batch: batch
     step_key = fold(state.key, Purpose.STEP, state.step)
     augment_key, dropout_key = jax.random.split(step_key)
     labels = shard_batch(labels)
     batch = augment(augment_key, shard_batch(images), crop_padding=info.crop_padding, flip=info.flip)
     batch = normalize(batch, info.mean, info.std, model.dtype or jnp.float32)
-    counted = labels
+    mixture = None
     if mixup:
         weight, partners = draw_mixup(fold(state.key, Purpose.MIXUP, state.step), mixup, labels.shape[0])
         batch = shard_batch(mix(batch, weight, partners))
-        counted = jnp.where(weight >= 0.5, labels, jnp.take(labels, partners, axis=0))
-
-    apply: Callable[..., Any] = model.apply
-
-    def loss_of(params: Any) -> tuple[Array, tuple[Array, Any]]:
-        logits, changed = apply(
-            {**state.variables, "params": params},
-            batch,
-            train=True,
-            rngs={"dropout": dropout_key},
-            mutable=["batch_stats"],
-        )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        if mixup:
-            others = jnp.take(labels, partners, axis=0)
-            other_losses = optax.softmax_cross_entropy_with_integer_labels(logits, others)
-            losses = weight * losses + (1 - weight) * other_losses
-        return jnp.mean(losses), (logits, changed["batch_stats"])
-
-    (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        others = shard_batch(jnp.take(labels, partners, axis=0))
+        mixture = Mixture(others, jnp.broadcast_to(weight, labels.shape))
+    grads, seen = of_batch(
+        model,
+        state.variables,
+        Examples(batch, labels, mixture),
+        dropout_key,
+        micro_batches=micro_batches,
+        placement=placement,
+        batch_norm=batch_norm,
+    )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     starts = state.step % steps_per_epoch == 0
     totals = jax.tree.map(lambda total: jnp.where(starts, 0, total).astype(total.dtype), state.totals)
-    seen = classification_totals(logits, counted, jnp.ones_like(labels, bool))
-    if mixup:
-        seen = dataclasses.replace(seen, loss=(loss * labels.shape[0]).astype(jnp.float32))
-    failed = (state.failed_step < 0) & ~jnp.isfinite(loss)
+    failed = (state.failed_step < 0) & ~jnp.isfinite(seen.totals.loss)
     return dataclasses.replace(
         state,
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
+        batch_stats=seen.batch_stats,
         opt_state=opt_state,
-        totals=totals + seen,
+        totals=totals + seen.totals,
         failed_step=jnp.where(failed, state.step, state.failed_step),
+        changed=jnp.where(starts, 0, state.changed),
     )
 
 
@@ -134,7 +131,7 @@ def eval_batch(
     *,
     model: nn.Module,
     info: DatasetInfo,
-    shard_batch: ShardBatch = lambda batch: batch,
+    placement: Placement | None = None,
 ) -> Totals:
     """Evaluates a batch.
 
@@ -144,39 +141,13 @@ def eval_batch(
         labels: ``[B]`` int32; an image with a negative label is not counted.
         model: The network.
         info: Normalization.
-        shard_batch: Constrains arrays with a leading batch axis to the devices.
+        placement: The devices; None: one.
 
     Returns:
         Sums over the counted images.
     """
+    shard_batch: ShardBatch = placement.shard_batch if placement else lambda batch: batch
     batch = normalize(shard_batch(images), info.mean, info.std, model.dtype or jnp.float32)
     logits: Any = model.apply(variables, batch, train=False)
     labels = shard_batch(labels)
     return classification_totals(logits, jnp.maximum(labels, 0), labels >= 0)
-
-
-def classification_totals(logits: Array, labels: Array, counts: Array) -> Totals:
-    """Sums the losses and right guesses of a batch.
-
-    The classes are guessed by falling logit, of equal ones the lower class first. Logits that are NaN
-    come before the true class, so that a broken network is never called right.
-
-    Args:
-        logits: ``[N, classes]`` floating.
-        labels: ``[N]`` int32.
-        counts: ``[N]`` bool, which examples count.
-
-    Returns:
-        Sums over the counted examples.
-    """
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    true = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    classes = jnp.arange(logits.shape[1], dtype=labels.dtype)[None, :]
-    ahead = ~(logits <= true) | ((logits == true) & (classes < labels[:, None]))
-    rank = jnp.sum(ahead, axis=1)
-    return Totals(
-        loss=jnp.sum(jnp.where(counts, losses, 0)).astype(jnp.float32),
-        correct=jnp.sum(counts & (rank < 1), dtype=jnp.int32),
-        correct_top5=jnp.sum(counts & (rank < 5), dtype=jnp.int32),
-        count=jnp.sum(counts, dtype=jnp.int32),
-    )

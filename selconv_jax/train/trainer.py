@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from selconv_jax.compaction import CompactionPlan, plan_compaction
 from selconv_jax.data.dataset import DatasetInfo, ImageData
@@ -37,6 +38,7 @@ class Trainer:
     Args:
         config: The run.
         data: Its images, in memory or to be streamed.
+        placement: The devices; None: those that the configuration asks for.
 
     Raises:
         ConfigError: Configuration, data and devices do not go together.
@@ -49,7 +51,9 @@ class Trainer:
         optimizer: The optimizer.
     """
 
-    def __init__(self, config: Config, data: ImageData | StreamedData) -> None:
+    def __init__(
+        self, config: Config, data: ImageData | StreamedData, placement: Placement | None = None
+    ) -> None:
         count = len(data.train)
         if config.batch_size > count:
             raise ConfigError(
@@ -61,9 +65,16 @@ class Trainer:
         self.steps = self.steps_per_epoch * config.epochs
         self._info = _with_augmentation(data.info, config.data)
         self.model = make_network(config.model, data.info.image_shape, data.info.num_classes)
-        self.optimizer = make_optimizer(config.optimizer, self.steps)
-        self._learning_rate = learning_rate_schedule(config.optimizer.learning_rate, self.steps)
-        self._placement = Placement.over(config.devices, config.batch_size)
+        self._learning_rate = learning_rate_schedule(
+            config.optimizer, self.steps, steps_per_epoch=self.steps_per_epoch, batch_size=config.batch_size
+        )
+        self.optimizer = make_optimizer(config.optimizer, self.steps, self._learning_rate)
+        self._placement = placement or Placement.over(
+            config.devices,
+            config.batch_size,
+            parameter_shards=config.parameter_shards,
+            micro_batches=config.micro_batches,
+        )
         # Rounded up to a multiple of the devices: what is past the last image is not counted.
         devices = self._placement.mesh.size
         sizes = config.batch_size, -(-config.eval_batch_size // devices) * devices
@@ -91,7 +102,8 @@ class Trainer:
         # Drawing many small arrays is a huge program that runs once: on CPU, where optimizing it takes
         # minutes, it is not optimized.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        return jax.jit(make, out_shardings=self._placement.replicated, compiler_options=options)()
+        sharding = self._placement.state_sharding(jax.eval_shape(make))
+        return jax.jit(make, out_shardings=sharding, compiler_options=options)()
 
     def state_shape(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without computing it."""
@@ -100,9 +112,10 @@ class Trainer:
                 initial_state, self.model, self.optimizer, self._info.image_shape, self.config.seed
             )
         )
-        sharding = self._placement.replicated
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shape
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shape,
+            self._placement.state_sharding(shape),
         )
 
     def program(self, state: TrainState, epoch: int) -> Program:
@@ -117,8 +130,8 @@ class Trainer:
             ``allocation.compile_frozen`` is false, that of the allocation which remains.
         """
         settings = self.config.allocation
-        last = self.config.epochs - 1  # no round follows it
-        frozen = not any(settings.schedule.is_due(later, last + 1) for later in range(epoch, last))
+        # A round at the end of the epoch before has been made, one at the end of this epoch has not.
+        frozen = self.next_round(max(int(state.step), epoch * self.steps_per_epoch + 1)) is None
         if frozen and settings.compile_frozen and state.selectivity:
             return self._frozen_program(state)
         return self._bucket_program(state)
@@ -159,6 +172,17 @@ class Trainer:
         function = self._function("train", program, count, self._make_steps)
         return function(state, *next(batches))
 
+    def lower_step(self, program: Program) -> jax.stages.Lowered:
+        """A training step as it is handed to the compiler; reads no image and needs no device."""
+        arguments = self._feed.shapes(test=False)
+        return self._make_steps(program.model, 1).lower(self.state_shape(), *arguments)
+
+    def lower_evaluation(self, program: Program) -> jax.stages.Lowered:
+        """The evaluation of a batch, likewise."""
+        return self._make_eval(program.model, 1).lower(
+            self.state_shape().variables, *self._feed.shapes(test=True)
+        )
+
     def plan_compaction(self, state: TrainState, multiple: int = 1) -> CompactionPlan:
         """Plans the network without what the state's allocation does not use, see `selconv_jax.compact`."""
         model = self.model.clone(slots=0.0)
@@ -192,23 +216,33 @@ class Trainer:
                     totals[-3] = jax.device_get(totals[-3])
         return functools.reduce(Totals.__add__, jax.device_get(totals))
 
-    def reallocate(self, state: TrainState, epoch: int) -> tuple[TrainState, Report]:
-        """The round of re-allocation that follows on an epoch.
+    def next_round(self, first: int) -> int | None:
+        """The number of steps done, ``first`` or more, at which a round is due; None: no more are."""
+        schedule = self.config.allocation.schedule
+        return schedule.next_round(first, self.steps_per_epoch, self.config.epochs)
+
+    def reallocate(self, state: TrainState) -> tuple[TrainState, Report]:
+        """A round of re-allocation.
 
         Args:
-            state: The state at the end of the epoch.
-            epoch: The epoch, counted from 0.
+            state: The state when the round is due.
 
         Returns:
             The state after, and what changed.
         """
         settings = self.config.allocation
-        key = fold(state.key, Purpose.REALLOCATION, epoch)
+        step = int(state.step)
+        number = step if settings.every_steps else step // self.steps_per_epoch - 1
+        key = fold(state.key, Purpose.REALLOCATION, number)
         variables, report = reallocate(state.variables, key, settings.allocation)
         if settings.reset_momentum:
             opt_state = reset_rewritten(self.optimizer, state.opt_state, variables["params"], report)
             state = dataclasses.replace(state, opt_state=opt_state)
-        return state.with_variables(variables), report
+        changed = np.asarray([report.closed, report.reallocated], np.int32)
+        state = dataclasses.replace(state.with_variables(variables), changed=state.changed + changed)
+        if self.config.parameter_shards > 1:
+            state = jax.device_put(state, self._placement.state_sharding(state))
+        return state, report
 
     def is_finite(self, state: TrainState) -> bool:
         """Whether all parameters and running statistics are finite."""
@@ -226,7 +260,7 @@ class Trainer:
             self._compiled[key] = make(program.model, count)
         return self._compiled[key]
 
-    def _make_steps(self, model: Any, count: int) -> Callable[..., Any]:
+    def _make_steps(self, model: Any, count: int) -> Any:
         def step(state: TrainState, arguments: Arguments) -> TrainState:
             return train_step(
                 state,
@@ -236,7 +270,9 @@ class Trainer:
                 info=self._step_info,
                 steps_per_epoch=self.steps_per_epoch,
                 mixup=self.config.data.mixup,
-                shard_batch=self._placement.shard_batch,
+                micro_batches=self.config.micro_batches,
+                placement=self._placement,
+                batch_norm=self.config.batch_norm,
             )
 
         def steps(state: TrainState, *arguments: Any) -> tuple[TrainState, Any]:
@@ -249,9 +285,10 @@ class Trainer:
             failed = (state.failed_step >= 0).astype(jnp.float32)
             return state, jnp.stack([state.totals.loss / seen, correct / seen, failed])
 
-        return jax.jit(steps, donate_argnums=0, out_shardings=self._placement.replicated)
+        sharding = self._placement.state_sharding(self.state_shape()), self._placement.replicated
+        return jax.jit(steps, donate_argnums=0, out_shardings=sharding)
 
-    def _make_eval(self, model: Any, count: int) -> Callable[..., Any]:
+    def _make_eval(self, model: Any, count: int) -> Any:
         del count
 
         def evaluate(variables: Any, *arguments: Any) -> Totals:
@@ -260,7 +297,7 @@ class Trainer:
                 *self._feed.take_test(*arguments),
                 model=model,
                 info=self._info,
-                shard_batch=self._placement.shard_batch,
+                placement=self._placement,
             )
 
         return jax.jit(evaluate, out_shardings=self._placement.replicated)

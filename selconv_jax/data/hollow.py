@@ -1,0 +1,74 @@
+"""Data sets of the right size without their images, for what only needs shapes."""
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selconv_jax.data.catalog import find_known
+from selconv_jax.data.dataset import DatasetInfo, ImageData, Split
+from selconv_jax.data.loading import MOST_RESIDENT_BYTES, open_data
+from selconv_jax.data.stream import StreamedData
+from selconv_jax.errors import DataError
+
+__all__ = ["hollow_data"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _NoImages:
+    """So many images, none of which can be read."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        raise DataError(f"image {index} is asked for, of a set that was opened without images.")
+
+
+def hollow_data(
+    name: str, data_dir: str | None = None, streaming: bool | None = None
+) -> ImageData | StreamedData:
+    """A data set as `open_data` would open it, but black, and taking no memory.
+
+    A set of the catalog need not be prepared; another one must be, for its facts.
+
+    Args:
+        name: See `open_data`.
+        data_dir: See `open_data`.
+        streaming: See `open_data`.
+
+    Returns:
+        The set.
+
+    Raises:
+        DataError: The name is none of the catalog, and no prepared set has it.
+
+    Example:
+        >>> len(hollow_data("imagenet2012").train)
+        1281167
+    """
+    known = find_known(name)
+    if known is None:
+        data = open_data(name, data_dir, streaming)
+        if isinstance(data, StreamedData):
+            return data
+        return _resident(data.info, len(data.train), len(data.test))
+    info = known.info(tuple(f"class {number}" for number in range(known.num_classes)))
+    train = known.counts["train"]
+    test = next(count for key, count in known.counts.items() if key != "train")
+    if streaming is None:
+        size = (train + test) * int(np.prod(info.image_shape))
+        streaming = info.eval_resize is not None or size > MOST_RESIDENT_BYTES
+    if streaming:
+        return StreamedData(info, _NoImages(train), _NoImages(test))
+    return _resident(info, train, test)
+
+
+def _resident(info: DatasetInfo, train: int, test: int) -> ImageData:
+    def split(count: int) -> Split:
+        images = np.broadcast_to(np.zeros((), np.uint8), (count, *info.image_shape))
+        return Split(images, np.broadcast_to(np.zeros((), np.int32), count))
+
+    return ImageData(info, split(train), split(test))

@@ -1,0 +1,218 @@
+"""One process of several: how a run finds the others, and what happens when one is lost.
+
+JAX's own distributed runtime does the work: it introduces the processes to each other, watches that all of
+them live, and ends the others with a message that names the one which does not.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+
+from selconv_jax.errors import ConfigError, SelconvError
+
+__all__ = ["Cluster", "announced", "join"]
+
+HEARTBEAT_SECONDS = 20
+"""A process that has not been heard of for so long is taken for dead, and ends the run."""
+
+_MARGIN = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """How this process finds the others; None: as the environment announces it.
+
+    Attributes:
+        coordinator: ``"HOST:PORT"`` where process 0 can be reached by all.
+        process: Number of this process, from 0.
+        processes: Number of processes.
+        timeout: Seconds within which all processes must have come.
+
+    Raises:
+        ConfigError: Some are given but not all, or they are out of bounds.
+    """
+
+    coordinator: str | None = None
+    process: int | None = None
+    processes: int | None = None
+    timeout: float = 50.0
+
+    def __post_init__(self) -> None:
+        given = {
+            "--coordinator": self.coordinator,
+            "--process": self.process,
+            "--processes": self.processes,
+        }
+        missing = [name for name, value in given.items() if value is None]
+        if 0 < len(missing) < len(given):
+            raise ConfigError(f"{', '.join(given)} belong together; {' and '.join(missing)} is missing.")
+        if self.coordinator is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+                raise ConfigError(f"--coordinator is {self.coordinator!r}; it must be HOST:PORT.")
+        if self.processes is not None and self.process is not None:
+            if self.processes < 1:
+                raise ConfigError(f"--processes is {self.processes}; it must be at least 1.")
+            if not 0 <= self.process < self.processes:
+                raise ConfigError(
+                    f"--process is {self.process}; it must be one of 0 to {self.processes - 1} "
+                    f"(--processes is {self.processes})."
+                )
+
+
+def announced(environment: Mapping[str, str]) -> str | None:
+    """The kind of cluster that the environment variables of a process announce.
+
+    Args:
+        environment: Such as `os.environ`.
+
+    Returns:
+        ``"Slurm"``, ``"Open MPI"`` or ``"TPU pod"`` where the job has more than one process, else None.
+
+    Example:
+        >>> announced({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "2"})
+        'Slurm'
+    """
+
+    def number(name: str) -> int:
+        value = environment.get(name, "")
+        return int(value) if value.isdecimal() else 1
+
+    if "SLURM_JOB_ID" in environment and "SLURM_PROCID" in environment and number("SLURM_NTASKS") > 1:
+        return "Slurm"
+    if number("OMPI_COMM_WORLD_SIZE") > 1:
+        return "Open MPI"
+    hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
+    if len(hosts) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environment:
+        return "TPU pod"
+    return None
+
+
+def _is_tpu_host() -> bool:
+    """Whether this machine has TPU chips that are to be used; it may be one of a pod without saying so."""
+    # JAX sets the variable when it is imported on a machine that has none.
+    has_chips = "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu") is not None
+    return has_chips and (jax.config.jax_platforms or "tpu").split(",")[0] == "tpu"
+
+
+@contextlib.contextmanager
+def join(cluster: Cluster) -> Iterator[None]:
+    """While entered, this process is one of those of the run; before JAX first uses a device.
+
+    Args:
+        cluster: Where the others are. Where it says nothing and the environment announces none, the
+            process is alone, and nothing happens.
+
+    Raises:
+        ConfigError: The coordinator does not answer.
+    """
+    told = cluster.coordinator is not None or announced(os.environ) is not None
+    if cluster.processes == 1 or not (told or _is_tpu_host()):
+        yield
+        return
+    if cluster.coordinator is not None and cluster.process != 0:
+        _await_coordinator(cluster.coordinator, cluster.timeout)
+    with _deadline(cluster.timeout + _MARGIN, lambda: _late(cluster)):
+        try:
+            jax.distributed.initialize(
+                cluster.coordinator,
+                cluster.processes,
+                cluster.process,
+                # The runtime ends the process without a word to Python; the deadline is there before it.
+                initialization_timeout=round(cluster.timeout + 4 * _MARGIN),
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        except ValueError as error:
+            if told or "coordinator_address" not in str(error):
+                raise ConfigError(
+                    f"the {announced(os.environ) or 'processes'} could not be joined: {error}"
+                ) from error
+    try:
+        with _ended_by_loss():
+            yield
+        jax.distributed.shutdown()
+    except BaseException:
+        # What failed here alone must not wait for the others, which wait for this process.
+        _deadline_timer(_MARGIN, lambda: os._exit(1)).start()
+        raise
+
+
+@contextlib.contextmanager
+def _ended_by_loss() -> Iterator[None]:
+    """Turns the failure of a message between processes into a clear end.
+
+    The processes which are left learn of a loss at different moments and in different words, none of which
+    says who was lost; the runtime does, as soon as the heartbeats have stayed away long enough, and ends this
+    process. Until then it waits.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if isinstance(error, SelconvError) or not _is_loss(error):
+            raise
+        _say(
+            f"error: process {jax.process_index()} of {jax.process_count()} can no longer reach another "
+            f"one, which has died or lost its connection. Its number follows within "
+            f"{2 * HEARTBEAT_SECONDS} seconds. Start all processes again with `selconv resume` to go on from "
+            f"the last checkpoint. ({str(error).splitlines()[0]})"
+        )
+        time.sleep(2 * HEARTBEAT_SECONDS)
+        os._exit(1)
+
+
+def _is_loss(error: BaseException) -> bool:
+    text = str(error)
+    return any(word in text for word in ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "NCCL", "ABORTED"))
+
+
+def _await_coordinator(address: str, timeout: float) -> None:
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=2.0):
+                return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"the coordinator {address} does not answer ({error}; tried for {timeout:.0f} seconds). "
+                    "Start process 0 there, with the same --coordinator, and see that the port is open."
+                ) from None
+        time.sleep(0.2)
+
+
+def _late(cluster: Cluster) -> None:
+    count = "" if cluster.processes is None else f" {cluster.processes}"
+    _say(
+        f"error: not all{count} processes have come within {cluster.timeout:.0f} seconds. Start as many as "
+        "--processes says, each with a --process of its own, or give them longer by --join-timeout."
+    )
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float, action: Callable[[], None]) -> Iterator[None]:
+    timer = _deadline_timer(seconds, action)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _deadline_timer(seconds: float, action: Callable[[], None]) -> threading.Timer:
+    timer = threading.Timer(seconds, action)
+    timer.daemon = True
+    return timer
+
+
+def _say(text: str) -> None:
+    print(f"selconv: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,213 @@
+"""Runs compiled for TPU pods that are not there: messages in a program's text, estimates, refusals."""
+
+import dataclasses
+import importlib.util
+import io
+import json
+import subprocess
+
+import jax
+import pytest
+from rich.console import Console
+from runs import command, environment, tiny_config
+
+from selconv_jax.bench import pod
+from selconv_jax.bench.chips import chip_of
+from selconv_jax.bench.collectives import Collective, collectives
+from selconv_jax.bench.pod import CompiledProgram, Messages, PodPlan, compile_for_pod, largest_batch
+from selconv_jax.bench.pod_report import messages_table, pod_table, scaling_line
+from selconv_jax.cli.main import main
+from selconv_jax.data.hollow import hollow_data
+from selconv_jax.data.loading import open_data
+from selconv_jax.data.stream import StreamedData
+from selconv_jax.errors import ConfigError, DataError
+
+# Shortened from what compilers write.
+TEXT = """\
+  %all-reduce.1 = f32[8,4]{1,0:T(8,128)} all-reduce(%x), channel_id=1, metadata={op_name="jit(step)/psum"}
+  %ar-start = (f32[8]{0}, f32[2]{0}) all-reduce-start(%a, %b), channel_id=2
+  %ar-done = (f32[8]{0}, f32[2]{0}) all-reduce-done(%ar-start)
+  %ag = (bf16[4]{0}, bf16[32]{0}) all-gather-start(%y), dimensions={0}
+  ROOT %cp = pred[16]{0} collective-permute(%z), source_target_pairs={{0,1}}
+  %fusion = f32[100]{0} fusion(%all-reduce.1), calls=%all-reduce-computation
+"""
+
+
+def test_messages_of_a_program():
+    assert collectives(TEXT) == [
+        Collective("all-reduce", 128, "jit(step)/psum"),
+        Collective("all-reduce", 40, ""),
+        Collective("all-gather", 64, ""),
+        Collective("collective-permute", 16, ""),
+    ]
+    assert collectives("") == []
+
+
+def test_rates_of_chips():
+    v5e = chip_of("v5e:16x16")
+    assert v5e.memory == 16 * 2**30
+    assert v5e.link_bytes == 200e9
+    assert v5e.clock == pytest.approx(1.5e9, rel=0.01)
+    assert chip_of("v99:1x1") is None
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist_sample", "cifar10", "imagenet2012"])
+def test_data_without_images_has_the_facts_of_the_real_one(name):
+    data = hollow_data(name)
+    assert isinstance(data, StreamedData) == (name == "imagenet2012")
+    assert len(data.train) > len(data.test) > 0
+    if name == "fashion_mnist_sample":
+        real = open_data(name)
+        assert (len(data.train), len(data.test)) == (len(real.train), len(real.test))
+        assert dataclasses.replace(data.info, class_names=None) == dataclasses.replace(
+            real.info, class_names=None
+        )
+    else:
+        assert isinstance(hollow_data(name, streaming=True), StreamedData)
+    if isinstance(data, StreamedData):
+        with pytest.raises(DataError, match="image 3 is asked for"):
+            data.train[3]
+
+
+def test_data_that_nobody_knows_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no_such_set"):
+        hollow_data("no_such_set", str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def plan():
+    """A run compiled for eight devices that are there: this machine's."""
+    config = tiny_config(batch_size=128, devices=0)
+    return compile_for_pod(config, "v5e:2x4", jax.devices(), slots=0.25)
+
+
+def test_programs_and_messages_of_a_run(plan):
+    step, evaluation = plan.programs
+    assert (step.name, evaluation.name) == ("training step", "evaluation")
+    assert plan.chips == 8
+    assert step.fits
+    assert step.memory["total"] > plan.gradient_bytes > 0
+    by_kind = {messages.kind: messages for messages in step.messages}
+    # Statistics of batch norm in every layer, the gradient, and counts.
+    assert set(by_kind) == {"all-reduce"}
+    assert by_kind["all-reduce"].bytes > plan.gradient_bytes
+    assert sum(messages.bytes for messages in evaluation.messages) < 100
+    assert step.message_seconds > 0
+
+
+def test_per_device_has_one_message_for_the_gradient():
+    config = dataclasses.replace(tiny_config(batch_size=128, devices=0), batch_norm="per_device")
+    plan = compile_for_pod(config, "v5e:2x4", jax.devices(), evaluation=False)
+    (messages,) = plan.programs[0].messages
+    assert messages.kind == "all-reduce"
+    assert messages.count <= 2
+    assert plan.gradient_bytes <= messages.largest <= 1.05 * plan.gradient_bytes or messages.count == 1
+
+
+def test_tables_and_estimate():
+    gigabyte = {"total": 2**30}
+    step = CompiledProgram(
+        "training step",
+        gigabyte,
+        True,
+        [Messages("all-reduce", 2, 3_000_000, 2_900_000)],
+        1_500_000,
+        0.001,
+        9.0,
+    )
+    evaluation = CompiledProgram("evaluation", gigabyte, False, [], 100_000, 0.0, 3.0)
+    plan = PodPlan("v5e:2x4", 8, 512, 0.25, 2_900_000, 16 * 2**30, 1.5e9, [step, evaluation])
+    text = io.StringIO()
+    console = Console(file=text, width=120)
+    console.print(pod_table(plan, "a run"))
+    console.print(messages_table(plan))
+    rows = [line.split() for line in text.getvalue().splitlines()]
+    assert ["training", "step", "1,073.7", "yes", "1,500", "9.0"] in rows
+    assert ["evaluation", "1,073.7", "no", "100", "3.0"] in rows
+    assert ["training", "step", "all-reduce", "2", "3.000", "2.900"] in rows
+    assert "1.00 ms computing, 1.00 ms in messages that nothing else overlaps, so 50% of it" in scaling_line(
+        plan
+    )
+    assert "not known" in scaling_line(dataclasses.replace(plan, clock=None))
+
+
+def test_time_of_messages_by_hand():
+    """Twice the bytes but for each chip's own part, over the links; 2 + 1 hops there and back, 1 us each."""
+    seconds = pod._seconds([2_000_000], chip_of("v5e:4x2"), "v5e:4x2")
+    assert seconds == pytest.approx(2 * 2e6 * 7 / 8 / 200e9 + 6e-6)
+    assert pod._seconds([10], chip_of("v5e:1x1"), "v5e:1x1") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 100}, "batch_size is 100, which does not divide over the 8 chips of v5e:2x4. .*=96"),
+        ({"batch_size": 4}, "such as batch_size=8"),
+        ({"batch_size": 24, "micro_batches": 2}, "in 2 micro-batches. Choose a multiple of 16"),
+        ({"batch_size": 8, "parameter_shards": 3}, "parameter_shards is 3; there are 8 chips"),
+    ],
+)
+def test_refusals(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        compile_for_pod(tiny_config(**changes), "v5e:2x4", jax.devices())
+
+
+def plan_that_fits(most):
+    """Stands for the compiler: batches up to a size fit."""
+
+    def compile_for_pod(config, topology, devices, **_):
+        if config.batch_size > 2 * most:
+            raise ConfigError("the training step does not fit in the memory")
+        fits = config.batch_size <= most
+        program = CompiledProgram("training step", None, fits, [], 1, 0.0, 1.0)
+        return PodPlan(topology, len(devices), config.batch_size, 0.25, 1, 1, 1.0, [program])
+
+    return compile_for_pod
+
+
+@pytest.mark.parametrize(("most", "found"), [(700, 512), (2000, 1024), (10**6, 1024), (40, 32), (7, None)])
+def test_search_for_the_largest_batch(monkeypatch, most, found):
+    """Not above the number of images, 2,000; a compiler that gives up counts as no."""
+    monkeypatch.setattr(pod, "compile_for_pod", plan_that_fits(most))
+    result = largest_batch(tiny_config(batch_size=256), "v5e:2x4", jax.devices())
+    assert (result and result.batch_size) == found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_compiles_for_a_pod(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'batch_size = 64\nbatch_norm = "per_device"\n[model]\noptions = { blocks = [1], growth = 8 }\n'
+    )
+    done = subprocess.run(
+        command("compile", file, "--topology", "v5e:2x4", "--output", tmp_path / "plan.json"),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "another process holds" in done.stderr:
+        pytest.skip("another process holds libtpu")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    (messages,) = plan["programs"][0]["messages"]
+    assert messages["kind"] == "all-reduce"
+    assert messages["count"] <= 2
+    assert plan["programs"][0]["cycles"] > 0
+    assert plan["programs"][0]["fits"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--slots", "2"], "--slots is 2.0"),
+        (["--batch", "most"], "--batch is 'most'; it must be a number of images, or search"),
+        (["--output", "."], ". is there already"),
+    ],
+)
+def test_command_lines_that_make_no_sense(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text("epochs = 1\n")
+    assert main(["compile", "run.toml", "--topology", "v5e:1x1", *words]) == 1
+    assert said in capsys.readouterr().err

@@ -1,0 +1,311 @@
+"""Several processes of one run: they agree, stop together, go on, and end when one is lost."""
+
+import json
+import random
+import re
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from processes import Processes, cluster_arguments, free_address, script, selconv
+from runs import assert_same_end, final_arrays, quiet_console
+from trajectory import config_for, digest, trajectory
+
+from selconv_jax.errors import ConfigError
+from selconv_jax.train import step as step_module
+from selconv_jax.train.cluster import Cluster, announced
+from selconv_jax.train.gradients import Seen, of_micro_batches
+from selconv_jax.train.loop import resume_run
+from selconv_jax.train.metrics import read_metrics
+
+CONFIG = """\
+epochs = 4
+batch_size = 400
+eval_batch_size = 500
+[model]
+name = "densenet40"
+options = { blocks = [1], growth = 8 }
+[allocation]
+threshold = 0.4
+compile_frozen = false
+"""
+STEPS = 20
+
+
+@pytest.fixture
+def config(tmp_path):
+    file = tmp_path / "tiny.toml"
+    file.write_text(CONFIG)
+    return file
+
+
+def in_processes(count, folder):
+    """What `trajectory.py` finds in so many processes."""
+    with script(count, folder / "output", "trajectory.py", folder) as run:
+        assert run.wait(180) == [0] * count, run.outputs()
+    return [json.loads((folder / f"{number}.json").read_text()) for number in range(count)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The losses of one process with one device."""
+    return trajectory(config_for(1, "global"))
+
+
+def test_eight_devices_agree_with_one(alone):
+    seen, evaluated, _ = trajectory(config_for(8, "global"))
+    np.testing.assert_allclose(seen, alone[0], rtol=1e-5)
+    assert evaluated == alone[1] == 1000
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_agree_with_one_and_with_each_other(alone, tmp_path, monkeypatch, count):
+    results = in_processes(count, tmp_path)
+    for scope in ("global", "per_device"):
+        assert len({json.dumps(result[scope]) for result in results}) == 1, "bit for bit"
+        assert results[0][scope]["evaluated"] == 1000
+    np.testing.assert_allclose(results[0]["global"]["seen"], alone[0], rtol=1e-5)
+    # The same devices of one process, and each device's share computed on one.
+    for devices in (count, None):
+        with monkeypatch.context() as patch:
+            if devices is None:
+                patch.setattr(step_module, "of_batch", simulated(count))
+            seen, _, _ = trajectory(config_for(devices or 1, "per_device"))
+        np.testing.assert_allclose(results[0]["per_device"]["seen"], seen, rtol=1e-5)
+    assert abs(results[0]["per_device"]["seen"][-1][0] / alone[0][-1][0] - 1) > 1e-4, "another batch norm"
+
+
+def simulated(count):
+    """`of_batch` with batch norm per device, for so many devices, on one."""
+
+    def of_batch(model, variables, examples, dropout_key, *, micro_batches, placement, batch_norm):
+        del placement
+        assert batch_norm == "per_device"
+        results = []
+        for number in range(count):
+
+            def part(x, number=number):
+                size = x.shape[0] // count
+                return x[number * size : (number + 1) * size]
+
+            key = jax.random.fold_in(dropout_key, number)
+            results.append(
+                of_micro_batches(model, variables, jax.tree.map(part, examples), key, micro_batches)
+            )
+
+        def mean(*leaves):
+            return sum(leaves) / count
+
+        grads = jax.tree.map(mean, *[grads for grads, _ in results])
+        stats = jax.tree.map(mean, *[seen.batch_stats for _, seen in results])
+        totals = results[0][1].totals
+        for _, seen in results[1:]:
+            totals = totals + seen.totals
+        return grads, Seen(stats, totals)
+
+    return of_batch
+
+
+def test_what_processes_tell_each_other(tmp_path):
+    with script(3, tmp_path, "agreement_process.py") as run:
+        assert run.wait(120) == [0, 0, 0], run.outputs()
+        lines = [
+            [line for line in run.text(number).splitlines() if line.startswith('["')] for number in range(3)
+        ]
+    said = [{name: (kind, value) for name, kind, value in map(json.loads, each)} for each in lines]
+    for number, cases in enumerate(said):
+        assert cases["exchange"] == (True, ["", "x", "xx"])
+        assert cases["first_decides"] == (True, True)
+        assert cases["together"] == (True, number)
+        kind, text = cases["refused"]
+        assert text == "process 1: there is no folder here."
+        assert kind == ("ConfigError" if number == 1 else "SelconvError")
+        assert cases["same"] == (True, None)
+        kind, text = cases["different"]
+        assert kind == "ConfigError"
+        assert "process 0 has epochs = 3, process 2 has epochs = 4" in text
+        assert cases["same state"] == (True, None)
+        kind, text = cases["diverged"]
+        assert kind == "DivergenceError"
+        assert "after epoch 1, processes 1, 2 and process 0 hold different allocations" in text
+
+
+def go_on(workdir):
+    """Resumes in this process, with all its devices."""
+    console, text = quiet_console()
+    code = resume_run(workdir, console)
+    return code, text.getvalue()
+
+
+def test_saved_by_two_stopped_and_gone_on_with_by_one(config, tmp_path):
+    """SIGTERM to one process: all save the same step and end; one process, and then two, go on."""
+    workdir, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    with selconv(2, tmp_path / "first", "train", config, "--workdir", workdir) as run:
+        run.wait_for_text(0, "epoch 1/4")
+        run.started[1].send_signal(signal.SIGTERM)
+        assert run.wait(60) == [128 + signal.SIGTERM] * 2, run.outputs()
+        step = int(re.search(r"stopped after step (\d+) of 20; go on by `selconv resume", run.text(0))[1])
+        assert "epoch" not in run.text(1), "one process speaks for all"
+    assert 5 <= step < STEPS
+    assert final_arrays(workdir)[0] == step
+    code, text = go_on(workdir)
+    assert code == 0
+    assert f"going on from step {step} of 20" in text
+    assert [record["epoch"] for record in read_metrics(workdir / "metrics.jsonl")] == [1, 2, 3, 4]
+    with selconv(2, tmp_path / "whole", "train", config, "--workdir", unbroken) as run:
+        assert run.wait(120) == [0, 0], run.outputs()
+    assert (unbroken / "pictures" / "learning_curves.png").exists()
+    for one, other in zip(
+        *(read_metrics(folder / "metrics.jsonl") for folder in (workdir, unbroken)), strict=True
+    ):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+        assert one["test_accuracy"] == pytest.approx(other["test_accuracy"], abs=2e-3)
+        assert (one["closed"], one["reallocated"]) == (other["closed"], other["reallocated"])
+
+
+@pytest.mark.slow
+def test_saved_by_four_gone_on_with_by_one_and_two_and_four(config, tmp_path):
+    workdir, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    counts = [4, 2, 1, 4]
+    with selconv(4, tmp_path / "whole", "train", config, "--workdir", unbroken) as run:
+        assert run.wait(120) == [0] * 4, run.outputs()
+    for number, count in enumerate(counts):
+        words = ["train", config, "--workdir", workdir] if number == 0 else ["resume", workdir]
+        with selconv(count, tmp_path / f"output{number}", *words) as run:
+            if number < len(counts) - 1:
+                run.wait_for_text(0, f"epoch {number + 1}/4")
+                run.started[-1].send_signal(signal.SIGTERM)
+                assert run.wait(60) == [128 + signal.SIGTERM] * count, run.outputs()
+            else:
+                assert run.wait(120) == [0] * count, run.outputs()
+    for one, other in zip(
+        *(read_metrics(folder / "metrics.jsonl") for folder in (workdir, unbroken)), strict=True
+    ):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+    step, arrays = final_arrays(workdir)
+    other_step, other_arrays = final_arrays(unbroken)
+    assert step == other_step == STEPS
+    for name, array in arrays.items():
+        np.testing.assert_allclose(array, other_arrays[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def lose_one(run, number, count):
+    """Kills a process; the others must end by themselves, soon, and say which was lost."""
+    run.started[number].kill()
+    start = time.monotonic()
+    codes = run.wait(60)
+    assert time.monotonic() - start < 60
+    assert codes[number] == -signal.SIGKILL
+    for other in range(count):
+        if other != number:
+            text = run.text(other)
+            assert codes[other] != 0, text
+            if number == 0:
+                assert "Failed to send RPC to coordination service" in text or "leader" in text, text
+            else:
+                assert re.search(rf"(unhealthy|stopped sending heartbeats)[^\n]*\n{number}\n", text), text
+
+
+def test_the_others_end_when_one_is_killed(config, tmp_path):
+    workdir = tmp_path / "run"
+    with selconv(2, tmp_path / "output", "train", config, "--workdir", workdir, "epochs=400") as run:
+        run.wait_for_text(0, "epoch 1/400")
+        lose_one(run, 1, 2)
+        assert "can no longer reach another one" in run.text(0)
+        assert "selconv resume" in run.text(0)
+    assert final_arrays(workdir)[0] >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_at_a_random_moment(config, tmp_path, seed):
+    """One of four; the job resumes from the last checkpoint and ends as an unbroken one."""
+    random_moment = random.Random(seed)
+    workdir = tmp_path / "run"
+    with selconv(4, tmp_path / "output", "train", config, "--workdir", workdir) as run:
+        run.wait_for_text(0, "run in" if seed == 0 else "epoch 1/4")
+        time.sleep(random_moment.uniform(0, 4))
+        lose_one(run, random_moment.randrange(4), 4)
+    with selconv(4, tmp_path / "again", "resume", workdir) as run:
+        assert run.wait(150) == [0] * 4, run.outputs()
+    unbroken = tmp_path / "unbroken"
+    with selconv(4, tmp_path / "whole", "train", config, "--workdir", unbroken) as run:
+        assert run.wait(150) == [0] * 4, run.outputs()
+    assert_same_end(workdir, unbroken)
+
+
+def test_different_configurations_are_refused(config, tmp_path):
+    other = tmp_path / "other.toml"
+    other.write_text(CONFIG.replace("threshold = 0.4", "threshold = 0.5"))
+    workdir = tmp_path / "run"
+    commands = [
+        [sys.executable, "-m", "selconv_jax", "train", file, "--workdir", workdir, *more]
+        for file, more in zip((config, other), cluster_arguments(2), strict=True)
+    ]
+    with Processes(commands, tmp_path / "output") as run:
+        assert run.wait(60) == [1, 1], run.outputs()
+        for number in range(2):
+            assert (
+                "selconv: error: the processes do not have the same configuration: process 0 has "
+                "threshold = 0.4, process 1 has threshold = 0.5" in run.text(number)
+            ), run.text(number)
+    assert not workdir.exists()
+
+
+def test_a_coordinator_that_does_not_answer(config, tmp_path):
+    arguments = ["--coordinator", free_address(), "--process", 1, "--processes", 2, "--join-timeout", 1]
+    command = [sys.executable, "-m", "selconv_jax", "train", config, *arguments]
+    with Processes([command], tmp_path) as run:
+        assert run.wait(30) == [1]
+        assert "does not answer" in run.text(0)
+        assert "Start process 0 there" in run.text(0)
+
+
+def test_others_that_do_not_come(config, tmp_path):
+    arguments = ["--coordinator", free_address(), "--process", 0, "--processes", 2, "--join-timeout", 1]
+    command = [sys.executable, "-m", "selconv_jax", "train", config, *arguments]
+    with Processes([command], tmp_path) as run:
+        assert run.wait(30) == [1]
+        assert "not all 2 processes have come within 1 seconds" in run.text(0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("host:1", None, 2), "belong together; --process is missing"),
+        ((None, 0, None), "--coordinator and --processes is missing"),
+        (("host", 0, 2), "must be HOST:PORT"),
+        (("host:99999", 0, 2), "must be HOST:PORT"),
+        (("host:1", 2, 2), "--process is 2; it must be one of 0 to 1"),
+        (("host:1", 0, 0), "--processes is 0"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        Cluster(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "1"}, None),
+        ({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, "Slurm"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, "TPU pod"),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "t0"}, "TPU pod"),
+    ],
+)
+def test_clusters_that_the_environment_announces(environment, kind):
+    assert announced(environment) == kind
+
+
+def test_digests_differ_with_one_bit():
+    state = {"a": jax.numpy.zeros(3), "b": jax.numpy.ones(2)}
+    assert digest(state) == digest(jax.tree.map(lambda leaf: leaf + 0, state))
+    assert digest(state) != digest({**state, "b": jax.numpy.nextafter(state["b"], 2.0)})

@@ -1,0 +1,89 @@
+"""When rounds of re-allocation are due, after epochs and after steps."""
+
+import signal
+
+import pytest
+from runs import assert_same_end, quiet_console, tiny_config
+
+from selconv_jax import ReallocationSchedule
+from selconv_jax.errors import ConfigError
+from selconv_jax.train import loop
+from selconv_jax.train.loop import resume_run, train_run
+from selconv_jax.train.metrics import read_metrics
+
+
+def rounds(schedule, steps_per_epoch=10, epochs=6):
+    """All that are due, in steps done."""
+    found, first = [], 1
+    while (due := schedule.next_round(first, steps_per_epoch, epochs)) is not None:
+        assert due >= first
+        found.append(due)
+        first = due + 1
+    return found
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (ReallocationSchedule(), [10, 20, 30]),
+        (ReallocationSchedule(every=2), [20]),
+        (ReallocationSchedule(until=0.4), [10, 20, 30]),  # epoch 2, counted from 0, is before 2.4
+        (ReallocationSchedule(until=1.0), [10, 20, 30, 40, 50]),  # none follows on the last step
+        (ReallocationSchedule(until=0.0), []),
+        (ReallocationSchedule(every_steps=7), [7, 14, 21, 28]),
+        (ReallocationSchedule(every_steps=15), [15, 30]),
+        (ReallocationSchedule(until=1.0, every_steps=20), [20, 40]),
+        (ReallocationSchedule(until=0.0, every_steps=20), []),
+    ],
+)
+def test_rounds_of_a_run(schedule, expected):
+    assert rounds(schedule) == expected
+    if schedule.every_steps is None:
+        assert expected == [10 * epoch + 10 for epoch in range(5) if schedule.is_due(epoch, 6)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [({"every_steps": 0}, "every_steps is 0"), ({"every_steps": 5, "every": 2}, "do not go together")],
+)
+def test_schedules_that_make_no_sense(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        ReallocationSchedule(**arguments)
+
+
+class StopAfter:
+    """A stop request that comes after a number of questions."""
+
+    signal, exit_code = signal.SIGTERM, 128 + signal.SIGTERM
+
+    def __init__(self, questions):
+        self.questions = questions
+
+    def __bool__(self):
+        self.questions -= 1
+        return self.questions < 0
+
+    check = __bool__
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *details):
+        return None
+
+
+def test_rounds_within_epochs(tmp_path, monkeypatch):
+    """Three steps apart in epochs of four; a stopped run goes on with rounds and counts as they were."""
+    config = tiny_config(epochs=3, allocation={"every_steps": 3})
+    console, _ = quiet_console()
+    assert train_run(config, tmp_path / "whole", console) == 0
+    records = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert records[0]["closed"] > 0  # after step 3
+    assert [record["closed"] > 0 for record in records[2:]] == [False]  # the last is due after step 6
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "stop_request", lambda: StopAfter(3))
+        assert train_run(config, tmp_path / "broken", console) == 128 + signal.SIGTERM
+    assert resume_run(tmp_path / "broken", console) == 0
+    assert_same_end(tmp_path / "broken", tmp_path / "whole")
+    for one, other in zip(read_metrics(tmp_path / "broken" / "metrics.jsonl"), records, strict=True):
+        assert {**one, "images_per_second": None} == {**other, "images_per_second": None}
