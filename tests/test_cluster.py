@@ -10,15 +10,14 @@ import time
 import jax
 import numpy as np
 import pytest
-from processes import Processes, cluster_arguments, free_address, script, selconv
+from processes import TESTS, Processes, cluster_arguments, free_address, script, selconv
 from runs import assert_same_end, final_arrays, quiet_console
-from trajectory import config_for, digest, trajectory
+from trajectory import digest
 
 from selconv_jax.errors import ConfigError
-from selconv_jax.train import step as step_module
 from selconv_jax.train.cluster import Cluster, announced
-from selconv_jax.train.gradients import Seen, of_micro_batches
-from selconv_jax.train.loop import resume_run
+from selconv_jax.train.config import load_config
+from selconv_jax.train.loop import train_run
 from selconv_jax.train.metrics import read_metrics
 
 CONFIG = """\
@@ -27,7 +26,7 @@ batch_size = 400
 eval_batch_size = 500
 [model]
 name = "densenet40"
-options = { blocks = [1], growth = 8 }
+options = { blocks = [1], growth = 4 }
 [allocation]
 threshold = 0.4
 compile_frozen = false
@@ -42,71 +41,30 @@ def config(tmp_path):
     return file
 
 
-def in_processes(count, folder):
-    """What `trajectory.py` finds in so many processes."""
-    with script(count, folder / "output", "trajectory.py", folder) as run:
+def assert_agree(one, other):
+    np.testing.assert_allclose(one["seen"], other["seen"], rtol=1e-5)
+    np.testing.assert_allclose(one["evaluated"], other["evaluated"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_devices_and_processes_agree(tmp_path, count):
+    """30 steps with a round in the middle: one device, eight, and so many processes with one device each."""
+    with Processes([[sys.executable, TESTS / "trajectory.py", tmp_path, count]], tmp_path / "alone") as run:
+        assert run.wait(180) == [0], run.outputs()
+    alone = json.loads((tmp_path / "0.json").read_text())
+    assert_agree(alone["eight"], alone["one"])
+    assert_agree(alone["per_device"], alone["simulated"])
+    assert abs(alone["per_device"]["seen"][-1][0] / alone["one"]["seen"][-1][0] - 1) > 1e-4, (
+        "another batch norm"
+    )
+    with script(count, tmp_path / "output", "trajectory.py", tmp_path, count) as run:
         assert run.wait(180) == [0] * count, run.outputs()
-    return [json.loads((folder / f"{number}.json").read_text()) for number in range(count)]
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """The losses of one process with one device."""
-    return trajectory(config_for(1, "global"))
-
-
-def test_eight_devices_agree_with_one(alone):
-    seen, evaluated, _ = trajectory(config_for(8, "global"))
-    np.testing.assert_allclose(seen, alone[0], rtol=1e-5)
-    assert evaluated == alone[1] == 1000
-
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_agree_with_one_and_with_each_other(alone, tmp_path, monkeypatch, count):
-    results = in_processes(count, tmp_path)
+    results = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(count)]
     for scope in ("global", "per_device"):
         assert len({json.dumps(result[scope]) for result in results}) == 1, "bit for bit"
-        assert results[0][scope]["evaluated"] == 1000
-    np.testing.assert_allclose(results[0]["global"]["seen"], alone[0], rtol=1e-5)
-    # The same devices of one process, and each device's share computed on one.
-    for devices in (count, None):
-        with monkeypatch.context() as patch:
-            if devices is None:
-                patch.setattr(step_module, "of_batch", simulated(count))
-            seen, _, _ = trajectory(config_for(devices or 1, "per_device"))
-        np.testing.assert_allclose(results[0]["per_device"]["seen"], seen, rtol=1e-5)
-    assert abs(results[0]["per_device"]["seen"][-1][0] / alone[0][-1][0] - 1) > 1e-4, "another batch norm"
-
-
-def simulated(count):
-    """`of_batch` with batch norm per device, for so many devices, on one."""
-
-    def of_batch(model, variables, examples, dropout_key, *, micro_batches, placement, batch_norm):
-        del placement
-        assert batch_norm == "per_device"
-        results = []
-        for number in range(count):
-
-            def part(x, number=number):
-                size = x.shape[0] // count
-                return x[number * size : (number + 1) * size]
-
-            key = jax.random.fold_in(dropout_key, number)
-            results.append(
-                of_micro_batches(model, variables, jax.tree.map(part, examples), key, micro_batches)
-            )
-
-        def mean(*leaves):
-            return sum(leaves) / count
-
-        grads = jax.tree.map(mean, *[grads for grads, _ in results])
-        stats = jax.tree.map(mean, *[seen.batch_stats for _, seen in results])
-        totals = results[0][1].totals
-        for _, seen in results[1:]:
-            totals = totals + seen.totals
-        return grads, Seen(stats, totals)
-
-    return of_batch
+        assert results[0][scope]["evaluated"][2] == 500
+    assert_agree(results[0]["global"], alone["one"])
+    assert_agree(results[0]["per_device"], alone["per_device"])
 
 
 def test_what_processes_tell_each_other(tmp_path):
@@ -133,13 +91,6 @@ def test_what_processes_tell_each_other(tmp_path):
         assert "after epoch 1, processes 1, 2 and process 0 hold different allocations" in text
 
 
-def go_on(workdir):
-    """Resumes in this process, with all its devices."""
-    console, text = quiet_console()
-    code = resume_run(workdir, console)
-    return code, text.getvalue()
-
-
 def test_saved_by_two_stopped_and_gone_on_with_by_one(config, tmp_path):
     """SIGTERM to one process: all save the same step and end; one process, and then two, go on."""
     workdir, unbroken = tmp_path / "run", tmp_path / "unbroken"
@@ -151,13 +102,13 @@ def test_saved_by_two_stopped_and_gone_on_with_by_one(config, tmp_path):
         assert "epoch" not in run.text(1), "one process speaks for all"
     assert 5 <= step < STEPS
     assert final_arrays(workdir)[0] == step
-    code, text = go_on(workdir)
-    assert code == 0
-    assert f"going on from step {step} of 20" in text
+    with Processes([[sys.executable, "-m", "selconv_jax", "resume", workdir]], tmp_path / "alone") as run:
+        assert run.wait(120) == [0], run.outputs()
+        assert f"going on from step {step} of 20" in run.text(0)
     assert [record["epoch"] for record in read_metrics(workdir / "metrics.jsonl")] == [1, 2, 3, 4]
-    with selconv(2, tmp_path / "whole", "train", config, "--workdir", unbroken) as run:
-        assert run.wait(120) == [0, 0], run.outputs()
-    assert (unbroken / "pictures" / "learning_curves.png").exists()
+    assert (workdir / "pictures" / "learning_curves.png").exists()
+    console, _ = quiet_console()
+    assert train_run(load_config(config, ["devices=1"]), unbroken, console) == 0
     for one, other in zip(
         *(read_metrics(folder / "metrics.jsonl") for folder in (workdir, unbroken)), strict=True
     ):

@@ -1,8 +1,10 @@
-"""The losses of a tiny run step by step, in one process or, as a script, in several.
+"""The losses of a tiny run step by step, in float64, by one process with some devices or by several.
 
-As a script: FOLDER --coordinator HOST:PORT --process I --processes N. Each process writes FOLDER/I.json.
+A script: FOLDER DEVICES [--coordinator HOST:PORT --process I --processes N]. Each process writes
+FOLDER/I.json; one that is alone writes what so many with a device each must agree with.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,43 +12,60 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from runs import CACHE, tiny_config
 
+from selconv_jax.data.dataset import ImageData, Split
 from selconv_jax.data.loading import open_data
+from selconv_jax.train import step as step_module
+from selconv_jax.train.agreement import check_same_state
+from selconv_jax.train.cluster import Cluster, join
+from selconv_jax.train.gradients import Seen, of_micro_batches
 from selconv_jax.train.trainer import Trainer
 
 STEPS_PER_EPOCH = 15
 
 
-def config_for(devices, batch_norm):
-    """A run of 30 steps, with a round of re-allocation in the middle."""
-    config = tiny_config(epochs=2, batch_size=128, devices=devices, allocation={"threshold": 0.3})
-    return dataclasses.replace(config, batch_norm=batch_norm)
-
-
-def trajectory(config, between=lambda state: None):
-    """Mean loss and accuracy of the epoch so far after each of 30 steps, and the last state.
+def trajectory(devices, batch_norm, between=lambda state: None):
+    """Mean loss and accuracy of the epoch so far after each of 30 steps, with a round in the middle.
 
     Args:
-        config: From `config_for`.
+        devices: Their number; 0: all.
+        batch_norm: Its scope.
         between: Is given the state after the round.
+
+    Returns:
+        What was seen, what was evaluated, and a digest of the last state, ready for JSON.
     """
-    trainer = Trainer(config, open_data(config.data.name))
+    config = tiny_config(
+        epochs=2,
+        batch_size=64,
+        eval_batch_size=75,
+        devices=devices,
+        allocation={"threshold": 0.3},
+        model={"options": {"blocks": [1], "growth": 4}},
+    )
+    data = open_data(config.data.name)
+    train, test = (Split(split.images[::2], split.labels[::2]) for split in (data.train, data.test))
+    data = ImageData(data.info, Split(train.images[:960], train.labels[:960]), test)
+    trainer = Trainer(dataclasses.replace(config, batch_norm=batch_norm), data)
+    trainer.model = trainer.model.clone(dtype=jnp.float64, param_dtype=jnp.float64)
     assert trainer.steps_per_epoch == STEPS_PER_EPOCH
     state, seen = trainer.initial_state(), []
     for epoch in range(2):
-        batches = trainer.batches(state, epoch)
         program = trainer.program(state, epoch)
-        for _ in range(STEPS_PER_EPOCH):
-            state, numbers = trainer.run_steps(state, batches, program, 1)
-            seen.append(np.asarray(numbers).tolist())
+        with contextlib.closing(trainer.batches(state, epoch)) as batches:
+            for _ in range(STEPS_PER_EPOCH):
+                state, numbers = trainer.run_steps(state, batches, program, 1)
+                seen.append(np.asarray(numbers).tolist())
         if epoch == 0:
             state, report = trainer.reallocate(state)
             assert report.reallocated > 0
             between(state)
     totals = trainer.evaluate(state)
-    return seen, int(totals.count), state
+    evaluated = [float(totals.loss), int(totals.correct), int(totals.count)]
+    return {"seen": seen, "evaluated": evaluated, "digest": digest(state)}
 
 
 def digest(state):
@@ -57,21 +76,63 @@ def digest(state):
     return hashed.hexdigest()
 
 
-def main(folder, _coordinator, address, _process, process, _processes, processes):
-    """In one of several processes."""
-    from selconv_jax.train.agreement import check_same_state
-    from selconv_jax.train.cluster import Cluster, join
+def simulated(count):
+    """`of_batch` with batch norm per device, for so many devices, on one, a device after the other."""
 
+    def of_batch(model, variables, examples, dropout_key, *, micro_batches, placement, batch_norm):
+        assert placement.mesh.size == 1
+        assert batch_norm == "per_device"
+        results = []
+        for number in range(count):
+
+            def part(x, number=number):
+                size = x.shape[0] // count
+                return x[number * size : (number + 1) * size]
+
+            key = jax.random.fold_in(dropout_key, number)
+            own = jax.tree.map(part, examples)
+            results.append(of_micro_batches(model, variables, own, key, micro_batches))
+
+        def mean(*leaves):
+            return sum(leaves) / count
+
+        totals = results[0][1].totals
+        for _, seen in results[1:]:
+            totals = totals + seen.totals
+        grads = jax.tree.map(mean, *[grads for grads, _ in results])
+        return grads, Seen(jax.tree.map(mean, *[seen.batch_stats for _, seen in results]), totals)
+
+    return of_batch
+
+
+def references(devices):
+    """What one process finds with one device, with eight, and with so many that normalize for themselves."""
+    found = {
+        "one": trajectory(1, "global"),
+        "eight": trajectory(8, "global"),
+        "per_device": trajectory(devices, "per_device"),
+    }
+    step_module.of_batch = simulated(devices)
+    return {**found, "simulated": trajectory(1, "per_device")}
+
+
+def main(
+    folder, devices, _coordinator=None, address=None, _process=None, process=0, _processes=None, processes=1
+):
+    """In the only process or in one of several."""
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
-    with join(Cluster(address, int(process), int(processes))):
-        result = {}
-        for scope in ("global", "per_device"):
-            seen, evaluated, state = trajectory(
-                config_for(0, scope), lambda state: check_same_state(state.selectivity, "in the middle")
-            )
-            result[scope] = {"seen": seen, "evaluated": evaluated, "digest": digest(state)}
-        Path(folder, f"{process}.json").write_text(json.dumps(result))
+    if address is None:
+        jax.config.update("jax_num_cpu_devices", 8)
+        result = references(int(devices))
+    else:
+        with join(Cluster(address, int(process), int(processes))):
+            result = {
+                scope: trajectory(0, scope, lambda state: check_same_state(state.selectivity, "then"))
+                for scope in ("global", "per_device")
+            }
+    Path(folder, f"{process}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
