@@ -10,6 +10,8 @@ import selconv_jax
 from selconv_jax import Allocation, ConfigError
 from selconv_jax.counting import count_parameters
 from selconv_jax.models import MODELS, CondenseNet, PreResNet, ResNeXt, create_model, stem_for
+from selconv_jax.models.parts import average_pool
+from selconv_jax.platforms import tracing_for
 
 SMALL = {
     "preresnet": lambda **more: PreResNet(10, (1, 1), width=4, **more),
@@ -121,6 +123,22 @@ def test_bad_arguments(network, arguments, message):
 def test_images_that_the_pools_eat_up_are_refused():
     with pytest.raises(ConfigError, match="nothing is left of 1x1 pixels"):
         shapes(PreResNet(10, (1, 1, 1, 1), width=4), 4, 4, 3)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 5, 7, 2)])
+def test_pools_for_tpu_are_the_same_pools(shape):
+    """Forward and back; an odd last row or column is left out."""
+    x = jax.random.normal(jax.random.key(0), shape)
+
+    def pool(x):
+        return jnp.sum(jnp.sin(average_pool(x))), average_pool(x)
+
+    (_, y), gradient = jax.value_and_grad(pool, has_aux=True)(x)
+    with tracing_for("tpu"):
+        (_, other), other_gradient = jax.value_and_grad(pool, has_aux=True)(x)
+        assert average_pool(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    np.testing.assert_allclose(y, other, rtol=1e-6)
+    np.testing.assert_allclose(gradient, other_gradient, rtol=1e-6)
 
 
 def test_unknown_model_and_option():

@@ -18,6 +18,7 @@ from runs import CACHE, tiny_config
 
 from selconv_jax.data.dataset import ImageData, Split
 from selconv_jax.data.loading import open_data
+from selconv_jax.data.stream import StreamedData
 from selconv_jax.train import step as step_module
 from selconv_jax.train.agreement import check_same_state
 from selconv_jax.train.cluster import Cluster, join
@@ -27,13 +28,14 @@ from selconv_jax.train.trainer import Trainer
 STEPS_PER_EPOCH = 15
 
 
-def trajectory(devices, batch_norm, between=lambda state: None):
+def trajectory(devices, batch_norm, between=lambda state: None, streamed=False):
     """Mean loss and accuracy of the epoch so far after each of 30 steps, with a round in the middle.
 
     Args:
         devices: Their number; 0: all.
         batch_norm: Its scope.
         between: Is given the state after the round.
+        streamed: Whether images are read while they are used, each process its share.
 
     Returns:
         What was seen, what was evaluated, and a digest of the last state, ready for JSON.
@@ -48,7 +50,8 @@ def trajectory(devices, batch_norm, between=lambda state: None):
     )
     data = open_data(config.data.name)
     train, test = (Split(split.images[::2], split.labels[::2]) for split in (data.train, data.test))
-    data = ImageData(data.info, Split(train.images[:960], train.labels[:960]), test)
+    train = Split(train.images[:960], train.labels[:960])
+    data = (StreamedData if streamed else ImageData)(data.info, train, test)
     trainer = Trainer(dataclasses.replace(config, batch_norm=batch_norm), data)
     trainer.model = trainer.model.clone(dtype=jnp.float64, param_dtype=jnp.float64)
     assert trainer.steps_per_epoch == STEPS_PER_EPOCH
@@ -129,8 +132,9 @@ def main(
     else:
         with join(Cluster(address, int(process), int(processes))):
             result = {
-                scope: trajectory(0, scope, lambda state: check_same_state(state.selectivity, "then"))
-                for scope in ("global", "per_device")
+                "global": trajectory(0, "global", lambda state: check_same_state(state.selectivity, "then")),
+                "per_device": trajectory(0, "per_device"),
+                "streamed": trajectory(0, "global", streamed=True),
             }
     Path(folder, f"{process}.json").write_text(json.dumps(result))
 
