@@ -125,7 +125,7 @@ def test_torch_that_is_not_installed(monkeypatch):
 
 
 def test_compilation_is_timed_without_the_cache():
-    ticks = iter([10.0, 11.0, 14.0])
+    ticks = iter([10.0, 11.0, 11.0, 14.0])
     with without_compilation_cache():
         assert not jax.config.jax_enable_compilation_cache
         program = compile_program(lambda x: 2 * x, jnp.arange(3), clock=lambda: next(ticks))

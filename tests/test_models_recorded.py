@@ -73,7 +73,14 @@ def assert_same_variables(model, variables, expected):
         np.testing.assert_allclose(value, expected[name], rtol=1e-6, atol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize("name", MODEL_CASES)
+# Like one of the others in all but widths and growth.
+LIKE_OTHERS = ("densenet_bc_sconv_cifar100",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name for name in MODEL_CASES],
+)
 def test_recorded_training(name):
     case = read(f"model_{name}")
     with jax.enable_x64(True):

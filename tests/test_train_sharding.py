@@ -50,6 +50,7 @@ def test_kernels_alone_are_split():
     assert all(where.is_fully_replicated for where in jax.tree.leaves(whole))
 
 
+@pytest.mark.slow
 def test_a_run_with_split_kernels_is_the_same_run(tmp_path):
     """Its checkpoint, too, is one that any number of devices can go on from."""
     records = []
