@@ -7,6 +7,7 @@ the same order.
 
 import collections
 import contextlib
+import math
 from collections.abc import Generator
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from selconv_jax.data.dataset import DatasetInfo, ImageData
+from selconv_jax.data.dataset import DatasetInfo, ImageData, Split
 from selconv_jax.data.stream import NO_IMAGE, ImageReader, StreamedData, stream_batches
 from selconv_jax.train.sharding import Placement
 from selconv_jax.train.step import Purpose, epoch_order, fold
@@ -63,6 +64,9 @@ class Feed(Protocol):
 class ResidentFeed:
     """Batches of a set that lies whole on every device.
 
+    Each image lies there as one row: arrays with few channels last would be padded on TPU to many times their
+    size, and laid out anew by every call of the program.
+
     Args:
         data: The set.
         placement: The devices.
@@ -83,7 +87,7 @@ class ResidentFeed:
         """All images and their order, again and again."""
         del start  # follows from the step
         if self._train is None:
-            self._train = self._placement.replicate((self._data.train.images, self._data.train.labels))
+            self._train = self._placement.replicate(_rows(self._data.train))
         order = self._order(key, epoch, len(self._data.train))
         while True:
             yield (*self._train, order)
@@ -93,12 +97,12 @@ class ResidentFeed:
         images, labels, order = arguments
         position = step % (order.shape[0] // self._batch_size)
         index = jax.lax.dynamic_slice_in_dim(order, position * self._batch_size, self._batch_size)
-        return jnp.take(images, index, axis=0), jnp.take(labels, index, axis=0)
+        return self._images(images, index), jnp.take(labels, index, axis=0)
 
     def test(self) -> Generator[Arguments]:
         """All images, and where each batch begins."""
         if self._test is None:
-            self._test = self._placement.replicate((self._data.test.images, self._data.test.labels))
+            self._test = self._placement.replicate(_rows(self._data.test))
         for start in range(0, len(self._data.test), self._eval_batch_size):
             yield (*self._test, start)
 
@@ -108,15 +112,25 @@ class ResidentFeed:
         index = start + jnp.arange(self._eval_batch_size, dtype=jnp.int32)
         exists = index < images.shape[0]
         index = jnp.minimum(index, images.shape[0] - 1)
-        return jnp.take(images, index, axis=0), jnp.where(exists, jnp.take(labels, index, axis=0), NO_IMAGE)
+        return self._images(images, index), jnp.where(exists, jnp.take(labels, index, axis=0), NO_IMAGE)
+
+    def _images(self, rows: Array, index: Array) -> Array:
+        taken = jnp.take(rows, index, axis=0, mode="clip")
+        return taken.reshape(index.shape[0], *self._data.info.image_shape)
 
     def shapes(self, *, test: bool) -> Arguments:
         """All images, and their order or where the batch begins."""
         split = self._data.test if test else self._data.train
         whole = self._placement.replicated
         last = jax.ShapeDtypeStruct(() if test else (len(split),), jnp.int32, sharding=whole)
-        images = jax.ShapeDtypeStruct(split.images.shape, jnp.uint8, sharding=whole)
+        rows = (len(split), math.prod(split.images.shape[1:]))
+        images = jax.ShapeDtypeStruct(rows, jnp.uint8, sharding=whole)
         return images, jax.ShapeDtypeStruct(split.labels.shape, jnp.int32, sharding=whole), last
+
+
+def _rows(split: Split) -> Arguments:
+    """Images ``[N, H W C]`` and labels ``[N]``."""
+    return split.images.reshape(len(split), -1), split.labels
 
 
 class StreamedFeed:
