@@ -27,6 +27,7 @@ from selconv_jax.train.sharding import Placement
 
 __all__ = ["CompiledStep", "TopologyResult", "bench_topology", "prepare_process", "topology_devices"]
 
+_TWO_CORES = ("v4:", "v5p:")
 _LARGEST = 8  # operations that are reported
 # Without these the compiler asks the network which machine it is on, and complains.
 _ENVIRONMENT = {
@@ -103,7 +104,9 @@ def topology_devices(name: str) -> list[Any]:
             "--topology needs the TPU compiler, which is not installed. Install it by `pip install libtpu`."
         )
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        # Chips with two cores are one device, as they are in use.
+        cores = {"chip_config_name": "megacore"} if name.startswith(_TWO_CORES) else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **cores).devices)
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
         if "lockfile" in message or "already in use" in message:
