@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -72,3 +73,26 @@ def environment():
     """The environment for `command`: one device, compilations shared with the tests."""
     kept = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     return {**kept, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(CACHE), "COLUMNS": "200"}
+
+
+class StopAfter:
+    """A stop request that comes after a number of questions."""
+
+    def __init__(self, questions):
+        self.questions, self.signal = questions, None
+
+    exit_code = property(lambda self: 128 + self.signal if self.signal else 0)
+
+    def __bool__(self):
+        self.questions -= 1
+        if self.questions < 0:
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+    check = __bool__
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *details):
+        return None

@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from runs import assert_same_end, quiet_console, tiny_config
+from runs import StopAfter, assert_same_end, quiet_console, tiny_config
 
 from selconv_jax import ReallocationSchedule
 from selconv_jax.errors import ConfigError
@@ -49,27 +49,6 @@ def test_rounds_of_a_run(schedule, expected):
 def test_schedules_that_make_no_sense(arguments, said):
     with pytest.raises(ConfigError, match=said):
         ReallocationSchedule(**arguments)
-
-
-class StopAfter:
-    """A stop request that comes after a number of questions."""
-
-    signal, exit_code = signal.SIGTERM, 128 + signal.SIGTERM
-
-    def __init__(self, questions):
-        self.questions = questions
-
-    def __bool__(self):
-        self.questions -= 1
-        return self.questions < 0
-
-    check = __bool__
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *details):
-        return None
 
 
 def test_rounds_within_epochs(tmp_path, monkeypatch):

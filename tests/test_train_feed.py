@@ -2,13 +2,12 @@
 
 import contextlib
 import dataclasses
-import itertools
 import signal
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import assert_same_end, final_arrays, quiet_console, tiny_config
+from runs import StopAfter, assert_same_end, final_arrays, quiet_console, tiny_config
 
 from selconv_jax import ConfigError
 from selconv_jax.data import Split, StreamedData, load, open_data
@@ -107,26 +106,6 @@ def compiled_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_prepare", shared)
         yield
-
-
-class StopAfter:
-    """A stop request that comes after a number of questions."""
-
-    exit_code = 128 + signal.SIGTERM
-
-    def __init__(self, questions):
-        self.questions = itertools.count(1 - questions)
-
-    def __bool__(self):
-        return next(self.questions) > 0
-
-    check = __bool__
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *details):
-        return None
 
 
 def test_stopped_and_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):

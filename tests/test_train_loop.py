@@ -8,7 +8,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from runs import assert_same_end, final_arrays, quiet_console, tiny_config, whole_config
+from runs import StopAfter, assert_same_end, final_arrays, quiet_console, tiny_config, whole_config
 from tensorboardX.proto import event_pb2
 
 from selconv_jax import CheckpointError, ConfigError, DataError
@@ -113,29 +113,6 @@ def test_evaluation_repeats_the_recorded_numbers(finished):
     assert find_checkpoint(workdir, "last") is None
     with pytest.raises(ConfigError, match="'newest' is none of last, best"):
         find_checkpoint(workdir, "newest")
-
-
-class StopAfter:
-    """A stop request that comes after a number of questions."""
-
-    def __init__(self, questions):
-        self.questions, self.signal = questions, None
-
-    exit_code = property(lambda self: 128 + self.signal if self.signal else 0)
-
-    def __bool__(self):
-        self.questions -= 1
-        if self.questions < 0:
-            self.signal = signal.SIGTERM
-        return self.signal is not None
-
-    check = __bool__
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *details):
-        return None
 
 
 @pytest.mark.parametrize(

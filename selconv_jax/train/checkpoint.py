@@ -112,17 +112,17 @@ class CheckpointStore:
 
         Args:
             step: The number of the checkpoint.
-            state: Any pytree of arrays that are fully addressable or fully replicated; random keys
-                as their raw uint32 data.
+            state: Any pytree of arrays, those of several processes wherever they lie; random keys as
+                their raw uint32 data.
             score: Higher is better, e.g. the test accuracy. None or NaN: never the best.
 
         Raises:
             CheckpointError: The save *before* this one could not be written.
         """
         self._wait()
-        # A true copy: the training step may reuse the buffers that are donated to it.
         score = None if score is None or math.isnan(score) else float(score)
         if jax.process_count() == 1:
+            # A true copy: the training step may reuse the buffers that are donated to it.
             leaves = {name: np.array(leaf) for name, leaf in _named(jax.device_get(state)).items()}
             self._pending = self._writer.submit(self._write, step, leaves, score)
             return
