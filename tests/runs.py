@@ -1,5 +1,6 @@
 """Tiny runs on the embedded images, as the tests of the training loop use them."""
 
+import contextlib
 import io
 import os
 import signal
@@ -7,8 +8,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from rich.console import Console
 
+from selconv_jax.train import opening
 from selconv_jax.train.checkpoint import CheckpointStore
 from selconv_jax.train.config import parse_config
 
@@ -40,6 +43,21 @@ def tiny_config(**changes):
 def whole_config():
     """The tiny configuration with all that a run does."""
     return tiny_config(allocation={"compile_frozen": True})
+
+
+@contextlib.contextmanager
+def compiled_once():
+    """While entered, runs of equal configurations share what they compiled; a trainer holds no state."""
+    trainers, prepare = {}, opening.prepare
+
+    def shared(config):
+        if repr(config) not in trainers:
+            trainers[repr(config)] = prepare(config)
+        return trainers[repr(config)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "prepare", shared)
+        yield
 
 
 def quiet_console():

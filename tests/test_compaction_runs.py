@@ -9,7 +9,8 @@ from runs import quiet_console, tiny_config
 import selconv_jax
 from selconv_jax.cli.main import main
 from selconv_jax.train.compacting import compact_run
-from selconv_jax.train.loop import evaluate_run, restore_run, train_run
+from selconv_jax.train.loop import evaluate_run, train_run
+from selconv_jax.train.opening import restore_run
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from runs import final_arrays, quiet_console, tiny_config
 
 from selconv_jax.cli.main import main
 from selconv_jax.cli.pictures import print_run
-from selconv_jax.train import loop
+from selconv_jax.train import loop, opening
 from selconv_jax.train.compacting import compact_run
 
 
@@ -64,7 +64,7 @@ def test_no_data_is_needed(workdir, tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("the data was opened")
 
-    monkeypatch.setattr(loop, "open_data", refuse)
+    monkeypatch.setattr(opening, "open_data", refuse)
     other = renamed(workdir, tmp_path / "other", "fashion_mnist:3.0.1")
     assert total(shown(other)) == expected
 

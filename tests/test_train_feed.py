@@ -7,13 +7,13 @@ import signal
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import StopAfter, assert_same_end, final_arrays, quiet_console, tiny_config
+from runs import StopAfter, assert_same_end, compiled_once, final_arrays, quiet_console, tiny_config
 
 from selconv_jax import ConfigError
 from selconv_jax.data import Split, StreamedData, load, open_data
 from selconv_jax.data.dataset import DatasetInfo
 from selconv_jax.data.stream import NO_IMAGE
-from selconv_jax.train import loop
+from selconv_jax.train import loop, opening
 from selconv_jax.train.feed import ResidentFeed, StreamedFeed
 from selconv_jax.train.loop import resume_run, train_run
 from selconv_jax.train.metrics import read_metrics
@@ -94,17 +94,8 @@ CONFIG = tiny_config(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """All runs share what they compiled."""
-    trainers, prepare = {}, loop._prepare
-
-    def shared(config):
-        if repr(config) not in trainers:
-            trainers[repr(config)] = prepare(config)
-        return trainers[repr(config)]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_prepare", shared)
+def shared_programs():
+    with compiled_once():
         yield
 
 
@@ -122,7 +113,7 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
     assert_same_end(tmp_path / "broken", tmp_path / "whole")
     records = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert [record["epoch"] for record in records] == [1, 2]
-    trainer, _ = loop._prepare(CONFIG)
+    trainer, _ = opening.prepare(CONFIG)
     totals = trainer.evaluate(trainer.initial_state())
     assert totals.count == 1000
 

@@ -8,30 +8,30 @@ import signal
 import jax
 import numpy as np
 import pytest
-from runs import StopAfter, assert_same_end, final_arrays, quiet_console, tiny_config, whole_config
+from runs import (
+    StopAfter,
+    assert_same_end,
+    compiled_once,
+    final_arrays,
+    quiet_console,
+    tiny_config,
+    whole_config,
+)
 from tensorboardX.proto import event_pb2
 
 from selconv_jax import CheckpointError, ConfigError, DataError
 from selconv_jax.data.loading import load
 from selconv_jax.train import loop, trainer
-from selconv_jax.train.loop import NonFiniteLossError, evaluate_run, find_checkpoint, resume_run, train_run
+from selconv_jax.train.loop import NonFiniteLossError, evaluate_run, resume_run, train_run
 from selconv_jax.train.metrics import read_metrics
+from selconv_jax.train.opening import find_checkpoint
 from selconv_jax.train.trainer import Trainer
 from selconv_jax.train.workdir import create_workdir, default_workdir, lock
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """Runs of equal configurations share what they compiled; a trainer holds no state."""
-    trainers, prepare = {}, loop._prepare
-
-    def shared(config):
-        if repr(config) not in trainers:
-            trainers[repr(config)] = prepare(config)
-        return trainers[repr(config)]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_prepare", shared)
+def shared_programs():
+    with compiled_once():
         yield
 
 
@@ -330,15 +330,15 @@ def test_disk_full_is_an_error_and_keeps_what_is_there(tmp_path, monkeypatch):
     console, _ = quiet_console()
     from selconv_jax.train import checkpoint
 
-    original, saves = checkpoint._save_arrays, []
+    original, saves = checkpoint.write_arrays, []
 
-    def save_arrays(folder, arrays):
+    def write_arrays(folder, arrays):
         saves.append(folder)
         if len(saves) == 2:
             raise OSError(28, "No space left on device")
         original(folder, arrays)
 
-    monkeypatch.setattr(checkpoint, "_save_arrays", save_arrays)
+    monkeypatch.setattr(checkpoint, "write_arrays", write_arrays)
     with pytest.raises(CheckpointError, match="the disk is full"):
         train_run(whole_config(), workdir, console)
     monkeypatch.undo()

@@ -9,7 +9,7 @@ import pytest
 from runs import TINY, assert_same_end, quiet_console, tiny_config
 
 from selconv_jax import ConfigError, DataError
-from selconv_jax.train import loop
+from selconv_jax.train import loop, opening
 from selconv_jax.train.config import dump_config, parse_config
 from selconv_jax.train.loop import NonFiniteLossError, train_run
 from selconv_jax.train.metrics import read_metrics
@@ -27,7 +27,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
     """Runs that differ in their seed alone share what they compiled."""
-    prepared, prepare = {}, loop._prepare
+    prepared, prepare = {}, opening.prepare
 
     def shared(config):
         trainer, data = prepared.setdefault(repr(dataclasses.replace(config, seed=0)), prepare(config))
@@ -36,7 +36,7 @@ def compiled_once():
         return trainer, data
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_prepare", shared)
+        patch.setattr(opening, "prepare", shared)
         yield
 
 

@@ -15,7 +15,8 @@ from selconv_jax.train.agreement import exchange, is_first, together
 from selconv_jax.train.cluster import Cluster, join
 from selconv_jax.train.compacting import CompactedRun, compact_run
 from selconv_jax.train.config import load_config
-from selconv_jax.train.loop import evaluate_run, find_checkpoint, resume_run, train_run
+from selconv_jax.train.loop import evaluate_run, resume_run, train_run
+from selconv_jax.train.opening import find_checkpoint
 from selconv_jax.train.workdir import default_workdir
 
 __all__ = ["compact", "evaluate", "resume", "share_compilations", "show", "train"]

@@ -11,8 +11,9 @@ from selconv_jax.compaction import Compact, CompactionPlan, save_compact
 from selconv_jax.compaction.files import check_target
 from selconv_jax.counting import count_multiply_adds, count_parameters
 from selconv_jax.layer_tree import layer_states
-from selconv_jax.train.loop import evaluation_metrics, restore_run
+from selconv_jax.train.opening import restore_run
 from selconv_jax.train.program import Program
+from selconv_jax.train.record import evaluation_metrics
 from selconv_jax.train.state import TrainState
 from selconv_jax.train.trainer import Trainer
 

@@ -3,46 +3,28 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax import traverse_util
 from rich.console import Console
 
-from selconv_jax.data.dataset import DatasetInfo, ImageData
-from selconv_jax.data.loading import open_data
-from selconv_jax.data.stream import StreamedData
-from selconv_jax.errors import ConfigError, SelconvError
-from selconv_jax.train.agreement import (
-    check_same_state,
-    exchange,
-    first_decides,
-    is_first,
-    require_same,
-    software,
-    together,
-)
-from selconv_jax.train.checkpoint import CheckpointStore, Restored
-from selconv_jax.train.config import Config, dump_config
+from selconv_jax.data.dataset import DatasetInfo
+from selconv_jax.errors import SelconvError
+from selconv_jax.train import opening
+from selconv_jax.train.agreement import check_same_state, first_decides, is_first, together
+from selconv_jax.train.checkpoint import CheckpointStore
+from selconv_jax.train.config import Config
 from selconv_jax.train.metrics import MetricsLog, read_metrics
 from selconv_jax.train.program import Program
 from selconv_jax.train.progress import ProgressDisplay
+from selconv_jax.train.record import channel_counts, evaluation_metrics, sentence
 from selconv_jax.train.signals import stop_request
-from selconv_jax.train.state import Totals, TrainState
+from selconv_jax.train.state import TrainState
 from selconv_jax.train.trainer import Trainer
-from selconv_jax.train.workdir import CHECKPOINTS, CONFIG, METRICS, create_workdir, lock, read_config
+from selconv_jax.train.workdir import METRICS, create_workdir, read_config
 
-__all__ = [
-    "NonFiniteLossError",
-    "evaluate_run",
-    "evaluation_metrics",
-    "find_checkpoint",
-    "restore_run",
-    "resume_run",
-    "train_run",
-]
+__all__ = ["NonFiniteLossError", "evaluate_run", "resume_run", "train_run"]
 
 _REFRESH_SECONDS = 0.5
 _DISPATCHES_BETWEEN_LOOKS = 20  # at the clock, which takes a message to all processes
@@ -66,9 +48,9 @@ def train_run(config: Config, workdir: Path, console: Console) -> int:
     Raises:
         SelconvError: Something the user can mend; nothing was overwritten.
     """
-    trainer, data = _prepare(config)
+    trainer, data = opening.prepare(config)
     together(lambda: create_workdir(workdir, config) if is_first() else None)
-    with _claimed(workdir), _store(config, workdir) as store:
+    with opening.claimed(workdir), opening.open_store(config, workdir) as store:
         console.print(f"run in {workdir}", highlight=False, soft_wrap=True)
         return _Run(trainer, data.info, workdir, store, console).go_on(trainer.initial_state())
 
@@ -87,10 +69,10 @@ def resume_run(workdir: Path, console: Console) -> int:
         SelconvError: Something the user can mend.
     """
     config = together(lambda: read_config(workdir))
-    trainer, data = _prepare(config)
-    with _claimed(workdir), _store(config, workdir) as store:
+    trainer, data = opening.prepare(config)
+    with opening.claimed(workdir), opening.open_store(config, workdir) as store:
         if first_decides(bool(store.steps())):
-            restored = _restore(store, trainer)
+            restored = opening.restore(store, trainer)
             for note in restored.skipped:
                 console.print(f"skipped: {note}", highlight=False, markup=False, soft_wrap=True)
             state = restored.state
@@ -115,106 +97,12 @@ def evaluate_run(workdir: Path, step: int | None = None) -> tuple[int, dict[str,
     Raises:
         SelconvError: Something the user can mend.
     """
-    trainer, info, step, state = restore_run(workdir, step)
+    trainer, info, step, state = opening.restore_run(workdir, step)
     # As after the epoch that the checkpoint belongs to.
     epoch = max(step - 1, 0) // trainer.steps_per_epoch
     totals = trainer.evaluate(state, program=trainer.program(state, epoch))
     assert totals is not None  # nobody asked it to stop
     return step, evaluation_metrics(totals, info)
-
-
-def restore_run(workdir: Path, step: int | None = None) -> tuple[Trainer, DatasetInfo, int, TrainState]:
-    """A run as it was at a checkpoint.
-
-    Args:
-        workdir: The directory of the run.
-        step: The checkpoint; None: the newest good one.
-
-    Returns:
-        The run's compiled functions, the facts of its images, the step, the state.
-
-    Raises:
-        SelconvError: Something the user can mend.
-    """
-    config = together(lambda: read_config(workdir))
-    trainer, data = _prepare(config)
-    with _store(config, workdir) as store:
-        restored = _restore(store, trainer, step)
-    return trainer, data.info, restored.step, restored.state
-
-
-def find_checkpoint(workdir: Path, which: str) -> int | None:
-    """The step that ``"last"``, ``"best"`` or a number means in a run.
-
-    Args:
-        workdir: The directory of the run.
-        which: One of the words, or a number.
-
-    Returns:
-        The step; None for the newest good one.
-
-    Raises:
-        ConfigError: It means none, or there is no run.
-    """
-    config = read_config(workdir)
-    if which == "last":
-        return None
-    with _store(config, workdir) as store:
-        if which == "best":
-            if store.best_step is None:
-                raise ConfigError(f"{workdir} has no best checkpoint yet: no epoch has been evaluated.")
-            return store.best_step
-        if not which.isdecimal():
-            raise ConfigError(f"checkpoint {which!r} is none of last, best, or the number of a step.")
-        return int(which)
-
-
-def _prepare(config: Config) -> tuple[Trainer, ImageData | StreamedData]:
-    def prepare() -> tuple[Trainer, ImageData | StreamedData]:
-        data = open_data(config.data.name, config.data.directory, config.data.streaming)
-        return Trainer(config, data), data
-
-    trainer, data = together(prepare)
-    facts = f"{data.info}\n{len(data.train)} training images\n{len(data.test)} test images"
-    settings = dataclasses.replace(config, data=dataclasses.replace(config.data, directory=None))
-    require_same({"software": software(), "configuration": dump_config(settings), "images": facts})
-    return trainer, data
-
-
-def _restore(store: CheckpointStore, trainer: Trainer, step: int | None = None) -> Restored:
-    """The same checkpoint on every process; the first one looks which is good."""
-    found: Restored | None = None
-
-    def restore_first() -> None:
-        nonlocal found
-        if is_first():
-            found = store.restore(trainer.state_shape(), step)
-
-    together(restore_first)
-    chosen = int(exchange("" if found is None else str(found.step))[0])
-    return together(lambda: found or store.restore(trainer.state_shape(), chosen))
-
-
-@contextlib.contextmanager
-def _claimed(workdir: Path) -> Iterator[None]:
-    """Holds the run for the processes of this job; the first one stands for all."""
-    with contextlib.ExitStack() as stack:
-
-        def claim() -> None:
-            if is_first():
-                stack.enter_context(lock(workdir))
-            elif not (workdir / CONFIG).is_file():
-                raise ConfigError(
-                    f"the work directory {workdir} of process 0 is not there. All processes need one that "
-                    "they share: choose a --workdir on a file system that all machines see."
-                )
-
-        together(claim)
-        yield
-
-
-def _store(config: Config, workdir: Path) -> CheckpointStore:
-    return CheckpointStore(workdir / CHECKPOINTS, keep=config.keep_checkpoints)
 
 
 @dataclasses.dataclass
@@ -337,13 +225,13 @@ class _Run:
             "images_per_second": speed,
             "closed": closed,
             "reallocated": reallocated,
-            **_channel_counts(state),
+            **channel_counts(state),
         }
         if epoch + 1 == config.epochs:
             self.store.steps()  # waits for the disk: who reads the last record may take the run for complete
         if self._log is not None:
             self._log.write(record)
-        self._display.line(_sentence(record, config.epochs))
+        self._display.line(sentence(record, config.epochs))
         return state, True
 
     def _leave(self, state: TrainState) -> int:
@@ -386,38 +274,3 @@ class _Run:
             f"{problem}; {kept}. Train anew with a lower optimizer.learning_rate, or with "
             'model.dtype = "float32".'
         )
-
-
-def evaluation_metrics(totals: Totals, info: DatasetInfo) -> dict[str, float]:
-    """The numbers of an evaluation: test_loss, test_accuracy and, of more than five classes, test_top5."""
-    count = int(totals.count)
-    metrics = {"test_loss": float(totals.loss) / count, "test_accuracy": int(totals.correct) / count}
-    if info.num_classes > 5:
-        metrics["test_top5"] = int(totals.correct_top5) / count
-    return metrics
-
-
-def _channel_counts(state: TrainState) -> dict[str, int]:
-    """Channels of all selective and gate-only layers, and how many are open or copies."""
-    if not state.selectivity:
-        return {"open_channels": 0, "copies": 0, "channels": 0}
-    allocation = traverse_util.flatten_dict(jax.device_get(state.selectivity))
-    gates = [leaf for path, leaf in allocation.items() if path[-1] == "gate"]
-    return {
-        "open_channels": sum(int(gate.sum()) for gate in gates),
-        "copies": sum(int((leaf >= 0).sum()) for path, leaf in allocation.items() if path[-1] == "source"),
-        "channels": sum(gate.size for gate in gates),
-    }
-
-
-def _sentence(record: Mapping[str, Any], epochs: int) -> str:
-    parts = [
-        f"epoch {record['epoch']}/{epochs}",
-        f"train loss {record['train_loss']:.4f}, accuracy {record['train_accuracy']:.2%}",
-        f"test loss {record['test_loss']:.4f}, accuracy {record['test_accuracy']:.2%}",
-    ]
-    if record["images_per_second"]:
-        parts.append(f"{record['images_per_second']:,.0f} images/s")
-    if record["closed"] or record["reallocated"]:
-        parts.append(f"closed {record['closed']}, re-allocated {record['reallocated']} channels")
-    return "  ".join(parts)

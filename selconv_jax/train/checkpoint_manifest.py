@@ -1,0 +1,101 @@
+"""What is written beside the arrays of a checkpoint: score, leaves, and a digest of every file.
+
+Tensorstore does not check array data, so the digests are compared before anything is used.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selconv_jax.errors import CheckpointError
+
+__all__ = ["describe", "read_manifest", "verified_manifest", "write_manifest"]
+
+_FILE = "manifest.json"
+
+
+def describe(leaf: Any) -> str:
+    """Dtype and shape of an array, e.g. `float32[3, 3, 16, 32]`."""
+    return f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+
+
+def write_manifest(folder: Path, leaves: Mapping[str, Any], score: float | None) -> None:
+    """Describes a checkpoint of which all else is written.
+
+    Args:
+        folder: Of the checkpoint.
+        leaves: Its arrays by path.
+        score: Higher is better; None: there is none.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    manifest = {
+        "score": score,
+        "leaves": {name: describe(leaf) for name, leaf in leaves.items()},
+        "files": {file.relative_to(folder).as_posix(): _digest(file) for file in files},
+    }
+    (folder / _FILE).write_bytes(_encode(manifest))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest alone, which tells if it was altered itself.
+
+    Args:
+        folder: Of the checkpoint.
+
+    Returns:
+        `score`, `leaves` (descriptions by path) and `files` (digests by path).
+
+    Raises:
+        CheckpointError: It is missing or was altered.
+    """
+    try:
+        raw = (folder / _FILE).read_bytes()
+        manifest: dict[str, Any] = json.loads(raw)
+        del manifest["digest"]
+        intact = raw == _encode(manifest)
+    except OSError as error:
+        raise CheckpointError(f"{folder} is damaged: {_FILE}: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise CheckpointError(f"{folder} is damaged: {_FILE} has been altered.")
+    return manifest
+
+
+def verified_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint of which every file is as it was written.
+
+    Args:
+        folder: Of the checkpoint.
+
+    Returns:
+        As `read_manifest`.
+
+    Raises:
+        CheckpointError: A file is missing or was altered.
+    """
+    manifest = read_manifest(folder)
+    for name, digest in manifest["files"].items():
+        try:
+            intact = _digest(folder / name) == digest
+        except OSError as error:
+            raise CheckpointError(f"{folder} is damaged: {name}: {error.strerror}.") from error
+        if not intact:
+            raise CheckpointError(f"{folder} is damaged: {name} has been altered.")
+    return manifest
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _encode(manifest: Mapping[str, Any]) -> bytes:
+    """The bytes of a manifest, among them a digest of all the rest."""
+    text = json.dumps(manifest, sort_keys=True)
+    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return json.dumps({**manifest, "digest": digest}, sort_keys=True).encode()

@@ -1,0 +1,126 @@
+"""A run as all its processes open it: of one configuration, one data set, one directory, one checkpoint."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from selconv_jax.data.dataset import DatasetInfo, ImageData
+from selconv_jax.data.loading import open_data
+from selconv_jax.data.stream import StreamedData
+from selconv_jax.errors import ConfigError
+from selconv_jax.train.agreement import exchange, is_first, require_same, software, together
+from selconv_jax.train.checkpoint import CheckpointStore, Restored
+from selconv_jax.train.config import Config, dump_config
+from selconv_jax.train.state import TrainState
+from selconv_jax.train.trainer import Trainer
+from selconv_jax.train.workdir import CHECKPOINTS, CONFIG, lock, read_config
+
+__all__ = ["claimed", "find_checkpoint", "open_store", "prepare", "restore", "restore_run"]
+
+
+def prepare(config: Config) -> tuple[Trainer, ImageData | StreamedData]:
+    """Images and compiled functions of a run, once all processes have found them and agree.
+
+    Args:
+        config: The run.
+
+    Returns:
+        Its compiled functions, and its images.
+
+    Raises:
+        SelconvError: Something the user can mend, on every process.
+    """
+
+    def of_this_process() -> tuple[Trainer, ImageData | StreamedData]:
+        data = open_data(config.data.name, config.data.directory, config.data.streaming)
+        return Trainer(config, data), data
+
+    trainer, data = together(of_this_process)
+    facts = f"{data.info}\n{len(data.train)} training images\n{len(data.test)} test images"
+    settings = dataclasses.replace(config, data=dataclasses.replace(config.data, directory=None))
+    require_same({"software": software(), "configuration": dump_config(settings), "images": facts})
+    return trainer, data
+
+
+def restore(store: CheckpointStore, trainer: Trainer, step: int | None = None) -> Restored:
+    """The same checkpoint on every process; the first one looks which is good."""
+    found: Restored | None = None
+
+    def restore_first() -> None:
+        nonlocal found
+        if is_first():
+            found = store.restore(trainer.state_shape(), step)
+
+    together(restore_first)
+    chosen = int(exchange("" if found is None else str(found.step))[0])
+    return together(lambda: found or store.restore(trainer.state_shape(), chosen))
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path) -> Iterator[None]:
+    """Holds the run for the processes of this job; the first one stands for all."""
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            if is_first():
+                stack.enter_context(lock(workdir))
+            elif not (workdir / CONFIG).is_file():
+                raise ConfigError(
+                    f"the work directory {workdir} of process 0 is not there. All processes need one that "
+                    "they share: choose a --workdir on a file system that all machines see."
+                )
+
+        together(claim)
+        yield
+
+
+def open_store(config: Config, workdir: Path) -> CheckpointStore:
+    """The checkpoints of a run, as many as its configuration keeps."""
+    return CheckpointStore(workdir / CHECKPOINTS, keep=config.keep_checkpoints)
+
+
+def restore_run(workdir: Path, step: int | None = None) -> tuple[Trainer, DatasetInfo, int, TrainState]:
+    """A run as it was at a checkpoint.
+
+    Args:
+        workdir: The directory of the run.
+        step: The checkpoint; None: the newest good one.
+
+    Returns:
+        The run's compiled functions, the facts of its images, the step, the state.
+
+    Raises:
+        SelconvError: Something the user can mend.
+    """
+    config = together(lambda: read_config(workdir))
+    trainer, data = prepare(config)
+    with open_store(config, workdir) as store:
+        restored = restore(store, trainer, step)
+    return trainer, data.info, restored.step, restored.state
+
+
+def find_checkpoint(workdir: Path, which: str) -> int | None:
+    """The step that ``"last"``, ``"best"`` or a number means in a run.
+
+    Args:
+        workdir: The directory of the run.
+        which: One of the words, or a number.
+
+    Returns:
+        The step; None for the newest good one.
+
+    Raises:
+        ConfigError: It means none, or there is no run.
+    """
+    config = read_config(workdir)
+    if which == "last":
+        return None
+    with open_store(config, workdir) as store:
+        if which == "best":
+            if store.best_step is None:
+                raise ConfigError(f"{workdir} has no best checkpoint yet: no epoch has been evaluated.")
+            return store.best_step
+        if not which.isdecimal():
+            raise ConfigError(f"checkpoint {which!r} is none of last, best, or the number of a step.")
+        return int(which)
