@@ -1,9 +1,11 @@
 """Tiny runs on the embedded images, as the tests of the training loop use them."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -91,6 +93,16 @@ def environment():
     """The environment for `command`: one device, compilations shared with the tests."""
     kept = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     return {**kept, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(CACHE), "COLUMNS": "200"}
+
+
+def run_with_tpu_compiler(*arguments):
+    """Runs a command that needs libtpu to its end; skips the test where there is none to be had."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu")
+    done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, check=False)
+    if "another process holds" in done.stderr:
+        pytest.skip("another process holds libtpu")
+    assert done.returncode == 0, done.stderr
 
 
 class StopAfter:

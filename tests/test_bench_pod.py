@@ -1,15 +1,13 @@
 """Runs compiled for TPU pods that are not there: messages in a program's text, estimates, refusals."""
 
 import dataclasses
-import importlib.util
 import io
 import json
-import subprocess
 
 import jax
 import pytest
 from rich.console import Console
-from runs import command, environment, tiny_config
+from runs import run_with_tpu_compiler, tiny_config
 
 from selconv_jax.bench import pod
 from selconv_jax.bench.chips import chip_of
@@ -174,22 +172,12 @@ def test_search_for_the_largest_batch(monkeypatch, most, found):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_compiles_for_a_pod(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
         'batch_size = 64\nbatch_norm = "per_device"\n[model]\noptions = { blocks = [1], growth = 8 }\n'
     )
-    done = subprocess.run(
-        command("compile", file, "--topology", "v5e:2x4", "--output", tmp_path / "plan.json"),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "another process holds" in done.stderr:
-        pytest.skip("another process holds libtpu")
-    assert done.returncode == 0, done.stderr
+    run_with_tpu_compiler("compile", file, "--topology", "v5e:2x4", "--output", tmp_path / "plan.json")
     plan = json.loads((tmp_path / "plan.json").read_text())
     (messages,) = plan["programs"][0]["messages"]
     assert messages["kind"] == "all-reduce"

@@ -3,12 +3,11 @@
 import importlib.util
 import io
 import json
-import subprocess
 
 import jax
 import pytest
 from rich.console import Console
-from runs import command, environment
+from runs import run_with_tpu_compiler
 
 from selconv_jax.bench import topology
 from selconv_jax.bench.hlo import CostedOperation, entry_costs
@@ -107,19 +106,9 @@ def test_reports():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_compiles_for_chips_that_are_not_there(tmp_path):
     options = ["--image", "8x8x3", "--batch", "8", "--slots", "0.25", "--output", tmp_path / "out"]
-    done = subprocess.run(
-        command("bench", "densenet40", "blocks=[1]", "growth=4", "--topology", "v5e:2x2", *options),
-        env={**environment(), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "another process holds" in done.stderr:
-        pytest.skip("another process holds libtpu")
-    assert done.returncode == 0, done.stderr
+    run_with_tpu_compiler("bench", "densenet40", "blocks=[1]", "growth=4", "--topology", "v5e:2x2", *options)
     report = json.loads((tmp_path / "out" / "bench.json").read_text())
     plain, selective, *_ = report["topology"][0]["steps"]
     assert report["topology"][0]["chips"] == 4

@@ -4,12 +4,13 @@ import dataclasses
 import math
 import re
 
+from selconv_jax.bench.hlo import place_of
+
 __all__ = ["Collective", "collectives"]
 
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _OPERATION = re.compile(rf"%?[\w.\-]+ = (?P<shape>.*?) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\(")
 _ARRAY = re.compile(r"(?P<type>[a-z]+\d*)\[(?P<dims>[\d,]*)\]")
-_PLACE = re.compile(r'op_name="([^"]*)"')
 _BITS = re.compile(r"\d+")
 
 
@@ -49,8 +50,7 @@ def collectives(text: str) -> list[Collective]:
         sizes = [_bytes(array["type"], array["dims"]) for array in _ARRAY.finditer(match["shape"])]
         # The start of a gather or permutation also names what it begins with; the result is the largest.
         total = max(sizes, default=0) if match["start"] and match["kind"] != "all-reduce" else sum(sizes)
-        place = _PLACE.search(line)
-        found.append(Collective(match["kind"], total, place[1] if place else ""))
+        found.append(Collective(match["kind"], total, place_of(line)))
     return found
 
 

@@ -1,9 +1,9 @@
-"""The costs that a TPU compiler writes into the text of a program."""
+"""The text of a compiled program: where an operation comes from, and the costs that a TPU compiler writes."""
 
 import dataclasses
 import re
 
-__all__ = ["CostedOperation", "entry_costs"]
+__all__ = ["CostedOperation", "entry_costs", "place_of"]
 
 _ENTRY = re.compile(r"^ENTRY .*?^\}", re.DOTALL | re.MULTILINE)
 _NAME = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = ")
@@ -24,6 +24,12 @@ class CostedOperation:
     name: str
     cycles: int
     place: str
+
+
+def place_of(line: str) -> str:
+    """Where the operation of a line comes from, such as ``"jit(step)/conv1/dot_general"``; may be empty."""
+    place = _PLACE.search(line)
+    return place[1] if place else ""
 
 
 def entry_costs(text: str) -> list[CostedOperation]:
@@ -49,7 +55,7 @@ def entry_costs(text: str) -> list[CostedOperation]:
     entry = _ENTRY.search(text)
     costs = []
     for line in entry.group().splitlines() if entry else ():
-        name, cycles, place = _NAME.match(line), _CYCLES.search(line), _PLACE.search(line)
+        name, cycles = _NAME.match(line), _CYCLES.search(line)
         if name and cycles:
-            costs.append(CostedOperation(name[1], int(cycles[1]), place[1] if place else ""))
+            costs.append(CostedOperation(name[1], int(cycles[1]), place_of(line)))
     return costs

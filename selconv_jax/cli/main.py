@@ -103,14 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         help="train a network",
         description="Trains the network of a TOML file, in a new directory.",
     )
-    train.add_argument("config", metavar="CONFIG", help="a TOML file, such as experiments/quickstart.toml")
+    _add_config(train)
     train.add_argument("--workdir", metavar="DIR", help="directory of the run (default: runs/NAME)")
-    train.add_argument(
-        "words",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="replaces a value of the file, such as epochs=10 or optimizer.learning_rate=0.05",
-    )
     _add_cluster(train)
 
     resume = commands.add_parser("resume", help="go on with a run", description="Goes on with a run.")
@@ -193,6 +187,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="a TOML file, such as experiments/quickstart.toml")
+    command.add_argument(
+        "words",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="replaces a value of the file, such as epochs=10 or optimizer.learning_rate=0.05",
+    )
+
+
 def _add_cluster(command: argparse.ArgumentParser) -> None:
     cluster = command.add_argument_group(
         "several processes",
@@ -254,8 +258,7 @@ def _add_compile(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "(needs libtpu), and prints memory of a chip, messages between chips, and estimated cycles. Nothing "
         "is run, no image is read.",
     )
-    compiling.add_argument("config", metavar="CONFIG", help="a TOML file")
-    compiling.add_argument("words", nargs="*", metavar="KEY=VALUE", help="replaces a value of the file")
+    _add_config(compiling)
     compiling.add_argument(
         "--topology", required=True, metavar="TPU", help="such as v5e:1x1, v5e:16x16 or v4:4x4x4"
     )
