@@ -28,26 +28,56 @@ def cluster_arguments(count):
     ]
 
 
+def announcements(count, launcher):
+    """For each process, the environment variables by which Slurm or Open MPI would tell it of the others."""
+    with socket.socket() as probe:
+        # Both make the port of the number of the job, one of these.
+        job = next(job for job in range(4096) if probe.connect_ex(("127.0.0.1", 61440 + job)) != 0)
+    if launcher == "Slurm":
+        return [
+            {
+                "SLURM_JOB_ID": str(job),
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": str(count),
+                "SLURM_PROCID": str(number),
+                "SLURM_LOCALID": str(number),
+            }
+            for number in range(count)
+        ]
+    return [
+        {
+            "OMPI_VERSION": "4.1.6",
+            "OMPI_MCA_orte_hnp_uri": f"{job * 4096}.0;tcp://127.0.0.1:40000",
+            "OMPI_COMM_WORLD_SIZE": str(count),
+            "OMPI_COMM_WORLD_RANK": str(number),
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(number),
+        }
+        for number in range(count)
+    ]
+
+
 class Processes:
     """Processes of one run; killed on leaving, their output kept in files.
 
     Args:
         commands: A command line for each.
         folder: For their output.
+        variables: For each, more environment variables; None: no more.
     """
 
-    def __init__(self, commands, folder):
+    def __init__(self, commands, folder, variables=None):
         folder.mkdir(parents=True, exist_ok=True)
         self.files = [folder / f"{number}.txt" for number in range(len(commands))]
         self.started = []
-        for command, file in zip(commands, self.files, strict=True):
+        variables = variables or [{} for _ in commands]
+        for command, file, more in zip(commands, self.files, variables, strict=True):
             with file.open("w") as output:
                 self.started.append(
                     subprocess.Popen(
                         list(map(str, command)),
                         stdout=output,
                         stderr=subprocess.STDOUT,
-                        env=environment(),
+                        env={**environment(), **more},
                         stdin=subprocess.DEVNULL,
                     )
                 )
@@ -88,9 +118,11 @@ class Processes:
             time.sleep(0.05)
 
 
-def selconv(count, folder, *arguments):
-    """A command of the program in so many processes."""
+def selconv(count, folder, *arguments, launcher=None):
+    """A command of the program in so many processes, which their arguments or a launcher tell of each other."""
     program = [sys.executable, "-m", "selconv_jax", *arguments]
+    if launcher is not None:
+        return Processes([program] * count, folder, announcements(count, launcher))
     return Processes([[*program, *more] for more in cluster_arguments(count)], folder)
 
 

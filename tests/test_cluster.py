@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from processes import TESTS, Processes, cluster_arguments, free_address, script, selconv
+from processes import TESTS, Processes, announcements, cluster_arguments, free_address, script, selconv
 from runs import assert_same_end, final_arrays, quiet_console
 from trajectory import digest
 
@@ -93,9 +93,10 @@ def test_what_processes_tell_each_other(tmp_path):
 
 
 def test_saved_by_two_stopped_and_gone_on_with_by_one(config, tmp_path):
-    """SIGTERM to one process: all save the same step and end; one process, and then two, go on."""
+    """SIGTERM to one process of a Slurm job: all save the same step and end; one process goes on alone."""
     workdir, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    with selconv(2, tmp_path / "first", "train", config, "--workdir", workdir) as run:
+    words = ["train", config, "--workdir", workdir]
+    with selconv(2, tmp_path / "first", *words, launcher="Slurm") as run:
         run.wait_for_text(0, "epoch 1/4")
         run.started[1].send_signal(signal.SIGTERM)
         assert run.wait(60) == [128 + signal.SIGTERM] * 2, run.outputs()
@@ -161,8 +162,10 @@ def lose_one(run, number, count):
 
 
 def test_the_others_end_when_one_is_killed(config, tmp_path):
+    """Started by Open MPI."""
     workdir = tmp_path / "run"
-    with selconv(2, tmp_path / "output", "train", config, "--workdir", workdir, "epochs=400") as run:
+    words = ["train", config, "--workdir", workdir, "epochs=400"]
+    with selconv(2, tmp_path / "output", *words, launcher="Open MPI") as run:
         run.wait_for_text(0, "epoch 1/400")
         lose_one(run, 1, 2)
         assert "can no longer reach another one" in run.text(0)
@@ -188,6 +191,24 @@ def test_killed_at_a_random_moment(config, tmp_path, seed):
     assert_same_end(workdir, unbroken)
 
 
+def test_a_job_of_which_one_process_has_come(config, tmp_path):
+    """Such as a command in a batch script of Slurm that was not started by srun."""
+    command = [sys.executable, "-m", "selconv_jax", "train", config, "--join-timeout", 1]
+    with Processes([command], tmp_path, announcements(2, "Slurm")[:1]) as run:
+        assert run.wait(30) == [1]
+        assert "not all processes of the Slurm job have come within 1 seconds" in run.text(0)
+        assert "by srun" in run.text(0)
+
+
+def test_a_launcher_that_does_not_say_where_the_others_are(config, tmp_path):
+    command = [sys.executable, "-m", "selconv_jax", "train", config]
+    variables = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+    with Processes([command], tmp_path, [variables]) as run:
+        assert run.wait(30) == [1]
+        assert "selconv: error: the processes of the Slurm job could not be joined" in run.text(0)
+        assert "--coordinator, --process and --processes" in run.text(0)
+
+
 def test_different_configurations_are_refused(config, tmp_path):
     other = tmp_path / "other.toml"
     other.write_text(CONFIG.replace("threshold = 0.4", "threshold = 0.5"))
@@ -210,7 +231,7 @@ def test_different_configurations_are_refused(config, tmp_path):
     ("process", "said"),
     [
         (1, "does not answer .*Start process 0 there"),
-        (0, "not all 2 processes have come within 1 seconds"),
+        (0, "not all processes have come within 1 seconds. Start all 2 that"),
     ],
     ids=["coordinator", "others"],
 )

@@ -130,10 +130,12 @@ def join(cluster: Cluster) -> Iterator[None]:
                 initialization_timeout=round(cluster.timeout + 4 * _MARGIN),
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             if told or "coordinator_address" not in str(error):
+                kind = announced(os.environ)
                 raise ConfigError(
-                    f"the {announced(os.environ) or 'processes'} could not be joined: {error}"
+                    f"the processes{_of(kind)} could not be joined: {error} Where JAX does not find them "
+                    "by itself, --coordinator, --process and --processes tell it."
                 ) from error
     try:
         with _ended_by_loss():
@@ -190,12 +192,23 @@ def _await_coordinator(address: str, timeout: float) -> None:
 
 
 def _late(cluster: Cluster) -> None:
-    count = "" if cluster.processes is None else f" {cluster.processes}"
+    if cluster.processes is None:
+        count = _of(announced(os.environ))
+        remedy = (
+            "Start them all, by srun, mpirun or on every host of the pod, where they can reach the first one"
+        )
+    else:
+        count = ""
+        remedy = f"Start all {cluster.processes} that --processes says, each with a --process of its own"
     _say(
-        f"error: not all{count} processes have come within {cluster.timeout:.0f} seconds. Start as many as "
-        "--processes says, each with a --process of its own, or give them longer by --join-timeout."
+        f"error: not all processes{count} have come within {cluster.timeout:.0f} seconds. {remedy}, or give "
+        "them longer by --join-timeout."
     )
     os._exit(1)
+
+
+def _of(kind: str | None) -> str:
+    return "" if kind is None else f" of the {kind}" if kind == "TPU pod" else f" of the {kind} job"
 
 
 @contextlib.contextmanager
