@@ -119,7 +119,7 @@ class Processes:
 
 
 def selconv(count, folder, *arguments, launcher=None):
-    """A command of the program in so many processes, which their arguments or a launcher tell of each other."""
+    """A command of the program in so many processes, told of each other by arguments or as by a launcher."""
     program = [sys.executable, "-m", "selconv_jax", *arguments]
     if launcher is not None:
         return Processes([program] * count, folder, announcements(count, launcher))

@@ -10,6 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from prepared_sets import examples, images, write_set
 from processes import TESTS, Processes, announcements, cluster_arguments, free_address, script, selconv
 from runs import assert_same_end, final_arrays, quiet_console
 from trajectory import digest
@@ -225,6 +226,51 @@ def test_different_configurations_are_refused(config, tmp_path):
                 "threshold = 0.4, process 1 has threshold = 0.5" in run.text(number)
             ), run.text(number)
     assert not workdir.exists()
+
+
+def assert_both_refuse(commands, folder, said):
+    """Two processes that end by themselves, within a minute, with the same words."""
+    commands = [
+        [sys.executable, "-m", "selconv_jax", *words, *more]
+        for words, more in zip(commands, cluster_arguments(2), strict=True)
+    ]
+    with Processes(commands, folder) as run:
+        assert run.wait(60) == [1, 1], run.outputs()
+        for number in range(2):
+            assert re.search(f"selconv: error: .*{said}", run.text(number)), run.outputs()
+
+
+@pytest.mark.slow
+def test_images_that_one_machine_lacks(tmp_path):
+    write_set(tmp_path / "0", "toy", {name: examples(images(40, (8, 8, 3))) for name in ("train", "test")})
+    commands = []
+    for number in range(2):
+        file = tmp_path / f"{number}.toml"
+        file.write_text(f'batch_size = 8\n[data]\nname = "toy"\ndirectory = "{tmp_path / str(number)}"\n')
+        commands.append(["train", file, "--workdir", tmp_path / "run"])
+    assert_both_refuse(commands, tmp_path / "output", f"process 1: .*toy.*{tmp_path / '1'}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_network(config, tmp_path):
+    workdir = tmp_path / "run"
+    console, _ = quiet_console()
+    assert train_run(load_config(config, ["devices=1", "epochs=1"]), workdir, console) == 0
+    before = final_arrays(workdir)
+    file = workdir / "config.toml"
+    file.write_text(
+        file.read_text().replace("growth = 4", "growth = 8").replace("devices = 1", "devices = 0")
+    )
+    assert_both_refuse([["resume", workdir]] * 2, tmp_path / "output", "is a checkpoint of another model")
+    np.testing.assert_equal(final_arrays(workdir), before)
+
+
+@pytest.mark.slow
+def test_a_batch_that_the_processes_do_not_divide(config, tmp_path):
+    words = ["train", config, "--workdir", tmp_path / "run", "batch_size=401"]
+    assert_both_refuse([words] * 2, tmp_path / "output", "batch of 401 images does not divide over 2 devices")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

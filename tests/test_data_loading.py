@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 import tiny_sets
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
+from prepared_sets import examples, images, write_set
 
 from selconv_jax.data import StreamedData, load, loading, open_data
 from selconv_jax.data.catalog import KNOWN
@@ -19,45 +20,6 @@ from selconv_jax.data.prepare import prepare
 from selconv_jax.errors import DataError
 
 CIFAR = tiny_sets.splits(32, 32, 3)
-
-
-def write_set(data_dir, name, splits, features=None, config=None):
-    """Prepare a set of examples by split with a builder that tensorflow-datasets does not know."""
-    if features is None:
-        features = {
-            "image": tfds.features.Image(shape=(None, None, None)),
-            "label": tfds.features.ClassLabel(names=["cat", "dog"]),
-        }
-    if isinstance(features, dict):
-        features = tfds.features.FeaturesDict(features)
-    set_name = name
-
-    class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        name = set_name
-        VERSION = tfds.core.Version("1.2.3")
-        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
-
-        def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=features)
-
-        def _split_generators(self, dl_manager):
-            return {key: enumerate(examples) for key, examples in splits.items()}
-
-        def _generate_examples(self):
-            raise NotImplementedError
-
-    builder = Toy(data_dir=data_dir, file_format="array_record")
-    tfds.disable_progress_bar()
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-    return builder.data_path
-
-
-def images(count, shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
-
-
-def examples(pictures):
-    return [{"image": encode_png(picture), "label": number % 2} for number, picture in enumerate(pictures)]
 
 
 @pytest.mark.parametrize("test_name", ["test", "validation"])
@@ -205,9 +167,12 @@ def test_large_sets_are_streamed(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cifar1O", "There is no data set 'cifar1O'. Did you mean 'cifar10'"),
-        ("mnis", "There is no data set 'mnis'. Did you mean 'mnist'"),
-        ("qqqqqq", "There is no data set 'qqqqqq'. Valid: cifar10, cifar100, fashion_mnist, fashion"),
+        ("cifar1O", "There is no data set 'cifar1O', prepared in .*[.] Did you mean 'cifar10'"),
+        ("mnis", "There is no data set 'mnis', prepared in .*[.] Did you mean 'mnist'"),
+        (
+            "qqqqqq",
+            "There is no data set 'qqqqqq', prepared in .*[.] Valid: cifar10, cifar100, fashion_mnist, fashion",
+        ),
         ("a b", "'a b' is no name of a data set"),
         ("../sets", "is no name of a data set"),
         ("huggingface:mnist", "is no name of a data set"),

@@ -56,7 +56,10 @@ def open_prepared(name: str, data_dir: Path) -> Any:
             if known is None:  # else it is a set that tensorflow-datasets does not have by itself
                 stock = tfds.list_builders(with_community_datasets=False)
                 options = {*KNOWN, *prepared, *difflib.get_close_matches(name, stock)}
-                raise DataError(f"There is no data set {name!r}. {nearest(name, options)}") from error
+                raise DataError(
+                    f"There is no data set {name!r}, prepared in {data_dir} or known otherwise. "
+                    f"{nearest(name, options)}"
+                ) from error
         except Exception as error:  # assertions, parse errors and others
             raise DataError(
                 f"{name} cannot be opened in {data_dir} ({error}). If its folder is damaged, "
