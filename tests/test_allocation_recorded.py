@@ -16,6 +16,8 @@ from selconv_jax.functional import (
     reallocate,
 )
 
+pytestmark = pytest.mark.optimized
+
 FIELDS = ("kernel", "scale", "bias", "mean", "var", "gate", "source", "shift")
 FLOATS = ("kernel", "scale", "bias", "mean", "var", "shift")
 

@@ -13,6 +13,8 @@ from selconv_jax.cli.main import main
 from selconv_jax.errors import ConfigError
 from selconv_jax.train.signals import StopRequest
 
+pytestmark = pytest.mark.optimized
+
 TINY = ["densenet40", "blocks=[1,1]", "growth=4", "--image", "8x8x3", "--batch", "4", "--repeats", "3"]
 
 

@@ -14,6 +14,8 @@ from selconv_jax.cli.main import main
 from selconv_jax.train.config import dump_config, parse_config
 from selconv_jax.train.metrics import read_metrics
 
+pytestmark = pytest.mark.optimized
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -12,6 +12,8 @@ from selconv_jax.train.compacting import compact_run
 from selconv_jax.train.loop import evaluate_run, train_run
 from selconv_jax.train.opening import restore_run
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):

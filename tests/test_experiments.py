@@ -20,6 +20,8 @@ from selconv_jax.train.config import load_config, parse_config
 from selconv_jax.train.step import train_step
 from selconv_jax.train.trainer import Trainer
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).resolve().parent.parent / "experiments"
 CONFIGS = {file.relative_to(ROOT).as_posix(): load_config(file) for file in sorted(ROOT.rglob("*.toml"))}
 

@@ -18,6 +18,8 @@ from selconv_jax.interop.shift_units import ShiftUnits
 from selconv_jax.interop.torch import load_state_dict, save_state_dict, state_dict
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
 
+pytestmark = pytest.mark.optimized
+
 IMAGE = (8, 8, 3)
 LAYER = "features.block1.layer1.brc_1"
 COUNT = "num_batches_tracked"

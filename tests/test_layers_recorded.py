@@ -8,6 +8,8 @@ from recorded import LAYER_CASES, assert_close, read
 
 from selconv_jax import SelectiveConv
 
+pytestmark = pytest.mark.optimized
+
 PARAMS = ("kernel", "scale", "bias", "shift")
 
 

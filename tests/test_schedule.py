@@ -11,6 +11,8 @@ from selconv_jax.train import loop
 from selconv_jax.train.loop import resume_run, train_run
 from selconv_jax.train.metrics import read_metrics
 
+pytestmark = pytest.mark.optimized
+
 
 def rounds(schedule, steps_per_epoch=10, epochs=6):
     """All that are due, in steps done."""

@@ -20,6 +20,8 @@ from selconv_jax.train.metrics import read_metrics
 from selconv_jax.train.sharding import Placement
 from selconv_jax.train.trainer import Trainer
 
+pytestmark = pytest.mark.optimized
+
 KEY = jnp.array([3, 4], jnp.uint32)
 DATA = load("fashion_mnist_sample")
 BATCH, STEPS = 300, 6  # 200 of the 2,000 images are left out of an epoch

@@ -28,6 +28,8 @@ from selconv_jax.train.opening import find_checkpoint
 from selconv_jax.train.trainer import Trainer
 from selconv_jax.train.workdir import create_workdir, default_workdir, lock
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture(scope="module", autouse=True)
 def shared_programs():

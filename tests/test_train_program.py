@@ -19,6 +19,8 @@ from selconv_jax.train.optimizer import make_optimizer
 from selconv_jax.train.program import bucket_program, frozen_program
 from selconv_jax.train.trainer import Trainer
 
+pytestmark = pytest.mark.optimized
+
 STEPS = 20
 # So low that no activation comes so near to 0 that rounding decides its sign.
 RATE = 0.01

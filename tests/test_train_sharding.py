@@ -13,6 +13,8 @@ from selconv_jax.train.loop import train_run
 from selconv_jax.train.metrics import read_metrics
 from selconv_jax.train.sharding import Placement
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.parametrize(
     ("arguments", "options", "said"),

@@ -15,6 +15,8 @@ from selconv_jax.data.mixup import draw_mixup
 from selconv_jax.train.state import initial_state
 from selconv_jax.train.step import Purpose, eval_batch, fold, train_step
 
+pytestmark = pytest.mark.optimized
+
 INFO = DatasetInfo("toy", (4, 4, 1), 3, None, (0.5,), (0.25,), 0, False)
 RATE = 0.1
 

@@ -15,6 +15,8 @@ from selconv_jax.train.loop import NonFiniteLossError, train_run
 from selconv_jax.train.metrics import read_metrics
 from selconv_jax.train.sweep import check_sweep, plan_sweep, run_sweep, split_values
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
