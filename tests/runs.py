@@ -27,7 +27,7 @@ TINY = {
     "batch_size": 500,
     "eval_batch_size": 500,
     "devices": 1,
-    "model": {"name": "densenet40", "options": {"blocks": [1], "growth": 8}},
+    "model": {"name": "densenet40", "options": {"blocks": [1], "growth": 4}},
     "data": {"name": "fashion_mnist_sample"},
     # Without a program of its own for the second half, which takes as long to compile as the others.
     "allocation": {"threshold": 0.4, "compile_frozen": False},

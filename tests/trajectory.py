@@ -42,7 +42,7 @@ def trajectory(devices, batch_norm, between=lambda state: None, streamed=False):
     """
     config = tiny_config(
         epochs=2,
-        batch_size=64,
+        batch_size=32,
         eval_batch_size=75,
         devices=devices,
         allocation={"threshold": 0.3},
@@ -50,7 +50,7 @@ def trajectory(devices, batch_norm, between=lambda state: None, streamed=False):
     )
     data = open_data(config.data.name)
     train, test = (Split(split.images[::2], split.labels[::2]) for split in (data.train, data.test))
-    train = Split(train.images[:960], train.labels[:960])
+    train = Split(train.images[:480], train.labels[:480])
     data = (StreamedData if streamed else ImageData)(data.info, train, test)
     trainer = Trainer(dataclasses.replace(config, batch_norm=batch_norm), data)
     trainer.model = trainer.model.clone(dtype=jnp.float64, param_dtype=jnp.float64)
