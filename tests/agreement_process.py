@@ -28,6 +28,12 @@ def refuse(process):
     return process
 
 
+def break_down(process):
+    """Fails on one process only, by no error of ours."""
+    if process == 2:
+        raise PermissionError(13, "Permission denied")
+
+
 def outcome(action):
     """What an action returns or refuses."""
     try:
@@ -56,6 +62,7 @@ def main(_coordinator, address, _process, process, _processes, processes):
             "first_decides": lambda: first_decides(process == 0),
             "together": lambda: together(lambda: process),
             "refused": lambda: together(lambda: refuse(process)),
+            "broken": lambda: together(lambda: break_down(process)),
             "same": lambda: require_same({"configuration": "epochs = 3"}),
             "different": lambda: require_same({"configuration": f"seed = 1\nepochs = {3 + process // 2}"}),
             "same state": lambda: check_same_state(same, "after epoch 1"),

@@ -114,7 +114,7 @@ def test_tables_and_estimate():
         9.0,
     )
     evaluation = CompiledProgram("evaluation", gigabyte, False, [], 100_000, 0.0, 3.0)
-    plan = PodPlan("v5e:2x4", 8, 512, 0.25, 2_900_000, 16 * 2**30, 1.5e9, [step, evaluation])
+    plan = PodPlan("v5e:2x4", 8, 512, 1, 0.25, 2_900_000, 16 * 2**30, 1.5e9, [step, evaluation])
     text = io.StringIO()
     console = Console(file=text, width=120)
     console.print(pod_table(plan, "a run"))
@@ -127,6 +127,7 @@ def test_tables_and_estimate():
         plan
     )
     assert "not known" in scaling_line(dataclasses.replace(plan, clock=None))
+    assert "micro-batches" in scaling_line(dataclasses.replace(plan, micro_batches=2))
 
 
 def test_time_of_messages_by_hand():
@@ -142,7 +143,10 @@ def test_time_of_messages_by_hand():
         ({"batch_size": 100}, "batch_size is 100, which does not divide over the 8 chips of v5e:2x4. .*=96"),
         ({"batch_size": 4}, "such as batch_size=8"),
         ({"batch_size": 24, "micro_batches": 2}, "in 2 micro-batches. Choose a multiple of 16"),
-        ({"batch_size": 8, "parameter_shards": 3}, "parameter_shards is 3; there are 8 chips"),
+        (
+            {"batch_size": 8, "parameter_shards": 3},
+            "parameter_shards is 3, which does not divide the 8 chips",
+        ),
     ],
 )
 def test_refusals(changes, said):
@@ -158,7 +162,7 @@ def plan_that_fits(most):
             raise ConfigError("the training step does not fit in the memory")
         fits = config.batch_size <= most
         program = CompiledProgram("training step", None, fits, [], 1, 0.0, 1.0)
-        return PodPlan(topology, len(devices), config.batch_size, 0.25, 1, 1, 1.0, [program])
+        return PodPlan(topology, len(devices), config.batch_size, 1, 0.25, 1, 1, 1.0, [program])
 
     return compile_for_pod
 

@@ -16,7 +16,8 @@ from runs import assert_same_end, final_arrays, quiet_console
 from trajectory import digest
 
 from selconv_jax.errors import ConfigError
-from selconv_jax.train.cluster import Cluster, announced
+from selconv_jax.train import opening
+from selconv_jax.train.cluster import Cluster, announced, local_gpus
 from selconv_jax.train.config import load_config
 from selconv_jax.train.loop import train_run
 from selconv_jax.train.metrics import read_metrics
@@ -83,6 +84,7 @@ def test_what_processes_tell_each_other(tmp_path):
         kind, text = cases["refused"]
         assert text == "process 1: there is no folder here."
         assert kind == ("ConfigError" if number == 1 else "SelconvError")
+        assert cases["broken"] == ("SelconvError", "process 2: PermissionError: [Errno 13] Permission denied")
         assert cases["same"] == (True, None)
         kind, text = cases["different"]
         assert kind == "ConfigError"
@@ -241,14 +243,22 @@ def assert_both_refuse(commands, folder, said):
 
 
 @pytest.mark.slow
-def test_images_that_one_machine_lacks(tmp_path):
-    write_set(tmp_path / "0", "toy", {name: examples(images(40, (8, 8, 3))) for name in ("train", "test")})
+@pytest.mark.parametrize(
+    ("seed", "said"),
+    [(None, r"process 1: .*toy.*there/1"), (2, "do not have the same images: .*digest of 100 images")],
+    ids=["none", "others"],
+)
+def test_images_that_one_machine_lacks(tmp_path, seed, said):
+    for number, own in enumerate((1, seed)):
+        if own is not None:
+            splits = {name: examples(images(40, (8, 8, 3), own)) for name in ("train", "test")}
+            write_set(tmp_path / "there" / str(number), "toy", splits)
     commands = []
     for number in range(2):
         file = tmp_path / f"{number}.toml"
-        file.write_text(f'batch_size = 8\n[data]\nname = "toy"\ndirectory = "{tmp_path / str(number)}"\n')
+        file.write_text(f'batch_size = 8\n[data]\nname = "toy"\ndirectory = "{tmp_path}/there/{number}"\n')
         commands.append(["train", file, "--workdir", tmp_path / "run"])
-    assert_both_refuse(commands, tmp_path / "output", f"process 1: .*toy.*{tmp_path / '1'}")
+    assert_both_refuse(commands, tmp_path / "output", said)
     assert not (tmp_path / "run").exists()
 
 
@@ -264,6 +274,29 @@ def test_a_checkpoint_of_another_network(config, tmp_path):
     )
     assert_both_refuse([["resume", workdir]] * 2, tmp_path / "output", "is a checkpoint of another model")
     np.testing.assert_equal(final_arrays(workdir), before)
+
+
+def test_a_work_directory_that_is_not_the_first_process_s(tmp_path, monkeypatch):
+    """Such as one of the same name on a disk of each machine."""
+    monkeypatch.setattr(opening, "_SHARING_SECONDS", 0.0)
+    with opening.claimed(tmp_path):
+        pass
+    monkeypatch.setattr(opening, "lock_mark", lambda workdir: "of a run before")
+    with pytest.raises(
+        ConfigError, match=r"of process 0 is not the one here. .*choose a --workdir on a file"
+    ):
+        opening.claimed(tmp_path).__enter__()
+
+
+@pytest.mark.slow
+def test_settings_of_jax_that_differ(config, tmp_path):
+    words = [sys.executable, "-m", "selconv_jax", "train", config, "--workdir", tmp_path / "run"]
+    commands = [[*words, *more] for more in cluster_arguments(2)]
+    with Processes(commands, tmp_path / "output", [{}, {"JAX_ENABLE_X64": "1"}]) as run:
+        assert run.wait(60) == [1, 1], run.outputs()
+        for number in range(2):
+            assert "the same software: process 0 has jax_enable_x64 = False" in run.text(number)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -303,6 +336,24 @@ def test_processes_that_do_not_come(config, tmp_path, process, said):
 def test_arguments_that_make_no_sense(arguments, said):
     with pytest.raises(ConfigError, match=said):
         Cluster(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices"),
+    [
+        ({}, None),
+        ({"SLURM_LOCALID": "1"}, None),
+        ({"SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, None),
+        ({"SLURM_LOCALID": "3", "CUDA_VISIBLE_DEVICES": "3"}, [0]),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "1", "ROCR_VISIBLE_DEVICES": "1"}, [0]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "CUDA_VISIBLE_DEVICES": "0,1"}, [0, 1]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "12(x2)", "CUDA_VISIBLE_DEVICES": "0,1"}, None),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, [0, 1]),
+    ],
+)
+def test_gpus_of_a_process(environment, devices):
+    assert local_gpus(environment) == devices
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The training loop: what a run leaves, goes on from, refuses and survives."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import re
 import signal
@@ -325,6 +327,15 @@ def test_two_processes_do_not_share_a_run(finished):
     console, _ = quiet_console()
     with lock(workdir), pytest.raises(ConfigError, match="another process is working on"):
         resume_run(workdir, console)
+
+
+def test_a_file_system_without_locks(finished, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ConfigError, match=r"cannot lock files .No locks available."):
+        resume_run(finished[0], quiet_console()[0])
 
 
 def test_disk_full_is_an_error_and_keeps_what_is_there(tmp_path, monkeypatch):

@@ -79,6 +79,8 @@ class PodPlan:
         topology: Its name.
         chips: Number of its chips.
         batch_size: Images per training step.
+        micro_batches: Parts of a batch that are computed one after the other. Where there are several, the
+            cycles and messages within their loop are not counted, or once.
         slots: Share of the channels that the step is compiled for.
         gradient_bytes: Of the gradient of all parameters.
         capacity: Bytes of a chip's memory; None: the chip is not known.
@@ -89,6 +91,7 @@ class PodPlan:
     topology: str
     chips: int
     batch_size: int
+    micro_batches: int
     slots: float
     gradient_bytes: int
     capacity: int | None
@@ -129,8 +132,12 @@ def compile_for_pod(
             f"{f' in {config.micro_batches} micro-batches' if config.micro_batches > 1 else ''}. Choose a "
             f"multiple of {parts}, such as batch_size={max(parts, config.batch_size // parts * parts)}."
         )
-    if chips % config.parameter_shards:
-        raise ConfigError(f"parameter_shards is {config.parameter_shards}; there are {chips} chips.")
+    per_host = min(collections.Counter(device.process_index for device in devices).values())
+    if per_host % config.parameter_shards:
+        raise ConfigError(
+            f"parameter_shards is {config.parameter_shards}, which does not divide the {per_host} chips of a "
+            f"host of {topology}."
+        )
     data = hollow_data(config.data.name, config.data.directory, config.data.streaming)
     trainer = Trainer(config, data, Placement.of(devices, config.parameter_shards))
     program = bucket_program(trainer.model, slots if config.model.variant == "selective" else 0.0)
@@ -155,6 +162,7 @@ def compile_for_pod(
         topology=topology,
         chips=chips,
         batch_size=config.batch_size,
+        micro_batches=config.micro_batches,
         slots=slots,
         gradient_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in params),
         capacity=chip.memory if chip else None,

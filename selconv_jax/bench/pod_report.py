@@ -80,6 +80,8 @@ def scaling_line(plan: PodPlan) -> str:
         A sentence, with its assumptions.
     """
     step = plan.programs[0]
+    if plan.micro_batches > 1:
+        return "Cycles and messages in the loop over micro-batches do not all count: nothing is estimated."
     if plan.clock is None or step.message_seconds is None or not step.cycles:
         return "The rates of these chips are not known here: nothing is estimated of their messages."
     computing = step.cycles / plan.clock

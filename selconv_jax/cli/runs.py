@@ -46,7 +46,7 @@ def evaluate(options: argparse.Namespace) -> int:
     """Prints loss and accuracy of a checkpoint."""
     share_compilations()
     workdir = Path(options.workdir)
-    with _joined(options):
+    with _joined(options, shares_stops=False):
         checkpoint = together(lambda: find_checkpoint(workdir, options.checkpoint))
         if options.compact:
             compacted = compact_run(workdir, checkpoint, evaluate=True)
@@ -91,8 +91,9 @@ def show(options: argparse.Namespace) -> int:
     return 0
 
 
-def _joined(options: argparse.Namespace) -> AbstractContextManager[None]:
-    return join(Cluster(options.coordinator, options.process, options.processes, options.join_timeout))
+def _joined(options: argparse.Namespace, *, shares_stops: bool = True) -> AbstractContextManager[None]:
+    cluster = Cluster(options.coordinator, options.process, options.processes, options.join_timeout)
+    return join(cluster, shares_stops=shares_stops)
 
 
 def _console() -> Console:

@@ -68,7 +68,7 @@ def together(action: Callable[[], T]) -> T:
     """Does something on every process that may fail on some, without messages between them.
 
     Args:
-        action: Returns a value, or raises a `SelconvError`.
+        action: Returns a value, or raises an exception.
 
     Returns:
         This process's value, once all have one.
@@ -76,21 +76,27 @@ def together(action: Callable[[], T]) -> T:
     Raises:
         SelconvError: On every process, if it failed on any; the message names which, and why.
     """
+    failure: Exception | None = None
     try:
-        value, failure = action(), None
-    except SelconvError as error:
+        value = action()
+    except Exception as error:
         if jax.process_count() == 1:
             raise
         failure = error
-    problems = exchange("" if failure is None else str(failure))
+    known = isinstance(failure, SelconvError)
+    problem = "" if failure is None else str(failure) if known else f"{type(failure).__name__}: {failure}"
+    problems = exchange(problem)
     if not any(problems):
         return value
     by_text: dict[str, list[int]] = {}
     for process, problem in enumerate(problems):
         if problem:
             by_text.setdefault(problem, []).append(process)
-    kind = SelconvError if failure is None else type(failure)
-    raise kind("\n".join(f"{_processes(which)}: {text}" for text, which in by_text.items())) from None
+    kind: type[SelconvError] = type(failure) if isinstance(failure, SelconvError) else SelconvError
+    # What is not one of ours may be a fault of the program: its traceback is of use.
+    raise kind("\n".join(f"{_processes(which)}: {text}" for text, which in by_text.items())) from (
+        None if known else failure
+    )
 
 
 def require_same(values: Mapping[str, str]) -> None:
@@ -145,17 +151,34 @@ def check_same_state(tree: Any, when: str) -> None:
         )
 
 
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "numpy", "orbax-checkpoint", "pillow")
+_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_default_matmul_precision",
+    "jax_numpy_dtype_promotion",
+)
+
+
 def software() -> str:
-    """Versions of what decides the results, and a digest of this package's source, a line each."""
-    lines = [
-        f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax", "optax", "numpy")
-    ]
+    """Versions and settings that decide the results, and a digest of this package's source, a line each."""
+    lines = [f"{name} {_version(name)}" for name in _PACKAGES]
+    lines += [f"{jax.default_backend()} {jax.devices()[0].client.platform_version}".splitlines()[0]]
+    lines += [f"{name} = {getattr(jax.config, name)}" for name in _SETTINGS]
     root = Path(selconv_jax.__file__).parent
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
         digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
-    version = importlib.metadata.version("selconv-jax")
-    return "\n".join([f"selconv-jax {version} (source {digest.hexdigest()[:12]})", *lines])
+    source = digest.hexdigest()[:12]
+    return "\n".join([f"selconv-jax {_version('selconv-jax')} (source {source})", *lines])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _processes(numbers: list[int]) -> str:

@@ -127,7 +127,8 @@ class CheckpointStore:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._sweep()
         # On return every process has a copy in its memory, and goes on to write its share of it.
-        written = start_writing(partial, arrays)
+        with _told(step, self.directory):
+            written = start_writing(partial, arrays)
         self._pending = self._writer.submit(self._complete_together, step, arrays, score, written)
 
     def restore(self, template: PyTree, step: int | None = None) -> Restored:
@@ -181,6 +182,15 @@ class CheckpointStore:
         """The step of the highest score, the earliest of equal ones; None without any score."""
         self._wait()
         return self._best(self._folders())
+
+    def check(self) -> None:
+        """Looks at the save in progress without waiting for it.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        if self._pending is not None and self._pending.done():
+            self._wait()
 
     def close(self) -> None:
         """Waits for the save in progress.
@@ -312,4 +322,6 @@ def _reason(error: BaseException) -> str:
         return "the disk is full. Free some space and resume."
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"the folder is not writable ({text})."
+    if jax.process_count() > 1 and re.search(r"barrier|[Tt]imed? ?out|heartbeat|UNAVAILABLE", text):
+        return f"another process could not write its share, or has died; see what it says ({text})."
     return f"{text}."

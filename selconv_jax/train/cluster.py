@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import re
 import socket
 import sys
 import threading
@@ -18,7 +19,7 @@ import jax
 
 from selconv_jax.errors import ConfigError, SelconvError
 
-__all__ = ["Cluster", "announced", "join"]
+__all__ = ["Cluster", "announced", "join", "local_gpus"]
 
 HEARTBEAT_SECONDS = 20
 """A process that has not been heard of for so long is taken for dead, and ends the run."""
@@ -96,6 +97,34 @@ def announced(environment: Mapping[str, str]) -> str | None:
     return None
 
 
+def local_gpus(environment: Mapping[str, str]) -> list[int] | None:
+    """Which of the GPUs that a process can see are its own, where JAX would not find out.
+
+    JAX takes the one whose number is that of the process on its machine. There is no such one where each
+    process is shown a GPU of its own only, and there are more where a process has the machine to itself.
+
+    Args:
+        environment: Such as `os.environ`.
+
+    Returns:
+        Their numbers among those that are visible; None: as JAX finds.
+
+    Example:
+        >>> local_gpus({"SLURM_LOCALID": "3", "CUDA_VISIBLE_DEVICES": "3"})
+        [0]
+        >>> local_gpus({"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "CUDA_VISIBLE_DEVICES": "0,1"})
+        [0, 1]
+    """
+    names = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+    visible = next((environment[name] for name in names if environment.get(name)), "")
+    count = len([device for device in visible.split(",") if device])
+    tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    alone = (tasks is not None and tasks.group() == "1") or environment.get(
+        "OMPI_COMM_WORLD_LOCAL_SIZE"
+    ) == "1"
+    return list(range(count)) if count == 1 or (count and alone) else None
+
+
 def _is_tpu_host() -> bool:
     """Whether this machine has TPU chips that are to be used; it may be one of a pod without saying so."""
     # JAX sets the variable when it is imported on a machine that has none.
@@ -104,12 +133,13 @@ def _is_tpu_host() -> bool:
 
 
 @contextlib.contextmanager
-def join(cluster: Cluster) -> Iterator[None]:
+def join(cluster: Cluster, *, shares_stops: bool = True) -> Iterator[None]:
     """While entered, this process is one of those of the run; before JAX first uses a device.
 
     Args:
         cluster: Where the others are. Where it says nothing and the environment announces none, the
             process is alone, and nothing happens.
+        shares_stops: Whether SIGTERM is kept for a `signals.SharedStopRequest`; else it ends the process.
 
     Raises:
         ConfigError: The coordinator does not answer.
@@ -118,6 +148,7 @@ def join(cluster: Cluster) -> Iterator[None]:
     if cluster.processes == 1 or not (told or _is_tpu_host()):
         yield
         return
+    jax.config.update("jax_enable_preemption_service", shares_stops)
     if cluster.coordinator is not None and cluster.process != 0:
         _await_coordinator(cluster.coordinator, cluster.timeout)
     with _deadline(cluster.timeout + _MARGIN, lambda: _late(cluster)):
@@ -126,6 +157,7 @@ def join(cluster: Cluster) -> Iterator[None]:
                 cluster.coordinator,
                 cluster.processes,
                 cluster.process,
+                local_device_ids=local_gpus(os.environ),
                 # The runtime ends the process without a word to Python; the deadline is there before it.
                 initialization_timeout=round(cluster.timeout + 4 * _MARGIN),
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
@@ -162,9 +194,9 @@ def _ended_by_loss() -> Iterator[None]:
             raise
         _say(
             f"error: process {jax.process_index()} of {jax.process_count()} can no longer reach another "
-            f"one, which has died or lost its connection. Its number follows within "
-            f"{2 * HEARTBEAT_SECONDS} seconds. Start all processes again with `selconv resume` to go on from "
-            f"the last checkpoint. ({str(error).splitlines()[0]})"
+            "one, which has died or lost its connection. Its number, or that the leader was lost, which is "
+            f"process 0, follows within {2 * HEARTBEAT_SECONDS} seconds. Start all processes again with "
+            f"`selconv resume` to go on from the last checkpoint. ({str(error).splitlines()[0]})"
         )
         time.sleep(2 * HEARTBEAT_SECONDS)
         os._exit(1)
@@ -172,6 +204,8 @@ def _ended_by_loss() -> Iterator[None]:
 
 def _is_loss(error: BaseException) -> bool:
     text = str(error)
+    if any(word in text for word in ("Duplicate GPU", "invalid usage", "out of memory")):
+        return False  # of this process alone
     return any(word in text for word in ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "NCCL", "ABORTED"))
 
 

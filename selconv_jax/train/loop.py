@@ -183,6 +183,7 @@ class _Run:
                 if step == due < end and state.selectivity:
                     state = self._reallocate(state)
                     program = self._program(state, epoch)
+                self.store.check()
                 if step < end and self._is_save_due():
                     self._save(state)
         self._check(state)

@@ -2,8 +2,14 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import jax
+import numpy as np
 
 from selconv_jax.data.dataset import DatasetInfo, ImageData
 from selconv_jax.data.loading import open_data
@@ -14,9 +20,12 @@ from selconv_jax.train.checkpoint import CheckpointStore, Restored
 from selconv_jax.train.config import Config, dump_config
 from selconv_jax.train.state import TrainState
 from selconv_jax.train.trainer import Trainer
-from selconv_jax.train.workdir import CHECKPOINTS, CONFIG, lock, read_config
+from selconv_jax.train.workdir import CHECKPOINTS, lock, lock_mark, read_config
 
 __all__ = ["claimed", "find_checkpoint", "open_store", "prepare", "restore", "restore_run"]
+
+_SAMPLED_IMAGES = 100
+_SHARING_SECONDS = 10.0  # what a file system may take to show one machine what another has written
 
 
 def prepare(config: Config) -> tuple[Trainer, ImageData | StreamedData]:
@@ -38,6 +47,8 @@ def prepare(config: Config) -> tuple[Trainer, ImageData | StreamedData]:
 
     trainer, data = together(of_this_process)
     facts = f"{data.info}\n{len(data.train)} training images\n{len(data.test)} test images"
+    if jax.process_count() > 1:
+        facts += "\n" + together(lambda: _sample_digest(data))
     settings = dataclasses.replace(config, data=dataclasses.replace(config.data, directory=None))
     require_same({"software": software(), "configuration": dump_config(settings), "images": facts})
     return trainer, data
@@ -59,20 +70,42 @@ def restore(store: CheckpointStore, trainer: Trainer, step: int | None = None) -
 
 @contextlib.contextmanager
 def claimed(workdir: Path) -> Iterator[None]:
-    """Holds the run for the processes of this job; the first one stands for all."""
+    """Holds the run for the processes of this job; the first one stands for all.
+
+    Args:
+        workdir: The directory of the run, the same one for all processes.
+
+    Raises:
+        ConfigError: Another job holds the run, or the processes do not see one directory.
+    """
+    require_same({"work directory": os.fspath(workdir.absolute())})
     with contextlib.ExitStack() as stack:
-
-        def claim() -> None:
-            if is_first():
-                stack.enter_context(lock(workdir))
-            elif not (workdir / CONFIG).is_file():
-                raise ConfigError(
-                    f"the work directory {workdir} of process 0 is not there. All processes need one that "
-                    "they share: choose a --workdir on a file system that all machines see."
-                )
-
-        together(claim)
+        mark = together(lambda: stack.enter_context(lock(workdir)) if is_first() else "")
+        mark = exchange(mark)[0]
+        together(lambda: _await_mark(workdir, mark))
         yield
+
+
+def _await_mark(workdir: Path, mark: str) -> None:
+    """Waits until what the first process left in its directory is seen in this process's."""
+    end = time.monotonic() + _SHARING_SECONDS
+    while lock_mark(workdir) != mark:
+        if time.monotonic() > end:
+            raise ConfigError(
+                f"the work directory {workdir} of process 0 is not the one here. All processes need one that "
+                "they share: choose a --workdir on a file system that all machines see."
+            )
+        time.sleep(0.1)
+
+
+def _sample_digest(data: ImageData | StreamedData) -> str:
+    """Equal where the images are: a digest of some of them, evenly spaced, as reading all may take long."""
+    digest = hashlib.sha256()
+    for split in (data.train, data.test):
+        for place in np.linspace(0, len(split) - 1, min(_SAMPLED_IMAGES, len(split)), dtype=int):
+            image, label = split[int(place)]
+            digest.update(np.ascontiguousarray(image).tobytes() + str(int(label)).encode())
+    return f"digest of {_SAMPLED_IMAGES} images of each split: {digest.hexdigest()[:12]}"
 
 
 def open_store(config: Config, workdir: Path) -> CheckpointStore:

@@ -67,14 +67,16 @@ class Placement:
         Args:
             devices: The devices, those of a process together.
             parameter_shards: See `over`.
-            whole: Whether they are all of a machine, a slice or a pod: then their order is chosen to suit the
-                links between them. Parts of kernels stay within a process, and so keep the order.
+            whole: Whether they are all of a machine or a pod: then their order is chosen to suit the links
+                between them. Parts of kernels stay within a process, and pods that no such links join keep
+                together: both keep the order.
 
         Returns:
             The placement.
         """
         shape = (len(devices) // parameter_shards, parameter_shards)
-        if whole and parameter_shards == 1:
+        slices = {getattr(device, "slice_index", 0) for device in devices}
+        if whole and parameter_shards == 1 and len(slices) == 1:
             kinds = (AxisType.Auto,) * len(shape)
             return cls(jax.make_mesh(shape, BATCH_AXES, axis_types=kinds, devices=list(devices)))
         return cls(Mesh(np.asarray(devices).reshape(shape), BATCH_AXES))

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,16 @@ import jax
 from selconv_jax.errors import ConfigError
 from selconv_jax.train.config import Config, dump_config, load_config
 
-__all__ = ["CHECKPOINTS", "CONFIG", "METRICS", "create_workdir", "default_workdir", "lock", "read_config"]
+__all__ = [
+    "CHECKPOINTS",
+    "CONFIG",
+    "METRICS",
+    "create_workdir",
+    "default_workdir",
+    "lock",
+    "lock_mark",
+    "read_config",
+]
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
@@ -82,20 +92,44 @@ def read_config(workdir: Path) -> Config:
 
 
 @contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
+def lock(workdir: Path) -> Iterator[str]:
     """Holds the run for this process; the system lets go of it however the process ends.
 
+    Yields:
+        A mark that this process leaves in the directory, see `lock_mark`.
+
     Raises:
-        ConfigError: Another process holds it.
+        ConfigError: Another process holds it, or it cannot be held.
     """
-    with (workdir / _LOCK).open("w") as file:
+    try:
+        file = (workdir / _LOCK).open("a")
+    except OSError as error:
+        raise ConfigError(f"{workdir} cannot be written to: {error.strerror}.") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ConfigError(
                 f"another process is working on {workdir}. Wait for it or stop it first."
             ) from None
-        yield
+        except OSError as error:
+            raise ConfigError(
+                f"the file system of {workdir} cannot lock files ({error.strerror}). Choose a --workdir on "
+                "one that does, so that two jobs do not work on one run."
+            ) from None
+        mark = uuid.uuid4().hex
+        file.truncate(0)
+        file.write(mark)
+        file.flush()
+        yield mark
+
+
+def lock_mark(workdir: Path) -> str:
+    """The mark of the process that holds, or held, the run; empty without any."""
+    try:
+        return (workdir / _LOCK).read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def _environment(config: Config) -> dict[str, object]:
