@@ -13,9 +13,7 @@ from selconv_jax.cli.main import main
 from selconv_jax.errors import ConfigError
 from selconv_jax.train.signals import StopRequest
 
-pytestmark = pytest.mark.optimized
-
-TINY = ["densenet40", "blocks=[1,1]", "growth=4", "--image", "8x8x3", "--batch", "4", "--repeats", "3"]
+TINY = ["densenet40", "blocks=[1]", "growth=4", "--image", "8x8x3", "--batch", "4", "--repeats", "3"]
 
 
 def bench(*arguments):
@@ -37,7 +35,7 @@ def test_leaves_every_number_and_a_picture(finished):
     report = json.loads((finished / "bench.json").read_text())
     settings = report["settings"]
     assert (settings["batch"], settings["image"], settings["seed"]) == (4, [8, 8, 3], 0)
-    assert settings["options"] == {"blocks": [1, 1], "growth": 4}
+    assert settings["options"] == {"blocks": [1], "growth": 4}
     environment = report["environment"]
     assert environment["versions"]["jax"] == jax.__version__
     assert environment["cores"] >= 1

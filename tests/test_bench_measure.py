@@ -6,8 +6,6 @@ import pytest
 
 from selconv_jax.bench.measure import Summary, paired_ratio, seconds_of, summarize, take_rounds
 
-pytestmark = pytest.mark.optimized
-
 
 class Clock:
     """Stands still but for what the cases take."""

@@ -48,18 +48,28 @@ def assert_agree(one, other):
     np.testing.assert_allclose(one["evaluated"], other["evaluated"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_devices_and_processes_agree(tmp_path, count):
+@pytest.mark.parametrize(
+    ("count", "extent"),
+    [
+        (2, "part"),
+        pytest.param(2, "whole", marks=pytest.mark.slow),
+        pytest.param(4, "whole", marks=pytest.mark.slow),
+    ],
+)
+def test_devices_and_processes_agree(tmp_path, count, extent):
     """30 steps with a round in the middle: one device, eight, and so many processes with one device each."""
-    with Processes([[sys.executable, TESTS / "trajectory.py", tmp_path, count]], tmp_path / "alone") as run:
+    with Processes(
+        [[sys.executable, TESTS / "trajectory.py", tmp_path, count, extent]], tmp_path / "alone"
+    ) as run:
         assert run.wait(180) == [0], run.outputs()
     alone = json.loads((tmp_path / "0.json").read_text())
-    assert_agree(alone["eight"], alone["one"])
-    assert_agree(alone["per_device"], alone["simulated"])
+    if extent == "whole":
+        assert_agree(alone["eight"], alone["one"])
+        assert_agree(alone["per_device"], alone["simulated"])
     assert abs(alone["per_device"]["seen"][-1][0] / alone["one"]["seen"][-1][0] - 1) > 1e-4, (
         "another batch norm"
     )
-    with script(count, tmp_path / "output", "trajectory.py", tmp_path, count) as run:
+    with script(count, tmp_path / "output", "trajectory.py", tmp_path, count, extent) as run:
         assert run.wait(300) == [0] * count, run.outputs()
     results = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(count)]
     for name, result in results[0].items():
@@ -67,7 +77,8 @@ def test_devices_and_processes_agree(tmp_path, count):
         assert result["evaluated"][2] == 500, "every image once, also of a ragged last batch"
     assert_agree(results[0]["global"], alone["one"])
     assert_agree(results[0]["per_device"], alone["per_device"])
-    assert results[0]["streamed"] == results[0]["global"], "the same batches, whoever reads them"
+    if extent == "whole":
+        assert results[0]["streamed"] == results[0]["global"], "the same batches, whoever reads them"
 
 
 def test_what_processes_tell_each_other(tmp_path):

@@ -32,8 +32,11 @@ def shapes(tree):
 
 @pytest.mark.parametrize(
     "family",
-    ["densenet_bc", "resnext"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("densenet", "preresnet", "condensenet")],
+    ["densenet_bc"]
+    + [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("densenet", "preresnet", "resnext", "condensenet")
+    ],
 )
 @hypothesis.settings(
     max_examples=2, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate], database=None

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import quiet_console, tiny_config
+from runs import compiled_once, quiet_console, tiny_config
 
 import selconv_jax
 from selconv_jax.cli.main import main
@@ -13,6 +13,12 @@ from selconv_jax.train.loop import evaluate_run, train_run
 from selconv_jax.train.opening import restore_run
 
 pytestmark = pytest.mark.optimized
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs():
+    with compiled_once():
+        yield
 
 
 @pytest.fixture(scope="module")

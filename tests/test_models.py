@@ -89,7 +89,10 @@ def test_every_family_takes_every_stem(family, stem, image):
     assert logits.shape == (2, 10)
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name == "condensenet" else pytest.mark.slow) for name in SMALL],
+)
 def test_reallocation_leaves_the_function_as_deallocation_left_it(family):
     model = SMALL[family]()
     variables = perturbed_variables(model, (1, 16, 16, 3), 0, closed=0.1, copies=0.3)

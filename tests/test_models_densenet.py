@@ -48,8 +48,8 @@ def test_stems(stem, size, channels, kernel, spatial):
     assert seen["intermediates"]["stem"]["__call__"][0].shape == (2, *spatial, 8)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("compression", [1.0, 0.5])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+@pytest.mark.parametrize("compression", [pytest.param(1.0, marks=pytest.mark.slow), 0.5])
 def test_reallocation_leaves_the_function_as_deallocation_left_it(compression, seed):
     """Freed kernels restart at zero, so filling the slots changes no output at all."""
     model = DenseNet(num_classes=10, blocks=(2, 1, 1), growth=4, compression=compression)

@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from runs import StopAfter, assert_same_end, quiet_console, tiny_config
+from runs import StopAfter, assert_same_end, compiled_once, quiet_console, tiny_config
 
 from selconv_jax import ReallocationSchedule
 from selconv_jax.errors import ConfigError
@@ -57,6 +57,11 @@ def test_rounds_within_epochs(tmp_path, monkeypatch):
     """Three steps apart in epochs of four; a stopped run goes on with rounds and counts as they were."""
     config = tiny_config(epochs=3, allocation={"every_steps": 3})
     console, _ = quiet_console()
+    with compiled_once():
+        _assert_goes_on(config, tmp_path, console, monkeypatch)
+
+
+def _assert_goes_on(config, tmp_path, console, monkeypatch):
     assert train_run(config, tmp_path / "whole", console) == 0
     records = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert records[0]["closed"] > 0  # after step 3

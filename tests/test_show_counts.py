@@ -3,12 +3,18 @@
 import shutil
 
 import pytest
-from runs import final_arrays, quiet_console, tiny_config
+from runs import compiled_once, final_arrays, quiet_console, tiny_config
 
 from selconv_jax.cli.main import main
 from selconv_jax.cli.pictures import print_run
 from selconv_jax.train import loop, opening
 from selconv_jax.train.compacting import compact_run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs():
+    with compiled_once():
+        yield
 
 
 def trained(folder, **changes):

@@ -131,4 +131,4 @@ def test_the_program_follows_the_schedule():
     assert tested.program(state, 3) == tested.program(state, 0)
     assert tested.program(state, 0).model.slots == 0
     unfrozen = Trainer(tiny_config(), load("fashion_mnist_sample"))
-    assert unfrozen.program(copied, 3).key == ("slots", 0.125)
+    assert unfrozen.program(copied, 3).key == ("slots", 0.25)

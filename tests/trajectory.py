@@ -1,7 +1,8 @@
 """The losses of a tiny run step by step, in float64, by one process with some devices or by several.
 
-A script: FOLDER DEVICES [--coordinator HOST:PORT --process I --processes N]. Each process writes
-FOLDER/I.json; one that is alone writes what so many with a device each must agree with.
+A script: FOLDER DEVICES EXTENT [--coordinator HOST:PORT --process I --processes N]. Each process writes
+FOLDER/I.json; one that is alone writes what so many with a device each must agree with. EXTENT is "whole",
+or "part" for fewer trajectories.
 """
 
 import contextlib
@@ -108,34 +109,33 @@ def simulated(count):
     return of_batch
 
 
-def references(devices):
+def references(devices, extent):
     """What one process finds with one device, with eight, and with so many that normalize for themselves."""
-    found = {
-        "one": trajectory(1, "global"),
-        "eight": trajectory(8, "global"),
-        "per_device": trajectory(devices, "per_device"),
-    }
+    found = {"one": trajectory(1, "global"), "per_device": trajectory(devices, "per_device")}
+    if extent == "part":
+        return found
+    found["eight"] = trajectory(8, "global")
     step_module.of_batch = simulated(devices)
     return {**found, "simulated": trajectory(1, "per_device")}
 
 
-def main(
-    folder, devices, _coordinator=None, address=None, _process=None, process=0, _processes=None, processes=1
-):
+def main(folder, devices, extent, *cluster):
     """In the only process or in one of several."""
+    _, address, _, process, _, processes = cluster or (None, None, None, 0, None, 1)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
     if address is None:
         jax.config.update("jax_num_cpu_devices", 8)
-        result = references(int(devices))
+        result = references(int(devices), extent)
     else:
         with join(Cluster(address, int(process), int(processes))):
             result = {
                 "global": trajectory(0, "global", lambda state: check_same_state(state.selectivity, "then")),
                 "per_device": trajectory(0, "per_device"),
-                "streamed": trajectory(0, "global", streamed=True),
             }
+            if extent == "whole":
+                result["streamed"] = trajectory(0, "global", streamed=True)
     Path(folder, f"{process}.json").write_text(json.dumps(result))
 
 
