@@ -16,8 +16,6 @@ from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
 from selconv_jax.train.config import OptimizerConfig
 from selconv_jax.train.optimizer import make_optimizer
 
-pytestmark = pytest.mark.optimized
-
 NETWORKS = {
     "densenet_sconv_cifar10": lambda **more: DenseNet(10, (2, 2, 2), growth=4, **more),
     "densenet_bc_sconv_cifar100": lambda **more: DenseNet(20, (2, 1, 1), growth=4, compression=0.5, **more),
