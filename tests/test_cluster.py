@@ -359,6 +359,8 @@ def test_arguments_that_make_no_sense(arguments, said):
         ({"OMPI_COMM_WORLD_LOCAL_RANK": "1", "ROCR_VISIBLE_DEVICES": "1"}, [0]),
         ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "CUDA_VISIBLE_DEVICES": "0,1"}, [0, 1]),
         ({"SLURM_STEP_TASKS_PER_NODE": "1"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4"}, [0, 1, 2, 3]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_GPUS_ON_NODE": "4"}, None),
         ({"SLURM_STEP_TASKS_PER_NODE": "12(x2)", "CUDA_VISIBLE_DEVICES": "0,1"}, None),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, [0, 1]),
     ],

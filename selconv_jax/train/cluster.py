@@ -122,6 +122,8 @@ def local_gpus(environment: Mapping[str, str]) -> list[int] | None:
     alone = (tasks is not None and tasks.group() == "1") or environment.get(
         "OMPI_COMM_WORLD_LOCAL_SIZE"
     ) == "1"
+    if alone and not count:
+        count = int(environment.get("SLURM_GPUS_ON_NODE") or 0)
     return list(range(count)) if count == 1 or (count and alone) else None
 
 
