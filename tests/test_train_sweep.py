@@ -2,11 +2,12 @@
 
 import copy
 import dataclasses
+import math
 import re
 import signal
 
 import pytest
-from runs import TINY, assert_same_end, quiet_console, tiny_config
+from runs import TINY, StopAfter, assert_same_end, quiet_console, tiny_config
 
 from selconv_jax import ConfigError, DataError
 from selconv_jax.train import loop, opening
@@ -167,28 +168,14 @@ def test_runs_are_ordinary_ones_and_complete_ones_are_kept(tiny, tmp_path):
     assert all(run.is_complete for run in runs)
 
 
-class SignalInTheSecondRun:
-    """Stands for `StopRequest`; the second run of the sweep is asked to stop after some steps."""
+class SignalInTheSecondRun(StopAfter):
+    """The second run of the sweep is asked to stop after some steps."""
 
     made = 0
 
     def __init__(self):
         type(self).made += 1
-        self.signal, self.exit_code, self.questions = None, 0, 3
-
-    def __bool__(self):
-        self.questions -= 1
-        if self.made == 2 and self.questions < 0:
-            self.signal, self.exit_code = signal.SIGTERM, 128 + signal.SIGTERM
-        return self.signal is not None
-
-    check = __bool__
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *details):
-        return None
+        super().__init__(3 if self.made == 2 else math.inf)
 
 
 def test_stopped_sweep_goes_on(tiny, tmp_path, monkeypatch):

@@ -1,13 +1,14 @@
 """The machine and the versions that a time belongs to."""
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from selconv_jax.versions import version_of
 
 __all__ = ["cores", "environment", "load_average"]
 
@@ -26,7 +27,7 @@ def environment() -> dict[str, Any]:
         "system": platform.platform(),
         "load_average": load_average(),
         "malloc": os.environ.get("GLIBC_TUNABLES", ""),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in _PACKAGES},
     }
 
 
@@ -50,10 +51,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

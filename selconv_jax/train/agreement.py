@@ -5,7 +5,6 @@ thread that also starts the computations.
 """
 
 import hashlib
-import importlib.metadata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from jax.experimental import multihost_utils
 
 import selconv_jax
 from selconv_jax.errors import ConfigError, SelconvError
+from selconv_jax.versions import version_of
 
 __all__ = [
     "DivergenceError",
@@ -74,7 +74,8 @@ def together(action: Callable[[], T]) -> T:
         This process's value, once all have one.
 
     Raises:
-        SelconvError: On every process, if it failed on any; the message names which, and why.
+        SelconvError: On every process, if it failed on any; the message names which, and why. A process
+            that is alone raises what the action raised.
     """
     failure: Exception | None = None
     try:
@@ -84,8 +85,8 @@ def together(action: Callable[[], T]) -> T:
             raise
         failure = error
     known = isinstance(failure, SelconvError)
-    problem = "" if failure is None else str(failure) if known else f"{type(failure).__name__}: {failure}"
-    problems = exchange(problem)
+    text = str(failure) if known else f"{type(failure).__name__}: {failure}"
+    problems = exchange("" if failure is None else text)
     if not any(problems):
         return value
     by_text: dict[str, list[int]] = {}
@@ -163,7 +164,7 @@ _SETTINGS = (
 
 def software() -> str:
     """Versions and settings that decide the results, and a digest of this package's source, a line each."""
-    lines = [f"{name} {_version(name)}" for name in _PACKAGES]
+    lines = [f"{name} {version_of(name)}" for name in _PACKAGES]
     lines += [f"{jax.default_backend()} {jax.devices()[0].client.platform_version}".splitlines()[0]]
     lines += [f"{name} = {getattr(jax.config, name)}" for name in _SETTINGS]
     root = Path(selconv_jax.__file__).parent
@@ -171,14 +172,7 @@ def software() -> str:
     for file in sorted(root.rglob("*.py")):
         digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
     source = digest.hexdigest()[:12]
-    return "\n".join([f"selconv-jax {_version('selconv-jax')} (source {source})", *lines])
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return "\n".join([f"selconv-jax {version_of('selconv-jax')} (source {source})", *lines])
 
 
 def _processes(numbers: list[int]) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ import jax
 
 from selconv_jax.errors import ConfigError
 from selconv_jax.train.config import Config, dump_config, load_config
+from selconv_jax.versions import version_of
 
 __all__ = [
     "CHECKPOINTS",
@@ -137,7 +137,7 @@ def _environment(config: Config) -> dict[str, object]:
     devices = jax.devices()
     return {
         "seed": config.seed,
-        "versions": {name: _version(name) for name in packages} | {"python": platform.python_version()},
+        "versions": {name: version_of(name) for name in packages} | {"python": platform.python_version()},
         "backend": jax.default_backend(),
         "device": devices[0].device_kind,
         "devices": len(devices),
@@ -145,10 +145,3 @@ def _environment(config: Config) -> dict[str, object]:
         "cores": os.cpu_count(),
         "system": platform.platform(),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
