@@ -17,7 +17,7 @@ __all__ = ["READABLE", "WRITABLE", "check_writable", "read_file", "write_file"]
 
 WRITABLE = (".npz", ".safetensors")
 # The authors' program names its files last.model and best.model.
-_PICKLES = (".pt", ".pth", ".tar", ".model")
+_PICKLES = (".pt", ".pth", ".tar", ".model", ".ckpt", ".bin")
 READABLE = (*WRITABLE, *_PICKLES)
 
 
