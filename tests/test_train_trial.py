@@ -1,5 +1,7 @@
 """Runs tried on shapes: what cannot be trained is refused before anything is made."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 from runs import quiet_console, tiny_config
 
 from selconv_jax.errors import ConfigError
+from selconv_jax.train.config import ModelConfig
 from selconv_jax.train.loop import train_run
 from selconv_jax.train.network import make_network
 from selconv_jax.train.optimizer import make_optimizer
@@ -142,3 +145,28 @@ def test_notes_are_shown(tmp_path, monkeypatch):
     console, text = quiet_console()
     assert train_run(tiny_config(epochs=1), tmp_path / "run", console) == 0
     assert "note: [not markup] of a kind." in text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"num_classes": 100},
+            "model.options.num_classes cannot be set: it is that of the images, see data.name",
+        ),
+        ({"variant": "plain"}, "model.options.variant cannot be set: it is model.variant"),
+        ({"param_dtype": "float16"}, "model.options.param_dtype cannot be set: parameters are float32"),
+        ({"dropout_rate": "x"}, "model.options.dropout_rate is 'x'; it must be a number in [0, 1)"),
+        ({"dropout_rate": True}, "model.options.dropout_rate is True; it must be a number in [0, 1)"),
+        ({"dropout_rate": 1.0}, "model.options.dropout_rate is 1.0; it must be a number in [0, 1)"),
+        ({"compression": "x"}, "model.options.compression is 'x'; it must be a number in (0, 1]"),
+        ({"growth": True}, "model.options.growth is True; it must be a whole number"),
+        ({"growth": 4.0}, "model.options.growth is 4.0; it must be a whole number"),
+        ({"blocks": [True]}, "model.options.blocks is (True,); it must be a list of whole numbers"),
+        ({"stem": ["cifar"]}, "model.options.stem is ('cifar',)."),
+        ({"stem": "cifr"}, "model.options.stem is 'cifr'. Did you mean 'cifar'?"),
+    ],
+)
+def test_options_of_networks_of_another_kind(options, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        make_network(ModelConfig(options=options), SHAPE, 10)

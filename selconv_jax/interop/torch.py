@@ -232,7 +232,7 @@ def _as_stored(entry: Entry, given: Mapping[str, Any]) -> Entry:
     stored = np.shape(given.get(entry.name, ()))
     if entry.layer != ("stem",) or len(stored) != len(entry.shape):
         return entry
-    return dataclasses.replace(entry, shape=(*entry.shape[:-2], stored[1], entry.shape[-1]))
+    return dataclasses.replace(entry, shape=(*entry.shape[:-2], max(stored[1], 1), entry.shape[-1]))
 
 
 def _describe(
