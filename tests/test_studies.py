@@ -200,6 +200,7 @@ def test_looking_around_varies_what_its_readme_says():
     assert list(changes) == NAMES
     base = configuration("2_selective", description="")
     assert (base.model.name, base.epochs, base.batch_size) == ("pointwise", 20, 128)
+    assert base.data.validation == 5000
     assert (base.allocation.threshold, base.allocation.until) == (0.1, 0.5)
     for name, change in changes.items():
         expected = base
