@@ -111,7 +111,7 @@ def _configuration(
     first, config = next(iter(runs.values()))
     rows = []
     for seed, (workdir, other) in sorted(runs.items()):
-        if dataclasses.replace(other, seed=config.seed) != config:
+        if _settings(other) != _settings(config):
             raise DataError(f"{first} and {workdir} differ in more than their seed: they cannot be averaged.")
         environment = json.loads((workdir / ENVIRONMENT).read_text(encoding="utf-8"))
         environment.pop("seed", None)
@@ -128,11 +128,17 @@ def _configuration(
             }
         )
     parameters, multiply_adds = _cost(config)
+    costs = {"parameters": parameters, "multiply_adds": multiply_adds}
+    return {**costs, "settings": _settings(config), "runs": rows}
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What runs that are averaged have in common."""
     settings = dataclasses.asdict(config)
     for key in ("seed", "description"):
         del settings[key]
-    settings["data"]["directory"] = None  # a place on that machine
-    return {"parameters": parameters, "multiply_adds": multiply_adds, "settings": settings, "runs": rows}
+    del settings["data"]["directory"]  # a place on that machine
+    return settings
 
 
 def _rounded(value: float | None) -> float | None:
@@ -186,7 +192,7 @@ def table(results: dict[str, Any]) -> str:
         "percentage points, paired by seed: mean ± standard error, and Student's 95% interval of the mean. "
         "Copies and closed channels: at the end, mean over the seeds, of all channels that the layers read. "
         "Multiply-adds are those of the convolutions for an image; the interpolation of shifts is not in "
-        "them.",
+        "them. Minutes are wall time with compilation, beside whatever else the machine did.",
         *(f"Machine: {_machine(environment)}." for environment in results["environments"]),
     ]
     hours = [run["hours"] for row in results["results"] for run in row["runs"]]
