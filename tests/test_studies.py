@@ -16,7 +16,10 @@ from selconv_jax.train.config import dump_config, load_config
 
 STUDIES = Path(__file__).resolve().parent.parent / "experiments" / "studies"
 LOOKING = STUDIES / "looking_around"
-REPORT = runpy.run_path(str(STUDIES / "report.py"))
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(STUDIES)  # as for a script that is run
+    PICTURE = runpy.run_path(str(STUDIES / "accuracy_picture.py"))
+    REPORT = runpy.run_path(str(STUDIES / "report.py"))
 NAMES = [file.stem for file in sorted(LOOKING.glob("*.toml"))]
 
 # Accuracies of the last epoch by seed.
@@ -131,7 +134,7 @@ def test_picture_names_every_curve_apart_from_the_others():
         }
         for i, name in enumerate(NAMES)
     ]
-    figure = REPORT["picture"]({"results": rows})
+    figure = PICTURE["accuracy_picture"]({"results": rows})
     figure.draw_without_rendering()
     (axes,) = figure.axes
     boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
@@ -141,7 +144,7 @@ def test_picture_names_every_curve_apart_from_the_others():
 
 
 def test_a_family_shares_its_colour():
-    looks = REPORT["_looks"](NAMES)
+    looks = PICTURE["_looks"](NAMES)
     assert len(set(looks.values())) == len(NAMES)
     assert looks["2_selective"][0] == looks["3_selective_fixed"][0] == looks["4_selective_unshifted"][0]
     assert looks["2_selective"][1] != looks["3_selective_fixed"][1]

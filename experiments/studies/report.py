@@ -3,10 +3,11 @@
     python experiments/studies/report.py STUDY RUNS [RUNS ...]    collect the runs below these directories
     python experiments/studies/report.py STUDY                    table and picture anew, from results.json
 
-A study is a folder of configurations, in the order of their names. The first one is the baseline, to which
-the others are compared, seed by seed: runs of equal seed see the same images in the same order. A run
-belongs to the configuration whose ``description`` it has, wherever it lies; what follows the colon
-in it is the name in table and picture. Accuracies are those of the last epoch, whatever came before.
+A study is a folder of configurations, in the order of their names but for ``plain``, which comes first. The
+first one is the baseline, to which the others are compared, seed by seed: runs of equal seed see the
+same images in the same order. A run belongs to the configuration whose ``description`` it has, wherever it
+lies; what follows the colon in it is the name in table and picture. Accuracies are those of the last epoch,
+whatever came before.
 """
 
 import argparse
@@ -21,9 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from accuracy_picture import TITLES, accuracy_picture, by_data_set
 from scipy.special import stdtrit
 from tensorboardX.proto.event_pb2 import Event
 
@@ -31,17 +30,12 @@ from selconv_jax.counting import count_multiply_adds, count_parameters
 from selconv_jax.data.catalog import KNOWN
 from selconv_jax.errors import ConfigError, DataError, SelconvError
 from selconv_jax.report.save import save_figure
-from selconv_jax.report.style import INK, MUTED, new_figure, styled
 from selconv_jax.train.config import Config, load_config
 from selconv_jax.train.metrics import read_metrics
 from selconv_jax.train.network import make_network
 from selconv_jax.train.workdir import CONFIG, ENVIRONMENT, METRICS, read_config
 
 RESULTS, TABLE, PICTURE = "results.json", "table.md", "accuracy.png"
-
-_COLOURS = (INK, "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
-_STYLES = ("-", "--", ":", "-.")
-_TITLES = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 
 
 def collect(study: Path, directories: Sequence[Path]) -> dict[str, Any]:
@@ -58,7 +52,7 @@ def collect(study: Path, directories: Sequence[Path]) -> dict[str, Any]:
         SelconvError: There is no configuration or no complete run; two runs have the same configuration,
             images and seed; or runs of a configuration differ in more than their seed.
     """
-    files = sorted(study.glob("*.toml"))
+    files = sorted(study.glob("*.toml"), key=lambda file: (file.stem != "plain", file.stem))
     if not files:
         raise ConfigError(f"{study} holds no configuration (*.toml): it is no study.")
     descriptions = {load_config(file).description: file.stem for file in files}
@@ -176,10 +170,10 @@ def _cost(config: Config) -> tuple[int, int]:
 def table(results: dict[str, Any]) -> str:
     """A Markdown table per data set: accuracy, paired differences to the baseline, size and cost."""
     parts = []
-    for data, rows in _by_data(results).items():
+    for data, rows in by_data_set(results).items():
         baseline = _accuracies(rows[0]) if rows[0]["configuration"] == results["baseline"] else {}
         lines = [
-            f"### {_TITLES.get(data, data)}",
+            f"### {TITLES.get(data, data)}",
             "",
             f"| network | seeds | test accuracy (%) | difference to {rows[0]['name'] if baseline else '-'} "
             "| 95% interval | copies | closed | parameters | multiply-adds | minutes a run |",
@@ -201,13 +195,6 @@ def table(results: dict[str, Any]) -> str:
     if results["unfinished"]:
         notes.append(f"Left out, as they are not complete: {'; '.join(results['unfinished'])}.")
     return "\n\n".join([*parts, *notes]) + "\n"
-
-
-def _by_data(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    by_data: dict[str, list[dict[str, Any]]] = {}
-    for row in results["results"]:
-        by_data.setdefault(row["data"], []).append(row)
-    return by_data
 
 
 def _accuracies(row: dict[str, Any]) -> dict[int, float]:
@@ -270,106 +257,6 @@ def _machine(environment: dict[str, Any]) -> str:
     return f"{environment['devices']} x {environment['device']} ({environment['backend']}); {versions}"
 
 
-@styled
-def picture(results: dict[str, Any]) -> Figure:
-    """Test accuracy by epoch, a panel per data set: mean over the seeds, band of a standard deviation."""
-    by_data = _by_data(results)
-    looks = _looks([row["configuration"] for row in results["results"]])
-    figure = new_figure(8.6, 0.4 + 3.7 * len(by_data))
-    panels = figure.subplots(len(by_data), 1, squeeze=False)[:, 0]
-    for axes, (data, rows) in zip(panels, by_data.items(), strict=True):
-        _draw_panel(axes, data, rows, looks)
-    panels[-1].set_xlabel("epoch", fontsize=11)
-    return figure
-
-
-def _looks(configurations: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and line style: a configuration whose name goes on with another's has its colour.
-
-    ``3_selective_fixed`` goes on with ``2_selective``; the number is the place in the order.
-    """
-    families: dict[str, list[str]] = {}
-    for configuration in sorted(set(configurations)):
-        name = configuration.partition("_")[2] or configuration
-        family = next((known for known in families if name.startswith(f"{known}_")), name)
-        families.setdefault(family, []).append(configuration)
-    return {
-        configuration: (_COLOURS[number % len(_COLOURS)], _STYLES[place % len(_STYLES)])
-        for number, members in enumerate(families.values())
-        for place, configuration in enumerate(members)
-    }
-
-
-def _draw_panel(
-    axes: Axes, data: str, rows: Sequence[dict[str, Any]], looks: dict[str, tuple[str, str]]
-) -> None:
-    ends, means = [], []
-    for row in rows:
-        colour, style = looks[row["configuration"]]
-        accuracy = 100 * np.array([run["metrics"]["test_accuracy"] for run in row["runs"]], np.float64)
-        epochs, mean = row["runs"][0]["metrics"]["epoch"], accuracy.mean(axis=0)
-        axes.plot(epochs, mean, style, color=colour, linewidth=2.0)
-        if len(accuracy) > 1:
-            deviation = accuracy.std(axis=0, ddof=1)
-            axes.fill_between(
-                epochs, mean - deviation, mean + deviation, color=colour, alpha=0.11, linewidth=0
-            )
-        ends.append((float(mean[-1]), row["name"], colour))
-        means.append(mean)
-    last = max(row["runs"][0]["metrics"]["epoch"][-1] for row in rows)
-    axes.set_xlim(1, last)
-    # The first epochs, in which all begin, may fall out of the picture.
-    low = min(np.nanmin(mean[len(mean) // 4 :]) for mean in means)
-    high = max(np.nanmax(mean) for mean in means)
-    room = 0.06 * (high - low) or 0.5
-    axes.set_ylim(low - room, high + room)
-    seeds = max(len(row["runs"]) for row in rows)
-    band = f", mean and standard deviation of {seeds} seeds" if seeds > 1 else ", one seed"
-    axes.set_title(f"{_TITLES.get(data, data)}{band}", fontsize=11.5)
-    axes.set_ylabel("test accuracy (%)", fontsize=11)
-    axes.tick_params(labelsize=10.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.grid(True, axis="y")
-    axes.set_axisbelow(True)
-    frozen = {row["settings"]["allocation"]["until"] * last for row in rows if _has_rounds(row)}
-    for epoch in frozen:
-        axes.axvline(epoch, color=MUTED, linewidth=1.0, linestyle=(0, (2, 3)))
-        axes.text(
-            epoch,
-            0.03,
-            "  re-allocation ends",
-            color=MUTED,
-            fontsize=10,
-            transform=axes.get_xaxis_transform(),
-        )
-    _label_ends(axes, ends)
-
-
-def _has_rounds(row: dict[str, Any]) -> bool:
-    return any(sum(run["metrics"].get("closed", [0])) for run in row["runs"])
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Names and last values right of the curves, from top to bottom, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    gap = (high - low) / 15
-    order = sorted(ends, reverse=True)
-    places = [end for end, _, _ in order]
-    for _ in range(200):  # neighbours push each other apart until hardly any overlap is left
-        for upper in range(len(places) - 1):
-            lack = max(0.0, gap - (places[upper] - places[upper + 1]))
-            places[upper] += lack / 2
-            places[upper + 1] -= lack / 2
-        places[0] = min(places[0], high)
-        places[-1] = max(places[-1], low)
-    outside = axes.get_yaxis_transform()
-    for place, (end, name, colour) in zip(places, order, strict=True):
-        axes.plot([1.005, 1.04], [end, place], color=colour, linewidth=0.8, transform=outside, clip_on=False)
-        axes.text(
-            1.05, place, f"{end:.1f}  {name}", color=colour, fontsize=10.5, va="center", transform=outside
-        )
-
-
 def main(words: Sequence[str] | None = None) -> int:
     """Writes the three files; an error is one line."""
     parser = argparse.ArgumentParser(description="Turns the runs of a study into numbers, table and picture.")
@@ -386,7 +273,7 @@ def main(words: Sequence[str] | None = None) -> int:
         else:
             results = json.loads(file.read_text(encoding="utf-8"))
         (options.study / TABLE).write_text(table(results), encoding="utf-8")
-        save_figure(picture(results), options.study / PICTURE)
+        save_figure(accuracy_picture(results), options.study / PICTURE)
     except SelconvError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
