@@ -48,12 +48,14 @@ class Stem(nn.Module):
         features: Number of output channels.
         kind: ``"cifar"`` (3x3, stride 1; also for Fashion-MNIST), ``"tiny_imagenet"`` (3x3, stride 2) or
             ``"imagenet"`` (7x7, stride 2, then a 3x3 max pool of stride 2).
+        kernel_size: Size of the kernel, odd, instead of that of the kind; None: that of the kind.
         dtype: Type of the computation.
         param_dtype: Type of the kernel.
     """
 
     features: int
     kind: str = "cifar"
+    kernel_size: int | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -61,6 +63,7 @@ class Stem(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images ``[N, H, W, C]`` to ``[N, H', W', features]``."""
         size, stride, pool = STEMS[self.kind]
+        size = self.kernel_size or size
         # Padding is symmetric: "SAME" would pad strided windows on one side only.
         shape = (size, size, images.shape[-1], self.features)
         kernel = self.param("kernel", fan_out_normal, shape, self.param_dtype)
