@@ -7,8 +7,9 @@ import pytest
 from rich.console import Console
 
 from selconv_jax.errors import SelconvError
-from selconv_jax.report.comparison import ConfigurationResults, Spread, comparison_table, run_numbers, spread
+from selconv_jax.report.comparison import ConfigurationResults, comparison_table, run_numbers
 from selconv_jax.report.comparison_picture import comparison_picture
+from selconv_jax.report.statistics import Spread
 
 
 def run(*accuracies: float, closed: int = 2, speed: float | None = 1000.0) -> list[dict[str, float | None]]:
@@ -37,12 +38,6 @@ def text_of(table, width=80) -> str:
     text = io.StringIO()
     Console(file=text, width=width).print(table)
     return text.getvalue()
-
-
-def test_spread_by_hand():
-    assert spread([1.0, 2.0, 6.0]) == Spread(mean=3.0, std=pytest.approx(7**0.5), count=3)
-    assert spread([5.0]) == Spread(mean=5.0, std=None, count=1)
-    assert spread([2.0, 2.0]).std == 0.0
 
 
 def test_numbers_of_a_run():

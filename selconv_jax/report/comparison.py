@@ -12,8 +12,9 @@ from rich.table import Table
 
 from selconv_jax.errors import SelconvError
 from selconv_jax.report.records import best_index, require_records, series
+from selconv_jax.report.statistics import Spread, spread
 
-__all__ = ["ConfigurationResults", "Spread", "comparison_table", "run_numbers", "spread"]
+__all__ = ["ConfigurationResults", "comparison_table", "run_numbers"]
 
 # key of `run_numbers`, heading, factor, format
 _COLUMNS = (
@@ -24,21 +25,6 @@ _COLUMNS = (
     ("reallocated", "re-allo-\ncated", 1, ",.1f"),
     ("images_per_second", "images\nper s", 1, ",.0f"),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """Mean and spread of one number over runs that differ in their seed.
-
-    Attributes:
-        mean: Mean.
-        std: Standard deviation of the sample (divisor n - 1); None for a single run.
-        count: Number of runs.
-    """
-
-    mean: float
-    std: float | None
-    count: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,24 +58,6 @@ class ConfigurationResults:
             for key, values in known.items()
             if values
         }
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation of a sample.
-
-    Args:
-        values: At least one finite number.
-
-    Returns:
-        Both.
-
-    Example:
-        >>> spread([1.0, 3.0])
-        Spread(mean=2.0, std=1.4142135623730951, count=2)
-    """
-    mean = math.fsum(values) / len(values)
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return Spread(mean, deviation, len(values))
 
 
 def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -10,8 +10,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from selconv_jax.errors import SelconvError
-from selconv_jax.report.comparison import ConfigurationResults, run_numbers, spread
+from selconv_jax.report.comparison import ConfigurationResults, run_numbers
 from selconv_jax.report.records import series
+from selconv_jax.report.statistics import spread
 from selconv_jax.report.style import INK, heading, new_figure, styled
 
 __all__ = ["comparison_picture"]
