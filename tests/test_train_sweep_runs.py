@@ -20,6 +20,8 @@ from selconv_jax.train.sweep import plan_sweep
 from selconv_jax.train.sweep_runs import run_sweep
 from selconv_jax.train.sweep_time import Pace, SweepClock, seconds_left
 
+pytestmark = pytest.mark.optimized
+
 # Seed 1 fails, seed 2 is killed, seed 3 works until it is asked to stop and takes its time then, counting
 # the signals; the others are complete at once.
 PROGRAM = """
