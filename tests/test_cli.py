@@ -152,6 +152,13 @@ def test_sweep_refuses_a_run_of_another_configuration(config, tmp_path, capsys):
     assert [path.name for path in workdir.rglob("*") if path.is_file()] == ["config.toml"]
 
 
+def test_sweep_refuses_a_directory_that_is_a_file(config, tmp_path, capsys):
+    workdir = tmp_path / "file"
+    workdir.touch()
+    assert main(["sweep", str(config), "--workdir", str(workdir), "--seeds", "0"]) == 1
+    assert f"the directory {workdir} of the sweep cannot be written" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_signal_stops_a_sweep_which_then_goes_on(config, tmp_path):
     workdir = tmp_path / "sweep"

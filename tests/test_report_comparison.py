@@ -128,13 +128,18 @@ def test_differences_are_paired_by_seed():
 
 def test_difference_table_marks_what_is_larger_than_chance():
     text = text_of(difference_table([PLAIN, BETTER, WORSE, SELECTIVE]))
+    assert max(map(len, text.splitlines())) <= 80
     rows = {line.split("  ")[0].strip(): line.split() for line in text.splitlines()}
     assert rows["better [x]"][2:] == ["-12.50", "0.00", "-12.50", "to", "-12.50", "*", "2"]
     # Differences 0 and 1/1024: mean and standard error 0.049 points, t of one degree of freedom 12.706.
     assert rows["worse"][1:] == ["+0.05", "0.05", "-0.57", "to", "+0.67", "2"]
     assert rows["selective [x]"][2:] == ["-12.50", "-", "-", "1"]  # of one seed nothing is claimed
     assert "minus that of plain" in text
-    assert max(map(len, text.splitlines())) <= 80
+    assert "* The interval excludes 0." in " ".join(text.split())
+    text = " ".join(text_of(difference_table([PLAIN, WORSE])).split())
+    assert "no difference is larger than chance explains" in text
+    text = " ".join(text_of(difference_table([PLAIN, SELECTIVE])).split())
+    assert "Of a single pair nothing can be said" in text
 
 
 def test_picture_marks_what_is_larger_than_chance():

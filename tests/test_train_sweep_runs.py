@@ -100,6 +100,16 @@ def test_memory_is_shared_as_the_user_says(file, tmp_path, fake, monkeypatch):
     assert runs[0].log.read_text() == "memory: true\n"
 
 
+def test_a_process_that_cannot_be_started_costs_no_other(file, tmp_path, fake):
+    runs = plan_sweep([file], tmp_path / "sweep", seeds=[0, 4])
+    runs[0].log.mkdir(parents=True)
+    end = run_sweep(runs, quiet_console()[0], jobs=2)
+    assert end.code == 1
+    assert list(end.failures) == ["tiny, seed 0"]
+    assert "its process cannot be started: " in end.failures["tiny, seed 0"]
+    assert runs[1].is_complete
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_all_runs_saved_and_once(file, tmp_path, fake, number):
     runs = plan_sweep([file, other(file)], tmp_path / "sweep", seeds=[3, 0])

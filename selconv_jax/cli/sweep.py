@@ -1,11 +1,12 @@
 """``selconv sweep``."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from selconv_jax.report.statistics import CONFIDENCE
 from selconv_jax.train.config import Config
 from selconv_jax.train.metrics import read_metrics
 from selconv_jax.train.sweep import SweepRun, check_sweep, plan_sweep
-from selconv_jax.train.sweep_runs import run_sweep, share_devices
+from selconv_jax.train.sweep_runs import SweepEnd, run_sweep, share_devices
 from selconv_jax.train.workdir import ENVIRONMENT, METRICS
 
 __all__ = ["run"]
@@ -47,9 +48,19 @@ def run(options: argparse.Namespace) -> int:
         files, workdir, seeds=seeds, own_seeds=own_seeds, vary=options.vary, overrides=overrides
     )
     check_sweep(runs, options.jobs)
+    with _written(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
     end = run_sweep(runs, console, options.jobs)
-    stopped = end.code > 1
+    with _written(workdir):
+        _compare(runs, end, workdir, console)
+    for name, error in end.failures.items():
+        _say(console, f"failed: {name}: {error}")
+    return end.code
 
+
+def _compare(runs: Sequence[SweepRun], end: SweepEnd, workdir: Path, console: Console) -> None:
+    """Tables, file and picture of the complete runs; no picture if asked to stop, which is to be soon."""
+    stopped = end.code > 1
     by_configuration = {name: list(group) for name, group in groupby(runs, key=lambda run: run.configuration)}
     title, names = _titles(list(by_configuration))
     results = [
@@ -66,21 +77,29 @@ def run(options: argparse.Namespace) -> int:
         console.print(comparison_table(results))
         if len(comparable) > 1:
             console.print(difference_table(comparable))
-        if not stopped:  # to stop is to be soon
-            save_figure(comparison_picture(comparable, title), workdir / _PICTURE)
-            _say(console, f"picture: {workdir / _PICTURE}")
     if comparable or not stopped:
         _write_report(workdir / _REPORT, by_configuration, results, names, end.failures)
         _say(console, f"every number: {workdir / _REPORT}")
-    for name, error in end.failures.items():
-        _say(console, f"failed: {name}: {error}")
-    return end.code
+    if comparable and not stopped:
+        save_figure(comparison_picture(comparable, title), workdir / _PICTURE)
+        _say(console, f"picture: {workdir / _PICTURE}")
+
+
+@contextlib.contextmanager
+def _written(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"the directory {workdir} of the sweep cannot be written: {error.strerror}. Make room for it, or "
+            "choose another --workdir; runs that are complete are kept."
+        ) from None
 
 
 def _be_nice(level: int) -> None:
     if not 0 <= level <= 19:
         raise ConfigError(f"--nice is {level}; it must be in 0 .. 19.")
-    os.nice(level)
+    os.nice(max(0, level - os.nice(0)))  # which takes and returns changes; a second sweep adds nothing
 
 
 def _say(console: Console, text: str) -> None:

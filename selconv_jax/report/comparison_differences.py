@@ -60,17 +60,22 @@ def difference_table(configurations: Sequence[ConfigurationResults]) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
-        caption=f"test error minus that of {escape(first.name)}, in percentage points, paired by seed\n"
-        f"{MARK}: the interval excludes 0 (each is one comparison by itself: of 20 without any effect, "
-        "one does)",
         caption_justify="left",
     )
     table.add_column("configuration", overflow="fold")
     for heading in ("difference", "standard\nerror", "95% interval", "", "pairs"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for configuration in others:
-        difference = number_differences(configuration, first).get("test_error")
-        table.add_row(escape(configuration.name), *_cells(difference))
+    differences = [number_differences(other, first).get("test_error") for other in others]
+    for other, difference in zip(others, differences, strict=True):
+        table.add_row(escape(other.name), *_cells(difference))
+    known = [difference for difference in differences if difference is not None]
+    note = "Of a single pair nothing can be said."
+    if any(difference.excludes_zero for difference in known):
+        note = f"{MARK} The interval excludes 0. Of 20 comparisons without any effect, one does."
+    elif any(difference.interval for difference in known):
+        note = "No interval excludes 0: no difference is larger than chance explains."
+    name = escape(first.name)
+    table.caption = f"Test error minus that of {name}, in percentage points, paired by seed. {note}"
     return table
 
 

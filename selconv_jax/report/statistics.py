@@ -2,7 +2,8 @@
 
 Two configurations trained with the same seed start from the same values of the variables they have in
 common and see the same images in the same order, so their runs are pairs: what a lucky seed does to both
-cancels in the difference.
+cancels in the difference. Where they see other images, in batches of another size say, the interval still
+holds; it is wider for the pairs that are none.
 """
 
 import dataclasses

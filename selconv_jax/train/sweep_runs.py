@@ -90,11 +90,14 @@ def make_run(run: SweepRun, console: Console) -> tuple[int, str]:
     except SelconvError as error:
         return 1, _one_line(error)
     except Exception as error:  # out of memory, say: the other runs may fit
-        run.log.parent.mkdir(parents=True, exist_ok=True)
-        with run.log.open("a", encoding="utf-8") as log:
-            traceback.print_exc(file=log)
+        text, more = traceback.format_exc(), ""
+        with contextlib.suppress(OSError):  # the disk may be what has failed
+            run.log.parent.mkdir(parents=True, exist_ok=True)
+            with run.log.open("a", encoding="utf-8") as log:
+                log.write(text)
+            more = f" (more in {run.log})"
         gc.collect()  # frees what the run held on the devices
-        return 1, f"{type(error).__name__}: {_one_line(error)} (more in {run.log})"
+        return 1, f"{type(error).__name__}: {_one_line(error)}{more}"
 
 
 def _one_line(error: Exception) -> str:
@@ -145,9 +148,14 @@ class _Sweep:
                 while processes or (waiting and not stop):
                     while waiting and len(processes) < self._jobs and not stop:
                         number, run = waiting.popleft()
-                        self._say(f"{self._title(number, run)}: started; its output goes to {run.log}")
                         self._clock.start(run)
-                        processes[_start(run)] = number, run
+                        try:
+                            processes[_start(run)] = number, run
+                        except OSError as error:
+                            self._clock.end(run)
+                            self._fail(number, run, f"its process cannot be started: {error}")
+                            continue
+                        self._say(f"{self._title(number, run)}: started; its output goes to {run.log}")
                     if stop and not told:
                         told = True
                         self._say(f"stopping: {len(processes)} runs are being saved")
@@ -173,13 +181,15 @@ class _Sweep:
             self._say(f"{title}: complete{self._left()}")
         elif process.returncode == 1:
             # A failure beside a request to stop is one all the same.
-            self._failures[run.name] = _last_line(run).removeprefix(_FAILED)
-            self._say(f"{title}: {_FAILED}{self._failures[run.name]}")
+            self._fail(number, run, _last_line(run).removeprefix(_FAILED))
         elif stopping:
             self._say(f"{title}: stopped")
         else:
-            self._failures[run.name] = f"its process ended {_way(process.returncode)} (more in {run.log})"
-            self._say(f"{title}: {_FAILED}{self._failures[run.name]}")
+            self._fail(number, run, f"its process ended {_way(process.returncode)} (more in {run.log})")
+
+    def _fail(self, number: int, run: SweepRun, error: str) -> None:
+        self._failures[run.name] = error
+        self._say(f"{self._title(number, run)}: {_FAILED}{error}")
 
     def _show(self, running: Sequence[SweepRun]) -> None:
         complete = sum(run.is_complete for run in self._runs)
