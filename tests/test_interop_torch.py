@@ -473,7 +473,7 @@ class RunsCode:
 def test_pickles_that_would_run_code_are_refused(tmp_path, torch, model, tensors):
     trap = tmp_path / "trap"
     torch.save({**tensors, "more": RunsCode(trap)}, tmp_path / "unsafe.pt")
-    with pytest.raises(CheckpointError, match=r"unsafe\.pt: refused"):
+    with pytest.raises(CheckpointError, match=r"unsafe\.pt: refused, .* than tensors \((posix|nt)\.mkdir\)"):
         load_state_dict(model, tmp_path / "unsafe.pt")
     assert not trap.exists()
 

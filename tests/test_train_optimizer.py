@@ -115,6 +115,7 @@ def test_shifts_stay_where_they_are_if_they_are_not_trained():
         ({"name": "chain"}, "which is no optimizer of optax"),
         ({"options": {"nestrov": False}}, "optimizer.options.nestrov: sgd has no such option. .*'nesterov'"),
         ({"name": "adam", "options": {"learning_rate": 1.0}}, "adam has no such option"),
+        ({"name": "contrib.sgd"}, "optimizer.name is 'contrib.sgd', which is no optimizer of optax"),
         ({"name": "prodgy"}, "which is no optimizer of optax. Did you mean 'prodigy'"),
         ({"name": "optimistic_adam"}, "no optimizer of optax. Did you mean 'optimistic_adam_v2'"),
         ({"name": "_deprecated_dpsgd"}, "which is no optimizer of optax"),

@@ -28,7 +28,8 @@ def to_8_bits(image: Image.Image, mode: str) -> Image.Image:
     """Convert an image by the brightness and colour that its numbers mean.
 
     Pillow itself cuts 16-bit grey off at 255, which turns it white, and floating-point grey likewise.
-    Here 16-bit grey is divided by 257 and rounded down, so that black stays 0 and white becomes 255.
+    Here 16-bit grey is divided by 257 and rounded down, so that black stays 0 and white becomes 255. Of
+    16-bit colour, Pillow keeps the upper 8 bits, which differ from that by at most 1.
 
     Args:
         image: As Pillow opened it.

@@ -111,7 +111,9 @@ def _maker(name: str) -> Callable[..., optax.GradientTransformation]:
             parameters = inspect.signature(value).parameters if inspect.isfunction(value) else ()
             if offered and next(iter(parameters), "") == "learning_rate":
                 makers[key] = value
-    key = name.removeprefix("optax.").removeprefix("contrib.")
+    key = name.removeprefix("optax.")
+    if key.startswith("contrib.") and hasattr(optax.contrib, key.removeprefix("contrib.")):
+        key = key.removeprefix("contrib.")
     if key not in makers:
         raise ConfigError(
             f"optimizer.name is {name!r}, which is no optimizer of optax. {nearest(key, makers)}"
