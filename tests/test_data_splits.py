@@ -227,6 +227,13 @@ def test_splits_of_the_embedded_sample(choice):
     }
 
 
+@pytest.mark.parametrize("held_out", [60_000, 50_000, 0.000_001])
+def test_hollow_sets_refuse_what_leaves_nothing(held_out):
+    with pytest.raises(DataError, match=r"cifar10: data.validation is .* of 50000 training images"):
+        hollow_data("cifar10", splits=SplitChoice(held_out=held_out))
+    assert len(hollow_data("cifar10", splits=SplitChoice(held_out=5000)).train) == 45_000
+
+
 def test_streamed_parts_go_to_other_processes(prepared):
     data = open_data("toy_pictures", prepared, streaming=True, splits=SplitChoice(held_out=6))
     image, label = pickle.loads(pickle.dumps(data.validation))[2]

@@ -73,9 +73,9 @@ def test_best_epoch_is_marked_the_earliest_of_equals():
     records = log(6, 3)
     assert best_index(records) == 0
     accuracy = learning_curves(records[3:], "run").axes[1]
-    star = "best on validation: 87.50 % (epoch 5)"
-    assert legend(accuracy) == ["train", "validation", "test", star]
-    np.testing.assert_allclose(lines(accuracy)[star], [[5, 87.5]])
+    assert legend(accuracy) == ["train", "validation", "test", "best"]
+    assert accuracy.get_title("left") == "Accuracy (best on validation: 87.50 %, epoch 5)"
+    np.testing.assert_allclose(lines(accuracy)["best"], [[5, 87.5]])
 
 
 def test_test_accuracy_chooses_no_epoch():
@@ -114,7 +114,7 @@ def test_plain_model_has_no_allocation_panels():
     figure = learning_curves(records, "run")
     assert [axes.get_title("left") for axes in figure.axes] == [
         "Loss",
-        "Accuracy",
+        "Accuracy (best on validation: 87.50 %, epoch 1)",
         "Learning rate",
         "Training speed",
     ]

@@ -69,6 +69,11 @@ def hollow_data(
     counts = {key: sum(map(len, slices)) for key, slices in parts.items()}
     if splits.held_out is not None:
         counts["validation"] = held_out_count(splits.held_out, counts["train"])
+        if not 0 < counts["validation"] < counts["train"]:
+            raise DataError(
+                f"{name}: data.validation is {splits.held_out}, which is {counts['validation']} of "
+                f"{counts['train']} training images. Hold out some of them, but not all."
+            )
         counts["train"] -= counts["validation"]
     if streaming is None:
         size = sum(counts.values()) * int(np.prod(info.image_shape))

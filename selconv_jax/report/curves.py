@@ -128,7 +128,7 @@ def _draw_accuracy(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDA
         ("test top 5", 100 * series(records, "test_top5"), _TOP5, "--"),
     ]
     _draw_lines(axes, epochs, lines)
-    best = best_index(records)
+    title, best = "Accuracy", best_index(records)
     if best is not None:
         accuracy = 100 * float(series(records, "validation_accuracy")[best])
         axes.plot(
@@ -138,12 +138,13 @@ def _draw_accuracy(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDA
             markersize=12,
             markerfacecolor="#F0E442",
             markeredgecolor=INK,
-            label=f"best on validation: {accuracy:.2f} % (epoch {epochs[best]:.0f})",
+            label="best",
             zorder=5,
             clip_on=False,
         )
+        title += f" (best on validation: {accuracy:.2f} %, epoch {epochs[best]:.0f})"
     axes.set_ylabel("correct (%)")
-    heading(axes, "Accuracy")
+    heading(axes, title)
 
 
 def _draw_states(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDArray[np.float64]) -> None:
