@@ -5,11 +5,11 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import NoReturn
 
 from selconv_jax.cli.allocator import keep_memory
 from selconv_jax.errors import SelconvError, nearest
+from selconv_jax.versions import version_of
 
 __all__ = ["main"]
 
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="selconv", description="Train CNNs that re-allocate their channels (selective convolutions)."
     )
-    parser.add_argument("--version", action="version", version=f"selconv-jax {version('selconv-jax')}")
+    parser.add_argument("--version", action="version", version=f"selconv-jax {version_of('selconv-jax')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
