@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A list of positional arguments takes none that come after an option, so overrides are gathered here.
     options, rest = parser.parse_known_args(arguments)
     if rest and (
-        options.command not in ("train", "sweep", "bench", "compile")
+        options.command not in ("train", "resume", "eval", "compact", "sweep", "bench", "compile")
         or any(word.startswith("-") for word in rest)
     ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_cluster(train)
 
     resume = commands.add_parser("resume", help="go on with a run", description="Goes on with a run.")
-    resume.add_argument("workdir", metavar="DIR", help="directory of the run")
+    _add_run(resume)
     _add_cluster(resume)
 
     evaluate = commands.add_parser(
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         help="evaluate a checkpoint",
         description="Evaluates a checkpoint on all validation images, if any, and all test images.",
     )
-    evaluate.add_argument("workdir", metavar="DIR", help="directory of the run")
+    _add_run(evaluate)
     _add_checkpoint(evaluate)
     evaluate.add_argument(
         "--compact",
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Writes the network of a checkpoint, without closed and unused channels, into a file "
         "for selconv_jax.load_compact.",
     )
-    compact.add_argument("workdir", metavar="DIR", help="directory of the run")
+    _add_run(compact)
     _add_checkpoint(compact)
     compact.add_argument(
         "--multiple",
@@ -196,6 +196,17 @@ def _add_config(command: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="KEY=VALUE",
         help="replaces a value of the file, such as epochs=10 or optimizer.learning_rate=0.05",
+    )
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("workdir", metavar="DIR", help="directory of the run")
+    command.add_argument(
+        "words",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="replaces, for this time, a value that does not change the result, such as devices=1 or "
+        "data.directory=FOLDER",
     )
 
 

@@ -43,6 +43,7 @@ from selconv_jax.train.checkpoint_manifest import (
     verified_manifest,
     write_manifest,
 )
+from selconv_jax.train.config_changes import check_origin
 
 __all__ = ["CheckpointStore", "Restored"]
 
@@ -58,13 +59,11 @@ class Restored:
         state: The pytree, with the structure, shapes, dtypes and shardings of the template.
         skipped: One sentence for each newer checkpoint found damaged: its folder and file, and
             what is wrong with it.
-        origin: As the store had it that saved the checkpoint; empty for old ones.
     """
 
     step: int
     state: PyTree
     skipped: tuple[str, ...]
-    origin: Mapping[str, Any]
 
 
 class CheckpointStore:
@@ -78,7 +77,8 @@ class CheckpointStore:
     Args:
         directory: The folder of the checkpoints, created by the first save.
         keep: How many of the last checkpoints stay, beside the best one; at least 1.
-        origin: What the checkpoints follow from, such as a configuration, as JSON has it; kept in each.
+        origin: What of the configuration the checkpoints follow from, see `config_changes.origin_of`; kept
+            in each, and none of another is read. Empty: not known.
 
     Raises:
         ValueError: `keep` is below 1.
@@ -159,12 +159,12 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: There is no such checkpoint, it is damaged (with None: all are), or it
-                is one of another model.
+                is one of another model or origin.
         """
         found = self._find(step)
         check_leaves(found.folder, found.manifest["leaves"], template)
         state = placed(found.arrays, template)
-        return Restored(found.step, state, found.damaged, found.manifest.get("origin", {}))
+        return Restored(found.step, state, found.damaged)
 
     def find(self, step: int | None = None) -> Restored:
         """Verifies a checkpoint; what it returns has no state.
@@ -176,7 +176,7 @@ class CheckpointStore:
             CheckpointError: As `restore`.
         """
         found = self._find(step)
-        return Restored(found.step, None, found.damaged, found.manifest.get("origin", {}))
+        return Restored(found.step, None, found.damaged)
 
     def read(self, step: int | None = None) -> tuple[int, dict[str, np.ndarray]]:
         """Verifies a checkpoint and reads its arrays without a template, as tables and pictures need.
@@ -273,9 +273,11 @@ class CheckpointStore:
                 folder = folders[candidate]
                 manifest = verified_manifest(folder)
                 arrays = read_arrays(folder, manifest["leaves"])
-                return _Found(candidate, folder, manifest, arrays, tuple(damaged))
             except CheckpointError as error:
                 damaged.append(str(error))
+            else:
+                check_origin(folder, manifest.get("origin", {}), self._origin)
+                return _Found(candidate, folder, manifest, arrays, tuple(damaged))
         remedy = "Start the run anew." if step is None else "Restore another step, or the newest."
         raise CheckpointError("\n".join([*damaged, remedy]))
 

@@ -1,7 +1,7 @@
 """The network of a run without what it does not use: measured, evaluated, written to a file."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,17 @@ def compact_run(
     multiple: int = 1,
     evaluate: bool = False,
     output: Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> CompactedRun:
     """Compacts the network of a checkpoint.
 
     Args:
         workdir: The directory of the run.
-        step: The checkpoint; None: the newest good one.
+        step: The checkpoint; None: the newest, which must not be damaged.
         multiple: See `selconv_jax.compact`.
         evaluate: Compute its loss and accuracy on all validation and test images.
         output: A new file to write the network to, see `selconv_jax.save_compact`.
+        overrides: ``"key=value"``, of keys of the configuration that do not change the result.
 
     Returns:
         The network and what is known of it.
@@ -65,7 +67,7 @@ def compact_run(
     """
     if output is not None:
         check_target(output)
-    trainer, info, step, state = restore_run(workdir, step)
+    trainer, info, step, state = restore_run(workdir, step, overrides)
     plan = trainer.plan_compaction(state, multiple)
     variables = plan.take(state.variables)
     if output is not None:

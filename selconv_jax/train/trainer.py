@@ -131,8 +131,9 @@ class Trainer:
             ``allocation.compile_frozen`` is false, that of the allocation which remains.
         """
         settings = self.config.allocation
-        # A round at the end of the epoch before has been made, one at the end of this epoch has not.
-        frozen = self.next_round(max(int(state.step), epoch * self.steps_per_epoch + 1)) is None
+        # All rounds that were due have been made, but for one at the end of this epoch.
+        done = max(int(state.step), epoch * self.steps_per_epoch)
+        frozen = self.next_round(min(done + 1, (epoch + 1) * self.steps_per_epoch)) is None
         if frozen and settings.compile_frozen and state.selectivity:
             return self._frozen_program(state)
         return self._bucket_program(state)
