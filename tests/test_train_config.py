@@ -105,7 +105,7 @@ def test_numbers_as_people_write_them(tmp_path, text, value):
         ("data.flip=yes", "Expected `bool | null`, got `str`. Write true or false."),
         ("description=5", "Expected `str`, got `int`. Write the text in double quotes"),
         ("optimizer.learning_rate=inf", "optimizer.learning_rate is inf; it must be finite"),
-        ("optimizer.learning_rate=nan", "optimizer.learning_rate is nan; it must be finite"),
+        ("optimizer.learning_rate=nan", "optimizer.learning_rate is nan; it must be above 0"),
         ("checkpoint_minutes=inf", "checkpoint_minutes is inf; it must be finite"),
         ("allocation.shift_range=inf", "shift_range is inf; it must be"),
     ],
