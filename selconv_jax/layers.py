@@ -18,10 +18,10 @@ from selconv_jax.batch_norm import (
 )
 from selconv_jax.convolution import canonical_padding, canonical_window, convolve
 from selconv_jax.errors import ConfigError
-from selconv_jax.groups import kernel_rows
+from selconv_jax.groups import without_rows
 from selconv_jax.shift import select
 
-__all__ = ["BatchNormReLU", "PlainConv", "SelectiveConv", "fan_out_normal"]
+__all__ = ["BatchNormReLU", "PlainConv", "SelectiveConv", "check_slots", "fan_out_normal"]
 
 Array = jax.Array
 Initializer = Callable[..., Any]
@@ -126,13 +126,10 @@ class PlainConv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
 
-        x, gate = self._select(x, rank)
+        x, kernel = self._select(x, kernel)
         x = _batch_norm_relu(self, x, train)
         if self.dropout_rate > 0:
             x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
-        if gate is not None:
-            # Closing a channel is closing its kernel row: the same sum, at no cost per pixel.
-            kernel = jnp.where(kernel_rows(gate, kernel.shape), kernel, jnp.zeros((), kernel.dtype))
         return convolve(
             x,
             kernel,
@@ -150,10 +147,9 @@ class PlainConv(nn.Module):
         return (int(size),) if isinstance(size, int | np.integer) else tuple(map(int, size))
 
     @nn.nowrap
-    def _select(self, x: Array, rank: int) -> tuple[Array, Array | None]:
-        """The input as the layer sees it and the gate ``[C]``; None where there is none."""
-        del rank
-        return x, None
+    def _select(self, x: Array, kernel: Array) -> tuple[Array, Array]:
+        """The input as the layer sees it, and the kernel as it reads it."""
+        return x, kernel
 
 
 class SelectiveConv(PlainConv):
@@ -164,19 +160,22 @@ class SelectiveConv(PlainConv):
 
     Variables beside those of `PlainConv`: ``selectivity`` gate ``[C]`` bool and source ``[C]`` int32 (-1:
     the channel reads itself); ``params`` shift ``[C, len(kernel_size)]`` in pixels, row first. A gate-only
-    layer (``top_k = 0``) has the gate alone: closed channels are never given away.
+    layer has the gate alone: closed channels are never given away. How many channels compete for the slots
+    is a setting of the round, not of the layer: `selconv_jax.Allocation.top_k`.
 
     Attributes:
-        top_k: 0 makes the layer gate-only. Any other value makes it selective; how many channels compete
-            for the slots in a round is said by `selconv_jax.Allocation.top_k` when re-allocating.
+        top_k: 0 is the method's way of saying ``gate_only=True``. Any other number is refused.
         slots: Share of the channels that the compiled program provides for copies, in [0, 1]. The
             result is the same for any share that is large enough, the cost grows with it; at 0 the
-            program is that of the plain layer. `selconv_jax.required_slots` tells what a model needs.
+            program is that of the plain layer. `selconv_jax.required_slots` tells what a model needs. With more
+            copies than that, a layer raises a `selconv_jax.ConfigError` where it knows them, and computes
+            NaN where they are traced.
+        gate_only: The layer closes channels and never copies any.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from selconv_jax import SelectiveConv
-        >>> layer = SelectiveConv(features=8, kernel_size=(3, 3), top_k=3)
+        >>> layer = SelectiveConv(features=8, kernel_size=(3, 3))
         >>> x = jnp.ones((2, 6, 6, 4))
         >>> variables = layer.init(jax.random.key(0), x, train=False)
         >>> y, changed = layer.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -184,25 +183,47 @@ class SelectiveConv(PlainConv):
         ((2, 6, 6, 8), ['gate', 'source'])
     """
 
-    top_k: int = 3
+    top_k: int | None = None
     slots: float = 1.0
+    gate_only: bool = False
 
     def __post_init__(self) -> None:
-        if self.top_k < 0:
-            raise ConfigError(f"top_k is {self.top_k}; it must be 0 (gate-only) or positive.")
+        if self.top_k not in (None, 0):
+            raise ConfigError(
+                f"top_k is {self.top_k}; a layer has none but 0, which makes it gate-only. How many channels "
+                "compete for its slots is said when re-allocating: selconv_jax.Allocation(top_k=...)."
+            )
         if not 0.0 <= self.slots <= 1.0:
             raise ConfigError(f"slots is {self.slots}; it must be a share of the channels in [0, 1].")
         super().__post_init__()
 
     @nn.nowrap
-    def _select(self, x: Array, rank: int) -> tuple[Array, Array | None]:
+    def _select(self, x: Array, kernel: Array) -> tuple[Array, Array]:
         channels = x.shape[-1]
         gate = self.variable("selectivity", "gate", jnp.ones, (channels,), jnp.bool_)
-        if self.top_k == 0:
-            return x, gate.value
-        source = self.variable("selectivity", "source", jnp.full, (channels,), -1, jnp.int32)
-        shift = self.param("shift", nn.initializers.zeros, (channels, rank), self.param_dtype)
-        return select(x, source.value, shift, math.ceil(self.slots * channels)), gate.value
+        kernel = without_rows(kernel, ~gate.value)
+        if self.gate_only or self.top_k == 0:
+            return x, kernel
+        source = self.variable("selectivity", "source", jnp.full, (channels,), -1, jnp.int32).value
+        shift = self.param("shift", nn.initializers.zeros, (channels, x.ndim - 2), self.param_dtype)
+        if not isinstance(source, jax.core.Tracer) and getattr(source, "is_fully_addressable", True):
+            copies = np.count_nonzero(np.asarray(source) >= 0)
+            check_slots("/".join(self.path) or type(self).__name__, self.slots, channels, copies)
+        slots = math.ceil(self.slots * channels)
+        if slots > 0:
+            return select(x, source, shift, slots), kernel
+        # Copies without a slot make the sum NaN, where it costs nothing per pixel.
+        return x, without_rows(kernel, source >= 0, jnp.nan)
+
+
+def check_slots(name: str, slots: float, channels: int, copies: int) -> None:
+    """Raises a `ConfigError` if a layer of so many channels has more copies than its ``slots`` provide for."""
+    if copies > math.ceil(slots * channels):
+        raise ConfigError(
+            f"layer {name!r}: slots is {slots}, which provides for {math.ceil(slots * channels)} copies, but "
+            f"{copies} of its {channels} channels are copies. Take model.clone(slots=s) with s of at least "
+            "selconv_jax.required_slots(variables)."
+        )
 
 
 class BatchNormReLU(nn.Module):

@@ -88,8 +88,8 @@ def _interpolation_matrix(shift: jax.Array, size: int, dtype: jnp.dtype) -> jax.
     position = jnp.where(inside, position, clamped)
     below = jnp.floor(lax.stop_gradient(position))
     fraction = position - below
-    # On the last pixel the fraction is 0 and "below + 1" meets no column.
-    zero = jnp.zeros((), shift.dtype)
+    # On the last pixel the fraction is 0 and "below + 1" meets no column. NaN meets none at all: it is kept.
+    zero = 0 * lax.stop_gradient(fraction)
     lower = jnp.where(column == below, 1 - fraction, zero)
     upper = jnp.where(column == below + 1, fraction, zero)
     return (lower + upper).astype(dtype)
@@ -102,7 +102,7 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None 
     by ``shift[j]``. A channel may be a shifted copy of itself: ``source[j] = j`` differs from -1.
 
     The cost grows with the number of copies that are provided for, not with the channels. ``slots``
-    fixes that number when the program is compiled; the result does not depend on it.
+    fixes that number when the program is compiled; the result does not depend on it as long as it suffices.
 
     Args:
         x: ``[N, *S, C]`` floating.
@@ -110,8 +110,7 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None 
         shift: ``[C, len(S)]`` floating, in pixels; without effect and without gradient where
             ``source`` is -1.
         slots: Upper bound of the number of copies (entries of ``source`` other than -1); None: ``C``.
-            0 returns ``x`` itself. The caller sees to it that there are no more copies: those beyond
-            the bound would read their own channels.
+            Where there are more, every copy is NaN.
 
     Returns:
         ``[N, *S, C]`` in the dtype of ``x``.
@@ -124,13 +123,18 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None 
     """
     channels = x.shape[-1]
     slots = channels if slots is None else min(slots, channels)
+    is_copy = source >= 0
     if slots == 0:
-        return x
-    slot = _one_hot_slots(source, slots)
+        return jnp.where(lax.expand_dims(is_copy, range(x.ndim - 1)), jnp.asarray(jnp.nan, x.dtype), x)
+    number = _numbers_of_copies(is_copy)
+    slot = is_copy[None, :] & (number[None, :] == jnp.arange(slots)[:, None])  # [slots, C]
     # Places that are not used read channel 0 and are written nowhere.
     # Indices are computed once, not for every pixel that a gather reads.
     origin = lax.optimization_barrier(jnp.sum(jnp.where(slot, source[None, :], 0), axis=1))
-    read = jnp.where((source >= 0)[:, None], shift, jnp.zeros((), shift.dtype))
+    if slots < channels:
+        # One copy too many makes the displacement of all slots NaN: none is wrong, at no cost per pixel.
+        shift = jnp.where((number < slots)[:, None], shift, jnp.asarray(jnp.nan, shift.dtype))
+    read = jnp.where(is_copy[:, None], shift, jnp.zeros((), shift.dtype))
     displacement = jnp.dot(slot.astype(shift.dtype), read, precision=lax.Precision.HIGHEST)
     if target_platform() != "tpu":
         return _replace(x, channel_shift(_gather(x, origin), displacement), source, slot)
@@ -140,13 +144,11 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None 
     return kept + jnp.dot(copies, slot.astype(x.dtype), precision=lax.Precision.HIGHEST)
 
 
-def _one_hot_slots(source: jax.Array, slots: int) -> jax.Array:
-    """``[slots, C]`` bool: row ``s`` marks the ``s``-th channel that is a copy; rows past the last none."""
-    is_copy = source >= 0
-    channel = jnp.arange(source.shape[0])
+def _numbers_of_copies(is_copy: jax.Array) -> jax.Array:
+    """``[C]`` int32: how many of the channels before each one are copies."""
+    channel = jnp.arange(is_copy.shape[0])
     # Comparing all pairs compiles to less than a cumulative sum and its inverse.
-    before = jnp.sum(is_copy[None, :] & (channel[None, :] < channel[:, None]), axis=1)
-    return is_copy[None, :] & (before[None, :] == jnp.arange(slots)[:, None])
+    return jnp.sum(is_copy[None, :] & (channel[None, :] < channel[:, None]), axis=1)
 
 
 @jax.custom_vjp

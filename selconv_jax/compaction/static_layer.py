@@ -12,6 +12,7 @@ from flax.linen.dtypes import promote_dtype
 from selconv_jax.compaction.gather import spread_channels, take_channels, take_repeated
 from selconv_jax.compaction.layout import LayerLayout
 from selconv_jax.convolution import canonical_padding, canonical_window, convolve
+from selconv_jax.groups import without_rows
 from selconv_jax.layers import PlainConv
 from selconv_jax.shift import channel_shift, select
 
@@ -76,14 +77,13 @@ class StaticConv(PlainConv):
         return self.layout
 
     @nn.nowrap
-    def _select(self, x: Array, rank: int) -> tuple[Array, Array | None]:
+    def _select(self, x: Array, kernel: Array) -> tuple[Array, Array]:
         """All of the input, whose idle channels have their kernel rows held at zero."""
-        del rank
         if not self._layout.idle:
-            return x, None
-        mask = np.ones(self._layout.reads, bool)
-        mask[list(self._layout.idle)] = False
-        return x, jnp.asarray(mask)
+            return x, kernel
+        idle = np.zeros(self._layout.reads, bool)
+        idle[list(self._layout.idle)] = True
+        return x, without_rows(kernel, jnp.asarray(idle))
 
 
 def _in_place(x: Array, layout: LayerLayout, shift: Array | None) -> Array:
