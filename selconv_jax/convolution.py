@@ -1,15 +1,16 @@
 """Convolutions in NHWC, 1x1 ones as matrix products, and the forms their arguments may take."""
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import AxisType
 
+from selconv_jax.arguments import is_whole
 from selconv_jax.errors import ConfigError, nearest
 from selconv_jax.platforms import target_platform
 from selconv_jax.stored import stored
@@ -64,8 +65,8 @@ def convolve(
         kernel = kernel.reshape(kernel.shape[-2:])
         if not _gradients_as_products(x):
             return jnp.dot(x, kernel, precision=precision)
-        flat = _product(stored(x.reshape(-1, x.shape[-1])), kernel, precision)
-        return stored(flat).reshape(*x.shape[:-1], -1)
+        flat = _product(stored(x.reshape(math.prod(x.shape[:-1]), x.shape[-1])), kernel, precision)
+        return stored(flat).reshape(*x.shape[:-1], kernel.shape[-1])
     window = _Window(
         tuple(strides), padding if isinstance(padding, str) else tuple(padding), tuple(kernel_dilation)
     )
@@ -178,9 +179,9 @@ def canonical_window(value: int | Sequence[int] | None, rank: int, name: str) ->
     Raises:
         ConfigError: There are not ``rank`` values, or one is below 1.
     """
-    numbers = 1 if value is None else value
-    values = (numbers,) * rank if isinstance(numbers, int | np.integer) else tuple(numbers)
-    if len(values) != rank or any(number < 1 for number in values):
+    numbers: Any = 1 if value is None else value
+    values = tuple(numbers) if isinstance(numbers, Iterable) else (numbers,) * rank
+    if len(values) != rank or not all(is_whole(number) and number >= 1 for number in values):
         raise ConfigError(
             f"{name} is {value!r}; it must be a positive integer or {rank} of them, one per spatial "
             "dimension."
@@ -210,10 +211,9 @@ def canonical_padding(padding: str | int | Sequence[int | tuple[int, int]], rank
                 "(low, high) pair for each."
             )
         return padding
-    if isinstance(padding, int | np.integer):
-        padding = (padding,) * rank
-    pairs = tuple((item, item) if isinstance(item, int | np.integer) else tuple(item) for item in padding)
-    if len(pairs) != rank or any(len(pair) != 2 for pair in pairs):
+    items: Any = padding if isinstance(padding, Iterable) else (padding,) * rank
+    pairs = tuple(tuple(item) if isinstance(item, Iterable) else (item, item) for item in items)
+    if len(pairs) != rank or not all(len(pair) == 2 and all(map(is_whole, pair)) for pair in pairs):
         raise ConfigError(
             f"padding is {padding!r}; a kernel of {rank} spatial dimensions needs {rank} numbers or "
             "(low, high) pairs."

@@ -1,7 +1,7 @@
 """Batch norm, ReLU, convolution: the selective layer and its plain twin, as Flax (Linen) modules."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
+from selconv_jax.arguments import check_number, check_whole
 from selconv_jax.batch_norm import (
     batch_norm,
     batch_norm_relu,
@@ -72,13 +73,14 @@ class PlainConv(nn.Module):
     kernel_init: Initializer = fan_out_normal
 
     def __post_init__(self) -> None:
-        _check_positive(self, "features", "feature_group_count")
-        if any(size < 1 for size in self._window()):
-            raise ConfigError(f"kernel_size is {self.kernel_size}; every size must be at least 1.")
-        if not 0.0 <= self.dropout_rate < 1.0:
-            raise ConfigError(f"dropout_rate is {self.dropout_rate}; it must be in [0, 1).")
-        if not 0.0 <= self.momentum <= 1.0:
-            raise ConfigError(f"momentum is {self.momentum}; it must be in [0, 1].")
+        check_whole("features", self.features, 1)
+        check_whole("feature_group_count", self.feature_group_count, 1)
+        rank = len(self._window())
+        canonical_window(self.strides, rank, "strides")
+        canonical_padding(self.padding, rank)
+        canonical_window(self.kernel_dilation, rank, "kernel_dilation")
+        check_number("dropout_rate", self.dropout_rate, lambda share: 0.0 <= share < 1.0, "in [0, 1)")
+        _check_normalization(self)
         if self.features % self.feature_group_count:
             raise ConfigError(
                 f"features is {self.features}, not a multiple of feature_group_count "
@@ -143,8 +145,9 @@ class PlainConv(nn.Module):
     @nn.nowrap
     def _window(self) -> tuple[int, ...]:
         """The kernel size, one per spatial dimension."""
-        size = self.kernel_size
-        return (int(size),) if isinstance(size, int | np.integer) else tuple(map(int, size))
+        size: Any = self.kernel_size
+        sizes = tuple(size) if isinstance(size, Iterable) else (size,)
+        return canonical_window(sizes, len(sizes), "kernel_size")
 
     @nn.nowrap
     def _select(self, x: Array, kernel: Array) -> tuple[Array, Array]:
@@ -167,9 +170,9 @@ class SelectiveConv(PlainConv):
         top_k: 0 is the method's way of saying ``gate_only=True``. Any other number is refused.
         slots: Share of the channels that the compiled program provides for copies, in [0, 1]. The
             result is the same for any share that is large enough, the cost grows with it; at 0 the
-            program is that of the plain layer. `selconv_jax.required_slots` tells what a model needs. With more
-            copies than that, a layer raises a `selconv_jax.ConfigError` where it knows them, and computes
-            NaN where they are traced.
+            program is that of the plain layer. `selconv_jax.required_slots` tells what a model needs. With
+            more copies than that, a layer raises a `selconv_jax.ConfigError` where it knows them, and
+            computes NaN where they are traced.
         gate_only: The layer closes channels and never copies any.
 
     Example:
@@ -193,8 +196,9 @@ class SelectiveConv(PlainConv):
                 f"top_k is {self.top_k}; a layer has none but 0, which makes it gate-only. How many channels "
                 "compete for its slots is said when re-allocating: selconv_jax.Allocation(top_k=...)."
             )
-        if not 0.0 <= self.slots <= 1.0:
-            raise ConfigError(f"slots is {self.slots}; it must be a share of the channels in [0, 1].")
+        check_number(
+            "slots", self.slots, lambda share: 0.0 <= share <= 1.0, "a share of the channels in [0, 1]"
+        )
         super().__post_init__()
 
     @nn.nowrap
@@ -217,7 +221,7 @@ class SelectiveConv(PlainConv):
 
 
 def check_slots(name: str, slots: float, channels: int, copies: int) -> None:
-    """Raises a `ConfigError` if a layer of so many channels has more copies than its ``slots`` provide for."""
+    """Raises a `ConfigError` if a layer has more copies than its ``slots`` provide for."""
     if copies > math.ceil(slots * channels):
         raise ConfigError(
             f"layer {name!r}: slots is {slots}, which provides for {math.ceil(slots * channels)} copies, but "
@@ -238,6 +242,10 @@ class BatchNormReLU(nn.Module):
     momentum: float = 0.9
     epsilon: float = 1e-5
     param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        _check_normalization(self)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
@@ -264,7 +272,8 @@ def _batch_norm_relu(module: PlainConv | BatchNormReLU, x: Array, train: bool) -
     return y
 
 
-def _check_positive(module: nn.Module, *names: str) -> None:
-    for name in names:
-        if getattr(module, name) < 1:
-            raise ConfigError(f"{name} is {getattr(module, name)}; it must be at least 1.")
+def _check_normalization(module: PlainConv | BatchNormReLU) -> None:
+    check_number("momentum", module.momentum, lambda share: 0.0 <= share <= 1.0, "in [0, 1]")
+    check_number(
+        "epsilon", module.epsilon, lambda value: 0.0 <= value < math.inf, "a finite number, at least 0"
+    )

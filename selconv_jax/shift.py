@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from selconv_jax.arguments import check_whole
 from selconv_jax.batch_norm import statistics_dtype
 from selconv_jax.platforms import target_platform
 from selconv_jax.stored import stored
@@ -122,6 +123,8 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None 
         [[1.0, 2.0], [2.0, 2.0]]
     """
     channels = x.shape[-1]
+    if slots is not None:
+        check_whole("slots", slots, 0, "a whole number of channels, at least 0, or None")
     slots = channels if slots is None else min(slots, channels)
     is_copy = source >= 0
     if slots == 0:

@@ -152,27 +152,24 @@ def test_grouped_gate_closes_the_right_rows():
         ({"top_k": -1}, "top_k is -1"),
         ({"top_k": 1}, r"top_k is 1; .* selconv_jax.Allocation\(top_k=...\)"),
         ({"slots": 1.5}, "slots is 1.5"),
+        ({"slots": "all"}, "slots is 'all'"),
+        ({"features": 4.0}, "features is 4.0; it must be a whole number"),
+        ({"epsilon": -1.0}, "epsilon is -1.0"),
+        ({"kernel_size": (3.7, 3)}, r"kernel_size is \(3.7, 3\)"),
+        ({"kernel_size": 0}, "kernel_size is"),
+        ({"strides": (1.5, 2)}, r"strides is \(1.5, 2\)"),
+        ({"strides": (1, 2, 3)}, "strides is"),
+        ({"strides": 0}, "strides is 0"),
+        ({"padding": "SMAE"}, "padding is 'SMAE'"),
+        ({"padding": (1, 2, 3)}, "padding is"),
+        ({"padding": 1.5}, "padding is 1.5"),
+        ({"padding": ((1, 2.5), 1)}, "padding is"),
+        ({"kernel_dilation": (0, 1)}, "kernel_dilation is"),
     ],
 )
 def test_out_of_bounds(arguments, message):
     with pytest.raises(ConfigError, match=message):
         SelectiveConv(**{"features": 4, "kernel_size": (3, 3), **arguments})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"strides": (1, 2, 3)}, "strides is"),
-        ({"strides": 0}, "strides is 0"),
-        ({"padding": "SMAE"}, "padding is 'SMAE'"),
-        ({"padding": (1, 2, 3)}, "padding is"),
-        ({"kernel_dilation": (0, 1)}, "kernel_dilation is"),
-    ],
-)
-def test_wrong_windows(arguments, message):
-    layer = SelectiveConv(**{"features": 4, "kernel_size": (3, 3), **arguments})
-    with pytest.raises(ConfigError, match=message):
-        layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 4)), train=False)
 
 
 def test_wrong_rank_and_groups_of_the_input():
@@ -240,7 +237,7 @@ def test_more_copies_than_slots_under_vmap_and_scan():
 
 def test_known_copies_without_slots_are_an_error():
     layer, variables, x = crowded(copies=3)
-    with pytest.raises(ConfigError, match="slots is 0.25, which provides for 2 copies, but 3 of its 8"):
+    with pytest.raises(ConfigError, match=r"slots is 0\.25, which provides for 2 copies, but 3 of its 8"):
         layer.clone(slots=0.25).apply(variables, x, train=False)
 
 
@@ -257,3 +254,10 @@ def test_a_shift_that_is_not_a_number_makes_none():
     np.testing.assert_array_equal(
         np.isnan(channel_shift(x, jnp.array([[jnp.nan], [jnp.inf]]))).all((0, 1)), [True, False]
     )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3)])
+def test_an_empty_batch_stays_empty(size):
+    layer, x = SelectiveConv(4, size), jnp.ones((2, 6, 6, 8))
+    variables = layer.init(jax.random.key(0), x, train=False)
+    assert layer.apply(variables, x[:0], train=False).shape == (0, 6, 6, 4)
