@@ -103,7 +103,7 @@ def reset_rewritten(
     }
     longest = max(map(len, masks))
     start = optimizer.init(params)
-    if jax.tree.structure(start) != jax.tree.structure(opt_state):
+    if not jax.tree.structure(start) == jax.tree.structure(opt_state):
         raise ValueError(
             "the optimizer's state is not one of this optimizer and these parameters: optimizer.init(params) "
             "makes another structure. Pass the optimizer that made it and the 'params' it was made for."
