@@ -12,20 +12,23 @@ from flax.linen.dtypes import promote_dtype
 
 from selconv_jax.arguments import check_number, check_whole
 from selconv_jax.batch_norm import (
+    Statistics,
     batch_norm,
     batch_norm_relu,
+    batch_statistics,
     statistics_dtype,
     update_running_statistics,
 )
 from selconv_jax.convolution import canonical_padding, canonical_window, convolve
 from selconv_jax.errors import ConfigError
 from selconv_jax.groups import without_rows
-from selconv_jax.shift import select
+from selconv_jax.shift import select, select_with_statistics
 
 __all__ = ["BatchNormReLU", "PlainConv", "SelectiveConv", "check_slots", "fan_out_normal"]
 
 Array = jax.Array
 Initializer = Callable[..., Any]
+_Selected = tuple[Array, Array, Statistics | None]
 
 # Normal with standard deviation sqrt(2 / (kh * kw * O)); method, "One selective layer".
 fan_out_normal: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -89,20 +92,25 @@ class PlainConv(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: bool, statistics: Statistics | None = None) -> Array:
         """Applies the layer.
 
         Args:
             x: ``[N, *S, C]`` floating.
             train: Normalize with the statistics of the batch and, where ``batch_stats`` is mutable, move
                 the running ones; else normalize with the running ones.
+            statistics: Those of ``x``, where they are known: `selconv_jax.batch_norm.batch_statistics` of
+                the parts that ``x`` is concatenated of, joined. In a dense network, where many layers read
+                the same channels, they are then computed once. The result is the same, gradients included.
+                Without effect unless ``train``.
 
         Returns:
             ``[N, *S', features]``.
 
         Raises:
             ValueError: The input does not have the rank that ``kernel_size`` asks for, its channels
-                do not divide into the groups, or ``train`` is traced.
+                do not divide into the groups, the statistics are those of another number of channels, or
+                ``train`` is traced.
         """
         given: Any = train
         if isinstance(given, jax.core.Tracer):
@@ -124,12 +132,18 @@ class PlainConv(nn.Module):
                 f"{self.name or type(self).__name__}: {channels} input channels do not divide into "
                 f"{self.feature_group_count} groups (feature_group_count)."
             )
+        if statistics is not None and any(values.shape != (channels,) for values in statistics):
+            shapes = ", ".join(str(values.shape) for values in statistics)
+            raise ValueError(
+                f"{self.name or type(self).__name__}: statistics of shapes {shapes}, but an input of shape "
+                f"{x.shape} has a mean and a variance of shape {(channels,)}."
+            )
         shape = (*window, channels // self.feature_group_count, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
 
-        x, kernel = self._select(x, kernel)
-        x = _batch_norm_relu(self, x, train)
+        x, kernel, statistics = self._select(x, kernel, statistics if train else None)
+        x = _batch_norm_relu(self, x, train, statistics)
         if self.dropout_rate > 0:
             x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
         return convolve(
@@ -150,9 +164,9 @@ class PlainConv(nn.Module):
         return canonical_window(sizes, len(sizes), "kernel_size")
 
     @nn.nowrap
-    def _select(self, x: Array, kernel: Array) -> tuple[Array, Array]:
-        """The input as the layer sees it, and the kernel as it reads it."""
-        return x, kernel
+    def _select(self, x: Array, kernel: Array, statistics: Statistics | None) -> _Selected:
+        """The input and the kernel as the layer sees them; the statistics, if they are known."""
+        return x, kernel, statistics
 
 
 class SelectiveConv(PlainConv):
@@ -202,22 +216,25 @@ class SelectiveConv(PlainConv):
         super().__post_init__()
 
     @nn.nowrap
-    def _select(self, x: Array, kernel: Array) -> tuple[Array, Array]:
+    def _select(self, x: Array, kernel: Array, statistics: Statistics | None) -> _Selected:
         channels = x.shape[-1]
         gate = self.variable("selectivity", "gate", jnp.ones, (channels,), jnp.bool_)
         kernel = without_rows(kernel, ~gate.value)
         if self.gate_only or self.top_k == 0:
-            return x, kernel
+            return x, kernel, statistics
         source = self.variable("selectivity", "source", jnp.full, (channels,), -1, jnp.int32).value
         shift = self.param("shift", nn.initializers.zeros, (channels, x.ndim - 2), self.param_dtype)
         if not isinstance(source, jax.core.Tracer) and getattr(source, "is_fully_addressable", True):
-            copies = np.count_nonzero(np.asarray(source) >= 0)
+            copies = int(np.count_nonzero(np.asarray(source) >= 0))
             check_slots("/".join(self.path) or type(self).__name__, self.slots, channels, copies)
         slots = math.ceil(self.slots * channels)
-        if slots > 0:
-            return select(x, source, shift, slots), kernel
-        # Copies without a slot make the sum NaN, where it costs nothing per pixel.
-        return x, without_rows(kernel, source >= 0, jnp.nan)
+        if slots == 0:
+            # Copies without a slot make the sum NaN, where it costs nothing per pixel.
+            return x, without_rows(kernel, source >= 0, jnp.nan), statistics
+        if statistics is None:
+            return select(x, source, shift, slots), kernel, None
+        x, statistics = select_with_statistics(x, statistics, source, shift, slots)
+        return x, kernel, statistics
 
 
 def check_slots(name: str, slots: float, channels: int, copies: int) -> None:
@@ -248,12 +265,14 @@ class BatchNormReLU(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: bool, statistics: Statistics | None = None) -> Array:
         """Normalizes ``[N, *S, C]`` and clips it at 0, see `PlainConv.__call__`."""
-        return _batch_norm_relu(self, x, train)
+        return _batch_norm_relu(self, x, train, statistics)
 
 
-def _batch_norm_relu(module: PlainConv | BatchNormReLU, x: Array, train: bool) -> Array:
+def _batch_norm_relu(
+    module: PlainConv | BatchNormReLU, x: Array, train: bool, statistics: Statistics | None
+) -> Array:
     """Batch norm and ReLU with the variables of ``module``; moves the running ones in training."""
     channels = (x.shape[-1],)
     scale = module.param("scale", nn.initializers.ones, channels, module.param_dtype)
@@ -264,12 +283,12 @@ def _batch_norm_relu(module: PlainConv | BatchNormReLU, x: Array, train: bool) -
     if not train:
         normalized = batch_norm(x, running_mean.value, running_var.value, scale, bias, module.epsilon)
         return nn.relu(normalized)
-    y, mean, var = batch_norm_relu(x, scale, bias, module.epsilon)
+    mean, var = batch_statistics(x) if statistics is None else statistics
     if not module.is_initializing() and module.is_mutable_collection("batch_stats"):
         running_mean.value, running_var.value = update_running_statistics(
             running_mean.value, running_var.value, mean, var, x.size // x.shape[-1], module.momentum
         )
-    return y
+    return batch_norm_relu(x, mean, var, scale, bias, module.epsilon)
 
 
 def _check_normalization(module: PlainConv | BatchNormReLU) -> None:

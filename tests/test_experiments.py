@@ -261,6 +261,7 @@ SMALL = {
     "preresnet": {"blocks": [1, 1], "width": 4},
     "resnext": {"blocks": [1, 1], "groups": 2, "base_width": 4, "widen": 1},
     "condensenet": {"blocks": [1, 1], "growth": [4, 8], "groups": 2},
+    "pointwise": {"blocks": [1, 1], "widths": [4, 8]},
 }
 
 

@@ -18,6 +18,7 @@ def run(*accuracies: float, closed: int = 2, speed: float | None = 1000.0) -> li
             "train_loss": 1.0 / epoch,
             "test_loss": 2.0 / epoch,
             "test_accuracy": accuracy,
+            "validation_accuracy": 1 - accuracy,
             "closed": closed,
             "reallocated": closed - 1,
             "open_channels": 9,
@@ -51,8 +52,9 @@ def test_numbers_of_a_run():
         "test_error": 0.375,
         "test_loss": pytest.approx(2 / 3),
         "train_loss": pytest.approx(1 / 3),
-        "best_test_accuracy": 0.75,
-        "best_epoch": 2.0,
+        "validation_accuracy": 0.375,
+        "best_test_accuracy": 0.5,  # at the best epoch by validation accuracy
+        "best_epoch": 1.0,
         "closed": 6.0,
         "reallocated": 3.0,
         "copies": 3.0,
@@ -75,7 +77,7 @@ def test_summary_over_seeds():
     summary = PLAIN.summary
     assert summary["test_accuracy"] == Spread(0.6875, pytest.approx(0.125 / 2**0.5), 2)
     assert summary["test_error"].mean == 0.3125
-    assert summary["best_test_accuracy"] == Spread(0.75, 0.0, 2)
+    assert summary["best_test_accuracy"] == Spread(0.5, 0.0, 2)
     partly = ConfigurationResults("partly", {0: run(0.5), 1: run(0.5, speed=None)})
     assert partly.summary["images_per_second"] == Spread(1000.0, None, 1)
     with pytest.raises(SelconvError, match="plain has no finished run"):
@@ -90,11 +92,16 @@ def test_table_shows_mean_and_deviation():
         next(line for line in text.splitlines() if line.startswith(f" {start}"))
         for start in ("plain", "seeds")
     )
-    assert first.split() == ["plain", "68.75", "31.25", "75.00", "6.0", "3.0", "2,000"]
+    assert first.split() == ["plain", "68.75", "31.25", "50.00", "6.0", "3.0", "2,000"]
     assert deviations.split("4", 1)[1].replace("±", "").split() == ["8.84", "8.84", "0.00", "0.0", "0.0", "0"]
     single = next(line for line in text.splitlines() if "seed 0" in line)
     assert single.split() == ["seed", "0", *"------"]
     assert max(map(len, text.splitlines())) <= 80
+    assert "best: the epoch of the highest validation accuracy" in text
+    without = text_of(
+        comparison_table([ConfigurationResults("plain", {0: [{"epoch": 1, "test_accuracy": 0.5}]})])
+    )
+    assert "best" not in without
 
 
 def test_picture_draws_what_the_runs_logged():

@@ -112,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_cluster(resume)
 
     evaluate = commands.add_parser(
-        "eval", help="evaluate a checkpoint", description="Evaluates a checkpoint on all test images."
+        "eval",
+        help="evaluate a checkpoint",
+        description="Evaluates a checkpoint on all validation images, if any, and all test images.",
     )
     evaluate.add_argument("workdir", metavar="DIR", help="directory of the run")
     _add_checkpoint(evaluate)
@@ -220,7 +222,8 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default="last",
         metavar="WHICH",
-        help="last (default), best (by test accuracy), or the number of a step",
+        help="last (default), best (the highest validation accuracy; without validation images, the last), "
+        "or the number of a step",
     )
 
 

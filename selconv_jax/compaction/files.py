@@ -29,7 +29,13 @@ _DTYPES = ("dtype", "param_dtype")  # attributes that are types
 _ENTRY = "selconv_jax"  # the description; variables have a "/" in their names
 _NETWORKS: dict[str, type[nn.Module]] = {
     network.__name__: network
-    for network in (models.CondenseNet, models.DenseNet, models.PreResNet, models.ResNeXt)
+    for network in (
+        models.CondenseNet,
+        models.DenseNet,
+        models.Pointwise,
+        models.PreResNet,
+        models.ResNeXt,
+    )
 }
 
 

@@ -112,8 +112,10 @@ def trace_network(model: nn.Module, variables: Any, example: Any) -> Trace:
     return Trace(program, layers, output)
 
 
-def _as_step(layer: PlainConv, path: str, features: int, x: jax.Array, train: bool) -> jax.Array:
-    del train
+def _as_step(
+    layer: PlainConv, path: str, features: int, x: jax.Array, train: bool, statistics: Any = None
+) -> jax.Array:
+    del train, statistics  # neither has an effect when evaluating
     dtype = canonicalize_dtype(x, np.zeros((), layer.param_dtype), dtype=layer.dtype)
     shape = (*output_shape(layer, x)[:-1], features)
     step: jax.Array = LAYER.bind(x, path=path, shape=shape, dtype=dtype)

@@ -19,7 +19,7 @@ __all__ = ["ConfigurationResults", "Spread", "comparison_table", "run_numbers", 
 _COLUMNS = (
     ("test_accuracy", "test\nacc. %", 100, ".2f"),
     ("test_error", "test\nerror %", 100, ".2f"),
-    ("best_test_accuracy", "best\nacc. %", 100, ".2f"),
+    ("best_test_accuracy", "test at\nbest %", 100, ".2f"),
     ("closed", "\nclosed", 1, ",.1f"),
     ("reallocated", "re-allo-\ncated", 1, ",.1f"),
     ("images_per_second", "images\nper s", 1, ",.0f"),
@@ -100,10 +100,10 @@ def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]
 
     Returns:
         ``test_accuracy``, ``test_error``, ``test_loss`` and ``train_loss`` of the last epoch;
-        ``best_test_accuracy`` and its ``best_epoch`` (chosen on the test images: too good a guess of how the
-        network does on others); channels ``closed`` and ``reallocated`` by all rounds; ``copies``,
-        ``open_channels`` and ``channels`` at the end; the median over the epochs of
-        ``images_per_second``. None where the run has no such number.
+        of runs with validation images, the ``validation_accuracy`` of the last epoch, the ``best_epoch`` by
+        validation accuracy and the ``best_test_accuracy``, that epoch's; channels ``closed`` and
+        ``reallocated`` by all rounds; ``copies``, ``open_channels`` and ``channels`` at the end; the median
+        over the epochs of ``images_per_second``. None where the run has no such number.
 
     Raises:
         SelconvError: ``records`` is empty.
@@ -128,6 +128,7 @@ def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]
         "test_error": None if accuracy is None else 1 - accuracy,
         "test_loss": last("test_loss"),
         "train_loss": last("train_loss"),
+        "validation_accuracy": last("validation_accuracy"),
         "best_test_accuracy": None if best is None else float(records[best]["test_accuracy"]),
         "best_epoch": None if best is None else float(records[best]["epoch"]),
         "closed": over_epochs("closed", np.nansum),
@@ -147,26 +148,30 @@ def comparison_table(configurations: Sequence[ConfigurationResults]) -> Table:
 
     Returns:
         A table for ``rich.print`` that fits a terminal of 80 characters; a deviation of one run is ``-``.
+        The test accuracy at the best epoch has a column where a run has validation images.
 
     Example:
         >>> results = ConfigurationResults("plain", {0: [{"epoch": 1, "test_accuracy": 0.5}]})
         >>> comparison_table([results]).row_count
         1
     """
+    known = {key for configuration in configurations for key in configuration.summary}
+    columns = [column for column in _COLUMNS if column[0] != "best_test_accuracy" or column[0] in known]
+    note = "\nbest: the epoch of the highest validation accuracy" if "best_epoch" in known else ""
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
-        caption="mean ± standard deviation over the seeds",
+        caption=f"mean ± standard deviation over the seeds{note}",
         caption_justify="left",
     )
     table.add_column("\nconfiguration", overflow="fold")
-    for _, heading, _, _ in _COLUMNS:
+    for _, heading, _, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for number, configuration in enumerate(configurations):
         summary = configuration.summary
         cells = []
-        for key, _, factor, form in _COLUMNS:
+        for key, _, factor, form in columns:
             value = summary.get(key)
             if value is None:
                 cells.append("")

@@ -183,7 +183,7 @@ def check_sweep(runs: Sequence[SweepRun]) -> None:
             checked.add(kind)
             try:
                 data = run.config.data
-                Trainer(run.config, load(data.name, data.directory, data.streaming))
+                Trainer(run.config, load(*data.source))
             except SelconvError as error:
                 raise type(error)(f"{run.configuration}: {error}") from None
 
