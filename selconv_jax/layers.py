@@ -97,8 +97,8 @@ class PlainConv(nn.Module):
 
         Args:
             x: ``[N, *S, C]`` floating.
-            train: Normalize with the statistics of the batch and, where ``batch_stats`` is mutable, move
-                the running ones; else normalize with the running ones.
+            train: Normalize with the statistics of the batch and move the running ones, for which
+                ``batch_stats`` must be mutable; else normalize with the running ones.
             statistics: Those of ``x``, where they are known: `selconv_jax.batch_norm.batch_statistics` of
                 the parts that ``x`` is concatenated of, joined. In a dense network, where many layers read
                 the same channels, they are then computed once. The result is the same, gradients included.
@@ -111,6 +111,7 @@ class PlainConv(nn.Module):
             ValueError: The input does not have the rank that ``kernel_size`` asks for, its channels
                 do not divide into the groups, the statistics are those of another number of channels, or
                 ``train`` is traced.
+            flax.errors.ModifyScopeVariableError: ``train``, and ``batch_stats`` is not mutable.
         """
         given: Any = train
         if isinstance(given, jax.core.Tracer):
@@ -284,7 +285,7 @@ def _batch_norm_relu(
         normalized = batch_norm(x, running_mean.value, running_var.value, scale, bias, module.epsilon)
         return nn.relu(normalized)
     mean, var = batch_statistics(x) if statistics is None else statistics
-    if not module.is_initializing() and module.is_mutable_collection("batch_stats"):
+    if not module.is_initializing():
         running_mean.value, running_var.value = update_running_statistics(
             running_mean.value, running_var.value, mean, var, x.size // x.shape[-1], module.momentum
         )

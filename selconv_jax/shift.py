@@ -88,9 +88,10 @@ def _interpolation_matrix(shift: jax.Array, size: int, dtype: jnp.dtype) -> jax.
     position = jnp.where(inside, position, clamped)
     below = jnp.floor(lax.stop_gradient(position))
     fraction = position - below
-    # On the last pixel the fraction is 0 and "below + 1" meets no column. NaN meets none at all: it is kept.
-    zero = 0 * lax.stop_gradient(fraction)
-    lower = jnp.where(column == below, 1 - fraction, zero)
+    # On the last pixel the fraction is 0 and "below + 1" meets no column.
+    zero = jnp.zeros((), shift.dtype)
+    # NaN meets none at all, and stays NaN.
+    lower = jnp.where(column == below, 1 - fraction, 0 * lax.stop_gradient(fraction))
     upper = jnp.where(column == below + 1, fraction, zero)
     return (lower + upper).astype(dtype)
 
