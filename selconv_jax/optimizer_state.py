@@ -103,7 +103,8 @@ def reset_rewritten(
     }
     longest = max(map(len, masks))
     start = optimizer.init(params)
-    if not jax.tree.structure(start) == jax.tree.structure(opt_state):
+    structure: Any = jax.tree.structure(start)
+    if structure != jax.tree.structure(opt_state):
         raise ValueError(
             "the optimizer's state is not one of this optimizer and these parameters: optimizer.init(params) "
             "makes another structure. Pass the optimizer that made it and the 'params' it was made for."
@@ -115,7 +116,8 @@ def reset_rewritten(
     def reset(path: tuple[Any, ...], value: Any, first: Any, longer: Any) -> Any:
         keys = _keys(path)
         ends = (keys[-length:] for length in range(min(longest, len(keys)), 0, -1))
-        mask, shape, name = next((masks[end] for end in ends if end in masks), (None, None, ""))
+        owner = next((masks[end] for end in ends if end in masks), (jnp.zeros((), bool), None, ""))
+        mask, shape, name = owner
         if jnp.shape(value) == shape:
             return jnp.where(mask, jnp.asarray(first, value.dtype), value)
         if name or jnp.shape(value) != longer.shape:

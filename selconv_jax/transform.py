@@ -176,8 +176,8 @@ def _rewrite(
         if of_first is not None:
             drawn = jnp.where(of_first, drawn[:1], drawn)
         new_states[name], reports[name] = _rounds(state, drawn, numbers, allocation)
-    leaves = map(_resharded, jax.tree.leaves(new_states), shardings)
-    return jax.tree.unflatten(structure, leaves), reports
+    new_leaves = map(_resharded, jax.tree.leaves(new_states), shardings)
+    return jax.tree.unflatten(structure, new_leaves), reports
 
 
 def _resharded(x: jax.Array, to: NamedSharding | None) -> jax.Array:

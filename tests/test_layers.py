@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ModifyScopeVariableError
 from states import perturbed_variables
 
 from selconv_jax import ConfigError, PlainConv, SelectiveConv
@@ -90,6 +91,26 @@ def test_initializing_and_evaluating_move_no_statistics():
     np.testing.assert_allclose(changed["batch_stats"]["mean"], 0.1 * x.mean((0, 1, 2)), rtol=1e-5)
     unbiased = x.reshape(-1, 6).var(0, ddof=1)
     np.testing.assert_allclose(changed["batch_stats"]["var"], 0.9 + 0.1 * unbiased, rtol=1e-5)
+
+
+def test_training_must_be_able_to_move_the_statistics():
+    layer, x = SelectiveConv(5, (1, 1)), jnp.ones((2, 4, 4, 6))
+    variables = layer.init(jax.random.key(0), x, train=False)
+    for mutable in (False, ["selectivity"]):
+        with pytest.raises(ModifyScopeVariableError, match='collection "batch_stats" is immutable'):
+            layer.apply(variables, x, train=True, mutable=mutable)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_variance_that_overflows_does_not_go_unnoticed(train):
+    layer = SelectiveConv(5, (1, 1))
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 6))
+    variables = layer.init(jax.random.key(0), x, train=False)
+    if train:
+        x = x.at[..., 2].multiply(1e30)
+    else:
+        variables["batch_stats"]["var"] = jnp.ones(6).at[2].set(jnp.inf)
+    assert np.isnan(layer.apply(variables, x, train, mutable=["batch_stats"])[0]).all()
 
 
 def test_closed_channels_are_not_read():
