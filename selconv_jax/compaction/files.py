@@ -6,7 +6,6 @@ import os
 import zipfile
 import zlib
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from selconv_jax import models
 from selconv_jax.compaction.layout import LayerLayout
 from selconv_jax.compaction.module import Compact
 from selconv_jax.errors import CheckpointError
+from selconv_jax.versions import version_of
 
 __all__ = ["check_target", "load_compact", "save_compact"]
 
@@ -75,7 +75,7 @@ def save_compact(
     arrays = {"/".join(name): np.asarray(value) for name, value in flat.items()}
     description = {
         "format": _FORMAT,
-        "version": version("selconv-jax"),
+        "version": version_of("selconv-jax"),
         "network": type(model.network).__name__,
         "attributes": _attributes(model.network),
         "layouts": {name: layout.to_json() for name, layout in model.layouts},

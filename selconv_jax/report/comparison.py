@@ -12,8 +12,9 @@ from rich.table import Table
 
 from selconv_jax.errors import SelconvError
 from selconv_jax.report.records import best_index, require_records, series
+from selconv_jax.report.statistics import Spread, spread
 
-__all__ = ["ConfigurationResults", "Spread", "comparison_table", "run_numbers", "spread"]
+__all__ = ["ConfigurationResults", "comparison_table", "run_numbers"]
 
 # key of `run_numbers`, heading, factor, format
 _COLUMNS = (
@@ -27,69 +28,43 @@ _COLUMNS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread:
-    """Mean and spread of one number over runs that differ in their seed.
-
-    Attributes:
-        mean: Mean.
-        std: Standard deviation of the sample (divisor n - 1); None for a single run.
-        count: Number of runs.
-    """
-
-    mean: float
-    std: float | None
-    count: int
-
-
-@dataclasses.dataclass(frozen=True)
 class ConfigurationResults:
-    """The finished runs of a configuration.
+    """The finished runs of a configuration, and which have failed.
 
     Attributes:
         name: How tables and pictures call it.
         runs: The lines of ``metrics.jsonl`` of every run, by seed.
+        failed: Seeds whose runs have failed; they are named, and are part of no number.
 
     Raises:
-        SelconvError: A run has no record, or there is no run.
+        SelconvError: A run has no record, or there is no run, not even one that has failed.
     """
 
     name: str
     runs: Mapping[int, Sequence[Mapping[str, Any]]]
+    failed: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        if not self.runs:
+        if not self.runs and not self.failed:
             raise SelconvError(f"{self.name} has no finished run, so there is nothing to compare.")
         for records in self.runs.values():
             require_records(records)
 
     @property
+    def by_seed(self) -> dict[str, dict[int, float]]:
+        """Every number of `run_numbers` that some run has, by seed."""
+        numbers = {seed: run_numbers(records) for seed, records in self.runs.items()}
+        known: dict[str, dict[int, float]] = {}
+        for seed, run in numbers.items():
+            for key, value in run.items():
+                if value is not None:
+                    known.setdefault(key, {})[seed] = value
+        return known
+
+    @property
     def summary(self) -> dict[str, Spread]:
         """`Spread` of every number of `run_numbers` that a run has."""
-        numbers = [run_numbers(records) for records in self.runs.values()]
-        known = {key: [run[key] for run in numbers if run[key] is not None] for key in numbers[0]}
-        return {
-            key: spread([float(value) for value in values if value is not None])
-            for key, values in known.items()
-            if values
-        }
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation of a sample.
-
-    Args:
-        values: At least one finite number.
-
-    Returns:
-        Both.
-
-    Example:
-        >>> spread([1.0, 3.0])
-        Spread(mean=2.0, std=1.4142135623730951, count=2)
-    """
-    mean = math.fsum(values) / len(values)
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return Spread(mean, deviation, len(values))
+        return {key: spread(list(values.values())) for key, values in self.by_seed.items()}
 
 
 def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -178,7 +153,12 @@ def comparison_table(configurations: Sequence[ConfigurationResults]) -> Table:
                 continue
             deviation = "-" if value.std is None else f"± {factor * value.std:{form}}"
             cells.append(f"{factor * value.mean:{form}}\n{deviation}")
-        seeds = f"seed{'s' if len(configuration.runs) > 1 else ''} {', '.join(map(str, configuration.runs))}"
-        name = f"{escape(configuration.name)}\n[dim]{seeds}[/dim]"
+        parts = [_seeds(list(configuration.runs))] if configuration.runs else []
+        parts += [f"failed: {_seeds(configuration.failed)}"] if configuration.failed else []
+        name = f"{escape(configuration.name)}\n[dim]{'; '.join(parts)}[/dim]"
         table.add_row(name, *cells, end_section=number + 1 < len(configurations))
     return table
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
