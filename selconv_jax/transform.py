@@ -108,7 +108,14 @@ def reallocate(
     allocation = allocation or Allocation()
     states = layer_states(variables)
     numbers = _Numbers(allocation.threshold, allocation.shift_range)
-    allocation = dataclasses.replace(allocation, threshold=0.0, shift_range=0.0)
+    limit = allocation.max_copies
+    allocation = dataclasses.replace(  # what is compiled for; hashable
+        allocation,
+        threshold=0.0,
+        shift_range=0.0,
+        top_k=int(allocation.top_k),
+        max_copies=None if limit is None else int(limit),
+    )
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((states, key, numbers))):
         new_states, layers = _rewrite(states, key, numbers, allocation)
     else:
@@ -254,7 +261,8 @@ def _round(
     copies = jnp.zeros((), jnp.int32)
     if source is not None and state.shift is not None and allocation.top_k > 0:
         drawn = _drawn_sources(state, uniform[:, 0], allocation)
-        state = fill_slots(state, drawn, numbers.shift_range * (2 * uniform[:, 1:] - 1))
+        reach = jnp.asarray(numbers.shift_range, uniform.dtype)
+        state = fill_slots(state, drawn, reach * (2 * uniform[:, 1:] - 1))
         filled = drawn >= 0
     if state.source is not None:
         copies = jnp.sum(state.source >= 0, dtype=jnp.int32)
