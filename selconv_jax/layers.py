@@ -30,6 +30,8 @@ Array = jax.Array
 Initializer = Callable[..., Any]
 _Selected = tuple[Array, Array, Statistics | None]
 
+_PUBLISHED_TOP_K = 3
+
 # Normal with standard deviation sqrt(2 / (kh * kw * O)); method, "One selective layer".
 fan_out_normal: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -182,7 +184,8 @@ class SelectiveConv(PlainConv):
     is a setting of the round, not of the layer: `selconv_jax.Allocation.top_k`.
 
     Attributes:
-        top_k: 0 is the method's way of saying ``gate_only=True``. Any other number is refused.
+        top_k: In the method's words, 0 is ``gate_only=True``, and 3 (published) or None is not. A layer
+            knows no other number: it is a setting of the round.
         slots: Share of the channels that the compiled program provides for copies, in [0, 1]. The
             result is the same for any share that is large enough, the cost grows with it; at 0 the
             program is that of the plain layer. `selconv_jax.required_slots` tells what a model needs. With
@@ -206,10 +209,10 @@ class SelectiveConv(PlainConv):
     gate_only: bool = False
 
     def __post_init__(self) -> None:
-        if self.top_k not in (None, 0):
+        if self.top_k not in (None, 0, _PUBLISHED_TOP_K):
             raise ConfigError(
-                f"top_k is {self.top_k}; a layer has none but 0, which makes it gate-only. How many channels "
-                "compete for its slots is said when re-allocating: selconv_jax.Allocation(top_k=...)."
+                f"top_k is {self.top_k}; of a layer it can only be 0, which makes it gate-only. How many "
+                "channels compete for its slots is said when re-allocating: selconv_jax.Allocation(top_k=...)."
             )
         check_number(
             "slots", self.slots, lambda share: 0.0 <= share <= 1.0, "a share of the channels in [0, 1]"

@@ -209,10 +209,11 @@ def test_numbers_of_numpy_are_numbers():
     assert y.shape == (2, 5, 4)
 
 
-def test_top_k_0_is_gate_only():
-    collections = variables_of(SelectiveConv(4, (3, 3), top_k=0), (1, 8, 8, 6))
-    assert sorted(collections["selectivity"]) == ["gate"]
-    assert "shift" not in collections["params"]
+@pytest.mark.parametrize(("top_k", "names"), [(0, ["gate"]), (3, ["gate", "source"])])
+def test_top_k_of_the_method_is_understood(top_k, names):
+    collections = variables_of(SelectiveConv(4, (3, 3), top_k=top_k), (1, 8, 8, 6))
+    assert sorted(collections["selectivity"]) == names
+    assert ("shift" in collections["params"]) == (top_k > 0)
 
 
 def crowded(copies, channels=8):
