@@ -212,7 +212,7 @@ class SelectiveConv(PlainConv):
         if self.top_k not in (None, 0, _PUBLISHED_TOP_K):
             raise ConfigError(
                 f"top_k is {self.top_k}; of a layer it can only be 0, which makes it gate-only. How many "
-                "channels compete for its slots is said when re-allocating: selconv_jax.Allocation(top_k=...)."
+                "channels compete for slots is said when re-allocating: selconv_jax.Allocation(top_k=...)."
             )
         check_number(
             "slots", self.slots, lambda share: 0.0 <= share <= 1.0, "a share of the channels in [0, 1]"
