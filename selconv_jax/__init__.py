@@ -6,8 +6,9 @@ from selconv_jax.errors import CheckpointError, ConfigError, DataError, SelconvE
 from selconv_jax.layer_tree import layer_states
 from selconv_jax.layers import PlainConv, SelectiveConv
 from selconv_jax.optimizer_state import reset_rewritten, rewritten_mask
+from selconv_jax.round_report import LayerReport, Report
 from selconv_jax.schedule import ReallocationSchedule
-from selconv_jax.transform import Allocation, LayerReport, Report, reallocate, required_slots
+from selconv_jax.transform import Allocation, reallocate, required_slots
 from selconv_jax.twin import selectivize
 
 __all__ = [

@@ -1,7 +1,6 @@
 """Parameters and multiply-adds of a network by layer: plain, selective, and compacted."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,8 +14,7 @@ from flax.core import unfreeze
 
 from selconv_jax.compaction import plan_compaction
 from selconv_jax.counting import count_multiply_adds, count_parameters
-from selconv_jax.errors import ConfigError
-from selconv_jax.layers import SelectiveConv
+from selconv_jax.layers import SelectiveConv, check_slots
 
 __all__ = ["Count", "LayerCounts", "count_layers", "total_counts"]
 
@@ -180,7 +178,7 @@ def _products(
         if isinstance(module, SelectiveConv) and context.method_name == "__call__":
             if copies is None and module.slots:
                 return module.clone(slots=0.0, parent=module.scope)(*args, **kwargs)
-            _check_room(path, module.slots, args[0].shape[-1], (copies or {}).get(path, 0))
+            check_slots(path, module.slots, args[0].shape[-1], (copies or {}).get(path, 0))
         order.setdefault(path)
         paths.append(path)
         with jax.named_scope(f"{_MARK}{len(paths) - 1}"):
@@ -198,15 +196,6 @@ def _products(
         path = paths[int(marks[-1])] if marks else ""
         products[path] = products.get(path, 0) + count
     return products
-
-
-def _check_room(path: str, slots: float, channels: int, copies: int) -> None:
-    if copies > math.ceil(slots * channels):
-        raise ConfigError(
-            f"layer {path!r}: slots is {slots}, which provides for {math.ceil(slots * channels)} copies, but "
-            f"{copies} of its {channels} channels are copies. Take model.clone(slots=s) with s of at least "
-            "selconv_jax.required_slots(variables)."
-        )
 
 
 def _copies(variables: Variables) -> dict[str, int]:

@@ -240,7 +240,7 @@ def test_a_derived_layer_stays_as_it_is():
         (SelectiveConv(4, (3, 3), strides=2, padding="CIRCULAR"), (2, 5, 6, 7)),
         (SelectiveConv(6, (3,), feature_group_count=3, kernel_dilation=2), (2, 9, 12)),
         (SelectiveConv(8, (2, 1, 2), feature_group_count=2), (2, 3, 2, 4, 8)),
-        (SelectiveConv(6, (3, 3), feature_group_count=6, top_k=0), (2, 5, 5, 6)),
+        (SelectiveConv(6, (3, 3), feature_group_count=6, gate_only=True), (2, 5, 5, 6)),
     ],
     ids=["strides", "1-D groups", "3-D groups", "depthwise"],
 )

@@ -156,7 +156,7 @@ def test_the_compiler_counts_the_same(model):
 
 def test_the_compiler_leaves_out_taps_on_padding():
     """3x3 taps on 16x16 pixels: 46 of 48 meet the image along each axis."""
-    model, pixels = SelectiveConv(8, (3, 3), top_k=0), image(16, 4)
+    model, pixels = SelectiveConv(8, (3, 3), gate_only=True), image(16, 4)
     shapes, function = shapes_of(model, pixels), network_function(model)
     taps = 16 * 16 * 9 * 4 * 8
     assert compiled_multiply_adds(function, shapes, pixels) == pytest.approx(taps, rel=0.02)

@@ -15,6 +15,7 @@ from selconv_jax.data.dataset import DatasetInfo, ImageData
 from selconv_jax.data.stream import StreamedData
 from selconv_jax.errors import ConfigError
 from selconv_jax.optimizer_state import reset_rewritten
+from selconv_jax.round_report import Report
 from selconv_jax.train.config import Config, DataConfig
 from selconv_jax.train.feed import Arguments, Feed, ResidentFeed, StreamedFeed
 from selconv_jax.train.network import make_network
@@ -24,7 +25,7 @@ from selconv_jax.train.sharding import Placement
 from selconv_jax.train.state import Totals, TrainState, initial_state
 from selconv_jax.train.step import Purpose, eval_batch, fold, train_step
 from selconv_jax.train.trial import notes_on, try_on_shapes
-from selconv_jax.transform import Report, reallocate, required_slots
+from selconv_jax.transform import reallocate, required_slots
 
 __all__ = ["Trainer"]
 
