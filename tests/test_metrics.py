@@ -23,6 +23,8 @@ RECORD = b'{"epoch": 1, "test_loss": 2.5, "images_per_second": null}\n'
         (b'{"epoch": true}\n', "line 1: not the record"),
         (b'{"epoch": 1, "test_loss": "low"}\n', "line 1: not the record"),
         (b'{"epoch": 1, "test_loss": [2]}\n', "line 1: not the record"),
+        (b'{"epoch": 1, "test_loss": Infinity}\n', "line 1: not the record"),
+        (b'{"epoch": 1, "test_loss": NaN}\n', "line 1: not the record"),
         (RECORD + RECORD, "line 2: not the record of an epoch after 1"),
         (b"\xff\xfe\n" + RECORD, "line 1: not JSON. Remove the line to go on"),
         (b"\n" + RECORD, "line 1: not JSON"),

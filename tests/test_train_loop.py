@@ -181,6 +181,19 @@ def test_resuming_before_the_first_checkpoint_starts_anew(finished, tmp_path, mo
     assert_same_end(workdir, finished[0])
 
 
+@pytest.mark.parametrize("name", ["lr=[0.1]", "a\\b*"])
+def test_a_directory_of_any_name(finished, tmp_path, monkeypatch, name):
+    """As sweeps name folders; Orbax takes the name for a pattern."""
+    workdir = tmp_path / name
+    console, _ = quiet_console()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "stop_request", lambda: StopAfter(14))
+        assert train_run(whole_config(), workdir, console) != 0
+    assert resume_run(workdir, console) == 0
+    assert_same_end(workdir, finished[0])
+    assert evaluate_run(workdir) == evaluate_run(finished[0])
+
+
 def test_resuming_a_complete_run_changes_nothing(finished):
     workdir, _ = finished
     before = read_metrics(workdir / "metrics.jsonl")

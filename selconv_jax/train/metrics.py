@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from selconv_jax.errors import DataError
@@ -56,7 +55,10 @@ def _is_record(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and type(value.get("epoch")) is int
-        and all(type(number) in (int, float, NoneType) for number in value.values())
+        and all(
+            number is None or (type(number) in (int, float) and abs(number) < math.inf)
+            for number in value.values()
+        )
     )
 
 
