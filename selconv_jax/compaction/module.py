@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
+from flax.linen.dtypes import promote_dtype
 
 from selconv_jax.compaction.layout import LayerLayout
 from selconv_jax.compaction.static_layer import call_static
@@ -25,6 +26,7 @@ class Compact(nn.Module):
         network: The network as it was, which holds no variables.
         layouts: Path and layout of each layer that is replaced.
         widths: Path and number of outputs of each other convolution that makes fewer.
+        method: The network's method that is called; None: ``__call__``.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -39,6 +41,7 @@ class Compact(nn.Module):
     network: nn.Module
     layouts: tuple[tuple[str, LayerLayout], ...] = ()
     widths: tuple[tuple[str, int], ...] = ()
+    method: str | None = None
 
     def setup(self) -> None:
         """Gives the network's variables their own names, without a part for this wrapper."""
@@ -59,8 +62,7 @@ class Compact(nn.Module):
             return call(*args, **kwargs)
 
         with intercept_calls(swap):
-            network: Any = self.network
-            return network(*args, **kwargs)
+            return getattr(self.network, self.method or "__call__")(*args, **kwargs)
 
     @property
     def dtype(self) -> Any:
@@ -95,10 +97,16 @@ def is_layer(module: Any) -> bool:
 
 
 def is_producer(module: Any) -> bool:
-    """Whether a module's outputs alone may be removed: another convolution, without groups."""
-    if type(module) is nn.Conv:
-        return module.feature_group_count == 1
-    return type(module) is Stem
+    """Whether a module's outputs alone may be removed: another convolution, without groups.
+
+    Convolutions with a function of the user's, or a mask, in them may compute one output from the weights of
+    another.
+    """
+    if type(module) is not nn.Conv:
+        return type(module) is Stem
+    own = (module.mask, module.conv_general_dilated, module.conv_general_dilated_cls)
+    is_usual = module.promote_dtype is promote_dtype and all(value is None for value in own)
+    return is_usual and module.feature_group_count == 1
 
 
 def relative_path(module: nn.Module, root: tuple[str, ...]) -> str:
