@@ -93,13 +93,16 @@ def _compiled(model: Compact, take: Callable[..., Any], call: NetworkCall) -> Ca
         with intercept_calls(without_dropout):
             return [call.run(model, small, inputs, train)[0] for train in call.modes]
 
-    # Compiled quickly, as it runs once.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    compiled = jax.jit(run, compiler_options=options)
+    compiled: Any = None
 
     def on_host(variables: Any, inputs: Any) -> Any:
-        with jax.ensure_compile_time_eval(), jax.default_matmul_precision("highest"):
-            return jax.device_get(compiled(variables, inputs))
+        nonlocal compiled
+        if compiled is None:
+            # Quickly, as it runs once or twice.
+            options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+            with jax.default_matmul_precision("highest"):
+                compiled = jax.jit(run).lower(variables, inputs).compile(compiler_options=options)
+        return jax.device_get(compiled(variables, inputs))
 
     return on_host
 

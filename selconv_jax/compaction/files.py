@@ -1,6 +1,7 @@
 """Compacted networks in files: one npz archive with the network's description and its variables."""
 
 import dataclasses
+import functools
 import json
 import os
 import zipfile
@@ -195,10 +196,13 @@ def _description(value: Any) -> Any:
         return {"network": type(value).__name__, "attributes": _attributes(value)}
     if isinstance(value, np.ndarray | jax.Array):
         return _description(np.asarray(value).tolist())
+    if isinstance(value, functools.partial):
+        return [_description(part) for part in (value.func, value.args, value.keywords)]
     try:
-        return jnp.dtype(value).name
+        name = jnp.dtype(value).name
     except TypeError:
-        return getattr(value, "__qualname__", type(value).__qualname__)
+        name = "object"  # as NumPy calls classes
+    return getattr(value, "__qualname__", type(value).__qualname__) if name == "object" else name
 
 
 def _check_attributes(path: Path, network: nn.Module, saved: Mapping[str, Any]) -> None:
