@@ -14,6 +14,7 @@ from flax import traverse_util
 from flax.core import unfreeze
 
 from selconv_jax.compaction import plan_compaction
+from selconv_jax.compaction.module import relative_path
 from selconv_jax.counting import count_multiply_adds, count_parameters
 from selconv_jax.errors import ConfigError
 from selconv_jax.layers import SelectiveConv
@@ -176,7 +177,7 @@ def _products(
         context: nn.module.InterceptorContext,
     ) -> Any:
         module: Any = context.module
-        path = "/".join(module.path)
+        path = relative_path(module, ())
         if isinstance(module, SelectiveConv) and context.method_name == "__call__":
             if copies is None and module.slots:
                 return module.clone(slots=0.0, parent=module.scope)(*args, **kwargs)

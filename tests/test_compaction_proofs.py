@@ -303,3 +303,48 @@ def test_other_numbers_are_noticed(monkeypatch):
         small_model, small = selconv_jax.compact(model, variables, images(SHAPE))
     assert small_model.layouts == ()
     assert_equal_trees(small, variables)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_rounding_is_no_difference(dtype, recwarn):
+    """The types inside of the network count, not those it takes and returns."""
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            for number in range(3):
+                x = SelectiveConv(8, (3, 3), dtype=dtype, name=f"layer{number}")(x, train)
+            return x.astype(jnp.float32)
+
+    variables = perturbed_variables(Network(), SHAPE, seed=0, closed=0.4)
+    small_model, _ = selconv_jax.compact(Network(), variables, images(SHAPE))
+    assert not recwarn.list
+    assert dict(small_model.layouts)["layer0"].outputs < 8
+
+
+def test_a_sequence_takes_no_train():
+    class Evaluated(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return SelectiveConv(8, (3, 3), name="layer")(x, train=False)
+
+    model = nn.Sequential([Evaluated(), nn.relu, Evaluated()])
+    variables = model.init(jax.random.key(0), images(SHAPE))
+    variables = close(variables, "layers_2/layer", [0, 3])
+    small_model, small = selconv_jax.compact(model, variables, images(SHAPE))
+    assert dict(small_model.layouts)["layers_0/layer"].outputs == 6
+    expected = model.apply(variables, images(SHAPE))
+    np.testing.assert_allclose(small_model.apply(small, images(SHAPE)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_inside_of_a_traced_program():
+    """With variables that have values, though what surrounds it is traced."""
+    layer = SelectiveConv(4, (3, 3))
+    variables = close(perturbed_variables(layer, SHAPE, seed=0), "", [0])
+
+    def run(x):
+        small_model, small = selconv_jax.compact(layer, variables, images(SHAPE))
+        return small_model.apply(small, x, train=False)
+
+    expected = layer.apply(variables, images(SHAPE), train=False)
+    np.testing.assert_allclose(jax.jit(run)(images(SHAPE)), expected, rtol=1e-5, atol=1e-5)

@@ -22,10 +22,12 @@ class NetworkCall:
     Attributes:
         inputs: Shapes of the inputs.
         modes: The values that ``train`` takes: ``(False, True)``; ``(None,)`` if there is no such argument.
+        may_lack_train: There is ``**kwargs`` instead of it, which may not take it.
     """
 
     inputs: tuple[Any, ...]
     modes: tuple[bool | None, ...]
+    may_lack_train: bool = False
 
     def run(self, model: Compact, variables: Any, inputs: tuple[Any, ...], train: bool | None) -> Any:
         """What the network returns; in training with the collections that it may change.
@@ -75,6 +77,7 @@ def network_call(model: nn.Module, example: Any, method: Any) -> tuple[NetworkCa
             "as jnp.ones((1, 32, 32, 3)), or a tuple of several."
         ) from error
     arguments = inspect.signature(function).parameters
-    takes_any = any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in arguments.values())
-    modes = (False, True) if "train" in arguments or takes_any else (None,)
-    return NetworkCall(shapes, modes), None if name == "__call__" else name
+    has_train = "train" in arguments
+    is_open = any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in arguments.values())
+    modes = (False, True) if has_train or is_open else (None,)
+    return NetworkCall(shapes, modes, is_open and not has_train), None if name == "__call__" else name

@@ -55,7 +55,7 @@ def random_case(
     return case, jax.tree.map(lambda leaf: _normal(leaf, rng), shapes)
 
 
-def same_numbers(whole: Compact, plan: CompactionPlan, case: Case, call: NetworkCall) -> bool:
+def same_numbers(whole: Compact, plan: CompactionPlan, case: Case, call: NetworkCall, step: float) -> bool:
     """Whether a network and its smaller one return the same, but for rounding, in all modes.
 
     Args:
@@ -63,6 +63,7 @@ def same_numbers(whole: Compact, plan: CompactionPlan, case: Case, call: Network
         plan: The smaller one.
         case: From `random_case`.
         call: How they are called.
+        step: From `trace.coarsest_step`.
 
     Returns:
         The answer. True, too, if the case cannot tell: the whole network's numbers are not finite, or differ
@@ -78,11 +79,11 @@ def same_numbers(whole: Compact, plan: CompactionPlan, case: Case, call: Network
         actual = _compiled(plan.model, plan.take, call)(variables, inputs)
     except Exception:  # whatever a user's code raises that counts on its number of channels
         return False
-    difference = _difference(actual, expected)
+    difference = _difference(actual, expected, step)
     if difference <= 1.0:
         return True
-    nearby = jax.tree.map(lambda leaf: _nudged(leaf, expected), inputs)
-    return difference <= 10 * _difference(run(variables, nearby), expected)
+    nearby = jax.tree.map(lambda leaf: _nudged(leaf, step), inputs)
+    return difference <= 10 * _difference(run(variables, nearby), expected, step)
 
 
 def _compiled(model: Compact, take: Callable[..., Any], call: NetworkCall) -> Callable[..., Any]:
@@ -107,7 +108,7 @@ def _compiled(model: Compact, take: Callable[..., Any], call: NetworkCall) -> Ca
     return on_host
 
 
-def _difference(actual: Any, expected: Any) -> float:
+def _difference(actual: Any, expected: Any, step: float) -> float:
     """The largest difference of two results, in units of what rounding may make of it."""
     largest = 0.0
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -121,18 +122,16 @@ def _difference(actual: Any, expected: Any) -> float:
         here, there = one.astype(np.float64), other.astype(np.float64)
         if not np.isfinite(there).all():
             continue
-        allowed = 3 * np.sqrt(float(jnp.finfo(other.dtype).eps)) * np.abs(there).max() + 1e-6
+        allowed = 3 * np.sqrt(step) * np.abs(there).max() + 1e-6
         largest = max(largest, float(np.nan_to_num(np.abs(here - there).max() / allowed, nan=np.inf)))
     return largest
 
 
-def _nudged(leaf: Any, results: Any) -> Any:
-    """An input that differs by some units in the last place of the coarsest type that is at hand."""
+def _nudged(leaf: Any, step: float) -> Any:
+    """An input that differs by some of these steps."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf
-    types = [each.dtype for each in (leaf, *jax.tree.leaves(results))]
-    eps = max(float(jnp.finfo(dtype).eps) for dtype in types if jnp.issubdtype(dtype, jnp.floating))
-    return (leaf.astype(np.float64) * (1 + 8 * eps)).astype(leaf.dtype)
+    return (leaf.astype(np.float64) * (1 + 8 * step)).astype(leaf.dtype)
 
 
 def _variable(path: tuple[str, ...], leaf: Any, is_layers: bool, rng: np.random.Generator) -> Any:

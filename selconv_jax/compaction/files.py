@@ -200,7 +200,7 @@ def _description(value: Any) -> Any:
         return [_description(part) for part in (value.func, value.args, value.keywords)]
     try:
         name = jnp.dtype(value).name
-    except TypeError:
+    except (TypeError, ValueError):
         name = "object"  # as NumPy calls classes
     return getattr(value, "__qualname__", type(value).__qualname__) if name == "object" else name
 

@@ -9,7 +9,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # type: ignore[attr-def
 from numpy.typing import NDArray
 
 from selconv_jax.compaction.signature import constant_signature, step_signature
-from selconv_jax.compaction.trace import LAYER, PRODUCER, STACKED, Field, Trace
+from selconv_jax.compaction.trace import LAYER, PRODUCER, STACKED, Field, Trace, inner_programs
 
 __all__ = ["Flow", "channel_flow"]
 
@@ -306,9 +306,6 @@ def _inner_layers(equation: Any) -> Iterator[str]:
     """Paths of the layers inside of an equation that is not followed."""
     if equation.primitive in (LAYER, PRODUCER, STACKED):
         yield equation.params["path"]
-    for parameter in equation.params.values():
-        for item in parameter if isinstance(parameter, tuple | list) else (parameter,):
-            jaxpr = item.jaxpr if isinstance(item, ClosedJaxpr) else item
-            if isinstance(jaxpr, Jaxpr):
-                for inner in jaxpr.eqns:
-                    yield from _inner_layers(inner)
+    for program in inner_programs(equation):
+        for inner in program.eqns:
+            yield from _inner_layers(inner)

@@ -49,7 +49,8 @@ class Compact(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the network, see there."""
-        layouts, widths, root = dict(self.layouts), dict(self.widths), self.path
+        layouts, widths, scope = dict(self.layouts), dict(self.widths), self.scope
+        root = scope.path if scope is not None else ()
 
         def swap(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             path = relative_path(module, root)
@@ -110,5 +111,9 @@ def is_producer(module: Any) -> bool:
 
 
 def relative_path(module: nn.Module, root: tuple[str, ...]) -> str:
-    """The path of a module below the network at ``root``, parts joined by ``/``."""
-    return "/".join(module.path[len(root) :])
+    """The path of a module's variables below those at ``root``, parts joined by ``/``.
+
+    A module's own path has a part more for each module whose scope it shares, such as `Compact`.
+    """
+    scope: Any = module.scope
+    return "/".join(scope.path[len(root) :])

@@ -21,7 +21,7 @@ from selconv_jax.compaction.liveness import Allocated, Kept, needed_channels
 from selconv_jax.compaction.module import Compact
 from selconv_jax.compaction.plan import CompactionPlan
 from selconv_jax.compaction.reduction import reduction
-from selconv_jax.compaction.trace import Trace, trace_network
+from selconv_jax.compaction.trace import Trace, coarsest_step, trace_network
 from selconv_jax.errors import ConfigError
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
 from selconv_jax.models.parts import STEMS
@@ -150,7 +150,7 @@ def plan_compaction(
         if not compare:
             return plan
         case = random_case(whole, variables, call, flow.outputs) if case is None else case
-        if same_numbers(whole, plan, case, call):
+        if same_numbers(whole, plan, case, call, coarsest_step(traces)):
             return plan
         _say(model, "a smaller network computed other numbers, so less is removed")
     _say(model, "no smaller network was proved to compute the same, so nothing is removed")
@@ -184,6 +184,8 @@ def _traces(whole: Compact, shapes: Any, call: NetworkCall) -> tuple[NetworkCall
                 run = functools.partial(call.run, whole, train=train)
                 jax.eval_shape(lambda tree, x, run=run: run(tree, x)[0], shapes, call.inputs)
             except Exception:
+                if call.may_lack_train:
+                    return _traces(whole, shapes, NetworkCall(call.inputs, (None,)))
                 arguments = "" if train is None else ", train=False"
                 raise ConfigError(
                     f"the network does not run as model.{whole.method or 'apply'}(variables, example"

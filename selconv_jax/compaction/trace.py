@@ -1,16 +1,17 @@
 """A network's program with each of its layers as one opaque step."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from flax.core import unfreeze
 from flax.linen.dtypes import canonicalize_dtype
-from jax.extend.core import ClosedJaxpr, Primitive  # type: ignore[attr-defined]
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive  # type: ignore[attr-defined]
 from jax.interpreters import batching
 
 from selconv_jax.compaction.calling import NetworkCall
@@ -18,7 +19,18 @@ from selconv_jax.compaction.module import Compact, intercept_calls, is_layer, is
 from selconv_jax.compaction.static_layer import StaticConv, output_shape
 from selconv_jax.layers import PlainConv
 
-__all__ = ["LAYER", "LAYER_VARIABLES", "PRODUCER", "STACKED", "Field", "Trace", "trace_network"]
+__all__ = [
+    "LAYER",
+    "LAYER_VARIABLES",
+    "PRODUCER",
+    "STACKED",
+    "Field",
+    "Trace",
+    "coarsest_step",
+    "inner_programs",
+    "trace_network",
+    "without_dropout",
+]
 
 Field = tuple[str, ...]  # a variable: collection, path of the module, name
 
@@ -126,6 +138,27 @@ def trace_network(
         groups,
         output,
     )
+
+
+def inner_programs(equation: Any) -> Iterator[Jaxpr]:
+    """The programs inside of an operation, such as the body of a loop."""
+    for parameter in equation.params.values():
+        for item in parameter if isinstance(parameter, tuple | list) else (parameter,):
+            jaxpr = item.jaxpr if isinstance(item, ClosedJaxpr) else item
+            if isinstance(jaxpr, Jaxpr):
+                yield jaxpr
+
+
+def coarsest_step(traces: Iterable[Trace]) -> float:
+    """The largest relative step between neighbouring numbers of the types that a network computes in."""
+    largest, programs = 0.0, [trace.program.jaxpr for trace in traces]
+    while programs:
+        for equation in programs.pop().eqns:
+            programs.extend(inner_programs(equation))
+            types = (getattr(variable.aval, "dtype", None) for variable in equation.outvars)
+            floating = [each for each in types if each is not None and jnp.issubdtype(each, jnp.floating)]
+            largest = max([largest, *(float(jnp.finfo(each).eps) for each in floating)])
+    return largest
 
 
 def without_dropout(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
