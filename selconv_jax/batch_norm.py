@@ -1,7 +1,8 @@
 """Batch norm over every dimension but the last, with the method's running statistics."""
 
 import functools
-from typing import Any
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,14 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from selconv_jax.platforms import target_platform
 from selconv_jax.stored import stored
 
 __all__ = [
+    "Statistics",
     "batch_norm",
     "batch_norm_relu",
     "batch_statistics",
+    "join_statistics",
     "statistics_dtype",
     "update_running_statistics",
 ]
@@ -26,22 +28,85 @@ def statistics_dtype(dtype: DTypeLike) -> np.dtype:
     return np.dtype(dtype if np.dtype(dtype).itemsize > 4 else np.float32)
 
 
-def batch_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+class Statistics(NamedTuple):
+    """Mean and biased variance of each channel of a batch.
+
+    Attributes:
+        mean: ``[C]``, float32 or wider.
+        var: ``[C]``, likewise.
+    """
+
+    mean: jax.Array
+    var: jax.Array
+
+
+@jax.custom_jvp
+def batch_statistics(x: jax.Array) -> Statistics:
     """Mean and biased variance of each channel of a batch.
 
     Under ``jit`` with a sharded batch these are the statistics of the global batch.
 
     Args:
-        x: ``[..., C]`` floating.
+        x: ``[N, ..., C]`` floating.
 
     Returns:
-        Mean and variance ``[C]``, in float32 or wider.
+        Mean and variance ``[C]``, in float32 or wider; differentiable.
     """
     x = x.astype(statistics_dtype(x.dtype))
-    mean = jnp.mean(x, axis=tuple(range(x.ndim - 1)))
-    # Squares of differences, not the difference of squares, which cancels far from 0.
-    deviation = x - lax.expand_dims(mean, range(x.ndim - 1))
-    return mean, jnp.mean(jnp.square(deviation), axis=tuple(range(x.ndim - 1)))
+    # One pass: of every image, the sums of its differences from its first pixel and of their squares. The
+    # difference of squares does not cancel then: the pixel is one of the values, so its distance from
+    # their mean is at most the root of their number times their standard deviation, however far from 0.
+    pixels = tuple(range(1, x.ndim - 1))
+    pivot = lax.slice_in_dim(x, 0, 1, axis=1) if pixels else x
+    for axis in pixels[1:]:
+        pivot = lax.slice_in_dim(pivot, 0, 1, axis=axis)
+    deviation = x - pivot
+    zero = np.zeros((), x.dtype)
+    sums = lax.reduce(
+        (deviation, jnp.square(deviation)),
+        (zero, zero),
+        lambda one, other: (one[0] + other[0], one[1] + other[1]),
+        pixels,
+    )
+    count = math.prod(x.shape[1:-1])
+    offset, square = (total / count for total in lax.optimization_barrier(sums))
+    of_image = jnp.squeeze(pivot, pixels) + offset
+    mean = jnp.mean(of_image, axis=0)
+    within = jnp.maximum(square - jnp.square(offset), 0)
+    return Statistics(mean, jnp.mean(within + jnp.square(of_image - mean[None]), axis=0))
+
+
+@batch_statistics.defjvp
+def _batch_statistics_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[Statistics, Statistics]:
+    # The deviations sum to 0, so the variance does not change with the mean: by the chain rule the
+    # gradient would take one more pass to find that out.
+    (x,), (change,) = primals, tangents
+    statistics = batch_statistics(x)
+    x, change = (array.astype(statistics.mean.dtype) for array in (x, change))
+    deviation = x - lax.expand_dims(stored(statistics.mean), _leading(x))
+    return statistics, Statistics(
+        jnp.mean(change, axis=_leading(x)), 2 * jnp.mean(deviation * change, axis=_leading(x))
+    )
+
+
+def join_statistics(*parts: Statistics) -> Statistics:
+    """The statistics of arrays that are concatenated along their channels.
+
+    Args:
+        parts: Those of the arrays, in order.
+
+    Returns:
+        Those of the concatenation.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x, y = jnp.ones((2, 3)), jnp.zeros((2, 1))
+        >>> join_statistics(batch_statistics(x), batch_statistics(y)).mean.tolist()
+        [1.0, 1.0, 1.0, 0.0]
+    """
+    return Statistics(*(jnp.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def batch_norm(
@@ -60,82 +125,77 @@ def batch_norm(
     Returns:
         ``[..., C]`` in the dtype of ``x``; computed in that of ``mean``.
     """
-    factor = lax.rsqrt(var + epsilon) * scale.astype(var.dtype)
-    wide = x.astype(mean.dtype)
-    leading = range(x.ndim - 1)
+    wide, leading = x.astype(mean.dtype), _leading(x)
+    factor = _factor(var, scale, epsilon)
     normalized = (wide - lax.expand_dims(mean, leading)) * lax.expand_dims(factor, leading)
     return (normalized + lax.expand_dims(bias.astype(mean.dtype), leading)).astype(x.dtype)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
 def batch_norm_relu(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Batch norm with the statistics of the batch itself, and ReLU.
+    x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> jax.Array:
+    """Normalizes each channel, applies scale and bias, and clips at 0, for training.
 
-    On CPU the gradient is written out: two sums over the batch and one pass, instead of what follows from
-    the chain rule. As any custom gradient it has no forward mode (``jax.jvp``) there.
+    The same as ``relu(batch_norm(...))``, with a gradient that reads ``x`` once: two sums over the batch and
+    one product. What of it goes through the statistics follows from them, see `batch_statistics`; where
+    several layers read the same channels, it is so computed once for all.
 
     Args:
         x: ``[..., C]`` floating.
+        mean: ``[C]``.
+        var: ``[C]``, biased.
         scale: ``[C]``.
         bias: ``[C]``.
         epsilon: Added to the variance.
 
     Returns:
-        ``[..., C]`` in the dtype of ``x``, and the statistics, as of `batch_statistics`, for the running
-        ones: no gradient flows through them.
+        ``[..., C]`` in the dtype of ``x``.
     """
-    if target_platform() == "cpu":
-        y, mean, var = _batch_norm_relu(x, scale, bias, epsilon)
-    else:
-        y, mean, var = _forward(x, scale, bias, epsilon)
-    return y, lax.stop_gradient(mean), lax.stop_gradient(var)
+    return jax.nn.relu(batch_norm(x, mean, var, scale, bias, epsilon))
 
 
-def _forward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    mean, var = batch_statistics(x)
-    # The deviations from the mean are computed in either pass, not stored between them.
-    again = stored((mean, var))
-    return jax.nn.relu(batch_norm(x, *again, scale, bias, epsilon)), mean, var
-
-
-_batch_norm_relu = functools.partial(jax.custom_vjp, nondiff_argnums=(3,))(_forward)
-
-
-def _forward_saving(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
-    y, mean, var = _forward(x, scale, bias, epsilon)
-    return (y, mean, var), (x, mean, var, scale, bias)
-
-
-def _backward(
-    epsilon: float, saved: Any, cotangents: tuple[jax.Array, ...]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, mean, var, scale, bias = saved
-    cotangent = cotangents[0].astype(mean.dtype)
-    axes = tuple(range(x.ndim - 1))
-    count = x.size // x.shape[-1]
+@batch_norm_relu.defjvp
+def _batch_norm_relu_jvp(
+    epsilon: float, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    x, mean, var, scale, bias = primals
+    change, of_mean, of_var, of_scale, of_bias = tangents
+    y = batch_norm_relu(x, mean, var, scale, bias, epsilon)
 
     def each(values: jax.Array) -> jax.Array:
-        return lax.expand_dims(values.astype(mean.dtype), axes)
+        return lax.expand_dims(values, _leading(x))
 
-    inverse = lax.rsqrt(var + epsilon)
-    factor = inverse * scale.astype(var.dtype)
-    deviation = x.astype(mean.dtype) - each(mean)
-    passed = jnp.where(deviation * each(factor) + each(bias) > 0, cotangent, 0)
-    # Read three times: computed once.
-    passed = lax.optimization_barrier(passed)
-    of_bias = jnp.sum(passed, axis=axes)
-    of_scale = jnp.sum(passed * deviation, axis=axes) * inverse
-    of_x = each(factor) * passed - each(factor * of_bias / count)
-    of_x = of_x - deviation * each(factor * inverse * of_scale / count)
-    return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
+    def each_image(values: jax.Array) -> jax.Array:
+        # Transposed, a sum over the pixels of each image and then one over the images: enough parts for
+        # all cores of a GPU, where the compiler makes too few of a sum over all at once.
+        values = lax.optimization_barrier(jnp.broadcast_to(values, (x.shape[0], *values.shape)))
+        return lax.expand_dims(values, tuple(range(1, x.ndim - 1)))
+
+    factor = functools.partial(_factor, epsilon=epsilon)
+    times, of_times = jax.jvp(factor, (var, scale), (of_var, of_scale))
+    plus = bias.astype(mean.dtype)
+    # What does not depend on the pixel is gathered first: transposed, it is one sum.
+    of_plus = of_bias.astype(mean.dtype) - times * of_mean
+
+    # Computed anew from the input: its deviations are not kept from the forward pass.
+    wide, mean, times, plus = lax.optimization_barrier((x, mean, times, plus))
+    deviation = wide.astype(mean.dtype) - each(mean)
+    passes = deviation * each(times) + each(plus) > 0
+    moved = each(times) * change.astype(mean.dtype) + deviation * each_image(of_times) + each_image(of_plus)
+    return y, jnp.where(passes, stored(moved), 0).astype(x.dtype)
 
 
-_batch_norm_relu.defvjp(_forward_saving, _backward)
+def _factor(var: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """What deviations from the mean are multiplied by, ``[C]``."""
+    # A variance that has overflowed would divide its channel to 0 and go unnoticed.
+    inverse = jnp.where(jnp.isinf(var), jnp.nan, lax.rsqrt(var + epsilon))
+    return inverse * scale.astype(var.dtype)
+
+
+def _leading(x: jax.Array) -> tuple[int, ...]:
+    """All axes but that of the channels."""
+    return tuple(range(x.ndim - 1))
 
 
 def update_running_statistics(

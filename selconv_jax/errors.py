@@ -1,9 +1,9 @@
-"""Errors a user can mend, and the sentence that helps to mend a misspelled name."""
+"""Errors a user can mend, and what makes their sentences: bounds of a value, the name that was meant."""
 
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "SelconvError", "nearest"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "SelconvError", "check_value", "nearest"]
 
 
 class SelconvError(Exception):
@@ -44,3 +44,19 @@ def nearest(name: str, options: Iterable[str]) -> str:
     if close:
         return f"Did you mean {close[0]!r}?"
     return f"Valid: {', '.join(choices)}." if choices else "There are none to choose from."
+
+
+def check_value(key: str, value: object, valid: bool, bounds: str) -> None:
+    """Refuse a value of the configuration.
+
+    Args:
+        key: Its key, with dots between the parts.
+        value: The value.
+        valid: Whether it may be used.
+        bounds: What it must be, as the end of a sentence.
+
+    Raises:
+        ConfigError: It may not be used.
+    """
+    if not valid:
+        raise ConfigError(f"{key} is {value}; it must be {bounds}.")

@@ -11,20 +11,23 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 from selconv_jax.batch_norm import (
+    Statistics,
     batch_norm,
     batch_norm_relu,
+    batch_statistics,
     statistics_dtype,
     update_running_statistics,
 )
 from selconv_jax.convolution import canonical_padding, canonical_window, convolve
 from selconv_jax.errors import ConfigError
 from selconv_jax.groups import kernel_rows
-from selconv_jax.shift import select
+from selconv_jax.shift import select, select_with_statistics
 
 __all__ = ["BatchNormReLU", "PlainConv", "SelectiveConv", "fan_out_normal"]
 
 Array = jax.Array
 Initializer = Callable[..., Any]
+_Selected = tuple[Array, Array | None, Statistics | None]
 
 # Normal with standard deviation sqrt(2 / (kh * kw * O)); method, "One selective layer".
 fan_out_normal: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -87,20 +90,25 @@ class PlainConv(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: bool, statistics: Statistics | None = None) -> Array:
         """Applies the layer.
 
         Args:
             x: ``[N, *S, C]`` floating.
             train: Normalize with the statistics of the batch and, where ``batch_stats`` is mutable, move
                 the running ones; else normalize with the running ones.
+            statistics: Those of ``x``, where they are known: `selconv_jax.batch_norm.batch_statistics` of
+                the parts that ``x`` is concatenated of, joined. In a dense network, where many layers read
+                the same channels, they are then computed once. The result is the same, gradients included.
+                Without effect unless ``train``.
 
         Returns:
             ``[N, *S', features]``.
 
         Raises:
             ValueError: The input does not have the rank that ``kernel_size`` asks for, its channels
-                do not divide into the groups, or ``train`` is traced.
+                do not divide into the groups, the statistics are those of another number of channels, or
+                ``train`` is traced.
         """
         given: Any = train
         if isinstance(given, jax.core.Tracer):
@@ -122,12 +130,18 @@ class PlainConv(nn.Module):
                 f"{self.name or type(self).__name__}: {channels} input channels do not divide into "
                 f"{self.feature_group_count} groups (feature_group_count)."
             )
+        if statistics is not None and any(values.shape != (channels,) for values in statistics):
+            shapes = ", ".join(str(values.shape) for values in statistics)
+            raise ValueError(
+                f"{self.name or type(self).__name__}: statistics of shapes {shapes}, but an input of shape "
+                f"{x.shape} has a mean and a variance of shape {(channels,)}."
+            )
         shape = (*window, channels // self.feature_group_count, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
 
-        x, gate = self._select(x, rank)
-        x = _batch_norm_relu(self, x, train)
+        x, gate, statistics = self._select(x, rank, statistics if train else None)
+        x = _batch_norm_relu(self, x, train, statistics)
         if self.dropout_rate > 0:
             x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
         if gate is not None:
@@ -150,10 +164,10 @@ class PlainConv(nn.Module):
         return (int(size),) if isinstance(size, int | np.integer) else tuple(map(int, size))
 
     @nn.nowrap
-    def _select(self, x: Array, rank: int) -> tuple[Array, Array | None]:
-        """The input as the layer sees it and the gate ``[C]``; None where there is none."""
+    def _select(self, x: Array, rank: int, statistics: Statistics | None) -> _Selected:
+        """The input as the layer sees it; the gate ``[C]`` and the statistics, None where there are none."""
         del rank
-        return x, None
+        return x, None, statistics
 
 
 class SelectiveConv(PlainConv):
@@ -195,14 +209,18 @@ class SelectiveConv(PlainConv):
         super().__post_init__()
 
     @nn.nowrap
-    def _select(self, x: Array, rank: int) -> tuple[Array, Array | None]:
+    def _select(self, x: Array, rank: int, statistics: Statistics | None) -> _Selected:
         channels = x.shape[-1]
         gate = self.variable("selectivity", "gate", jnp.ones, (channels,), jnp.bool_)
         if self.top_k == 0:
-            return x, gate.value
+            return x, gate.value, statistics
         source = self.variable("selectivity", "source", jnp.full, (channels,), -1, jnp.int32)
         shift = self.param("shift", nn.initializers.zeros, (channels, rank), self.param_dtype)
-        return select(x, source.value, shift, math.ceil(self.slots * channels)), gate.value
+        slots = math.ceil(self.slots * channels)
+        if statistics is None:
+            return select(x, source.value, shift, slots), gate.value, None
+        x, statistics = select_with_statistics(x, statistics, source.value, shift, slots)
+        return x, gate.value, statistics
 
 
 class BatchNormReLU(nn.Module):
@@ -219,12 +237,14 @@ class BatchNormReLU(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: bool, statistics: Statistics | None = None) -> Array:
         """Normalizes ``[N, *S, C]`` and clips it at 0, see `PlainConv.__call__`."""
-        return _batch_norm_relu(self, x, train)
+        return _batch_norm_relu(self, x, train, statistics)
 
 
-def _batch_norm_relu(module: PlainConv | BatchNormReLU, x: Array, train: bool) -> Array:
+def _batch_norm_relu(
+    module: PlainConv | BatchNormReLU, x: Array, train: bool, statistics: Statistics | None
+) -> Array:
     """Batch norm and ReLU with the variables of ``module``; moves the running ones in training."""
     channels = (x.shape[-1],)
     scale = module.param("scale", nn.initializers.ones, channels, module.param_dtype)
@@ -235,12 +255,12 @@ def _batch_norm_relu(module: PlainConv | BatchNormReLU, x: Array, train: bool) -
     if not train:
         normalized = batch_norm(x, running_mean.value, running_var.value, scale, bias, module.epsilon)
         return nn.relu(normalized)
-    y, mean, var = batch_norm_relu(x, scale, bias, module.epsilon)
+    mean, var = batch_statistics(x) if statistics is None else statistics
     if not module.is_initializing() and module.is_mutable_collection("batch_stats"):
         running_mean.value, running_var.value = update_running_statistics(
             running_mean.value, running_var.value, mean, var, x.size // x.shape[-1], module.momentum
         )
-    return y
+    return batch_norm_relu(x, mean, var, scale, bias, module.epsilon)
 
 
 def _check_positive(module: nn.Module, *names: str) -> None:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from selconv_jax.batch_norm import statistics_dtype
+from selconv_jax.batch_norm import Statistics, batch_statistics, statistics_dtype
 from selconv_jax.platforms import target_platform
 from selconv_jax.stored import stored
 
-__all__ = ["channel_shift", "select"]
+__all__ = ["channel_shift", "select", "select_with_statistics"]
 
 
 def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
@@ -122,10 +122,44 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None 
         >>> select(x, jnp.array([-1, 0]), jnp.array([[0.0], [1.0]]))[0].tolist()
         [[1.0, 2.0], [2.0, 2.0]]
     """
-    channels = x.shape[-1]
-    slots = channels if slots is None else min(slots, channels)
     if slots == 0:
         return x
+    return _selected(x, source, shift, slots)[0]
+
+
+def select_with_statistics(
+    x: jax.Array, statistics: Statistics, source: jax.Array, shift: jax.Array, slots: int | None = None
+) -> tuple[jax.Array, Statistics]:
+    """Selects, and tells the statistics of what is selected without reading all of it.
+
+    Args:
+        x: ``[N, *S, C]`` floating.
+        statistics: Those of ``x``, from `selconv_jax.batch_norm.batch_statistics`.
+        source: See `select`.
+        shift: See `select`.
+        slots: See `select`.
+
+    Returns:
+        What `select` returns, and its statistics.
+    """
+    if slots == 0:
+        return x, statistics
+    selected, copies, slot = _selected(x, source, shift, slots)
+
+    def placed(of_x: jax.Array, of_copies: jax.Array) -> jax.Array:
+        # Products with 1 and 0, one 1 per channel: exact where the precision is.
+        moved = jnp.dot(of_copies, slot.astype(of_copies.dtype), precision=lax.Precision.HIGHEST)
+        return jnp.where(source >= 0, moved, of_x)
+
+    return selected, Statistics(*map(placed, statistics, batch_statistics(copies)))
+
+
+def _selected(
+    x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The selected channels; the copies ``[N, *S, slots]``; ``[slots, C]`` bool: which channel each is."""
+    channels = x.shape[-1]
+    slots = channels if slots is None else min(slots, channels)
     slot = _one_hot_slots(source, slots)
     # Places that are not used read channel 0 and are written nowhere.
     # Indices are computed once, not for every pixel that a gather reads.
@@ -133,11 +167,13 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None 
     read = jnp.where((source >= 0)[:, None], shift, jnp.zeros((), shift.dtype))
     displacement = jnp.dot(slot.astype(shift.dtype), read, precision=lax.Precision.HIGHEST)
     if target_platform() != "tpu":
-        return _replace(x, channel_shift(_gather(x, origin), displacement), source, slot)
+        copies = channel_shift(_gather(x, origin), displacement)
+        return _replace(x, copies, source, slot), copies, slot
     one_hot = jax.nn.one_hot(origin, channels, dtype=x.dtype, axis=0)
     copies = channel_shift(jnp.dot(x, one_hot, precision=lax.Precision.HIGHEST), displacement)
     kept = jnp.where(lax.expand_dims(source >= 0, range(x.ndim - 1)), jnp.zeros((), x.dtype), x)
-    return kept + jnp.dot(copies, slot.astype(x.dtype), precision=lax.Precision.HIGHEST)
+    selected = kept + jnp.dot(copies, slot.astype(x.dtype), precision=lax.Precision.HIGHEST)
+    return selected, copies, slot
 
 
 def _one_hot_slots(source: jax.Array, slots: int) -> jax.Array:

@@ -86,7 +86,9 @@ def test_sweep_compares_configurations(config, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "failed: tiny/optimizer.learning_rate=1e30, seed 1: the loss of step" in output
     assert (workdir / "sweep.png").read_bytes()[:8] == PNG
-    good, bad = json.loads((workdir / "sweep.json").read_text())["configurations"]
+    report = json.loads((workdir / "sweep.json").read_text())
+    good, bad = report["configurations"]
+    assert report["differences"] == []  # there is nothing to compare with
     assert good["configuration"] == "tiny/optimizer.learning_rate=0.1"
     assert good["resolved"]["epochs"] == 1
     assert good["seeds"] == bad["seeds"] == [0, 1]
@@ -109,6 +111,35 @@ def test_sweep_compares_configurations(config, tmp_path, capsys):
     assert "not finite" in bad["runs"][0]["error"]
     assert f"{100 * mean:.2f}" in output
     assert f"± {100 * std:.2f}" in output
+    assert "failed: seeds 0, 1" in " ".join(output.split())
+
+
+def test_sweep_says_which_differences_are_larger_than_chance(config, tmp_path, capsys):
+    other = tmp_path / "other.toml"
+    other.write_text(config.read_text())
+    arguments = [
+        str(config),
+        f"{other}@1",
+        "epochs=1",
+        "--seeds",
+        "0,1",
+        "--workdir",
+        str(tmp_path / "sweep"),
+    ]
+    assert main(["sweep", *arguments]) == 0
+    output = capsys.readouterr().out
+    assert "minus that of tiny, in percentage points, paired by seed" in " ".join(output.split())
+    report = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert [part["seeds"] for part in report["configurations"]] == [[0, 1], [1]]
+    (difference,) = report["differences"]
+    assert (difference["configuration"], difference["baseline"]) == ("other", "tiny")
+    assert difference["numbers"]["test_error"] == {
+        "mean": 0.0,
+        "std_error": None,
+        "interval": None,
+        "count": 1,
+        "excludes_zero": False,
+    }
 
 
 def test_sweep_refuses_a_run_of_another_configuration(config, tmp_path, capsys):
@@ -119,6 +150,13 @@ def test_sweep_refuses_a_run_of_another_configuration(config, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "tiny/seed0 holds a run of another configuration: epochs is 3 there and 4 here" in error
     assert [path.name for path in workdir.rglob("*") if path.is_file()] == ["config.toml"]
+
+
+def test_sweep_refuses_a_directory_that_is_a_file(config, tmp_path, capsys):
+    workdir = tmp_path / "file"
+    workdir.touch()
+    assert main(["sweep", str(config), "--workdir", str(workdir), "--seeds", "0"]) == 1
+    assert f"the directory {workdir} of the sweep cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -172,6 +210,12 @@ def test_data_list_says_what_is_there(tmp_path, capsys):
         (["sweep", "epochs=2"], 1, "a sweep needs at least one configuration file"),
         (["sweep", "none.toml"], 1, "there is no configuration file none.toml"),
         (["sweep", "none.toml", "--seeds", "0,x"], 1, "--seeds is '0,x'; it must be whole numbers"),
+        (
+            ["sweep", "none.toml@0,x"],
+            1,
+            "after @ of none.toml@0,x is '0,x'; it must be whole numbers",
+        ),
+        (["sweep", "none.toml", "--nice", "20"], 1, "--nice is 20; it must be in 0 .. 19"),
         (["sweep", "none.toml", "--vary", "epochs"], 1, "'epochs' is not of the form key=value1,value2"),
         (["experiments", "nowhere"], 1, "there is no configuration (*.toml) in nowhere"),
         (["train", "none.toml"], 1, "there is no configuration file none.toml"),

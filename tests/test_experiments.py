@@ -3,13 +3,17 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
+import json
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from selconv_jax import ConfigError
 from selconv_jax.data.catalog import KNOWN
@@ -164,6 +168,85 @@ def test_writing_the_table(tmp_path):
         experiment_table(tmp_path / "nowhere")
 
 
+STUDIES = ROOT / "studies"
+
+
+def test_configurations_of_a_study_differ_in_what_their_names_say():
+    def differences(study, base, other):
+        old, new = (
+            traverse_util.flatten_dict(dataclasses.asdict(CONFIGS[f"studies/{study}/{name}.toml"]), sep=".")
+            for name in (base, other)
+        )
+        keys = {key for key in old | new if old.get(key) != new.get(key)}
+        return keys - {"description"}
+
+    variant = {"model.variant"}
+    assert differences("small_densenet", "selective", "plain") - {"allocation.threshold"} == variant
+    assert differences("small_densenet", "selective", "gate_only") == variant | {"allocation.top_k"}
+    assert differences("small_densenet", "selective", "no_shift") == {
+        "allocation.shift_range",
+        "optimizer.train_shift",
+    }
+    assert differences("fashion", "selective", "plain") - {"allocation.threshold"} == variant
+    networks = [repr(CONFIGS[f"studies/{study}/plain.toml"].model) for study in ("small_densenet", "fashion")]
+    assert networks[0] == networks[1]
+
+
+def test_commands_of_studies_name_configurations_that_exist():
+    readmes = sorted(STUDIES.glob("*/README.md"))
+    assert {"small_densenet", "fashion", "published"} <= {readme.parent.name for readme in readmes}
+    for readme in readmes:
+        (command,) = re.findall(r"^    (?:selconv|python) .*", readme.read_text(), flags=re.MULTILINE)
+        files = [word for word in command.split() if word.startswith("experiments/")]
+        assert files, readme
+        for file in files:
+            assert list(ROOT.parent.glob(file)), (readme, file)
+
+
+def study_script(name):
+    spec = importlib.util.spec_from_file_location(f"study_{name}", STUDIES / name / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_small_densenet_compares_with_the_threshold_that_validation_chose(tmp_path, monkeypatch):
+    script, calls = study_script("small_densenet"), []
+
+    def sweep(arguments):
+        calls.append(arguments)
+        workdir = Path(arguments[arguments.index("--workdir") + 1])
+        workdir.mkdir(parents=True, exist_ok=True)
+        scores = {1e-3: 0.5, 1e-2: 0.75, 5e-2: 0.75}
+        report = [
+            {
+                "resolved": {"allocation": {"threshold": threshold}},
+                "summary": {"validation_accuracy": {"mean": score}},
+            }
+            for threshold, score in scores.items()
+        ]
+        (workdir / "sweep.json").write_text(json.dumps({"configurations": report}))
+        return 0
+
+    monkeypatch.setattr(script, "selconv", sweep)
+    assert script.main(["--workdir", str(tmp_path), "--jobs", "2"]) == 0
+    choice, comparison = calls
+    assert choice[choice.index("--vary") + 1] == "allocation.threshold=1e-3,1e-2,5e-2"
+    assert choice[choice.index("--seeds") + 1] == "100"
+    assert "allocation.threshold=0.01" in comparison
+    assert comparison[comparison.index("--seeds") + 1] == "0,1,2,3,4"
+    assert [word.rpartition("/")[2] for word in comparison[1:5]] == [
+        "plain.toml",
+        "selective.toml",
+        "gate_only.toml@0,1,2",
+        "no_shift.toml@0,1,2",
+    ]
+    assert all(call[-2:] == ["--jobs", "2"] for call in calls)
+    monkeypatch.setattr(script, "selconv", lambda arguments: calls.append(arguments) or 143)
+    assert script.main(["--workdir", str(tmp_path)]) == 143
+    assert len(calls) == 3  # stopped while choosing: nothing is compared
+
+
 def distinct(key, paths=CONFIGS):
     """The first configuration for every value of ``key``."""
     first = {}
@@ -229,10 +312,8 @@ def test_full_size_step_has_the_right_shapes(path):
     config = CONFIGS[path]
     info = KNOWN[config.data.name].info()
     trainer = fake_trainer(config)
-    assert (
-        trainer.model.stem
-        == {28: "cifar", 32: "cifar", 64: "tiny_imagenet", 224: "imagenet"}[info.image_shape[0]]
-    )
+    stems = {28: "cifar", 32: "cifar", 64: "tiny_imagenet", 224: "imagenet"}
+    assert trainer.model.stem == config.model.options.get("stem", stems[info.image_shape[0]])
     state = trainer.state_shape()
     assert state.params["classifier"]["linear"]["bias"].shape == (info.num_classes,)
     assert bool(state.selectivity) == (config.model.variant != "plain")
@@ -261,6 +342,7 @@ SMALL = {
     "preresnet": {"blocks": [1, 1], "width": 4},
     "resnext": {"blocks": [1, 1], "groups": 2, "base_width": 4, "widen": 1},
     "condensenet": {"blocks": [1, 1], "growth": [4, 8], "groups": 2},
+    "pointwise": {"blocks": [1, 1], "widths": [4, 8]},
 }
 
 

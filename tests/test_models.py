@@ -170,4 +170,5 @@ def test_every_name_is_in_the_registry():
         "preresnet50",
         "resnext29",
         "condensenet182",
+        "pointwise",
     }

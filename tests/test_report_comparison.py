@@ -7,8 +7,10 @@ import pytest
 from rich.console import Console
 
 from selconv_jax.errors import SelconvError
-from selconv_jax.report.comparison import ConfigurationResults, Spread, comparison_table, run_numbers, spread
+from selconv_jax.report.comparison import ConfigurationResults, comparison_table, run_numbers
+from selconv_jax.report.comparison_differences import difference_table, number_differences
 from selconv_jax.report.comparison_picture import comparison_picture
+from selconv_jax.report.statistics import PairedDifference, Spread
 
 
 def run(*accuracies: float, closed: int = 2, speed: float | None = 1000.0) -> list[dict[str, float | None]]:
@@ -18,6 +20,7 @@ def run(*accuracies: float, closed: int = 2, speed: float | None = 1000.0) -> li
             "train_loss": 1.0 / epoch,
             "test_loss": 2.0 / epoch,
             "test_accuracy": accuracy,
+            "validation_accuracy": 1 - accuracy,
             "closed": closed,
             "reallocated": closed - 1,
             "open_channels": 9,
@@ -39,20 +42,15 @@ def text_of(table, width=80) -> str:
     return text.getvalue()
 
 
-def test_spread_by_hand():
-    assert spread([1.0, 2.0, 6.0]) == Spread(mean=3.0, std=pytest.approx(7**0.5), count=3)
-    assert spread([5.0]) == Spread(mean=5.0, std=None, count=1)
-    assert spread([2.0, 2.0]).std == 0.0
-
-
 def test_numbers_of_a_run():
     assert run_numbers(PLAIN.runs[0]) == {
         "test_accuracy": 0.625,
         "test_error": 0.375,
         "test_loss": pytest.approx(2 / 3),
         "train_loss": pytest.approx(1 / 3),
-        "best_test_accuracy": 0.75,
-        "best_epoch": 2.0,
+        "validation_accuracy": 0.375,
+        "best_test_accuracy": 0.5,  # at the best epoch by validation accuracy
+        "best_epoch": 1.0,
         "closed": 6.0,
         "reallocated": 3.0,
         "copies": 3.0,
@@ -75,7 +73,7 @@ def test_summary_over_seeds():
     summary = PLAIN.summary
     assert summary["test_accuracy"] == Spread(0.6875, pytest.approx(0.125 / 2**0.5), 2)
     assert summary["test_error"].mean == 0.3125
-    assert summary["best_test_accuracy"] == Spread(0.75, 0.0, 2)
+    assert summary["best_test_accuracy"] == Spread(0.5, 0.0, 2)
     partly = ConfigurationResults("partly", {0: run(0.5), 1: run(0.5, speed=None)})
     assert partly.summary["images_per_second"] == Spread(1000.0, None, 1)
     with pytest.raises(SelconvError, match="plain has no finished run"):
@@ -90,11 +88,65 @@ def test_table_shows_mean_and_deviation():
         next(line for line in text.splitlines() if line.startswith(f" {start}"))
         for start in ("plain", "seeds")
     )
-    assert first.split() == ["plain", "68.75", "31.25", "75.00", "6.0", "3.0", "2,000"]
+    assert first.split() == ["plain", "68.75", "31.25", "50.00", "6.0", "3.0", "2,000"]
     assert deviations.split("4", 1)[1].replace("±", "").split() == ["8.84", "8.84", "0.00", "0.0", "0.0", "0"]
     single = next(line for line in text.splitlines() if "seed 0" in line)
     assert single.split() == ["seed", "0", *"------"]
     assert max(map(len, text.splitlines())) <= 80
+    assert "best: the epoch of the highest validation accuracy" in text
+    without = text_of(
+        comparison_table([ConfigurationResults("plain", {0: [{"epoch": 1, "test_accuracy": 0.5}]})])
+    )
+    assert "best" not in without
+
+
+def test_failed_seeds_are_marked():
+    some = ConfigurationResults("some", PLAIN.runs, failed=[7])
+    none = ConfigurationResults("none", {}, failed=[0, 4])
+    assert some.summary == PLAIN.summary
+    assert none.summary == {}
+    text = text_of(comparison_table([some, none]))
+    assert "seeds 0, 4; failed: seed 7" in " ".join(text.split())
+    assert "failed: seeds 0, 4" in " ".join(text.split())
+
+
+BETTER = ConfigurationResults("better [x]", {seed: run(0.5, 0.75 + seed / 32) for seed in (0, 4, 5)})
+WORSE = ConfigurationResults("worse", {0: run(0.625), 4: run(0.75 - 1 / 1024)})
+
+
+def test_differences_are_paired_by_seed():
+    differences = number_differences(BETTER, PLAIN)
+    # Errors 0.25, 0.125 against 0.375, 0.25.
+    assert differences["test_error"] == PairedDifference(-0.125, 0.0, (-0.125, -0.125), 2)
+    assert differences["test_error"].excludes_zero
+    assert differences["closed"].mean == -2.0  # of one epoch less
+    one = ConfigurationResults("one", {0: [{"epoch": 1, "test_accuracy": 0.5}]})
+    assert {"test_accuracy", "test_error"} <= set(number_differences(PLAIN, one))
+    assert "closed" not in number_differences(PLAIN, one)
+    assert number_differences(one, ConfigurationResults("other", {1: run(0.5)})) == {}
+
+
+def test_difference_table_marks_what_is_larger_than_chance():
+    text = text_of(difference_table([PLAIN, BETTER, WORSE, SELECTIVE]))
+    assert max(map(len, text.splitlines())) <= 80
+    rows = {line.split("  ")[0].strip(): line.split() for line in text.splitlines()}
+    assert rows["better [x]"][2:] == ["-12.50", "0.00", "-12.50", "to", "-12.50", "*", "2"]
+    # Differences 0 and 1/1024: mean and standard error 0.049 points, t of one degree of freedom 12.706.
+    assert rows["worse"][1:] == ["+0.05", "0.05", "-0.57", "to", "+0.67", "2"]
+    assert rows["selective [x]"][2:] == ["-12.50", "-", "-", "1"]  # of one seed nothing is claimed
+    assert "minus that of plain" in text
+    assert "* The interval excludes 0." in " ".join(text.split())
+    text = " ".join(text_of(difference_table([PLAIN, WORSE])).split())
+    assert "no difference is larger than chance explains" in text
+    text = " ".join(text_of(difference_table([PLAIN, SELECTIVE])).split())
+    assert "Of a single pair nothing can be said" in text
+
+
+def test_picture_marks_what_is_larger_than_chance():
+    finals = comparison_picture([PLAIN, BETTER, WORSE], "title").axes[1]
+    assert [text.get_text().endswith(" *") for text in finals.texts] == [False, True, False]
+    assert "* other than the first row" in finals.get_xlabel().replace(":", "")
+    assert "*" not in comparison_picture([PLAIN, WORSE], "title").axes[1].get_xlabel()
 
 
 def test_picture_draws_what_the_runs_logged():
@@ -104,7 +156,8 @@ def test_picture_draws_what_the_runs_logged():
     np.testing.assert_allclose(single.get_ydata(), [50, 12.5, 25])
     (band,) = curves.collections  # one seed has none
     low, high = band.get_paths()[0].get_extents().intervaly
-    assert (low, high) == (25.0, 50.0)
+    deviation = 25 / 2**0.5  # of 25 and 50, after the second epoch
+    assert (low, high) == (pytest.approx(37.5 - deviation), pytest.approx(37.5 + deviation))
     assert [label.get_text() for label in finals.get_yticklabels()] == ["plain", "selective [x]"]
     points = [line.get_xdata() for line in finals.get_lines() if line.get_marker() == "o"]
     np.testing.assert_allclose(points[0], [37.5, 25])

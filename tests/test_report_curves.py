@@ -19,6 +19,8 @@ def log(epochs: int, last_round: int, top5: bool = False) -> list[dict[str, floa
                 "train_loss": 2.0 / epoch,
                 "train_accuracy": 1 - 1 / (epoch + 1),
                 "test_loss": 2.5 / epoch,
+                "validation_loss": 3.0 / epoch,
+                "validation_accuracy": [0.25, 0.875, 0.875, 0.5][epoch % 4],
                 "test_accuracy": [0.5, 0.75, 0.75, 0.625][epoch % 4],
                 "learning_rate": 0.1 / epoch,
                 "images_per_second": 1000.0,
@@ -48,6 +50,8 @@ def test_panels_and_values():
 
     np.testing.assert_array_equal(lines(loss)["train"], [[e, 2.0 / e] for e in range(1, 7)])
     np.testing.assert_array_equal(lines(loss)["test"], [[e, 2.5 / e] for e in range(1, 7)])
+    np.testing.assert_array_equal(lines(loss)["validation"], [[e, 3.0 / e] for e in range(1, 7)])
+    np.testing.assert_allclose(lines(accuracy)["validation"][:, 1], [87.5, 87.5, 50, 25, 87.5, 87.5])
     np.testing.assert_allclose(lines(accuracy)["test"][:, 1], [75, 75, 62.5, 50, 75, 75])
     np.testing.assert_allclose(lines(accuracy)["test top 5"][:, 1], [90.0] * 6)
     np.testing.assert_allclose(
@@ -69,8 +73,16 @@ def test_best_epoch_is_marked_the_earliest_of_equals():
     records = log(6, 3)
     assert best_index(records) == 0
     accuracy = learning_curves(records[3:], "run").axes[1]
-    assert legend(accuracy) == ["train", "test", "best: 75.00 % (epoch 5)"]
-    np.testing.assert_allclose(lines(accuracy)["best: 75.00 % (epoch 5)"], [[5, 75]])
+    assert legend(accuracy) == ["train", "validation", "test", "best"]
+    assert accuracy.get_title("left") == "Accuracy (best on validation: 87.50 %, epoch 5)"
+    np.testing.assert_allclose(lines(accuracy)["best"], [[5, 87.5]])
+
+
+def test_test_accuracy_chooses_no_epoch():
+    without = [{key: value for key, value in r.items() if "validation" not in key} for r in log(6, 3)]
+    assert best_index(without) is None
+    accuracy = learning_curves(without, "run").axes[1]
+    assert legend(accuracy) == ["train", "test"]
 
 
 def test_freeze_is_marked_where_it_happened():
@@ -102,7 +114,7 @@ def test_plain_model_has_no_allocation_panels():
     figure = learning_curves(records, "run")
     assert [axes.get_title("left") for axes in figure.axes] == [
         "Loss",
-        "Accuracy",
+        "Accuracy (best on validation: 87.50 %, epoch 1)",
         "Learning rate",
         "Training speed",
     ]

@@ -19,13 +19,14 @@ def printed(table: RenderableType, width: int = 80) -> list[list[str]]:
     return [line.replace("│", " ").split() for line in console.export_text().splitlines()]
 
 
-def record(epoch: int, accuracy: float) -> dict[str, float]:
-    return {
+def record(epoch: int, accuracy: float, validation: bool = True) -> dict[str, float]:
+    validated = {"validation_loss": 3.4567, "validation_accuracy": accuracy} if validation else {}
+    return validated | {
         "epoch": epoch,
         "train_loss": 1.2345,
         "train_accuracy": 0.98765,
         "test_loss": 2.3456,
-        "test_accuracy": accuracy,
+        "test_accuracy": 1 - accuracy,
         "test_top5": 0.91239,
         "learning_rate": 0.05,
         "images_per_second": 12345.6,
@@ -35,21 +36,23 @@ def record(epoch: int, accuracy: float) -> dict[str, float]:
     }
 
 
-def test_every_number_fits_eighty_characters():
-    lines = printed(run_table([record(300, 0.71234)], {"model": "densenet40"}))
+@pytest.mark.parametrize("validation", [True, False])
+def test_every_number_fits_eighty_characters(validation):
+    lines = printed(run_table([record(300, 0.71234, validation)], {"model": "densenet40"}))
     assert ["model", "densenet40"] in lines
     expected = [
         "300",
         "1.234",
         "98.77",
+        *(["3.457", "71.23"] if validation else []),
         "2.346",
-        "71.23",
-        "91.24",
+        "28.77",
+        *([] if validation else ["91.24"]),
         "0.0500",
         "12,000",
         "1,500",
         "12,346",
-        "best",
+        *(["best"] if validation else []),
     ]
     assert expected in lines
 
@@ -60,6 +63,13 @@ def test_first_best_and_last_epochs():
     shown = [line[0] for line in lines if line and (line[0].isdigit() or line[0] == "...")]
     assert shown == ["1", "...", "4", "...", "16", "17", "18", "19", "20"]
     assert [line[0] for line in lines if "best" in line] == ["4"], "the earliest of equals is the best"
+    assert ["best:", "the", "highest", "accuracy", "on", "the", "validation", "images"] in lines
+
+
+def test_no_epoch_is_chosen_by_test_accuracy():
+    lines = printed(run_table([{"epoch": 1, "test_accuracy": 0.5}, {"epoch": 2, "test_accuracy": 0.25}], {}))
+    assert ["1", "50.00"] in lines
+    assert not [line for line in lines if "best" in line or "best:" in line or "val." in line]
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5, 6])

@@ -71,7 +71,7 @@ def test_each_image_is_taken_once_in_an_epoch_and_in_another_order_in_the_next()
 @pytest.mark.parametrize("eval_batch_size", [300, 1000, 1500])
 def test_every_test_image_is_taken_once(eval_batch_size):
     for feed in feeds(eval_batch_size=eval_batch_size):
-        taken = [feed.take_test(*arguments) for arguments in feed.test()]
+        taken = [feed.take_evaluation(*arguments) for arguments in feed.evaluation("test")]
         images, labels = (np.concatenate(parts) for parts in zip(*taken, strict=True))
         assert len(labels) == -(-1000 // eval_batch_size) * eval_batch_size
         np.testing.assert_array_equal(images[:1000], DATA.test.images)

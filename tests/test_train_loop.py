@@ -110,11 +110,8 @@ def test_evaluation_repeats_the_recorded_numbers(finished):
     step, metrics = evaluate_run(workdir)
     assert step == 16
     assert metrics == {key: records[-1][key] for key in ("test_loss", "test_accuracy", "test_top5")}
-    best = find_checkpoint(workdir, "best")
-    best_epoch = max(records, key=lambda record: record["test_accuracy"])["epoch"]
-    assert best == 4 * best_epoch
-    assert evaluate_run(workdir, best)[1]["test_accuracy"] == records[best_epoch - 1]["test_accuracy"]
     assert find_checkpoint(workdir, "last") is None
+    assert find_checkpoint(workdir, "best") is None, "nothing is chosen by the test images"
     with pytest.raises(ConfigError, match="'newest' is none of last, best"):
         find_checkpoint(workdir, "newest")
 

@@ -1,20 +1,26 @@
 """Sweeps: which runs, in which directories; what is kept, gone on with, refused and reported."""
 
+import contextlib
 import copy
 import dataclasses
 import math
 import re
 import signal
 
+import jax
+import numpy as np
 import pytest
 from runs import TINY, StopAfter, assert_same_end, quiet_console, tiny_config
 
 from selconv_jax import ConfigError, DataError
+from selconv_jax.data.loading import open_data
 from selconv_jax.train import loop, opening
 from selconv_jax.train.config import dump_config, parse_config
 from selconv_jax.train.loop import NonFiniteLossError, train_run
 from selconv_jax.train.metrics import read_metrics
-from selconv_jax.train.sweep import check_sweep, plan_sweep, run_sweep, split_values
+from selconv_jax.train.sweep import check_sweep, plan_sweep, split_values
+from selconv_jax.train.sweep_runs import run_sweep
+from selconv_jax.train.trainer import Trainer
 
 pytestmark = pytest.mark.optimized
 
@@ -86,6 +92,45 @@ def test_files_of_one_name_do_not_collide(tmp_path):
     files = [write(tmp_path / name) for name in ("x/run.toml", "y/run.toml", "y/other.toml", "z/x/run.toml")]
     runs = plan_sweep(files, tmp_path, seeds=[0])
     assert [run.configuration for run in runs] == [f"{tmp_path.name}/x/run", "y/run", "other", "z/x/run"]
+
+
+def test_files_with_seeds_of_their_own(tmp_path):
+    files = [write(tmp_path / "b.toml"), write(tmp_path / "a.toml")]
+    runs = plan_sweep(files, tmp_path / "sweep", seeds=[0, 1, 2], own_seeds={files[1]: [2]})
+    assert directories(runs, tmp_path / "sweep") == ["b/seed0", "b/seed1", "b/seed2", "a/seed2"]
+    with pytest.raises(ConfigError, match=r"the seeds are \[3, 3\]"):
+        plan_sweep(files, tmp_path, seeds=[0], own_seeds={files[0]: [3, 3]})
+
+
+def test_runs_of_one_seed_are_pairs():
+    """The same initial values of common variables, the same keys, the same images in the same order."""
+    images = open_data("fashion_mnist_sample")
+
+    def start(variant, seed):
+        trainer = Trainer(tiny_config(seed=seed, batch_size=100, model={"variant": variant}), images)
+        state = trainer.initial_state()
+        variables = {
+            jax.tree_util.keystr(path): np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state.variables)
+        }
+        with contextlib.closing(trainer.batches(state, 1)) as batches:
+            order = np.asarray(next(batches)[-1])
+        return variables, np.asarray(state.key), order
+
+    plain, key, order = start("plain", seed=3)
+    assert sorted(order) == list(range(2000))
+    for variant, added in (("selective", {"gate", "source", "shift"}), ("gate_only", {"gate"})):
+        variables, other_key, other_order = start(variant, seed=3)
+        assert plain.keys() < variables.keys()
+        assert {path.split("'")[-2] for path in variables.keys() - plain.keys()} == added
+        for path, value in plain.items():
+            np.testing.assert_array_equal(variables[path], value, err_msg=path)
+        # Augmentation and dropout are drawn from the run's key and the step.
+        np.testing.assert_array_equal(other_key, key)
+        np.testing.assert_array_equal(other_order, order)
+    variables, other_key, other_order = start("plain", seed=4)
+    assert (other_order != order).any()
+    assert any((variables[path] != value).any() for path, value in plain.items())
 
 
 @pytest.mark.parametrize(
@@ -201,20 +246,31 @@ def test_failed_runs_are_reported_and_the_others_are_made(tiny, tmp_path, monkey
         if config.seed == 1:
             raise NonFiniteLossError("the loss of step 3 (epoch 1) is not finite")
         if config.seed == 2:
-            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand many more lines")
         return train_run(config, workdir, console)
 
     console, text = quiet_console()
     runs = plan_sweep([tiny], tmp_path / "sweep", seeds=[1, 2, 0])
-    monkeypatch.setattr("selconv_jax.train.sweep.train_run", failing)
+    monkeypatch.setattr("selconv_jax.train.sweep_runs.train_run", failing)
     end = run_sweep(runs, console)
     assert end.code == 1
     assert end.failures == {
         "tiny, seed 1": "the loss of step 3 (epoch 1) is not finite",
-        "tiny, seed 2": "RuntimeError: RESOURCE_EXHAUSTED: out of memory",
+        "tiny, seed 2": f"RuntimeError: RESOURCE_EXHAUSTED: out of memory (more in {runs[1].log})",
     }
+    assert "Traceback" not in text.getvalue()
+    assert "Traceback" in runs[1].log.read_text()
     assert [run.is_complete for run in runs] == [False, False, True]
     assert "failed: the loss of step 3" in text.getvalue()
+
+
+def test_numbers_of_jobs(tiny, tmp_path, monkeypatch):
+    runs = plan_sweep([tiny], tmp_path / "sweep", seeds=[0])
+    with pytest.raises(ConfigError, match="--jobs is 0; it must be at least 1"):
+        check_sweep(runs, 0)
+    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
+    with pytest.raises(ConfigError, match="a TPU serves one process at a time"):
+        check_sweep(runs, 2)
 
 
 def test_run_of_another_configuration_is_refused_by_name(tiny, tmp_path):

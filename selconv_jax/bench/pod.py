@@ -138,7 +138,7 @@ def compile_for_pod(
             f"parameter_shards is {config.parameter_shards}, which does not divide the {per_host} chips of a "
             f"host of {topology}."
         )
-    data = hollow_data(config.data.name, config.data.directory, config.data.streaming)
+    data = hollow_data(*config.data.source)
     trainer = Trainer(config, data, Placement.of(devices, config.parameter_shards))
     program = bucket_program(trainer.model, slots if config.model.variant == "selective" else 0.0)
     chip = chip_of(topology)
@@ -192,7 +192,7 @@ def largest_batch(
         The plan, of the training step alone; None: not even one image per chip fits.
     """
     least = len(devices) * config.micro_batches
-    most = len(hollow_data(config.data.name, config.data.directory, config.data.streaming).train)
+    most = len(hollow_data(*config.data.source).train)
 
     def attempt(size: int) -> PodPlan | None:
         tried = dataclasses.replace(config, batch_size=size)

@@ -5,11 +5,11 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import NoReturn
 
 from selconv_jax.cli.allocator import keep_memory
 from selconv_jax.errors import SelconvError, nearest
+from selconv_jax.versions import version_of
 
 __all__ = ["main"]
 
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="selconv", description="Train CNNs that re-allocate their channels (selective convolutions)."
     )
-    parser.add_argument("--version", action="version", version=f"selconv-jax {version('selconv-jax')}")
+    parser.add_argument("--version", action="version", version=f"selconv-jax {version_of('selconv-jax')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
@@ -112,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_cluster(resume)
 
     evaluate = commands.add_parser(
-        "eval", help="evaluate a checkpoint", description="Evaluates a checkpoint on all test images."
+        "eval",
+        help="evaluate a checkpoint",
+        description="Evaluates a checkpoint on all validation images, if any, and all test images.",
     )
     evaluate.add_argument("workdir", metavar="DIR", help="directory of the run")
     _add_checkpoint(evaluate)
@@ -220,7 +222,8 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default="last",
         metavar="WHICH",
-        help="last (default), best (by test accuracy), or the number of a step",
+        help="last (default), best (the highest validation accuracy; without validation images, the last), "
+        "or the number of a step",
     )
 
 
@@ -228,14 +231,15 @@ def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:
     sweep = commands.add_parser(
         "sweep",
         help="compare configurations over several seeds",
-        description="Trains every configuration with every seed, one run after another, and compares them: "
-        "a table, DIR/sweep.json and DIR/sweep.png. The same command goes on with an interrupted sweep.",
+        description="Trains every configuration with every seed and compares them: tables, DIR/sweep.json "
+        "and DIR/sweep.png. It may be stopped at any moment; the same command goes on.",
     )
     sweep.add_argument(
         "words",
         nargs="+",
         metavar="CONFIG|KEY=VALUE",
-        help="TOML files, and values that replace those of every file, such as epochs=10",
+        help="TOML files (FILE@0,1 has these seeds instead of --seeds), and values that replace those of "
+        "every file, such as epochs=10",
     )
     sweep.add_argument(
         "--vary",
@@ -247,6 +251,20 @@ def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:
     sweep.add_argument("--seeds", default="0,1,2", metavar="SEEDS", help="seeds of the runs (default: 0,1,2)")
     sweep.add_argument(
         "--workdir", default="runs/sweep", metavar="DIR", help="directory of the runs (default: runs/sweep)"
+    )
+    sweep.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="make up to N runs at once, each in a process of its own, which share the devices (default: 1)",
+    )
+    sweep.add_argument(
+        "--nice",
+        type=int,
+        default=0,
+        metavar="LEVEL",
+        help="leave the processor to other programs: 0 (default) to 19, as for the command nice",
     )
 
 

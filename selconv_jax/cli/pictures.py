@@ -80,12 +80,19 @@ def _summary(workdir: Path, config: Config) -> dict[str, str]:
     return {
         "run": str(workdir),
         "model": f"{config.model.name}, {config.model.variant}, {config.model.dtype}",
-        "data": config.data.name,
+        "data": ", ".join([config.data.name, *_splits(config)]),
         "epochs": str(config.epochs),
         "batch size": str(config.batch_size),
         "seed": str(config.seed),
         "threshold": f"{config.allocation.threshold:g}",
     }
+
+
+def _splits(config: Config) -> list[str]:
+    """What is not as the set has it by default."""
+    keys = ("train_split", "validation_split", "test_split", "validation")
+    named = {key.replace("_", " "): getattr(config.data, key) for key in keys}
+    return [f"{key} {value}" for key, value in named.items() if value is not None]
 
 
 def _variables(workdir: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from selconv_jax.train.cluster import Cluster, join
 from selconv_jax.train.compacting import CompactedRun, compact_run
 from selconv_jax.train.config import load_config
 from selconv_jax.train.loop import evaluate_run, resume_run, train_run
-from selconv_jax.train.opening import find_checkpoint
+from selconv_jax.train.opening import best_meaning, find_checkpoint
 from selconv_jax.train.workdir import default_workdir
 
 __all__ = ["compact", "evaluate", "resume", "share_compilations", "show", "train"]
@@ -56,11 +56,13 @@ def evaluate(options: argparse.Namespace) -> int:
             note = ""
         if not is_first():
             return 0
+        if options.checkpoint == "best":
+            note += f" ({best_meaning(workdir)})"
         print(f"{workdir}, checkpoint of step {step}{note}")
         if options.compact:
             _print_sizes(compacted)
         for name, value in metrics.items():
-            print(f"  {name:<14} " + (f"{value:.4f}" if name == "test_loss" else f"{value:.2%}"))
+            print(f"  {name:<19} " + (f"{value:.4f}" if name.endswith("_loss") else f"{value:.2%}"))
         return 0
 
 
@@ -71,7 +73,8 @@ def compact(options: argparse.Namespace) -> int:
     compacted = compact_run(
         workdir, find_checkpoint(workdir, options.checkpoint), multiple=options.multiple, output=output
     )
-    print(f"{workdir}, checkpoint of step {compacted.step}: compacted network in {output}")
+    note = f" ({best_meaning(workdir)})" if options.checkpoint == "best" else ""
+    print(f"{workdir}, checkpoint of step {compacted.step}{note}: compacted network in {output}")
     _print_sizes(compacted)
     return 0
 

@@ -7,7 +7,6 @@ import os
 import zipfile
 import zlib
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from selconv_jax import models
 from selconv_jax.compaction.layout import LayerLayout
 from selconv_jax.compaction.module import Compact
 from selconv_jax.errors import CheckpointError
+from selconv_jax.versions import version_of
 
 __all__ = ["check_target", "load_compact", "save_compact"]
 
@@ -31,7 +31,13 @@ _UNSEEN = ("name", "parent", "slots")  # attributes that do not change what a ne
 _ENTRY = "selconv_jax"  # the description; variables have a "/" in their names
 _NETWORKS: dict[str, type[nn.Module]] = {
     network.__name__: network
-    for network in (models.CondenseNet, models.DenseNet, models.PreResNet, models.ResNeXt)
+    for network in (
+        models.CondenseNet,
+        models.DenseNet,
+        models.Pointwise,
+        models.PreResNet,
+        models.ResNeXt,
+    )
 }
 
 
@@ -71,7 +77,7 @@ def save_compact(
     arrays = {"/".join(name): np.asarray(value) for name, value in flat.items()}
     description = {
         "format": _FORMAT,
-        "version": version("selconv-jax"),
+        "version": version_of("selconv-jax"),
         "network": type(model.network).__name__,
         "attributes": _attributes(model.network),
         "method": model.method,

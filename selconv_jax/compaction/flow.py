@@ -171,6 +171,10 @@ class _Walk:
             return values
         if name in _ELEMENTWISE:
             result = self._elementwise(equation, values)
+        elif name == "reduce" and equation.invars[0].aval.ndim - 1 not in equation.params["dimensions"]:
+            # Several arrays at once, by a program that sees their values at one position.
+            result = self._elementwise(equation, values)
+            return None if result is None else [result] * len(equation.outvars)
         elif name == "concatenate":
             result = self._concatenate(equation, values)
         elif name == "pad" and isinstance(values[0], np.ndarray):
@@ -191,7 +195,8 @@ class _Walk:
         return [None] * len(equation.outvars)
 
     def _layer(self, equation: Any, values: list[_Value]) -> Ids:
-        path, (value, *variables) = equation.params["path"], values
+        path, count = equation.params["path"], len(values) - len(equation.params["names"])
+        (value, *statistics), variables = values[:count], values[count:]
         own = [_field(path, *name) for name in equation.params["names"]]
         self.owners.update((field, path) for field in own)
         if [variable if isinstance(variable, tuple) else None for variable in variables] != own:
@@ -201,6 +206,12 @@ class _Walk:
         if not isinstance(value, np.ndarray):
             value = self._new(equation.invars[0].aval.shape[-1])
             self._need(value)
+        for known in statistics:  # of each channel that comes in
+            if isinstance(known, np.ndarray):
+                self._tie(value, known)
+            else:
+                self._need(known)
+                self._need(value)
         if equation.primitive is PRODUCER:
             self._need(value)
         else:

@@ -49,8 +49,8 @@ class Compact(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the network, see there."""
-        layouts, widths, scope = dict(self.layouts), dict(self.widths), self.scope
-        root = scope.path if scope is not None else ()
+        layouts, widths = dict(self.layouts), dict(self.widths)
+        root = tuple(filter(None, relative_path(self, ()).split("/")))
 
         def swap(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             path = relative_path(module, root)
@@ -113,7 +113,12 @@ def is_producer(module: Any) -> bool:
 def relative_path(module: nn.Module, root: tuple[str, ...]) -> str:
     """The path of a module's variables below those at ``root``, parts joined by ``/``.
 
-    A module's own path has a part more for each module whose scope it shares, such as `Compact`.
+    A module's own path, and that of its scope, may go through modules that share the scope of others, such
+    as `Compact`; the scopes above it do not.
     """
     scope: Any = module.scope
-    return "/".join(scope.path[len(root) :])
+    parts: list[str] = []
+    while scope.parent is not None:
+        parts.insert(0, scope.name)
+        scope = scope.parent
+    return "/".join((*scope.path, *parts)[len(root) :])

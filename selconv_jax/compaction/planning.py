@@ -23,12 +23,12 @@ from selconv_jax.compaction.plan import CompactionPlan
 from selconv_jax.compaction.reduction import reduction
 from selconv_jax.compaction.trace import Trace, coarsest_step, trace_network
 from selconv_jax.errors import ConfigError
-from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
+from selconv_jax.models import CondenseNet, DenseNet, Pointwise, PreResNet, ResNeXt
 from selconv_jax.models.parts import STEMS
 
 __all__ = ["compact", "plan_compaction"]
 
-_NETWORKS = (CondenseNet, DenseNet, PreResNet, ResNeXt)
+_NETWORKS = (CondenseNet, DenseNet, Pointwise, PreResNet, ResNeXt)
 # Sizes of the images that the stems are for (experiments, "Stem").
 _STEM_IMAGES = {"cifar": 32, "tiny_imagenet": 64, "imagenet": 224}
 

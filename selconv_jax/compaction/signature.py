@@ -31,7 +31,7 @@ def step_signature(equation: Any, any_width: bool) -> tuple[Any, ...]:
     """
     operands, parameters = equation.invars, dict(equation.params)
     if equation.primitive in (LAYER, PRODUCER):
-        operands = operands[:1]
+        operands = operands[: -len(parameters["names"]) or None]
         del parameters["names"]
     end = -1 if any_width else None
     types = tuple(

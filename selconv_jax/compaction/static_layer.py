@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
+from selconv_jax.batch_norm import Statistics, batch_statistics, join_statistics
 from selconv_jax.compaction.gather import spread_channels, take_channels, take_repeated
 from selconv_jax.compaction.layout import LayerLayout
 from selconv_jax.convolution import canonical_padding, canonical_window, convolve
 from selconv_jax.layers import PlainConv
-from selconv_jax.shift import channel_shift, select
+from selconv_jax.shift import channel_shift, select, select_with_statistics
 
 __all__ = ["StaticConv", "call_static", "output_shape"]
 
@@ -42,12 +43,13 @@ class StaticConv(PlainConv):
     layout: LayerLayout | None = None
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: bool, statistics: Statistics | None = None) -> Array:
         """Applies the layer, see `PlainConv.__call__`.
 
         Args:
             x: ``[N, *S, layout.inputs]`` floating.
             train: See `PlainConv`.
+            statistics: Those of ``x``, where they are known, see `PlainConv`.
 
         Returns:
             ``[N, *S', features]``.
@@ -67,7 +69,8 @@ class StaticConv(PlainConv):
             shape = (len(layout.copied), x.ndim - 2)
             shift = self.param("shift", nn.initializers.zeros, shape, self.param_dtype)
         arrange = _in_place if layout.is_in_place else _gathered
-        return super().__call__(arrange(x, layout, shift), train)
+        x, statistics = arrange(x, layout, shift, statistics if train else None)
+        return super().__call__(x, train, statistics)
 
     @property
     def _layout(self) -> LayerLayout:
@@ -76,37 +79,58 @@ class StaticConv(PlainConv):
         return self.layout
 
     @nn.nowrap
-    def _select(self, x: Array, rank: int) -> tuple[Array, Array | None]:
+    def _select(
+        self, x: Array, rank: int, statistics: Statistics | None
+    ) -> tuple[Array, Array | None, Statistics | None]:
         """All of the input, whose idle channels have their kernel rows held at zero."""
         del rank
         if not self._layout.idle:
-            return x, None
+            return x, None, statistics
         mask = np.ones(self._layout.reads, bool)
         mask[list(self._layout.idle)] = False
-        return x, jnp.asarray(mask)
+        return x, jnp.asarray(mask), statistics
 
 
-def _in_place(x: Array, layout: LayerLayout, shift: Array | None) -> Array:
-    """The input with the copies in the places of channels that are not read."""
+def _in_place(
+    x: Array, layout: LayerLayout, shift: Array | None, statistics: Statistics | None
+) -> tuple[Array, Statistics | None]:
+    """The input with the copies in the places of channels that are not read; its statistics, if known."""
     assert shift is not None
     order = layout.order or tuple(range(layout.reads))
     places = tuple(order.index(len(layout.own) + number) for number in range(len(layout.copied)))
     source = np.full(layout.inputs, -1, np.int32)
     source[list(places)] = layout.copied
     shift = spread_channels(shift, places, layout.inputs, axis=0)
-    return select(x, jnp.asarray(source), shift, len(places))
+    if statistics is None:
+        return select(x, jnp.asarray(source), shift, len(places)), None
+    return select_with_statistics(x, statistics, jnp.asarray(source), shift, len(places))
 
 
-def _gathered(x: Array, layout: LayerLayout, shift: Array | None) -> Array:
-    """Just what is read of the input."""
-    parts = [take_channels(x, layout.own)] if layout.own else []
+def _gathered(
+    x: Array, layout: LayerLayout, shift: Array | None, statistics: Statistics | None
+) -> tuple[Array, Statistics | None]:
+    """Just what is read of the input; its statistics, if known."""
+    parts, known = [], []
+    if layout.own:
+        parts.append(take_channels(x, layout.own))
+        if statistics is not None:
+            known.append(Statistics(*(take_channels(values, layout.own) for values in statistics)))
     if shift is not None:
         parts.append(channel_shift(take_repeated(x, layout.copied), shift))
+        if statistics is not None:
+            known.append(batch_statistics(parts[-1]))
     x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-    return take_channels(x, layout.order) if layout.order else x
+    statistics = join_statistics(*known) if known else None
+    if not layout.order:
+        return x, statistics
+    if statistics is not None:
+        statistics = Statistics(*(take_channels(values, layout.order) for values in statistics))
+    return take_channels(x, layout.order), statistics
 
 
-def call_static(layer: PlainConv, layout: LayerLayout, x: Array, train: bool) -> Array:
+def call_static(
+    layer: PlainConv, layout: LayerLayout, x: Array, train: bool, statistics: Statistics | None = None
+) -> Array:
     """What a layer of a network computes with a fixed allocation, with variables in the same place.
 
     Args:
@@ -114,6 +138,7 @@ def call_static(layer: PlainConv, layout: LayerLayout, x: Array, train: bool) ->
         layout: Its layout.
         x: ``[N, *S, layout.inputs]``.
         train: See `PlainConv`.
+        statistics: See `PlainConv`.
 
     Returns:
         ``[N, *S', layout.outputs]``.
@@ -127,7 +152,7 @@ def call_static(layer: PlainConv, layout: LayerLayout, x: Array, train: bool) ->
     }
     arguments |= {"features": layout.outputs, "feature_group_count": layout.groups, "layout": layout}
     arguments |= {"name": layer.name, "parent": layer.scope}
-    return StaticConv(**arguments)(x, train)
+    return StaticConv(**arguments)(x, train, statistics)
 
 
 def output_shape(layer: PlainConv, x: Any) -> tuple[int, ...]:

@@ -41,8 +41,9 @@ LAYER_VARIABLES = {
     "selectivity": ("gate", "source"),
 }
 
-# A layer, and another convolution, as one step from its input and its variables to its output. The other
-# arguments are its path, the names of its variables, its attributes, and the output's shape and type.
+# A layer, and another convolution, as one step to its output from its input (and, of a layer, the statistics
+# of the input, where they are known) and its variables. The other arguments are its path, the names of its
+# variables, its attributes, and the output's shape and type.
 LAYER = Primitive("selconv_layer")
 PRODUCER = Primitive("selconv_producer")
 # Either of them under a transformation, such as ``nn.vmap``, that makes one step of several layers.
@@ -174,7 +175,9 @@ def _fields(variables: Any) -> list[Field]:
     return [tuple(str(getattr(key, "key", key)) for key in path) for path, _ in leaves]
 
 
-def _layer_step(layer: PlainConv, path: str, features: int, x: jax.Array, train: bool) -> jax.Array:
+def _layer_step(
+    layer: PlainConv, path: str, features: int, x: jax.Array, train: bool, statistics: Any = None
+) -> jax.Array:
     del train
     dtype = canonicalize_dtype(x, np.zeros((), layer.param_dtype), dtype=layer.dtype)
     shape = (*output_shape(layer, x)[:-1], features)
@@ -187,7 +190,7 @@ def _layer_step(layer: PlainConv, path: str, features: int, x: jax.Array, train:
                 f"layer {path!r} takes a kernel of shape {expected}, but {found}. Pass the variables of this "
                 "model and an example of the shape that it was made for."
             )
-    return _bound(LAYER, layer, path, x, shape, dtype)
+    return _bound(LAYER, layer, path, (x, *(statistics or ())), shape, dtype)
 
 
 def _producer_step(module: Any, path: str, inputs: jax.Array) -> jax.Array:
@@ -197,10 +200,12 @@ def _producer_step(module: Any, path: str, inputs: jax.Array) -> jax.Array:
         return alone.init_with_output(jax.random.key(0), x)[0]
 
     y = jax.eval_shape(apply, jax.ShapeDtypeStruct(inputs.shape, inputs.dtype))
-    return _bound(PRODUCER, module, path, inputs, y.shape, y.dtype)
+    return _bound(PRODUCER, module, path, (inputs,), y.shape, y.dtype)
 
 
-def _bound(step: Any, module: Any, path: str, x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def _bound(
+    step: Any, module: Any, path: str, inputs: tuple[jax.Array, ...], shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
     flat = traverse_util.flatten_dict(unfreeze(dict(module.variables)))
     names = tuple(
         (collection, name)
@@ -215,7 +220,7 @@ def _bound(step: Any, module: Any, path: str, x: jax.Array, shape: tuple[int, ..
         if field.name not in _NOT_COMPARED
     )
     y: jax.Array = step.bind(
-        x,
+        *inputs,
         *(flat[name] for name in names),
         path=path,
         names=names,

@@ -1,4 +1,4 @@
-"""What a data set is here: two splits of equally sized uint8 images in memory, and their facts."""
+"""What a data set is here: splits of equally sized uint8 images in memory, and their facts."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from selconv_jax.errors import DataError
 
-__all__ = ["DatasetInfo", "ImageData", "Split"]
+__all__ = ["DatasetInfo", "ImageData", "Split", "check_labels"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,15 +116,24 @@ class Split:
         """The image uint8 ``[H, W, C]`` and the label at a place."""
         return self.images[index], int(self.labels[index])
 
+    def take(self, places: NDArray[np.int64]) -> "Split":
+        """The images at some places, as a split of their own.
+
+        Args:
+            places: int64 ``[M]``.
+        """
+        return Split(self.images[places], self.labels[places])
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
-    """A data set: its facts, its training split and its test split.
+    """A data set: its facts and its splits.
 
     Attributes:
         info: The facts.
         train: The training split.
         test: The test split.
+        validation: The images that the best epoch is chosen on, none of them in another split; or None.
 
     Raises:
         DataError: If a split is empty, its images have another shape than ``info.image_shape``,
@@ -134,9 +143,13 @@ class ImageData:
     info: DatasetInfo
     train: Split
     test: Split
+    validation: Split | None = None
 
     def __post_init__(self) -> None:
-        for key, split in (("train", self.train), ("test", self.test)):
+        for key in ("train", "test", "validation"):
+            split: Split | None = getattr(self, key)
+            if split is None:
+                continue
             where = f"{self.info.name}, {key} split"
             if not len(split):
                 raise DataError(f"{where}: there are no images.")
@@ -144,8 +157,28 @@ class ImageData:
                 raise DataError(
                     f"{where}: images are {split.images.shape[1:]}; expected {self.info.image_shape}."
                 )
-            low, high = int(split.labels.min()), int(split.labels.max())
-            if low < 0 or high >= self.info.num_classes:
-                raise DataError(
-                    f"{where}: labels run from {low} to {high}; expected 0 to {self.info.num_classes - 1}."
-                )
+            check_labels(where, split.labels, self.info.num_classes)
+
+
+def check_labels(where: str, labels: NDArray[np.int32], num_classes: int) -> None:
+    """Refuse labels that are no classes, above all those of images whose labels are not public.
+
+    Args:
+        where: What they are labels of, for the message.
+        labels: int32 ``[N]``, at least one.
+        num_classes: Number of classes.
+
+    Raises:
+        DataError: A label is outside ``0 .. num_classes - 1``.
+    """
+    low, high = int(labels.min()), int(labels.max())
+    if low >= 0 and high < num_classes:
+        return
+    remedy = ""
+    if low == -1:
+        remedy = (
+            " Images without labels (-1) are of no use here: name others by data.test_split (such as "
+            "'validation', or 'train[90%:]' with data.train_split = 'train[:90%]'), and data.validation or "
+            "data.validation_split for those that the best epoch is chosen on."
+        )
+    raise DataError(f"{where}: labels run from {low} to {high}; expected 0 to {num_classes - 1}.{remedy}")

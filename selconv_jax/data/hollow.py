@@ -1,6 +1,7 @@
 """Data sets of the right size without their images, for what only needs shapes."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,10 +9,13 @@ from numpy.typing import NDArray
 from selconv_jax.data.catalog import find_known
 from selconv_jax.data.dataset import DatasetInfo, ImageData, Split
 from selconv_jax.data.loading import MOST_RESIDENT_BYTES, open_data
+from selconv_jax.data.splits import SplitChoice, held_out_count, resolve_splits
 from selconv_jax.data.stream import StreamedData
 from selconv_jax.errors import DataError
 
 __all__ = ["hollow_data"]
+
+_DEFAULT = SplitChoice()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,10 @@ class _NoImages:
 
 
 def hollow_data(
-    name: str, data_dir: str | None = None, streaming: bool | None = None
+    name: str,
+    data_dir: str | None = None,
+    streaming: bool | None = None,
+    splits: SplitChoice = _DEFAULT,
 ) -> ImageData | StreamedData:
     """A data set as `open_data` would open it, but black, and taking no memory.
 
@@ -38,6 +45,7 @@ def hollow_data(
         name: See `open_data`.
         data_dir: See `open_data`.
         streaming: See `open_data`.
+        splits: See `open_data`.
 
     Returns:
         The set.
@@ -51,24 +59,33 @@ def hollow_data(
     """
     known = find_known(name)
     if known is None:
-        data = open_data(name, data_dir, streaming)
+        data = open_data(name, data_dir, streaming, splits)
         if isinstance(data, StreamedData):
             return data
-        return _resident(data.info, len(data.train), len(data.test))
+        held = 0 if data.validation is None else len(data.validation)
+        return _resident(data.info, {"train": len(data.train), "test": len(data.test), "validation": held})
     info = known.info(tuple(f"class {number}" for number in range(known.num_classes)))
-    train = known.counts["train"]
-    test = next(count for key, count in known.counts.items() if key != "train")
+    parts = resolve_splits(name, splits, known.counts, tuple(set(known.counts) - {"train"}))
+    counts = {key: sum(map(len, slices)) for key, slices in parts.items()}
+    if splits.held_out is not None:
+        counts["validation"] = held_out_count(splits.held_out, counts["train"])
+        if not 0 < counts["validation"] < counts["train"]:
+            raise DataError(
+                f"{name}: data.validation is {splits.held_out}, which is {counts['validation']} of "
+                f"{counts['train']} training images. Hold out some of them, but not all."
+            )
+        counts["train"] -= counts["validation"]
     if streaming is None:
-        size = (train + test) * int(np.prod(info.image_shape))
+        size = sum(counts.values()) * int(np.prod(info.image_shape))
         streaming = info.eval_resize is not None or size > MOST_RESIDENT_BYTES
     if streaming:
-        return StreamedData(info, _NoImages(train), _NoImages(test))
-    return _resident(info, train, test)
+        return StreamedData(info, **{key: _NoImages(count) for key, count in counts.items()})
+    return _resident(info, counts)
 
 
-def _resident(info: DatasetInfo, train: int, test: int) -> ImageData:
+def _resident(info: DatasetInfo, counts: Mapping[str, int]) -> ImageData:
     def split(count: int) -> Split:
         images = np.broadcast_to(np.zeros((), np.uint8), (count, *info.image_shape))
         return Split(images, np.broadcast_to(np.zeros((), np.int32), count))
 
-    return ImageData(info, split(train), split(test))
+    return ImageData(info, **{key: split(count) for key, count in counts.items() if count})

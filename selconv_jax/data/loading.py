@@ -2,17 +2,18 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from selconv_jax.data.catalog import SAMPLE, find_known, resolve_data_dir
-from selconv_jax.data.dataset import DatasetInfo, ImageData
+from selconv_jax.data.dataset import DatasetInfo, ImageData, Split, check_labels
 from selconv_jax.data.records import PreparedImages, open_prepared, read_split
 from selconv_jax.data.sample import load_sample
-from selconv_jax.data.stream import StreamedData
+from selconv_jax.data.splits import Slice, SplitChoice, hold_out, resolve_splits
+from selconv_jax.data.stream import ImageSource, SourcePart, StreamedData
 from selconv_jax.errors import DataError
 
 __all__ = ["MOST_RESIDENT_BYTES", "load", "open_data"]
@@ -21,9 +22,12 @@ MOST_RESIDENT_BYTES = 2 * 2**30
 """Of a set that is kept on the devices unless told otherwise."""
 
 _SAMPLED = 1000
+_DEFAULT = SplitChoice()
 
 
-def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData:
+def load(
+    name: str, data_dir: str | os.PathLike[str] | None = None, splits: SplitChoice = _DEFAULT
+) -> ImageData:
     """Load the embedded sample, or a set that has been prepared; nothing is downloaded.
 
     Besides the sets of the catalog, any image classification set of tensorflow-datasets loads that
@@ -36,36 +40,42 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData
         name: A set of the catalog, or the name of another set of tensorflow-datasets: ``name`` or
             ``name/config``, either followed by ``:version``.
         data_dir: The directory of the prepared sets; by default that of tensorflow-datasets.
+        splits: Which images are trained on, validated on and tested on.
 
     Returns:
         The set in memory, images uint8 ``[N, H, W, C]``, labels int32 ``[N]``.
 
     Raises:
-        DataError: If there is no such set, it is not prepared, one of its files is damaged, or its
-            images cannot be used. The message says what to do.
+        DataError: If there is no such set, it is not prepared, one of its files is damaged, its
+            images cannot be used, or the splits cannot be made of it. The message says what to do.
 
     Example:
         >>> load("fashion_mnist_sample").train.images.shape
         (2000, 28, 28, 1)
     """
-    data = open_data(name, data_dir, streaming=False)
+    data = open_data(name, data_dir, streaming=False, splits=splits)
     assert isinstance(data, ImageData)
     return data
 
 
 def open_data(
-    name: str, data_dir: str | os.PathLike[str] | None = None, streaming: bool | None = None
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    streaming: bool | None = None,
+    splits: SplitChoice = _DEFAULT,
 ) -> ImageData | StreamedData:
     """Load a set as :func:`load` does, or open it to be read while it is used.
 
     A streamed set outside the catalog has its mean and standard deviation computed from a thousand
-    of its training images, evenly spaced.
+    of its training images, evenly spaced; labels of as many images of each split are checked. To hold
+    images out (`SplitChoice.held_out`) all records of its training images are read once for their labels.
 
     Args:
         name: As for :func:`load`.
         data_dir: As for :func:`load`.
         streaming: Whether to stream; ``None``: a set whose images differ in size, and one that would
             take more than 2 GiB.
+        splits: As for :func:`load`.
 
     Returns:
         The set, in memory or to be streamed.
@@ -78,19 +88,14 @@ def open_data(
         2000
     """
     if name == SAMPLE:
-        data = load_sample()
-        return StreamedData(data.info, data.train, data.test) if streaming else data
+        return _open_sample(splits, bool(streaming))
     builder = open_prepared(name, resolve_data_dir(data_dir))
     _check_features(name, builder.info.features)
     known = find_known(name)
     # The test split of a known set may be one without labels.
-    wanted = ("test", "validation") if known is None else tuple(set(known.counts) - {"train"})
-    test = next((key for key in wanted if key in builder.info.splits), None)
-    if "train" not in builder.info.splits or test is None:
-        raise DataError(
-            f"{name} has the splits {', '.join(sorted(builder.info.splits)) or 'none'}; "
-            f"it needs train, and {' or '.join(wanted)}."
-        )
+    default_test = ("test", "validation") if known is None else tuple(set(known.counts) - {"train"})
+    counts = {key: split.num_examples for key, split in builder.info.splits.items()}
+    parts = resolve_splits(name, splits, counts, default_test)
     label = builder.info.features["label"]
     info = None if known is None else known.info(tuple(label.names))
     differing = info is not None and info.eval_resize is not None
@@ -100,15 +105,71 @@ def open_data(
             "data.streaming, or set it to true."
         )
     if streaming is None:
-        streaming = differing or _size(builder, ("train", test)) > MOST_RESIDENT_BYTES
+        streaming = differing or _size(builder, parts) > MOST_RESIDENT_BYTES
+    specs = {key: _spec(slices, counts) for key, slices in parts.items()}
     if streaming:
-        train_images, test_images = PreparedImages(builder, "train"), PreparedImages(builder, test)
-        if info is None:
-            places = np.linspace(0, len(train_images) - 1, min(_SAMPLED, len(train_images)), dtype=int)
-            info = _info(name, label, [train_images[int(place)][0] for place in places])
-        return StreamedData(info, train_images, test_images)
-    train_split, test_split = read_split(builder, "train"), read_split(builder, test)
-    return ImageData(info or _info(name, label, [train_split.images]), train_split, test_split)
+        return _open_streamed(name, builder, specs, info, splits)
+    loaded = {key: read_split(builder, spec) for key, spec in specs.items()}
+    loaded |= _held_out(name, loaded["train"], splits)
+    return ImageData(info or _info(name, label, [loaded["train"].images]), **loaded)
+
+
+def _open_sample(splits: SplitChoice, streaming: bool) -> ImageData | StreamedData:
+    data = load_sample()
+    if not splits.is_default:
+        there = {"train": data.train, "test": data.test}
+        counts = {key: len(split) for key, split in there.items()}
+        chosen = {
+            key: _joined([there[part.split].take(np.arange(part.start, part.stop)) for part in slices])
+            for key, slices in resolve_splits(SAMPLE, splits, counts, ("test",)).items()
+        }
+        data = ImageData(data.info, **chosen | _held_out(SAMPLE, chosen["train"], splits))
+    return StreamedData(data.info, data.train, data.test, data.validation) if streaming else data
+
+
+def _joined(parts: Sequence[Split]) -> Split:
+    return Split(*(np.concatenate([getattr(part, key) for part in parts]) for key in ("images", "labels")))
+
+
+def _held_out(name: str, train: Split, splits: SplitChoice) -> dict[str, Split]:
+    """The training images that stay, and those that are held out; nothing without any."""
+    if splits.held_out is None:
+        return {}
+    kept, held = hold_out(name, train.labels, splits.held_out)
+    return {"train": train.take(kept), "validation": train.take(held)}
+
+
+def _open_streamed(
+    name: str, builder: Any, specs: Mapping[str, str], info: DatasetInfo | None, splits: SplitChoice
+) -> StreamedData:
+    label = builder.info.features["label"]
+    opened = {key: PreparedImages(builder, spec) for key, spec in specs.items()}
+    for key, images in opened.items():
+        labels = images.labels(_evenly_spaced(len(images)))
+        check_labels(f"{name}, {key} split", labels, label.num_classes)
+    sources: dict[str, ImageSource] = {**opened}
+    if splits.held_out is not None:
+        train = opened["train"]
+        labels = train.labels(range(len(train)))
+        check_labels(f"{name}, train split", labels, label.num_classes)
+        kept, held = hold_out(name, labels, splits.held_out)
+        sources |= {"train": SourcePart(train, kept), "validation": SourcePart(train, held)}
+    if info is None:
+        train_images = sources["train"]
+        places = _evenly_spaced(len(train_images))
+        info = _info(name, label, [train_images[int(place)][0] for place in places])
+    return StreamedData(info, **sources)
+
+
+def _evenly_spaced(count: int) -> NDArray[np.int64]:
+    """Places of at most a thousand of so many images."""
+    return np.linspace(0, count - 1, min(_SAMPLED, count), dtype=np.int64)
+
+
+def _spec(slices: Sequence[Slice], counts: Mapping[str, int]) -> str:
+    """The slices as tensorflow-datasets takes them; whole splits by their names."""
+    whole = {key: Slice(key, 0, count) for key, count in counts.items()}
+    return "+".join(part.split if part == whole[part.split] else str(part) for part in slices)
 
 
 def _info(name: str, label: Any, images: Sequence[NDArray[np.uint8]]) -> DatasetInfo:
@@ -127,13 +188,13 @@ def _info(name: str, label: Any, images: Sequence[NDArray[np.uint8]]) -> Dataset
     )
 
 
-def _size(builder: Any, splits: Sequence[str]) -> int:
+def _size(builder: Any, parts: Mapping[str, Sequence[Slice]]) -> int:
     """Bytes that all images would take, if they are like the first one."""
-    counts = [builder.info.splits[key].num_examples for key in splits]
+    count = sum(len(part) for slices in parts.values() for part in slices)
     shape = builder.info.features["image"].shape
-    if None in shape and counts[0]:
-        shape = PreparedImages(builder, splits[0])[0][0].shape
-    return sum(counts) * math.prod(side or 0 for side in shape)
+    if None in shape:
+        shape = PreparedImages(builder, parts["train"][0].split)[0][0].shape
+    return count * math.prod(side or 0 for side in shape)
 
 
 def _check_features(name: str, features: Any) -> None:

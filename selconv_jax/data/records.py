@@ -1,10 +1,11 @@
 """Read a prepared tensorflow-datasets directory, whole or image by image, without TensorFlow."""
 
 import difflib
+import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from selconv_jax.data.quiet import quiet_tfds
 from selconv_jax.errors import DataError, nearest
 
 __all__ = ["PreparedImages", "open_prepared", "read_split"]
+
+T = TypeVar("T")
 
 _NAME = re.compile(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
 _AT_ONCE = 1024  # records held as bytes at a time
@@ -87,7 +90,7 @@ def read_split(builder: Any, name: str) -> Split:
 
     Args:
         builder: From :func:`open_prepared`.
-        name: The split.
+        name: The split, or slices of splits with whole numbers as boundaries.
 
     Returns:
         The split in the order of its files.
@@ -103,10 +106,10 @@ def read_split(builder: Any, name: str) -> Split:
     labels = np.empty(split.num_examples, np.int32)
     images: NDArray[np.uint8] | None = None
     index = 0
-    for path, length in zip(split.filepaths, split.shard_lengths, strict=True):
-        for number, record in enumerate(_records(Path(path), length)):
+    for path, part, length in _files(split):
+        for number, record in zip(part, _records(path, part, length), strict=True):
             try:
-                image, label = _decode(tf_example_pb2.Example.FromString, record, channels)
+                image, label = _decode(tf_example_pb2.Example.FromString(record), channels)
             except (ValueError, DecodeError) as error:
                 raise DataError(f"{path}, record {number}: damaged ({error}). {_REMEDY}") from error
             if images is None:
@@ -129,7 +132,7 @@ class PreparedImages:
 
     Args:
         builder: From :func:`open_prepared`.
-        name: The split.
+        name: As for :func:`read_split`.
 
     Raises:
         DataError: If a file is missing; when an image is asked for, if it is damaged.
@@ -139,8 +142,8 @@ class PreparedImages:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         split = builder.info.splits[name]
-        for path in split.filepaths:
-            if not Path(path).is_file():
+        for path, _, _ in _files(split):
+            if not path.is_file():
                 raise DataError(f"{path}: the file is missing. {_REMEDY}")
         self._where = f"{builder.data_dir}, split {name}"
         self._channels = builder.info.features["image"].shape[-1]
@@ -152,17 +155,39 @@ class PreparedImages:
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
         """The image uint8 ``[H, W, C]`` and the label at a place."""
+        return self._read(index, functools.partial(_decode, channels=self._channels))
+
+    def labels(self, places: Iterable[int]) -> NDArray[np.int32]:
+        """Read labels without decoding the images.
+
+        Args:
+            places: Of the images, ``N`` of them.
+
+        Returns:
+            int32 ``[N]``.
+        """
+        return np.fromiter((self._read(int(place), _label) for place in places), np.int32)
+
+    def _read(self, index: int, decode: Callable[[Any], T]) -> T:
         from google.protobuf.message import DecodeError
         from tensorflow_datasets.proto import tf_example_pb2
 
         try:
-            return _decode(tf_example_pb2.Example.FromString, self._records[index], self._channels)
+            return decode(tf_example_pb2.Example.FromString(self._records[index]))
         except (ValueError, RuntimeError, IndexError, DecodeError) as error:
             raise DataError(f"{self._where}, record {index}: damaged ({error}). {_REMEDY}") from error
 
 
-def _records(path: Path, length: int) -> Iterator[bytes]:
-    """Yield the records of one file as bytes."""
+def _files(split: Any) -> list[tuple[Path, range, int]]:
+    """The files of a split or of slices: which of their records belong to it, and how many they hold."""
+    return [
+        (Path(file.filename), range(file.skip, file.skip + file.take), file.examples_in_shard)
+        for file in split.file_instructions
+    ]
+
+
+def _records(path: Path, part: range, length: int) -> Iterator[bytes]:
+    """Yield some of the ``length`` records of one file as bytes."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     if not path.is_file():
@@ -173,19 +198,24 @@ def _records(path: Path, length: int) -> Iterator[bytes]:
         if found != length:
             reader.close()  # raises what is wrong with the file, if anything is
             raise DataError(f"{path}: {found} records, expected {length}. {_REMEDY}")
-        for start in range(0, length, _AT_ONCE):
-            yield from reader.read(start, min(start + _AT_ONCE, length))
+        for start in range(part.start, part.stop, _AT_ONCE):
+            yield from reader.read(start, min(start + _AT_ONCE, part.stop))
         reader.close()
     except (RuntimeError, IndexError) as error:
         raise DataError(f"{path}: damaged or cut short ({error}). {_REMEDY}") from error
 
 
-def _decode(
-    parse: Callable[[bytes], Any], record: bytes, channels: int | None
-) -> tuple[NDArray[np.uint8], int]:
+def _decode(example: Any, channels: int | None) -> tuple[NDArray[np.uint8], int]:
     """The image and the label of a record; a ValueError if it is damaged."""
-    features = parse(record).features.feature
-    image, label = features["image"].bytes_list.value, features["label"].int64_list.value
-    if len(image) != 1 or len(label) != 1:
+    image = example.features.feature["image"].bytes_list.value
+    if len(image) != 1:
         raise ValueError("it does not hold one image and one label")
-    return decode_image(image[0], channels), label[0]
+    return decode_image(image[0], channels), _label(example)
+
+
+def _label(example: Any) -> int:
+    """The label of a record; a ValueError if it is damaged."""
+    label = example.features.feature["label"].int64_list.value
+    if len(label) != 1:
+        raise ValueError("it does not hold one image and one label")
+    return int(label[0])

@@ -22,7 +22,7 @@ from selconv_jax.data.dataset import DatasetInfo
 from selconv_jax.data.resize import random_resized_crop, resized_center_crop
 from selconv_jax.errors import DataError
 
-__all__ = ["NO_IMAGE", "ImageReader", "ImageSource", "StreamedData", "stream_batches"]
+__all__ = ["NO_IMAGE", "ImageReader", "ImageSource", "SourcePart", "StreamedData", "stream_batches"]
 
 NO_IMAGE = -1
 """Place and label of what fills up the last batch."""
@@ -42,6 +42,26 @@ class ImageSource(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class SourcePart:
+    """Some of the images of a source.
+
+    Attributes:
+        source: The source.
+        places: int64 ``[N]``, where in it the images are.
+    """
+
+    source: ImageSource
+    places: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        """The image uint8 ``[H, W, C]`` and the label at a place of the part."""
+        return self.source[int(self.places[index])]
+
+
+@dataclasses.dataclass(frozen=True)
 class StreamedData:
     """A data set that is read while it is used: its facts and its splits.
 
@@ -49,6 +69,7 @@ class StreamedData:
         info: The facts.
         train: The training split.
         test: The test split.
+        validation: The images that the best epoch is chosen on, none of them in another split; or None.
 
     Raises:
         DataError: If a split is empty.
@@ -57,10 +78,12 @@ class StreamedData:
     info: DatasetInfo
     train: ImageSource
     test: ImageSource
+    validation: ImageSource | None = None
 
     def __post_init__(self) -> None:
-        for key, split in (("train", self.train), ("test", self.test)):
-            if not len(split):
+        for key in ("train", "test", "validation"):
+            split: ImageSource | None = getattr(self, key)
+            if split is not None and not len(split):
                 raise DataError(f"{self.info.name}, {key} split: there are no images.")
 
 

@@ -7,12 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from selconv_jax.batch_norm import Statistics, batch_statistics
 from selconv_jax.errors import ConfigError
 from selconv_jax.layers import PlainConv
 from selconv_jax.models.parts import (
     Classifier,
     Stem,
-    append_channels,
+    append_features,
     average_pool,
     check_network,
     check_whole,
@@ -86,8 +87,9 @@ class CondenseNet(nn.Module):
         for index, (layers, growth) in enumerate(zip(self.blocks, self.growth, strict=True), start=1):
             if index > 1:
                 x = average_pool(x)
+            statistics = batch_statistics(x) if train else None
             for layer in range(1, layers + 1):
-                x = _Layer(
+                x, statistics = _Layer(
                     growth,
                     self.groups,
                     self.variant,
@@ -95,8 +97,8 @@ class CondenseNet(nn.Module):
                     self.dropout_rate,
                     **types,
                     name=f"block{index}_layer{layer}",
-                )(x, train)
-        return Classifier(self.num_classes, **types, name="classifier")(x, train)
+                )(x, train, statistics)
+        return Classifier(self.num_classes, **types, name="classifier")(x, train, statistics)
 
 
 class _Layer(nn.Module):
@@ -111,8 +113,10 @@ class _Layer(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Maps ``[N, H, W, C]`` to ``[N, H, W, C + growth]``."""
+    def __call__(
+        self, x: jax.Array, train: bool, statistics: Statistics | None
+    ) -> tuple[jax.Array, Statistics | None]:
+        """Maps ``[N, H, W, C]`` to ``[N, H, W, C + growth]``, and the statistics of one to those of both."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         y = selective_conv(
             self.variant,
@@ -122,8 +126,8 @@ class _Layer(nn.Module):
             dropout_rate=self.dropout_rate,
             **types,
             name="conv1",
-        )(x, train)
+        )(x, train, statistics)
         y = PlainConv(
             self.growth, kernel_size=(3, 3), feature_group_count=self.groups, **types, name="conv2"
         )(y, train)
-        return append_channels(x, y)
+        return append_features(x, statistics, y)

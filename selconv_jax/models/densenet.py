@@ -7,11 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from selconv_jax.batch_norm import Statistics, batch_statistics
 from selconv_jax.errors import ConfigError
 from selconv_jax.models.parts import (
     Classifier,
     Stem,
-    append_channels,
+    append_features,
     average_pool,
     check_network,
     check_whole,
@@ -77,15 +78,16 @@ class DenseNet(nn.Module):
         channels = 2 * self.growth
         x = Stem(channels, self.stem, **types, name="stem")(images)
         for index, layers in enumerate(self.blocks, start=1):
+            statistics = batch_statistics(x) if train else None
             for layer in range(1, layers + 1):
-                x = DenseLayer(
+                x, statistics = DenseLayer(
                     self.growth,
                     self.variant,
                     self.slots,
                     self.dropout_rate,
                     **types,
                     name=f"block{index}_layer{layer}",
-                )(x, train)
+                )(x, train, statistics)
             if index == len(self.blocks):
                 break
             channels += layers * self.growth
@@ -99,9 +101,9 @@ class DenseNet(nn.Module):
                     dropout_rate=self.dropout_rate,
                     **types,
                     name=f"transition{index}",
-                )(x, train)
+                )(x, train, statistics)
             x = average_pool(x)
-        return Classifier(self.num_classes, zero_bias=True, **types, name="classifier")(x, train)
+        return Classifier(self.num_classes, zero_bias=True, **types, name="classifier")(x, train, statistics)
 
 
 class DenseLayer(nn.Module):
@@ -115,8 +117,10 @@ class DenseLayer(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Maps ``[N, H, W, C]`` to ``[N, H, W, C + growth]``."""
+    def __call__(
+        self, x: jax.Array, train: bool, statistics: Statistics | None
+    ) -> tuple[jax.Array, Statistics | None]:
+        """Maps ``[N, H, W, C]`` to ``[N, H, W, C + growth]``, and the statistics of one to those of both."""
         common = {
             "dropout_rate": self.dropout_rate,
             "dtype": self.dtype,
@@ -129,8 +133,8 @@ class DenseLayer(nn.Module):
             kernel_size=(1, 1),
             **common,
             name="conv1",
-        )(x, train)
+        )(x, train, statistics)
         y = gated_conv(self.variant, features=self.growth, kernel_size=(3, 3), **common, name="conv2")(
             y, train
         )
-        return append_channels(x, y)
+        return append_features(x, statistics, y)

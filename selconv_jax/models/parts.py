@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from selconv_jax.batch_norm import statistics_dtype
+from selconv_jax.batch_norm import Statistics, batch_statistics, join_statistics, statistics_dtype
 from selconv_jax.convolution import convolve
 from selconv_jax.errors import ConfigError, nearest
 from selconv_jax.layers import BatchNormReLU, PlainConv, SelectiveConv, fan_out_normal
@@ -22,6 +22,7 @@ __all__ = [
     "Classifier",
     "Stem",
     "append_channels",
+    "append_features",
     "average_pool",
     "check_choice",
     "check_network",
@@ -47,12 +48,14 @@ class Stem(nn.Module):
         features: Number of output channels.
         kind: ``"cifar"`` (3x3, stride 1; also for Fashion-MNIST), ``"tiny_imagenet"`` (3x3, stride 2) or
             ``"imagenet"`` (7x7, stride 2, then a 3x3 max pool of stride 2).
+        kernel_size: Size of the kernel, odd, instead of that of the kind; None: that of the kind.
         dtype: Type of the computation.
         param_dtype: Type of the kernel.
     """
 
     features: int
     kind: str = "cifar"
+    kernel_size: int | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -60,6 +63,7 @@ class Stem(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images ``[N, H, W, C]`` to ``[N, H', W', features]``."""
         size, stride, pool = STEMS[self.kind]
+        size = self.kernel_size or size
         # Padding is symmetric: "SAME" would pad strided windows on one side only.
         shape = (size, size, images.shape[-1], self.features)
         kernel = self.param("kernel", fan_out_normal, shape, self.param_dtype)
@@ -90,9 +94,9 @@ class Classifier(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Maps features ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
-        x = BatchNormReLU(param_dtype=self.param_dtype, name="norm")(x, train)
+    def __call__(self, x: jax.Array, train: bool, statistics: Statistics | None = None) -> jax.Array:
+        """Maps features ``[N, H, W, C]``, and their statistics if known, to logits ``[N, num_classes]``."""
+        x = BatchNormReLU(param_dtype=self.param_dtype, name="norm")(x, train, statistics)
         x = jnp.mean(x, axis=(1, 2))
         uniform = _uniform(1 / math.sqrt(x.shape[-1]))
         logits = nn.Dense(
@@ -139,6 +143,26 @@ def average_pool(x: jax.Array) -> jax.Array:
         total = jax.lax.reduce_window(wide, np.zeros((), wide.dtype), jax.lax.add, window, window, "VALID")
         return (total / 4).astype(x.dtype)
     return jnp.mean(x.reshape(batch, rows, 2, columns, 2, channels), axis=(2, 4))
+
+
+def append_features(
+    x: jax.Array, statistics: Statistics | None, y: jax.Array
+) -> tuple[jax.Array, Statistics | None]:
+    """Joins features ``[N, H, W, C]`` of known statistics with new ones ``[N, H, W, k]``.
+
+    Every later layer of a dense block reads the features, so their statistics are taken once, here.
+
+    Args:
+        x: The features so far.
+        statistics: Theirs; None: not wanted.
+        y: The new ones.
+
+    Returns:
+        All of them, ``[N, H, W, C + k]``, and their statistics.
+    """
+    if statistics is not None:
+        statistics = join_statistics(statistics, batch_statistics(y))
+    return append_channels(x, y), statistics
 
 
 def append_channels(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import flax.linen as nn
 from selconv_jax.errors import ConfigError, nearest
 from selconv_jax.models.condensenet import CondenseNet
 from selconv_jax.models.densenet import DenseNet
+from selconv_jax.models.pointwise import Pointwise
 from selconv_jax.models.preresnet import PreResNet
 from selconv_jax.models.resnext import ResNeXt
 
@@ -24,6 +25,7 @@ MODELS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
     "preresnet50": (PreResNet, {"blocks": (3, 4, 6, 3), "width": 64}),
     "resnext29": (ResNeXt, {"blocks": (3, 3, 3), "groups": 8, "base_width": 64, "widen": 4}),
     "condensenet182": (CondenseNet, {"blocks": (30, 30, 30), "growth": (12, 24, 48), "groups": 4}),
+    "pointwise": (Pointwise, {}),
 }
 
 

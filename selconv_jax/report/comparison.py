@@ -12,14 +12,15 @@ from rich.table import Table
 
 from selconv_jax.errors import SelconvError
 from selconv_jax.report.records import best_index, require_records, series
+from selconv_jax.report.statistics import Spread, spread
 
-__all__ = ["ConfigurationResults", "Spread", "comparison_table", "run_numbers", "spread"]
+__all__ = ["ConfigurationResults", "comparison_table", "run_numbers"]
 
 # key of `run_numbers`, heading, factor, format
 _COLUMNS = (
     ("test_accuracy", "test\nacc. %", 100, ".2f"),
     ("test_error", "test\nerror %", 100, ".2f"),
-    ("best_test_accuracy", "best\nacc. %", 100, ".2f"),
+    ("best_test_accuracy", "test at\nbest %", 100, ".2f"),
     ("closed", "\nclosed", 1, ",.1f"),
     ("reallocated", "re-allo-\ncated", 1, ",.1f"),
     ("images_per_second", "images\nper s", 1, ",.0f"),
@@ -27,69 +28,43 @@ _COLUMNS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread:
-    """Mean and spread of one number over runs that differ in their seed.
-
-    Attributes:
-        mean: Mean.
-        std: Standard deviation of the sample (divisor n - 1); None for a single run.
-        count: Number of runs.
-    """
-
-    mean: float
-    std: float | None
-    count: int
-
-
-@dataclasses.dataclass(frozen=True)
 class ConfigurationResults:
-    """The finished runs of a configuration.
+    """The finished runs of a configuration, and which have failed.
 
     Attributes:
         name: How tables and pictures call it.
         runs: The lines of ``metrics.jsonl`` of every run, by seed.
+        failed: Seeds whose runs have failed; they are named, and are part of no number.
 
     Raises:
-        SelconvError: A run has no record, or there is no run.
+        SelconvError: A run has no record, or there is no run, not even one that has failed.
     """
 
     name: str
     runs: Mapping[int, Sequence[Mapping[str, Any]]]
+    failed: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        if not self.runs:
+        if not self.runs and not self.failed:
             raise SelconvError(f"{self.name} has no finished run, so there is nothing to compare.")
         for records in self.runs.values():
             require_records(records)
 
     @property
+    def by_seed(self) -> dict[str, dict[int, float]]:
+        """Every number of `run_numbers` that some run has, by seed."""
+        numbers = {seed: run_numbers(records) for seed, records in self.runs.items()}
+        known: dict[str, dict[int, float]] = {}
+        for seed, run in numbers.items():
+            for key, value in run.items():
+                if value is not None:
+                    known.setdefault(key, {})[seed] = value
+        return known
+
+    @property
     def summary(self) -> dict[str, Spread]:
         """`Spread` of every number of `run_numbers` that a run has."""
-        numbers = [run_numbers(records) for records in self.runs.values()]
-        known = {key: [run[key] for run in numbers if run[key] is not None] for key in numbers[0]}
-        return {
-            key: spread([float(value) for value in values if value is not None])
-            for key, values in known.items()
-            if values
-        }
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation of a sample.
-
-    Args:
-        values: At least one finite number.
-
-    Returns:
-        Both.
-
-    Example:
-        >>> spread([1.0, 3.0])
-        Spread(mean=2.0, std=1.4142135623730951, count=2)
-    """
-    mean = math.fsum(values) / len(values)
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return Spread(mean, deviation, len(values))
+        return {key: spread(list(values.values())) for key, values in self.by_seed.items()}
 
 
 def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -100,10 +75,10 @@ def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]
 
     Returns:
         ``test_accuracy``, ``test_error``, ``test_loss`` and ``train_loss`` of the last epoch;
-        ``best_test_accuracy`` and its ``best_epoch`` (chosen on the test images: too good a guess of how the
-        network does on others); channels ``closed`` and ``reallocated`` by all rounds; ``copies``,
-        ``open_channels`` and ``channels`` at the end; the median over the epochs of
-        ``images_per_second``. None where the run has no such number.
+        of runs with validation images, the ``validation_accuracy`` of the last epoch, the ``best_epoch`` by
+        validation accuracy and the ``best_test_accuracy``, that epoch's; channels ``closed`` and
+        ``reallocated`` by all rounds; ``copies``, ``open_channels`` and ``channels`` at the end; the median
+        over the epochs of ``images_per_second``. None where the run has no such number.
 
     Raises:
         SelconvError: ``records`` is empty.
@@ -128,6 +103,7 @@ def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]
         "test_error": None if accuracy is None else 1 - accuracy,
         "test_loss": last("test_loss"),
         "train_loss": last("train_loss"),
+        "validation_accuracy": last("validation_accuracy"),
         "best_test_accuracy": None if best is None else float(records[best]["test_accuracy"]),
         "best_epoch": None if best is None else float(records[best]["epoch"]),
         "closed": over_epochs("closed", np.nansum),
@@ -147,33 +123,42 @@ def comparison_table(configurations: Sequence[ConfigurationResults]) -> Table:
 
     Returns:
         A table for ``rich.print`` that fits a terminal of 80 characters; a deviation of one run is ``-``.
+        The test accuracy at the best epoch has a column where a run has validation images.
 
     Example:
         >>> results = ConfigurationResults("plain", {0: [{"epoch": 1, "test_accuracy": 0.5}]})
         >>> comparison_table([results]).row_count
         1
     """
+    known = {key for configuration in configurations for key in configuration.summary}
+    columns = [column for column in _COLUMNS if column[0] != "best_test_accuracy" or column[0] in known]
+    note = "\nbest: the epoch of the highest validation accuracy" if "best_epoch" in known else ""
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
-        caption="mean ± standard deviation over the seeds",
+        caption=f"mean ± standard deviation over the seeds{note}",
         caption_justify="left",
     )
     table.add_column("\nconfiguration", overflow="fold")
-    for _, heading, _, _ in _COLUMNS:
+    for _, heading, _, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for number, configuration in enumerate(configurations):
         summary = configuration.summary
         cells = []
-        for key, _, factor, form in _COLUMNS:
+        for key, _, factor, form in columns:
             value = summary.get(key)
             if value is None:
                 cells.append("")
                 continue
             deviation = "-" if value.std is None else f"± {factor * value.std:{form}}"
             cells.append(f"{factor * value.mean:{form}}\n{deviation}")
-        seeds = f"seed{'s' if len(configuration.runs) > 1 else ''} {', '.join(map(str, configuration.runs))}"
-        name = f"{escape(configuration.name)}\n[dim]{seeds}[/dim]"
+        parts = [_seeds(list(configuration.runs))] if configuration.runs else []
+        parts += [f"failed: {_seeds(configuration.failed)}"] if configuration.failed else []
+        name = f"{escape(configuration.name)}\n[dim]{'; '.join(parts)}[/dim]"
         table.add_row(name, *cells, end_section=number + 1 < len(configurations))
     return table
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"

@@ -10,8 +10,10 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from selconv_jax.errors import SelconvError
-from selconv_jax.report.comparison import ConfigurationResults, run_numbers, spread
+from selconv_jax.report.comparison import ConfigurationResults
+from selconv_jax.report.comparison_differences import MARK, number_differences
 from selconv_jax.report.records import series
+from selconv_jax.report.statistics import spread
 from selconv_jax.report.style import INK, heading, new_figure, styled
 
 __all__ = ["comparison_picture"]
@@ -53,10 +55,15 @@ def comparison_picture(configurations: Sequence[ConfigurationResults], title: st
         colour = _COLOURS[row % len(_COLOURS)]
         style = _STYLES[row // len(_COLOURS) % len(_STYLES)]
         _draw_curve(curves, configuration, colour, style)
-        _draw_final(finals, row, configuration, colour, style)
+        _draw_final(
+            finals, row, configuration, colour, style, mark=_differs(configuration, configurations[0])
+        )
     several = any(len(configuration.runs) > 1 for configuration in configurations)
     _finish_curves(curves, several)
     _finish_finals(finals, labels, several)
+    if any(MARK in text.get_text() for text in finals.texts):
+        note = f"{MARK}: other than the first row by more than chance (95%, paired by seed)"
+        finals.set_xlabel(f"{finals.get_xlabel()}\n{note}")
     return figure
 
 
@@ -72,22 +79,27 @@ def _errors(configuration: ConfigurationResults) -> tuple[NDArray[np.float64], N
 
 
 def _draw_curve(axes: Axes, configuration: ConfigurationResults, colour: str, style: str) -> None:
-    """The mean where every seed has a value, and the range of the seeds."""
+    """The mean where every seed has a value, and the standard deviation around it."""
     epochs, errors = _errors(configuration)
-    marker = "o" if len(epochs) <= _FEW else ""
-    axes.plot(epochs, errors.mean(axis=0), style, color=colour, marker=marker, markersize=3.5, linewidth=1.4)
+    marker, mean = "o" if len(epochs) <= _FEW else "", errors.mean(axis=0)
+    axes.plot(epochs, mean, style, color=colour, marker=marker, markersize=3.5, linewidth=1.4)
     if len(errors) > 1:
-        axes.fill_between(
-            epochs, errors.min(axis=0), errors.max(axis=0), color=colour, alpha=0.18, linewidth=0
-        )
+        deviation = errors.std(axis=0, ddof=1)
+        axes.fill_between(epochs, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
 
 
-def _draw_final(axes: Axes, row: int, configuration: ConfigurationResults, colour: str, style: str) -> None:
+def _differs(configuration: ConfigurationResults, first: ConfigurationResults) -> bool:
+    difference = number_differences(configuration, first).get("test_error")
+    return difference is not None and difference.excludes_zero
+
+
+def _draw_final(
+    axes: Axes, row: int, configuration: ConfigurationResults, colour: str, style: str, *, mark: bool
+) -> None:
     """One row: a piece of its line, the seeds, mean and deviation below them, both in numbers."""
     outside = axes.get_yaxis_transform()
     axes.plot([-0.125, -0.02], [row, row], style, color=colour, lw=1.6, transform=outside, clip_on=False)
-    values = [run_numbers(records)["test_error"] for records in configuration.runs.values()]
-    errors = [100 * value for value in values if value is not None]
+    errors = [100 * value for value in configuration.by_seed.get("test_error", {}).values()]
     if not errors:
         return
     end = spread(errors)
@@ -96,7 +108,7 @@ def _draw_final(axes: Axes, row: int, configuration: ConfigurationResults, colou
     text = f"{end.mean:.2f}"
     if end.std is not None:
         axes.errorbar(end.mean, row + 0.18, xerr=end.std, fmt="|", color=colour, ms=8, mew=2, capsize=3)
-        text += f" ± {end.std:.2f}"
+        text += f" ± {end.std:.2f}{f' {MARK}' * mark}"
     axes.annotate(
         text,
         (1.0, row),
@@ -109,10 +121,12 @@ def _draw_final(axes: Axes, row: int, configuration: ConfigurationResults, colou
 
 
 def _finish_curves(axes: Axes, several: bool) -> None:
-    axes.set_xlabel("epoch" + (" (line: mean of the seeds; band: from the lowest to the highest)" * several))
+    axes.set_xlabel("epoch" + (" (line: mean of the seeds; band: ± standard deviation)" * several))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    low, high = axes.dataLim.intervaly
-    if np.isfinite([low, high]).all() and 0 < _WIDE * low < high:
+    means = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.get_lines()])
+    means = means[np.isfinite(means)]
+    # A band that reaches 0 has no place on a logarithmic axis.
+    if means.size and axes.dataLim.ymin > 0 and _WIDE * means.min() < means.max():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter("{x:g}")

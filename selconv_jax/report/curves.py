@@ -17,8 +17,10 @@ from selconv_jax.report.style import CLOSED, COPY, INK, OWN, heading, new_figure
 __all__ = ["learning_curves"]
 
 _TRAIN = "#0072B2"
+_VALIDATION = "#CC79A7"
 _TEST = "#D55E00"
 _TOP5 = "#009E73"
+_SPLITS = (("train", (_TRAIN, "-")), ("validation", (_VALIDATION, "-")), ("test", (_TEST, "-")))
 _FEW = 40  # up to this many epochs each one gets a marker
 
 
@@ -27,9 +29,9 @@ def learning_curves(records: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Loss, accuracy, allocation, learning rate and speed over the epochs of a run.
 
     Four panels, and two more where the model has selective layers: the state of the channels after
-    each epoch's round, and what the round changed. A star marks the epoch of the best test
-    accuracy; a dashed line the last epoch that changed the allocation, drawn once a later epoch
-    confirms it.
+    each epoch's round, and what the round changed. A star marks the epoch of the best accuracy on
+    the validation images, where there are any; a dashed line the last epoch that changed the
+    allocation, drawn once a later epoch confirms it.
 
     Args:
         records: The lines of ``metrics.jsonl``, one per epoch, in order. A key that is missing or
@@ -115,35 +117,34 @@ def _draw_freeze(axes: Axes, records: Sequence[Mapping[str, Any]]) -> list[Artis
 
 
 def _draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDArray[np.float64]) -> None:
-    training, test = series(records, "train_loss"), series(records, "test_loss")
-    _draw_lines(axes, epochs, [("train", training, _TRAIN, "-"), ("test", test, _TEST, "-")])
+    _draw_lines(axes, epochs, [(key, series(records, f"{key}_loss"), *style) for key, style in _SPLITS])
     axes.set_ylabel("cross entropy")
     heading(axes, "Loss")
 
 
 def _draw_accuracy(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDArray[np.float64]) -> None:
-    test = 100 * series(records, "test_accuracy")
     lines = [
-        ("train", 100 * series(records, "train_accuracy"), _TRAIN, "-"),
-        ("test", test, _TEST, "-"),
+        *((key, 100 * series(records, f"{key}_accuracy"), *style) for key, style in _SPLITS),
         ("test top 5", 100 * series(records, "test_top5"), _TOP5, "--"),
     ]
     _draw_lines(axes, epochs, lines)
-    best = best_index(records)
+    title, best = "Accuracy", best_index(records)
     if best is not None:
+        accuracy = 100 * float(series(records, "validation_accuracy")[best])
         axes.plot(
             epochs[best],
-            test[best],
+            accuracy,
             "*",
             markersize=12,
             markerfacecolor="#F0E442",
             markeredgecolor=INK,
-            label=f"best: {test[best]:.2f} % (epoch {epochs[best]:.0f})",
+            label="best",
             zorder=5,
             clip_on=False,
         )
+        title += f" (best on validation: {accuracy:.2f} %, epoch {epochs[best]:.0f})"
     axes.set_ylabel("correct (%)")
-    heading(axes, "Accuracy")
+    heading(axes, title)
 
 
 def _draw_states(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDArray[np.float64]) -> None:

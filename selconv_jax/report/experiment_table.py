@@ -85,6 +85,7 @@ def _row(file: Path) -> tuple[str, ...]:
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
     allocation = config.allocation
+    has_rounds = config.model.variant != "plain" and allocation.until > 0
     allocated = (f"{allocation.threshold:g}", str(allocation.top_k), str(allocation.max_copies or "-"))
     return (
         file.name,
@@ -93,7 +94,7 @@ def _row(file: Path) -> tuple[str, ...]:
         config.data.name,
         str(config.epochs),
         str(config.batch_size),
-        *(("-", "-", "-") if config.model.variant == "plain" else allocated),
+        *(allocated if has_rounds else ("-", "-", "-")),
         config.description.replace("|", "\\|"),
     )
 

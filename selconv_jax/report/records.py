@@ -49,15 +49,22 @@ def series(records: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64
 
 
 def best_index(records: Sequence[Mapping[str, Any]]) -> int | None:
-    """The position of the record with the highest test accuracy.
+    """The position of the record with the highest accuracy on the validation images.
 
     Args:
         records: The lines of ``metrics.jsonl``.
 
     Returns:
-        Its index, the earliest of equals; None if no record has a test accuracy.
+        Its index, the earliest of equals; None if no record has a validation accuracy: the test images must
+        not choose what is then reported on them.
+
+    Example:
+        >>> best_index([{"validation_accuracy": 0.5}, {"validation_accuracy": 0.75}])
+        1
+        >>> best_index([{"test_accuracy": 0.5}]) is None
+        True
     """
-    accuracy = series(records, "test_accuracy")
+    accuracy = series(records, "validation_accuracy")
     return None if np.isnan(accuracy).all() else int(np.nanargmax(accuracy))
 
 

@@ -20,23 +20,26 @@ _LAST = 5  # epochs shown at the end
 _COLUMNS = (
     ("train_loss", "train\nloss", "{:.3f}"),
     ("train_accuracy", "train\nacc. %", "{:.2f}"),
+    ("validation_loss", "val.\nloss", "{:.3f}"),
+    ("validation_accuracy", "val.\nacc. %", "{:.2f}"),
     ("test_loss", "test\nloss", "{:.3f}"),
     ("test_accuracy", "test\nacc. %", "{:.2f}"),
-    ("test_top5", "top 5\n%", "{:.2f}"),
+    ("test_top5", "test\ntop 5", "{:.2f}"),
     ("learning_rate", "\nrate", "{:.4f}"),
     ("open_channels", "\nopen", "{:,.0f}"),
     ("copies", "\ncopies", "{:,.0f}"),
     ("images_per_second", "images\nper s", "{:,.0f}"),
 )
 _FORMS = ("plain", "selective", "compact")
-_PERCENT = ("train_accuracy", "test_accuracy", "test_top5")
+_PERCENT = ("train_accuracy", "validation_accuracy", "test_accuracy", "test_top5")
 
 
 def run_table(records: Sequence[Mapping[str, Any]], summary: Mapping[str, str]) -> Group:
     """The facts of a run and its epochs: the first, the best and the last five.
 
     Columns that no record has are left out, and so are the epochs between; a row of dots stands for
-    them. The epoch of the best test accuracy (the earliest of equals) is bold and says so.
+    them. The epoch of the best validation accuracy (the earliest of equals) is bold and says so; a run
+    without validation images has none. With them, there is no column for the top 5.
 
     Args:
         records: The lines of ``metrics.jsonl``, one per epoch, in order.
@@ -61,17 +64,20 @@ def run_table(records: Sequence[Mapping[str, Any]], summary: Mapping[str, str]) 
         facts.add_row(escape(heading), escape(value))
 
     # Narrow, so that all columns fit a terminal of 80 characters.
-    epochs = Table(box=box.SIMPLE_HEAD, padding=0)
+    best = best_index(records)
+    note = None if best is None else "best: the highest accuracy on the validation images"
+    epochs = Table(box=box.SIMPLE_HEAD, padding=0, caption=note, caption_justify="left")
     epochs.add_column("\nepoch", justify="right")
     columns = []
     for key, heading, form in _COLUMNS:
+        if key == "test_top5" and best is not None:
+            continue  # all would not fit
         values = series(records, key) * (100 if key in _PERCENT else 1)
         if not np.isnan(values).all():
             epochs.add_column(heading, justify="right")
             columns.append(["" if np.isnan(value) else form.format(value) for value in values])
     epochs.add_column("")
 
-    best = best_index(records)
     shown = {0, *range(max(0, len(records) - _LAST), len(records))}
     if best is not None:
         shown.add(best)

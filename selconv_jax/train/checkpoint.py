@@ -108,7 +108,7 @@ class CheckpointStore:
             step: The number of the checkpoint.
             state: Any pytree of arrays, those of several processes wherever they lie; random keys as
                 their raw uint32 data.
-            score: Higher is better, e.g. the test accuracy. None or NaN: never the best.
+            score: Higher is better, e.g. the validation accuracy. None or NaN: never the best.
 
         Raises:
             CheckpointError: The save *before* this one could not be written.

@@ -54,7 +54,7 @@ def compact_run(
         workdir: The directory of the run.
         step: The checkpoint; None: the newest good one.
         multiple: See `selconv_jax.compact`.
-        evaluate: Compute its loss and accuracy on all test images.
+        evaluate: Compute its loss and accuracy on all validation and test images.
         output: A new file to write the network to, see `selconv_jax.save_compact`.
 
     Returns:
@@ -72,9 +72,9 @@ def compact_run(
         save_compact(output, plan.model, variables)
     metrics = {}
     if evaluate:
-        totals = trainer.evaluate(state, program=Program("compact", plan.frozen_model()))
-        assert totals is not None  # nobody asked it to stop
-        metrics = evaluation_metrics(totals, info)
+        measured = evaluation_metrics(trainer, state, Program("compact", plan.frozen_model()), info)
+        assert measured is not None  # nobody asked it to stop
+        metrics = measured
     image = jax.ShapeDtypeStruct((1, *info.image_shape), trainer.model.dtype)
     return CompactedRun(step, plan.model, variables, _sizes(state, plan, variables, image), metrics)
 

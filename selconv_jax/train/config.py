@@ -10,8 +10,9 @@ from typing import Any, Literal
 import msgspec
 import tomli_w
 
-from selconv_jax.errors import ConfigError, nearest
+from selconv_jax.errors import ConfigError, check_value, nearest
 from selconv_jax.schedule import ReallocationSchedule
+from selconv_jax.train.data_config import DataConfig
 from selconv_jax.transform import Allocation
 
 __all__ = [
@@ -41,36 +42,6 @@ class ModelConfig:
     variant: Literal["selective", "plain", "gate_only"] = "selective"
     dtype: Literal["float32", "bfloat16"] = "float32"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """``[data]``: which images, and how they are augmented in training.
-
-    Attributes:
-        name: A name of ``selconv data list``, or of any prepared tensorflow-datasets image set.
-        directory: tensorflow-datasets directory; None: its default.
-        crop_padding: Zero padding in pixels before the random crop; None: that of the data set.
-        flip: Whether to flip half of the images; None: that of the data set.
-        streaming: Whether images are read while they are used, one step per call of the compiled program,
-            instead of lying on the devices; None: if they differ in size or would take more than 2 GiB.
-        workers: Processes that read streamed images; 0: threads of the program.
-        mixup: Parameter of the beta distribution of mixup's weights; 0: no mixup.
-    """
-
-    name: str = "fashion_mnist_sample"
-    directory: str | None = None
-    crop_padding: int | None = None
-    flip: bool | None = None
-    streaming: bool | None = None
-    workers: int = 0
-    mixup: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check("data.workers", self.workers, self.workers >= 0, "at least 0 (0: threads)")
-        _check("data.mixup", self.mixup, 0 <= self.mixup < float("inf"), "at least 0 (0: off)")
-        if self.crop_padding is not None:
-            _check("data.crop_padding", self.crop_padding, self.crop_padding >= 0, "at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,24 +121,24 @@ class OptimizerConfig:
     train_shift: bool = True
 
     def __post_init__(self) -> None:
-        _check("optimizer.learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        check_value("optimizer.learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
         if self.reference_batch_size is not None:
-            _check(
+            check_value(
                 "optimizer.reference_batch_size",
                 self.reference_batch_size,
                 self.reference_batch_size >= 1,
                 "at least 1",
             )
-        _check(
+        check_value(
             "optimizer.warmup_epochs",
             self.warmup_epochs,
             0 <= self.warmup_epochs < float("inf"),
             "at least 0",
         )
-        _check("optimizer.momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
+        check_value("optimizer.momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
         for name in ("weight_decay", "shift_weight_decay"):
             value = getattr(self, name)
-            _check(f"optimizer.{name}", value, 0 <= value < float("inf"), "at least 0")
+            check_value(f"optimizer.{name}", value, 0 <= value < float("inf"), "at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,13 +194,15 @@ class Config:
             "micro_batches",
             "parameter_shards",
         ):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+            check_value(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("steps_per_dispatch", "devices"):
-            _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0 (0: chosen for you)")
+            check_value(name, getattr(self, name), getattr(self, name) >= 0, "at least 0 (0: chosen for you)")
         warmup, epochs = self.optimizer.warmup_epochs, self.epochs
-        _check("optimizer.warmup_epochs", warmup, warmup < epochs, f"below the {epochs} epochs of the run")
-        _check("seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2**32)")
-        _check("checkpoint_minutes", self.checkpoint_minutes, self.checkpoint_minutes > 0, "above 0")
+        check_value(
+            "optimizer.warmup_epochs", warmup, warmup < epochs, f"below the {epochs} epochs of the run"
+        )
+        check_value("seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2**32)")
+        check_value("checkpoint_minutes", self.checkpoint_minutes, self.checkpoint_minutes > 0, "above 0")
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -336,8 +309,3 @@ def _nearest_key(key: str, path: tuple[str, ...], fields: Mapping[str, Any]) -> 
             if key in names:
                 return f"Did you mean '{section.name}.{key}'?"
     return nearest(key, fields)
-
-
-def _check(key: str, value: Any, valid: bool, bounds: str) -> None:
-    if not valid:
-        raise ConfigError(f"{key} is {value}; it must be {bounds}.")

@@ -51,13 +51,17 @@ class Feed(Protocol):
     def take(self, step: Array, *arguments: Array) -> tuple[Array, Array]:
         """Inside of ``jit``: images ``[B, H, W, C]`` uint8 and labels ``[B]`` int32 of a training step."""
 
-    def test(self) -> Generator[Arguments]:
-        """The arguments of all evaluation steps; closed when no more are needed."""
+    def evaluation(self, split: str) -> Generator[Arguments]:
+        """The arguments of all evaluation steps; closed when no more are needed.
 
-    def take_test(self, *arguments: Array) -> tuple[Array, Array]:
+        Args:
+            split: ``"test"``, or ``"validation"`` where there is one.
+        """
+
+    def take_evaluation(self, *arguments: Array) -> tuple[Array, Array]:
         """Inside of ``jit``: as `take`; a label of `NO_IMAGE` marks what is no image."""
 
-    def shapes(self, *, test: bool) -> Arguments:
+    def shapes(self, *, evaluation: bool) -> Arguments:
         """Shapes, dtypes and shardings of the arguments, without any image."""
 
 
@@ -80,7 +84,7 @@ class ResidentFeed:
         self._data, self._placement = data, placement
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._train: Arguments | None = None
-        self._test: Arguments | None = None
+        self._evaluated: Arguments | None = None
         self._order = jax.jit(epoch_order, static_argnums=2, out_shardings=placement.replicated)
 
     def train(self, key: Array, epoch: int, start: int) -> Generator[Arguments]:
@@ -99,33 +103,46 @@ class ResidentFeed:
         index = jax.lax.dynamic_slice_in_dim(order, position * self._batch_size, self._batch_size)
         return self._images(images, index), jnp.take(labels, index, axis=0)
 
-    def test(self) -> Generator[Arguments]:
-        """All images, and where each batch begins."""
-        if self._test is None:
-            self._test = self._placement.replicate(_rows(self._data.test))
-        for start in range(0, len(self._data.test), self._eval_batch_size):
-            yield (*self._test, start)
+    def evaluation(self, split: str) -> Generator[Arguments]:
+        """All images that are evaluated, where each batch begins and where the split ends."""
+        if self._evaluated is None:
+            parts = [_rows(part) for part in self._evaluation_parts.values()]
+            self._evaluated = self._placement.replicate(tuple(map(np.concatenate, zip(*parts, strict=True))))
+        begin = 0
+        for key, part in self._evaluation_parts.items():
+            end = begin + len(part)
+            if key == split:
+                for start in range(begin, end, self._eval_batch_size):
+                    yield (*self._evaluated, start, end)
+            begin = end
 
-    def take_test(self, *arguments: Array) -> tuple[Array, Array]:
+    @property
+    def _evaluation_parts(self) -> dict[str, Split]:
+        """Test and validation images lie in one array, so that one program evaluates both."""
+        parts = {"test": self._data.test}
+        return parts if self._data.validation is None else {**parts, "validation": self._data.validation}
+
+    def take_evaluation(self, *arguments: Array) -> tuple[Array, Array]:
         """The images from the beginning of the batch; past the end the last one, as no image."""
-        images, labels, start = arguments
+        images, labels, start, end = arguments
         index = start + jnp.arange(self._eval_batch_size, dtype=jnp.int32)
-        exists = index < images.shape[0]
-        index = jnp.minimum(index, images.shape[0] - 1)
+        exists = index < end
+        index = jnp.minimum(index, end - 1)
         return self._images(images, index), jnp.where(exists, jnp.take(labels, index, axis=0), NO_IMAGE)
 
     def _images(self, rows: Array, index: Array) -> Array:
         taken = jnp.take(rows, index, axis=0, mode="clip")
         return taken.reshape(index.shape[0], *self._data.info.image_shape)
 
-    def shapes(self, *, test: bool) -> Arguments:
-        """All images, and their order or where the batch begins."""
-        split = self._data.test if test else self._data.train
-        whole = self._placement.replicated
-        last = jax.ShapeDtypeStruct(() if test else (len(split),), jnp.int32, sharding=whole)
-        rows = (len(split), math.prod(split.images.shape[1:]))
+    def shapes(self, *, evaluation: bool) -> Arguments:
+        """All images, and their order, or where the batch begins and the split ends."""
+        parts = self._evaluation_parts.values() if evaluation else (self._data.train,)
+        count, whole = sum(map(len, parts)), self._placement.replicated
+        rows = (count, math.prod(self._data.train.images.shape[1:]))
         images = jax.ShapeDtypeStruct(rows, jnp.uint8, sharding=whole)
-        return images, jax.ShapeDtypeStruct(split.labels.shape, jnp.int32, sharding=whole), last
+        labels = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=whole)
+        place = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        return images, labels, *((place, place) if evaluation else (labels,))
 
 
 def _rows(split: Split) -> Arguments:
@@ -172,23 +189,25 @@ class StreamedFeed:
     def take(self, step: Array, *arguments: Array) -> tuple[Array, Array]:
         """The arguments are the batch."""
         del step
-        return self.take_test(*arguments)
+        return self.take_evaluation(*arguments)
 
-    def test(self) -> Generator[Arguments]:
+    def evaluation(self, split: str) -> Generator[Arguments]:
         """Images and labels of one batch after the other, the last one filled up."""
-        count, size = len(self._data.test), self._eval_batch_size
+        source = self._data.test if split == "test" else self._data.validation
+        assert source is not None  # asked for only where there is one
+        count, size = len(source), self._eval_batch_size
         order = np.full(-(-count // size) * size, NO_IMAGE, np.int32)
         order[:count] = np.arange(count)
-        return self._stream(ImageReader(self._data.test, self._info), order, size, 0)
+        return self._stream(ImageReader(source, self._info), order, size, 0)
 
-    def take_test(self, *arguments: Array) -> tuple[Array, Array]:
+    def take_evaluation(self, *arguments: Array) -> tuple[Array, Array]:
         """The arguments are the batch."""
         images, labels = arguments
         return images, labels
 
-    def shapes(self, *, test: bool) -> Arguments:
+    def shapes(self, *, evaluation: bool) -> Arguments:
         """A batch."""
-        size, split = self._eval_batch_size if test else self._batch_size, self._placement.split
+        size, split = self._eval_batch_size if evaluation else self._batch_size, self._placement.split
         images = jax.ShapeDtypeStruct((size, *self._info.image_shape), jnp.uint8, sharding=split)
         return images, jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
 

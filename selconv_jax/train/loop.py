@@ -84,15 +84,14 @@ def resume_run(workdir: Path, console: Console) -> int:
 
 
 def evaluate_run(workdir: Path, step: int | None = None) -> tuple[int, dict[str, float]]:
-    """Evaluates a checkpoint on all test images.
+    """Evaluates a checkpoint on all validation images, if the run has any, and on all test images.
 
     Args:
         workdir: The directory of the run.
         step: The checkpoint; None: the newest good one.
 
     Returns:
-        The step of the checkpoint, and test_loss, test_accuracy and, where there are more than five
-        classes, test_top5.
+        The step of the checkpoint, and the numbers of `record.evaluation_metrics`.
 
     Raises:
         SelconvError: Something the user can mend.
@@ -100,9 +99,9 @@ def evaluate_run(workdir: Path, step: int | None = None) -> tuple[int, dict[str,
     trainer, info, step, state = opening.restore_run(workdir, step)
     # As after the epoch that the checkpoint belongs to.
     epoch = max(step - 1, 0) // trainer.steps_per_epoch
-    totals = trainer.evaluate(state, program=trainer.program(state, epoch))
-    assert totals is not None  # nobody asked it to stop
-    return step, evaluation_metrics(totals, info)
+    metrics = evaluation_metrics(trainer, state, trainer.program(state, epoch), info)
+    assert metrics is not None  # nobody asked it to stop
+    return step, metrics
 
 
 @dataclasses.dataclass
@@ -207,11 +206,11 @@ class _Run:
         """Evaluates, saves, re-allocates and records, in this order; false if asked to stop before."""
         trainer, config = self.trainer, self.trainer.config
         program = trainer.program(state, epoch)
-        totals = trainer.evaluate(state, should_stop=self._stop.check, program=program)
-        if totals is None:
+        metrics = evaluation_metrics(trainer, state, program, self.info, self._stop.check)
+        if metrics is None:
             return state, False
-        test = evaluation_metrics(totals, self.info)
-        self._save(state, score=test["test_accuracy"])
+        # Never chosen by the test images, whose accuracy would then no longer be a fair estimate.
+        self._save(state, score=metrics.get("validation_accuracy"))
         train = jax.device_get(state.totals)
         step = int(state.step)
         if state.selectivity and trainer.next_round(step) == step:
@@ -221,7 +220,7 @@ class _Run:
             "epoch": epoch + 1,
             "train_loss": float(train.loss) / int(train.count),
             "train_accuracy": int(train.correct) / int(train.count),
-            **test,
+            **metrics,
             "learning_rate": trainer.learning_rate(step - 1),
             "images_per_second": speed,
             "closed": closed,

@@ -13,7 +13,7 @@ import numpy as np
 
 from selconv_jax.data.dataset import DatasetInfo, ImageData
 from selconv_jax.data.loading import open_data
-from selconv_jax.data.stream import StreamedData
+from selconv_jax.data.stream import ImageSource, StreamedData
 from selconv_jax.errors import ConfigError
 from selconv_jax.train.agreement import exchange, is_first, require_same, software, together
 from selconv_jax.train.checkpoint import CheckpointStore, Restored
@@ -22,7 +22,7 @@ from selconv_jax.train.state import TrainState
 from selconv_jax.train.trainer import Trainer
 from selconv_jax.train.workdir import CHECKPOINTS, lock, lock_mark, read_config
 
-__all__ = ["claimed", "find_checkpoint", "open_store", "prepare", "restore", "restore_run"]
+__all__ = ["best_meaning", "claimed", "find_checkpoint", "open_store", "prepare", "restore", "restore_run"]
 
 _SAMPLED_IMAGES = 100
 _SHARING_SECONDS = 10.0  # what a file system may take to show one machine what another has written
@@ -42,11 +42,13 @@ def prepare(config: Config) -> tuple[Trainer, ImageData | StreamedData]:
     """
 
     def of_this_process() -> tuple[Trainer, ImageData | StreamedData]:
-        data = open_data(config.data.name, config.data.directory, config.data.streaming)
+        data = open_data(*config.data.source)
         return Trainer(config, data), data
 
     trainer, data = together(of_this_process)
-    facts = f"{data.info}\n{len(data.train)} training images\n{len(data.test)} test images"
+    facts = "\n".join(
+        [str(data.info), *(f"{len(split)} {key} images" for key, split in _splits(data).items())]
+    )
     if jax.process_count() > 1:
         facts += "\n" + together(lambda: _sample_digest(data))
     settings = dataclasses.replace(config, data=dataclasses.replace(config.data, directory=None))
@@ -98,10 +100,19 @@ def _await_mark(workdir: Path, mark: str) -> None:
         time.sleep(0.1)
 
 
+def _splits(data: ImageData | StreamedData) -> dict[str, ImageSource]:
+    splits: dict[str, ImageSource | None] = {
+        "training": data.train,
+        "test": data.test,
+        "validation": data.validation,
+    }
+    return {key: split for key, split in splits.items() if split is not None}
+
+
 def _sample_digest(data: ImageData | StreamedData) -> str:
     """Equal where the images are: a digest of some of them, evenly spaced, as reading all may take long."""
     digest = hashlib.sha256()
-    for split in (data.train, data.test):
+    for split in _splits(data).values():
         for place in np.linspace(0, len(split) - 1, min(_SAMPLED_IMAGES, len(split)), dtype=int):
             image, label = split[int(place)]
             digest.update(np.ascontiguousarray(image).tobytes() + str(int(label)).encode())
@@ -133,8 +144,18 @@ def restore_run(workdir: Path, step: int | None = None) -> tuple[Trainer, Datase
     return trainer, data.info, restored.step, restored.state
 
 
+def best_meaning(workdir: Path) -> str:
+    """What the best checkpoint of a run is, in a few words."""
+    if read_config(workdir).data.has_validation:
+        return "the best on the validation images"
+    return "the last: without validation images none is called the best"
+
+
 def find_checkpoint(workdir: Path, which: str) -> int | None:
     """The step that ``"last"``, ``"best"`` or a number means in a run.
+
+    The best is that of the epoch with the highest accuracy on the validation images, the earliest of
+    equals. Without such images there is nothing fair to choose by, and the best is the last.
 
     Args:
         workdir: The directory of the run.
@@ -147,7 +168,7 @@ def find_checkpoint(workdir: Path, which: str) -> int | None:
         ConfigError: It means none, or there is no run.
     """
     config = read_config(workdir)
-    if which == "last":
+    if which == "last" or (which == "best" and not config.data.has_validation):
         return None
     with open_store(config, workdir) as store:
         if which == "best":

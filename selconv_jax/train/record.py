@@ -1,23 +1,49 @@
 """The record of an epoch: numbers for the file, a sentence for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax import traverse_util
 
 from selconv_jax.data.dataset import DatasetInfo
-from selconv_jax.train.state import Totals, TrainState
+from selconv_jax.train.program import Program
+from selconv_jax.train.state import TrainState
+from selconv_jax.train.trainer import Trainer
 
 __all__ = ["channel_counts", "evaluation_metrics", "sentence"]
 
 
-def evaluation_metrics(totals: Totals, info: DatasetInfo) -> dict[str, float]:
-    """The numbers of an evaluation: test_loss, test_accuracy and, of more than five classes, test_top5."""
-    count = int(totals.count)
-    metrics = {"test_loss": float(totals.loss) / count, "test_accuracy": int(totals.correct) / count}
-    if info.num_classes > 5:
-        metrics["test_top5"] = int(totals.correct_top5) / count
+def evaluation_metrics(
+    trainer: Trainer,
+    state: TrainState,
+    program: Program,
+    info: DatasetInfo,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Evaluates a state on all validation images, if there are any, and on all test images.
+
+    Args:
+        trainer: Evaluates.
+        state: What is evaluated.
+        program: What computes.
+        info: The facts of the images.
+        should_stop: Asked between batches.
+
+    Returns:
+        test_loss, test_accuracy and, where there are more than five classes, test_top5; before them the same
+        of ``validation``, where there are images to validate on. None if it was asked to stop.
+    """
+    metrics = {}
+    for split in ("validation", "test") if trainer.config.data.has_validation else ("test",):
+        totals = trainer.evaluate(state, should_stop, program, split)
+        if totals is None:
+            return None
+        count = int(totals.count)
+        metrics[f"{split}_loss"] = float(totals.loss) / count
+        metrics[f"{split}_accuracy"] = int(totals.correct) / count
+        if info.num_classes > 5:
+            metrics[f"{split}_top5"] = int(totals.correct_top5) / count
     return metrics
 
 
@@ -43,8 +69,11 @@ def sentence(record: Mapping[str, Any], epochs: int) -> str:
     """
     parts = [
         f"epoch {record['epoch']}/{epochs}",
-        f"train loss {record['train_loss']:.4f}, accuracy {record['train_accuracy']:.2%}",
-        f"test loss {record['test_loss']:.4f}, accuracy {record['test_accuracy']:.2%}",
+        *(
+            f"{split} loss {record[f'{split}_loss']:.4f}, accuracy {record[f'{split}_accuracy']:.2%}"
+            for split in ("train", "validation", "test")
+            if f"{split}_loss" in record
+        ),
     ]
     if record["images_per_second"]:
         parts.append(f"{record['images_per_second']:,.0f} images/s")

@@ -1,12 +1,16 @@
-"""Many runs one after another: every configuration of a grid with every seed.
+"""Which runs a sweep has: every configuration of a grid with every seed.
 
-Runs are sequential and each is an ordinary run, as `selconv_jax.train.loop.train_run` makes it, in a
-directory of its own: nothing is known of a sweep but its runs, so that calling it again goes on with it.
+Each is an ordinary run, as `selconv_jax.train.loop.train_run` makes it, in a directory of its own: nothing
+is known of a sweep but its runs, so that calling it again goes on with it.
+
+Runs of one seed start from the same values of the variables that their networks have in common, and take
+the images of each epoch in the same order with the same augmentation, whatever the variant of the network:
+keys are folded from the seed, the path of a variable and the step. Differences between configurations can
+therefore be paired by seed.
 """
 
 import dataclasses
 import functools
-import gc
 import hashlib
 import itertools
 import re
@@ -14,18 +18,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import traverse_util
-from rich.console import Console
 
 from selconv_jax.data.loading import open_data
 from selconv_jax.errors import ConfigError, SelconvError
 from selconv_jax.train.config import Config, load_config
-from selconv_jax.train.loop import resume_run, train_run
 from selconv_jax.train.metrics import read_metrics
 from selconv_jax.train.trainer import Trainer
 from selconv_jax.train.workdir import CONFIG, METRICS, read_config
 
-__all__ = ["SweepEnd", "SweepRun", "check_sweep", "plan_sweep", "run_sweep", "split_values"]
+__all__ = ["SweepRun", "check_sweep", "plan_sweep", "split_values"]
 
 _LONGEST_NAME = 120  # characters of a directory's name
 
@@ -56,24 +59,20 @@ class SweepRun:
         return (self.workdir / CONFIG).is_file()
 
     @property
+    def epochs_done(self) -> int:
+        """Epochs that have been recorded."""
+        records = read_metrics(self.workdir / METRICS) if self.has_started else []
+        return records[-1]["epoch"] if records else 0
+
+    @property
     def is_complete(self) -> bool:
         """Whether the last epoch has been recorded."""
-        records = read_metrics(self.workdir / METRICS) if self.has_started else []
-        return bool(records) and records[-1]["epoch"] == self.config.epochs
+        return self.epochs_done == self.config.epochs
 
-
-@dataclasses.dataclass(frozen=True)
-class SweepEnd:
-    """How a sweep ended.
-
-    Attributes:
-        code: 0 when every run is complete, 1 when one has failed, 128 plus the signal's number when it
-            was asked to stop.
-        failures: The error of every run that failed, by `SweepRun.name`.
-    """
-
-    code: int
-    failures: Mapping[str, str]
+    @property
+    def log(self) -> Path:
+        """Where the run's output goes that is not shown: beside its directory."""
+        return self.workdir.with_name(f"{self.workdir.name}.log")
 
 
 def plan_sweep(
@@ -81,6 +80,7 @@ def plan_sweep(
     workdir: Path,
     *,
     seeds: Sequence[int],
+    own_seeds: Mapping[Path, Sequence[int]] | None = None,
     vary: Sequence[str] = (),
     overrides: Sequence[str] = (),
 ) -> list[SweepRun]:
@@ -90,6 +90,7 @@ def plan_sweep(
         files: Configuration files.
         workdir: Directory of the sweep.
         seeds: Seeds, each used with every configuration.
+        own_seeds: Files with other seeds than those.
         vary: ``"key=value1,value2"``: every value is tried, in all combinations with the other keys.
         overrides: ``"key=value"``, for all runs.
 
@@ -110,8 +111,10 @@ def plan_sweep(
     """
     if not files:
         raise ConfigError("a sweep needs at least one configuration file.")
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"the seeds are {list(seeds)}; name at least one, and each once.")
+    own_seeds = own_seeds or {}
+    for some in (seeds, *own_seeds.values()):
+        if not some or len(set(some)) < len(some):
+            raise ConfigError(f"the seeds are {list(some)}; name at least one, and each once.")
     grid = [split_values(text) for text in vary]
     _check_keys([key for key, _ in grid], overrides)
     runs = []
@@ -119,7 +122,7 @@ def plan_sweep(
         for values in itertools.product(*(values for _, values in grid)):
             point = [f"{key}={value}" for (key, _), value in zip(grid, values, strict=True)]
             configuration = "/".join([name, *([_file_name(",".join(point))] if point else [])])
-            for seed in seeds:
+            for seed in own_seeds.get(file, seeds):
                 try:
                     config = load_config(file, [*overrides, *point, f"seed={seed}"])
                 except ConfigError as error:
@@ -160,15 +163,19 @@ def split_values(text: str) -> tuple[str, list[str]]:
     return key.strip(), values
 
 
-def check_sweep(runs: Sequence[SweepRun]) -> None:
+def check_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> None:
     """Refuses what would fail later: foreign runs in the way, missing data, networks that do not fit.
 
     Args:
         runs: From `plan_sweep`.
+        jobs: Runs at once.
 
     Raises:
-        SelconvError: A run cannot be made or gone on with; the message names it.
+        SelconvError: A run cannot be made or gone on with, and the message names it; or runs cannot be made
+            at once.
     """
+    if jobs < 1:
+        raise ConfigError(f"--jobs is {jobs}; it must be at least 1.")
     for run in runs:
         if run.has_started and (there := read_config(run.workdir)) != run.config:
             raise ConfigError(
@@ -183,54 +190,11 @@ def check_sweep(runs: Sequence[SweepRun]) -> None:
             checked.add(kind)
             try:
                 data = run.config.data
-                Trainer(run.config, load(data.name, data.directory, data.streaming))
+                Trainer(run.config, load(*data.source))
             except SelconvError as error:
                 raise type(error)(f"{run.configuration}: {error}") from None
-
-
-def run_sweep(runs: Sequence[SweepRun], console: Console) -> SweepEnd:
-    """Makes the runs one after another; complete ones are kept, begun ones gone on with.
-
-    A run that fails leaves the others as they are. A signal ends the sweep as it ends a run: saved.
-
-    Args:
-        runs: From `plan_sweep`, checked by `check_sweep`.
-        console: Where progress is shown.
-
-    Returns:
-        How it ended.
-    """
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    failures: dict[str, str] = {}
-    for number, run in enumerate(runs, start=1):
-        title = f"run {number} of {len(runs)}: {run.name}"
-        if run.is_complete:
-            say(f"{title}: complete already")
-            continue
-        say(title)
-        try:
-            if run.has_started:
-                code = resume_run(run.workdir, console)
-            else:
-                code = train_run(run.config, run.workdir, console)
-        except SelconvError as error:
-            failures[run.name] = str(error)
-            say(f"failed: {error}")
-            continue
-        except Exception as error:  # out of memory, say: the other runs may fit
-            failures[run.name] = f"{type(error).__name__}: {error}"
-            console.print_exception()
-            say(f"failed: {failures[run.name]}")
-            gc.collect()  # frees what the run held on the devices
-            continue
-        if code:
-            complete = sum(each.is_complete for each in runs)
-            say(f"the sweep stopped with {complete} of {len(runs)} runs complete; the same command goes on")
-            return SweepEnd(code, failures)
-    return SweepEnd(1 if failures else 0, failures)
+    if jobs > 1 and jax.default_backend() == "tpu":
+        raise ConfigError("--jobs: a TPU serves one process at a time; leave it out.")
 
 
 def _names(files: Sequence[Path]) -> list[str]:

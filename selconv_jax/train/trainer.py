@@ -56,8 +56,9 @@ class Trainer:
     ) -> None:
         count = len(data.train)
         if config.batch_size > count:
+            held = f" besides the {len(data.validation)} to validate on" if data.validation else ""
             raise ConfigError(
-                f"batch_size is {config.batch_size}; {data.info.name} has {count} training images. "
+                f"batch_size is {config.batch_size}; {data.info.name} has {count} training images{held}. "
                 "Choose a smaller one."
             )
         self.config = config
@@ -174,13 +175,13 @@ class Trainer:
 
     def lower_step(self, program: Program) -> jax.stages.Lowered:
         """A training step as it is handed to the compiler; reads no image and needs no device."""
-        arguments = self._feed.shapes(test=False)
+        arguments = self._feed.shapes(evaluation=False)
         return self._make_steps(program.model, 1).lower(self.state_shape(), *arguments)
 
     def lower_evaluation(self, program: Program) -> jax.stages.Lowered:
         """The evaluation of a batch, likewise."""
         return self._make_eval(program.model, 1).lower(
-            self.state_shape().variables, *self._feed.shapes(test=True)
+            self.state_shape().variables, *self._feed.shapes(evaluation=True)
         )
 
     def plan_compaction(self, state: TrainState, multiple: int = 1) -> CompactionPlan:
@@ -193,20 +194,22 @@ class Trainer:
         state: TrainState,
         should_stop: Callable[[], bool] = lambda: False,
         program: Program | None = None,
+        split: str = "test",
     ) -> Totals | None:
-        """Loss and accuracy on all test images.
+        """Loss and accuracy on all images of a split.
 
         Args:
             state: The state to evaluate.
             should_stop: Asked between batches.
             program: What computes; None: the one with room for the copies there are.
+            split: ``"test"``, or ``"validation"`` where the run has one.
 
         Returns:
             Sums on the host, or None if it was asked to stop.
         """
         function = self._function("eval", program or self._bucket_program(state), 1, self._make_eval)
         totals = []
-        with contextlib.closing(self._feed.test()) as batches:
+        with contextlib.closing(self._feed.evaluation(split)) as batches:
             for arguments in batches:
                 if should_stop():
                     return None
@@ -294,7 +297,7 @@ class Trainer:
         def evaluate(variables: Any, *arguments: Any) -> Totals:
             return eval_batch(
                 variables,
-                *self._feed.take_test(*arguments),
+                *self._feed.take_evaluation(*arguments),
                 model=model,
                 info=self._info,
                 placement=self._placement,

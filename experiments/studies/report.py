@@ -1,0 +1,296 @@
+"""Turns the runs of a study into ``results.json``, ``table.md`` and ``accuracy.png`` in its folder.
+
+    python experiments/studies/report.py STUDY RUNS [RUNS ...]    collect the runs below these directories
+    python experiments/studies/report.py STUDY                    table and picture anew, from results.json
+
+A study is a folder of configurations, in the order of their names but for ``plain``, which comes first. The
+first one is the baseline, to which the others are compared, seed by seed: runs of equal seed see the
+same images in the same order. A run belongs to the configuration whose ``description`` it has, wherever it
+lies; what follows the colon in it is the name in table and picture. Accuracies are those of the last epoch,
+whatever came before.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from accuracy_picture import TITLES, accuracy_picture, by_data_set
+from scipy.special import stdtrit
+from tensorboardX.proto.event_pb2 import Event
+
+from selconv_jax.counting import count_multiply_adds, count_parameters
+from selconv_jax.data.catalog import KNOWN
+from selconv_jax.errors import ConfigError, DataError, SelconvError
+from selconv_jax.report.save import save_figure
+from selconv_jax.train.config import Config, load_config
+from selconv_jax.train.metrics import read_metrics
+from selconv_jax.train.network import make_network
+from selconv_jax.train.workdir import CONFIG, ENVIRONMENT, METRICS, read_config
+
+RESULTS, TABLE, PICTURE = "results.json", "table.md", "accuracy.png"
+
+
+def collect(study: Path, directories: Sequence[Path]) -> dict[str, Any]:
+    """The results of all complete runs of a study.
+
+    Args:
+        study: The folder of its configurations.
+        directories: Searched for runs, at any depth.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        SelconvError: There is no configuration or no complete run; two runs have the same configuration,
+            images and seed; or runs of a configuration differ in more than their seed.
+    """
+    files = sorted(study.glob("*.toml"), key=lambda file: (file.stem != "plain", file.stem))
+    if not files:
+        raise ConfigError(f"{study} holds no configuration (*.toml): it is no study.")
+    descriptions = {load_config(file).description: file.stem for file in files}
+    if len(descriptions) < len(files):
+        raise ConfigError(f"two configurations in {study} have the same description; runs are told by it.")
+    found: dict[tuple[str, str], dict[int, tuple[Path, Config]]] = {}
+    unfinished = []
+    for file in sorted(path for directory in directories for path in directory.rglob(CONFIG)):
+        config = read_config(file.parent)
+        if config.description not in descriptions:
+            continue
+        records = read_metrics(file.parent / METRICS)
+        if not records or records[-1]["epoch"] != config.epochs:
+            unfinished.append(f"{descriptions[config.description]}, {config.data.name}, seed {config.seed}")
+            continue
+        runs = found.setdefault((config.data.name, descriptions[config.description]), {})
+        if config.seed in runs:
+            raise DataError(
+                f"{runs[config.seed][0]} and {file.parent} are runs of the same configuration, images and "
+                "seed. Name the directory of one of them alone."
+            )
+        runs[config.seed] = (file.parent, config)
+    if not found:
+        raise DataError(f"no complete run of {study} lies below {', '.join(map(str, directories))}.")
+    environments: list[dict[str, Any]] = []
+    order = [file.stem for file in files]
+    names = {stem: description.partition(":")[2].strip() for description, stem in descriptions.items()}
+    results = [
+        {"data": data, "configuration": stem, "name": names[stem] or stem}
+        | _configuration(found[data, stem], environments)
+        for data, stem in sorted(found, key=lambda key: (_place(key[0]), order.index(key[1])))
+    ]
+    return {
+        "study": study.resolve().name,
+        "baseline": order[0],
+        "environments": environments,
+        "unfinished": unfinished,
+        "results": results,
+    }
+
+
+def _place(data: str) -> int:
+    return list(KNOWN).index(data) if data in KNOWN else len(KNOWN)
+
+
+def _configuration(
+    runs: dict[int, tuple[Path, Config]], environments: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Cost, and the runs by seed; environments that are not known yet are added to the list."""
+    first, config = next(iter(runs.values()))
+    rows = []
+    for seed, (workdir, other) in sorted(runs.items()):
+        if _settings(other) != _settings(config):
+            raise DataError(f"{first} and {workdir} differ in more than their seed: they cannot be averaged.")
+        environment = json.loads((workdir / ENVIRONMENT).read_text(encoding="utf-8"))
+        environment.pop("seed", None)
+        if environment not in environments:
+            environments.append(environment)
+        records = read_metrics(workdir / METRICS)
+        metrics = {key: [_rounded(record.get(key)) for record in records] for key in records[0]}
+        rows.append(
+            {
+                "seed": seed,
+                "environment": environments.index(environment),
+                "hours": _rounded(_hours(workdir)),
+                "metrics": metrics,
+            }
+        )
+    parameters, multiply_adds = _cost(config)
+    costs = {"parameters": parameters, "multiply_adds": multiply_adds}
+    return {**costs, "settings": _settings(config), "runs": rows}
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What runs that are averaged have in common."""
+    settings = dataclasses.asdict(config)
+    for key in ("seed", "description"):
+        del settings[key]
+    del settings["data"]["directory"]  # a place on that machine
+    return settings
+
+
+def _rounded(value: float | None) -> float | None:
+    return value if value is None or isinstance(value, int) else float(f"{value:.6g}")
+
+
+def _hours(workdir: Path) -> float | None:
+    """Hours that a run took, of all its parts: between the first and the last of its TensorBoard events."""
+    seconds, known = 0.0, False
+    for file in workdir.glob("tensorboard/events.*"):
+        data, times, start = file.read_bytes(), [], 0
+        # A record: length (8 bytes) and its checksum (4), the event, its checksum (4).
+        while len(data) >= start + 12:
+            length = int.from_bytes(data[start : start + 8], "little")
+            times.append(Event.FromString(data[start + 12 : start + 12 + length]).wall_time)
+            start += length + 16
+        if times:
+            seconds, known = seconds + times[-1] - times[0], True
+    return seconds / 3600 if known else None
+
+
+def _cost(config: Config) -> tuple[int, int]:
+    """Parameters, and multiply-adds for an image, of which shifts have none."""
+    info = KNOWN[config.data.name].info()
+    network = make_network(config.model, info.image_shape, info.num_classes).clone(slots=0.0)
+
+    def init(images: jax.Array) -> Any:
+        return network.init(jax.random.key(0), images, train=False)
+
+    images = jax.ShapeDtypeStruct((1, *info.image_shape), jnp.float32)
+    multiply_adds = sum(count_multiply_adds(init, images).values())
+    return count_parameters(jax.eval_shape(init, images)["params"]), multiply_adds
+
+
+def table(results: dict[str, Any]) -> str:
+    """A Markdown table per data set: accuracy, paired differences to the baseline, size and cost."""
+    parts = []
+    for data, rows in by_data_set(results).items():
+        baseline = _accuracies(rows[0]) if rows[0]["configuration"] == results["baseline"] else {}
+        lines = [
+            f"### {TITLES.get(data, data)}",
+            "",
+            f"| network | seeds | test accuracy (%) | difference to {rows[0]['name'] if baseline else '-'} "
+            "| 95% interval | copies | closed | parameters | multiply-adds | minutes a run |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            *(_row(row, {} if row is rows[0] else baseline) for row in rows),
+        ]
+        parts.append("\n".join(lines))
+    notes = [
+        "Test accuracy after the last epoch: mean ± standard deviation over the seeds. Differences are in "
+        "percentage points, paired by seed: mean ± standard error, and Student's 95% interval of the mean. "
+        "Copies and closed channels: at the end, mean over the seeds, of all channels that the layers read. "
+        "Multiply-adds are those of the convolutions for an image; the interpolation of shifts is not in "
+        "them. Minutes are wall time with compilation, beside whatever else the machine did.",
+        *(f"Machine: {_machine(environment)}." for environment in results["environments"]),
+    ]
+    hours = [run["hours"] for row in results["results"] for run in row["runs"]]
+    if None not in hours:
+        notes.append(f"All {len(hours)} runs took {sum(hours):.1f} hours.")
+    if results["unfinished"]:
+        notes.append(f"Left out, as they are not complete: {'; '.join(results['unfinished'])}.")
+    return "\n\n".join([*parts, *notes]) + "\n"
+
+
+def _accuracies(row: dict[str, Any]) -> dict[int, float]:
+    """Test accuracy in per cent after the last epoch, by seed."""
+    return {run["seed"]: 100 * run["metrics"]["test_accuracy"][-1] for run in row["runs"]}
+
+
+def _row(row: dict[str, Any], baseline: dict[int, float]) -> str:
+    accuracies = _accuracies(row)
+    mean, deviation = mean_and_deviation(list(accuracies.values()))
+    accuracy = f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+    differences = [value - baseline[seed] for seed, value in accuracies.items() if seed in baseline]
+    difference = interval = ""
+    if differences:
+        mean, deviation = mean_and_deviation(differences)
+        difference = f"{mean:+.2f}"
+        if deviation is not None:
+            error = deviation / math.sqrt(len(differences))
+            reach = t_quantile(len(differences) - 1) * error
+            difference += f" ± {error:.2f}"
+            interval = f"{mean - reach:+.2f} to {mean + reach:+.2f}"
+    last = {
+        key: [run["metrics"][key][-1] for run in row["runs"] if key in run["metrics"]]
+        for key in ("channels", "copies", "open_channels")
+    }
+    copies = closed = ""
+    if any(last["channels"]):  # a plain network has none
+        channels = last["channels"][0]
+        copies = f"{np.mean(last['copies']):.0f} of {channels}"
+        closed = f"{channels - np.mean(last['open_channels']):.0f}"
+    hours = [run["hours"] for run in row["runs"]]
+    minutes = "" if None in hours else f"{60 * np.mean(hours):.1f}"
+    cells = (
+        row["name"],
+        ", ".join(map(str, accuracies)),
+        accuracy,
+        difference,
+        interval,
+        copies,
+        closed,
+        f"{row['parameters']:,}",
+        f"{row['multiply_adds'] / 1e6:.2f} M",
+        minutes,
+    )
+    return "| " + " | ".join(cell or "-" for cell in cells) + " |"
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation of a sample (divisor n - 1; None for a single value)."""
+    return math.fsum(values) / len(values), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def t_quantile(degrees: int) -> float:
+    """What Student's t of so many degrees of freedom stays below in absolute value 95 times of 100."""
+    return float(stdtrit(degrees, 0.975))
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return f"{environment['devices']} x {environment['device']} ({environment['backend']}); {versions}"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Writes the three files; an error is one line."""
+    parser = argparse.ArgumentParser(description="Turns the runs of a study into numbers, table and picture.")
+    parser.add_argument("study", type=Path, help="folder of the study's configurations")
+    parser.add_argument("runs", type=Path, nargs="*", help="directories of its runs; none: results.json")
+    options = parser.parse_args(words)
+    try:
+        file = options.study / RESULTS
+        if options.runs:
+            results = collect(options.study, options.runs)
+            file.write_text(_json(results), encoding="utf-8")
+        elif not file.is_file():
+            raise DataError(f"there is no {file}: name the directories of the study's runs.")
+        else:
+            results = json.loads(file.read_text(encoding="utf-8"))
+        (options.study / TABLE).write_text(table(results), encoding="utf-8")
+        save_figure(accuracy_picture(results), options.study / PICTURE)
+    except SelconvError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(", ".join(str(options.study / name) for name in (RESULTS, TABLE, PICTURE)))
+    return 0
+
+
+def _json(results: dict[str, Any]) -> str:
+    """One run per line: it can be compared by line, and is a tenth of the length."""
+    rows = []
+    for row in results["results"]:
+        head = json.dumps({key: value for key, value in row.items() if key != "runs"})[:-1]
+        runs = ",\n  ".join(json.dumps(run, separators=(",", ":")) for run in row["runs"])
+        rows.append(f'{head}, "runs": [\n  {runs}]}}')
+    head = json.dumps({key: value for key, value in results.items() if key != "results"}, indent=1)[:-2]
+    return head + ',\n "results": [\n' + ",\n".join(rows) + "]}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""Which images of a set are trained on, validated on and tested on."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selconv_jax.errors import DataError, nearest
+
+__all__ = ["Slice", "SplitChoice", "held_out_count", "hold_out", "resolve_splits", "slices_of"]
+
+_SLICE = re.compile(r"(?P<split>[\w-]+)(\[(?P<start>[^:\]]*):(?P<stop>[^:\]]*)\])?")
+_BOUNDARY = re.compile(r"-?\d+(\.\d+(?=%))?%?")
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitChoice:
+    """The parts of a set that a run asks for, in tensorflow-datasets' slicing syntax; None: the default.
+
+    Attributes:
+        train: What is trained on, such as ``"train[:80%]"``; default ``"train"``.
+        test: What is tested on; default ``"test"``, or ``"validation"`` of a set without that.
+        validation: What is validated on; by default nothing.
+        held_out: What to take out of the training images for validation instead: a number of images, or a
+            fraction of them in (0, 1).
+    """
+
+    train: str | None = None
+    test: str | None = None
+    validation: str | None = None
+    held_out: int | float | None = None
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing is asked for."""
+        return self == SplitChoice()
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Consecutive images of a split.
+
+    Attributes:
+        split: The name of the split.
+        start: The first image.
+        stop: The image after the last one.
+    """
+
+    split: str
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"{self.split}[{self.start}:{self.stop}]"
+
+
+def resolve_splits(
+    name: str, choice: SplitChoice, counts: Mapping[str, int], default_test: Sequence[str]
+) -> dict[str, tuple[Slice, ...]]:
+    """Find the images that are asked for.
+
+    Args:
+        name: The name of the set, for messages.
+        choice: What is asked for.
+        counts: The number of images of every split of the set.
+        default_test: Names of splits of which the first one that exists is tested on by default.
+
+    Returns:
+        The images of ``"train"``, ``"test"`` and, where they are named, ``"validation"``.
+
+    Raises:
+        DataError: A split does not exist or is empty, a slice does not parse or goes past the end, or an
+            image would be used twice.
+
+    Example:
+        >>> choice = SplitChoice(train="train[:80%]", validation="train[80%:]")
+        >>> found = resolve_splits("toy", choice, {"train": 50, "test": 20}, ["test"])
+        >>> {key: str(*slices) for key, slices in found.items()}
+        {'train': 'train[0:40]', 'test': 'test[0:20]', 'validation': 'train[40:50]'}
+    """
+    test = next((key for key in default_test if key in counts), None)
+    if (choice.train is None and "train" not in counts) or (choice.test is None and test is None):
+        raise DataError(
+            f"{name} has the splits {', '.join(sorted(counts)) or 'none'}; it needs train, and "
+            f"{' or '.join(default_test)}, or others named by data.train_split and data.test_split."
+        )
+    texts = {"train": choice.train or "train", "test": choice.test or test, "validation": choice.validation}
+    named = {key: text for key, text in texts.items() if text}
+    found = {key: slices_of(name, f"data.{key}_split", text, counts) for key, text in named.items()}
+    seen: list[tuple[str, Slice]] = []
+    for key, slices in found.items():
+        for part in slices:
+            for other_key, other in seen:
+                start, stop = max(part.start, other.start), min(part.stop, other.stop)
+                if part.split == other.split and start < stop:
+                    raise DataError(
+                        f"{name}: data.{other_key}_split = {named[other_key]!r} and data.{key}_split = "
+                        f"{named[key]!r} share the images {Slice(part.split, start, stop)}. Choose parts "
+                        "that share none, such as 'train[:90%]' and 'train[90%:]'."
+                    )
+            seen.append((key, part))
+    return found
+
+
+def slices_of(name: str, key: str, text: str, counts: Mapping[str, int]) -> tuple[Slice, ...]:
+    """Parse tensorflow-datasets' slicing syntax.
+
+    Boundaries are numbers of images or percentages (rounded to the closest image), negative ones
+    counted from the end; ``+`` joins slices.
+
+    Args:
+        name: The name of the set, for messages.
+        key: What holds the text, for messages.
+        text: Such as ``"train"``, ``"train[:80%]"``, ``"train[5000:]"``, ``"train[-10%:]+validation"``.
+        counts: The number of images of every split of the set.
+
+    Returns:
+        The slices in the order of the text; none is empty.
+
+    Raises:
+        DataError: As :func:`resolve_splits`.
+    """
+    slices = []
+    for term in text.split("+"):
+        parsed = _SLICE.fullmatch(term.strip())
+        bounds = [bound.strip() for bound in parsed.group("start", "stop") if bound] if parsed else []
+        # As in tensorflow-datasets, "train[:]" is nothing.
+        empty = parsed is not None and "[" in term and not bounds
+        if parsed is None or empty or not all(_BOUNDARY.fullmatch(bound) for bound in bounds):
+            raise DataError(
+                f"{name}: {key} = {text!r} is no split and no slice of one. Write it as "
+                "'validation', 'train[:80%]', 'train[5000:]' or 'train[-10%:]'."
+            )
+        split = parsed["split"]
+        if split not in counts:
+            raise DataError(
+                f"{name}: {key} = {text!r}: there is no split {split!r}. {nearest(split, sorted(counts))}"
+            )
+        count = counts[split]
+        if not count:
+            raise DataError(f"{name}: the split {split} is empty.")
+        start = _place(parsed["start"], 0, count)
+        stop = _place(parsed["stop"], count, count)
+        if not 0 <= start < stop <= count:
+            raise DataError(
+                f"{name}: {key} = {text!r}: {term.strip()} is images {start} to {stop} of the {count} of "
+                f"{split}, which has none or not all of them. Choose boundaries within 0 and {count}."
+            )
+        slices.append(Slice(split, start, stop))
+    return tuple(slices)
+
+
+def _place(text: str | None, default: int, count: int) -> int:
+    """The place of a boundary in a split."""
+    text = (text or "").strip()
+    if not text:
+        return default
+    place = round(float(text[:-1]) * count / 100) if text.endswith("%") else int(text)
+    return place + count if text.startswith("-") else place
+
+
+def held_out_count(number: int | float, count: int) -> int:
+    """The number of images that a number or a fraction of ``count`` images means.
+
+    Example:
+        >>> held_out_count(0.1, 2000), held_out_count(500, 2000)
+        (200, 500)
+    """
+    return round(number * count) if isinstance(number, float) else number
+
+
+def hold_out(name: str, labels: NDArray[np.int32], number: int | float) -> tuple[NDArray[np.int64], ...]:
+    """Choose images to validate on, as many of each class as of any other.
+
+    Every class gives the same number of images; if that leaves a remainder, the classes with the most
+    images give one more (of equals, those of the lowest label). Of the ``n`` images of a class in the
+    order of the set, the ``q`` at the places ``floor((2 k + 1) n / (2 q))``, ``k = 0 .. q - 1``, are
+    held out: evenly spaced, so that it does not matter if the set is ordered. Nothing is random.
+
+    Args:
+        name: The name of the set, for messages.
+        labels: int32 ``[N]``, of all training images.
+        number: How many images to hold out, or which fraction of them in (0, 1).
+
+    Returns:
+        The places of the images that stay and of those that are held out, int64, each in ascending order.
+
+    Raises:
+        DataError: There would be a class without an image to validate on or without one to train on.
+
+    Example:
+        >>> hold_out("toy", np.array([0, 1, 0, 1, 0, 1], np.int32), 2)
+        (array([0, 1, 4, 5]), array([2, 3]))
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    wanted = held_out_count(number, len(labels))
+    each, more = divmod(wanted, len(classes))
+    shares = np.full(len(classes), each)
+    shares[np.lexsort((classes, -counts))[:more]] += 1
+    least, most = len(classes), _most_held_out(counts)
+    if wanted < least or (shares >= counts).any():
+        images = f"{wanted} of {len(labels)} training images"
+        meaning = f"{number}, which is {images}," if isinstance(number, float) else f"{images}"
+        raise DataError(
+            f"{name}: data.validation is {meaning} in equal numbers of {len(classes)} classes, and would "
+            "leave a class without images to "
+            + (
+                f"validate on. Choose {least} images or more."
+                if wanted < least
+                else f"train on: the smallest has {counts.min()}. "
+                + (f"Choose at most {most} images." if most >= least else "Choose data.validation_split.")
+            )
+        )
+    held = np.zeros(len(labels), bool)
+    for label, count, share in zip(classes, counts, shares, strict=True):
+        places = np.flatnonzero(labels == label)
+        held[places[(2 * np.arange(share) + 1) * count // (2 * share)]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _most_held_out(counts: NDArray[np.int64]) -> int:
+    """The largest number that leaves each class an image to train on."""
+    each = int(counts.min()) - 1
+    return each * len(counts) + int((counts > each + 1).sum())

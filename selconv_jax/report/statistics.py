@@ -1,0 +1,144 @@
+"""What runs with several seeds allow to say: mean and spread, and differences paired by seed.
+
+Two configurations trained with the same seed start from the same values of the variables they have in
+common and see the same images in the same order, so their runs are pairs: what a lucky seed does to both
+cancels in the difference. Where they see other images, in batches of another size say, the interval still
+holds; it is wider for the pairs that are none.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.special import stdtrit
+
+from selconv_jax.errors import SelconvError
+
+__all__ = ["CONFIDENCE", "PairedDifference", "Spread", "paired_difference", "spread", "t_quantile"]
+
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Mean and spread of one number over runs that differ in their seed.
+
+    Attributes:
+        mean: Mean.
+        std: Standard deviation of the sample (divisor n - 1); None for a single run.
+        count: Number of runs.
+    """
+
+    mean: float
+    std: float | None
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedDifference:
+    """The difference of one number between two configurations, over the seeds that both have.
+
+    Attributes:
+        mean: Mean of the differences.
+        std_error: Its standard error, the standard deviation of the differences (divisor n - 1) by the root
+            of n; None for a single pair.
+        interval: Student's t-interval of the mean, lower and upper end; None for a single pair, of which
+            nothing can be claimed.
+        count: Number n of pairs.
+    """
+
+    mean: float
+    std_error: float | None
+    interval: tuple[float, float] | None
+    count: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 lies outside the interval: the difference is larger than chance explains.
+
+        That is one comparison by itself: of twenty with nothing in them, one comes out so.
+        """
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and standard deviation of a sample.
+
+    Args:
+        values: At least one finite number.
+
+    Returns:
+        Both.
+
+    Example:
+        >>> spread([1.0, 3.0])
+        Spread(mean=2.0, std=1.4142135623730951, count=2)
+    """
+    mean = math.fsum(values) / len(values)
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Spread(mean, deviation, len(values))
+
+
+def paired_difference(
+    values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = CONFIDENCE
+) -> PairedDifference:
+    """Mean difference to a baseline, seed by seed, with its standard error and t-interval.
+
+    The interval is ``mean ± t * std_error`` with `t_quantile`; it supposes differences that are about
+    normally distributed.
+
+    Args:
+        values: A finite number by seed.
+        baseline: The same of the other configuration; seeds that only one of them has are left out.
+        confidence: How often such an interval holds the true mean, in (0, 1).
+
+    Returns:
+        Values minus baseline.
+
+    Raises:
+        SelconvError: No seed is common to both, or a number is not finite.
+
+    Example:
+        >>> difference = paired_difference({0: 3.0, 1: 5.0, 7: 9.0}, {0: 1.0, 1: 1.0})
+        >>> difference.mean, difference.std_error, difference.count
+        (3.0, 1.0, 2)
+    """
+    seeds = sorted(values.keys() & baseline.keys())
+    if not seeds:
+        raise SelconvError(f"no seed is common to {sorted(values)} and {sorted(baseline)}: there is no pair.")
+    differences = [values[seed] - baseline[seed] for seed in seeds]
+    for seed, difference in zip(seeds, differences, strict=True):
+        if not math.isfinite(difference):
+            raise SelconvError(f"seed {seed} has {values[seed]} and {baseline[seed]}; both must be finite.")
+    sample = spread(differences)
+    if sample.std is None:
+        return PairedDifference(sample.mean, None, None, 1)
+    error = sample.std / math.sqrt(sample.count)
+    reach = t_quantile(sample.count - 1, confidence) * error
+    return PairedDifference(sample.mean, error, (sample.mean - reach, sample.mean + reach), sample.count)
+
+
+def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
+    """What Student's t stays below in absolute value with the given probability.
+
+    Args:
+        degrees: Degrees of freedom, at least 1.
+        confidence: The probability, in (0, 1).
+
+    Returns:
+        The quantile at ``(1 + confidence) / 2``.
+
+    Raises:
+        SelconvError: An argument is out of bounds.
+
+    Example:
+        >>> round(t_quantile(4), 3)
+        2.776
+    """
+    if degrees < 1 or not 0 < confidence < 1:
+        raise SelconvError(
+            f"there are {degrees} degrees of freedom, which must be at least 1, and confidence {confidence}, "
+            "which must be in (0, 1)."
+        )
+    return float(stdtrit(degrees, (1 + confidence) / 2))
