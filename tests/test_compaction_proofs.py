@@ -10,6 +10,7 @@ from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import ConfigError, SelectiveConv
+from selconv_jax.batch_norm import Statistics, batch_statistics
 from selconv_jax.compaction import planning
 from selconv_jax.compaction.layout import LayerLayout
 
@@ -348,3 +349,19 @@ def test_inside_of_a_traced_program():
 
     expected = layer.apply(variables, images(SHAPE), train=False)
     np.testing.assert_allclose(jax.jit(run)(images(SHAPE)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_known_statistics_go_with_their_channels(is_reversed):
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            y = SelectiveConv(8, (3, 3), name="first")(x, train)
+            known = batch_statistics(y)
+            if is_reversed:  # which belong to other channels
+                known = Statistics(known.mean[::-1], known.var[::-1])
+            return SelectiveConv(4, (3, 3), name="second")(y, train, known if train else None)
+
+    variables = close(perturbed_variables(Network(), SHAPE, seed=0), "second", [0, 3, 5])
+    plan, _ = same_outputs(Network(), variables)
+    assert dict(plan.model.layouts)["first"].outputs == (8 if is_reversed else 5)

@@ -189,7 +189,7 @@ def _traces(whole: Compact, shapes: Any, call: NetworkCall) -> tuple[NetworkCall
                 arguments = "" if train is None else ", train=False"
                 raise ConfigError(
                     f"the network does not run as model.{whole.method or 'apply'}(variables, example"
-                    f"{arguments}): {error}"
+                    f"{arguments}): {' '.join(str(error).split())}"
                 ) from error
             return call, []
     return dataclasses.replace(call, modes=tuple(traces)), list(traces.values())
