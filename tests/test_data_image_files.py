@@ -94,11 +94,22 @@ def changed(**files):
 FIRST = "train/n01/images/n01_0.JPEG"
 
 
+def content_of(image, file_format):
+    file = io.BytesIO()
+    image.save(file, file_format)
+    return file.getvalue()
+
+
+FLOAT_TIFF = content_of(Image.new("F", (64, 64), 0.5), "TIFF")
+DEEP_GREY = content_of(Image.fromarray(np.full((64, 64), 77 * 257, np.uint16)), "PNG")
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({**TINY, FIRST: TINY[FIRST][:400]}, f"{FIRST}: cannot be read as an image"),
         ({**TINY, FIRST: b""}, f"{FIRST}: cannot be read as an image"),
+        ({**TINY, FIRST: FLOAT_TIFF}, f"{FIRST}: its pixels are of Pillow's mode F, for which a TIFF file"),
         (
             {**TINY, FIRST: tiny_sets.jpeg(0, size=(64, 63))},
             f"{FIRST}: cannot be read .*an image of 64x63, expected 64x64",
@@ -265,7 +276,9 @@ def test_png_is_converted_and_color_kept():
 
 
 def test_grey_training_images_become_colored(tmp_path, data_dir):
-    files = {**TINY, FIRST: tiny_sets.jpeg(3, "L")}
+    second = FIRST.replace("_0", "_1")
+    files = {**TINY, FIRST: tiny_sets.jpeg(3, "L"), second: DEEP_GREY}
     prepare("tiny_imagenet", tiny_sets.write_zip(tmp_path / "x.zip", files), data_dir, silent)
-    _, content = records("tiny_imagenet", "train", data_dir)["n01_0.JPEG"]
-    assert decode_image(content).shape == (64, 64, 3)
+    contents = records("tiny_imagenet", "train", data_dir)
+    assert decode_image(contents["n01_0.JPEG"][1]).shape == (64, 64, 3)
+    np.testing.assert_allclose(decode_image(contents["n01_1.JPEG"][1]).astype(int), 77, atol=1)

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -14,6 +15,7 @@ from PIL import Image
 from prepared_sets import examples, images, write_set
 
 from selconv_jax.data import StreamedData, load, loading, open_data
+from selconv_jax.data.augment import normalize
 from selconv_jax.data.catalog import KNOWN
 from selconv_jax.data.png import encode_png
 from selconv_jax.data.prepare import prepare
@@ -39,6 +41,28 @@ def test_other_sets(tmp_path, shape, test_name):
         order = [places[picture.tobytes()] for picture in split.images]
         assert sorted(order) == list(range(len(original)))
         assert split.labels.tolist() == [number % 2 for number in order]
+
+
+@pytest.mark.parametrize("value", [0, 255, 201])
+def test_a_channel_of_one_value_becomes_zero(tmp_path, value):
+    """Such as alpha where everything is opaque."""
+    pictures = np.concatenate([images(6, (8, 8, 3)), np.full((6, 8, 8, 1), value, np.uint8)], axis=3)
+    files = []
+    for picture in pictures:
+        files.append(io.BytesIO())
+        Image.fromarray(picture).save(files[-1], "png")
+    part = [{"image": file.getvalue(), "label": 0} for file in files]
+    features = {
+        "image": tfds.features.Image(shape=(8, 8, 4)),
+        "label": tfds.features.ClassLabel(num_classes=1),
+    }
+    write_set(tmp_path, "toy_pictures", {"train": part, "test": part}, features)
+    for streaming in (False, True):
+        info = open_data("toy_pictures", tmp_path, streaming=streaming).info
+        np.testing.assert_allclose(info.std, [*(pictures[..., :3] / 255).std((0, 1, 2)), 1], rtol=1e-12)
+        normalized = normalize(pictures, info.mean, info.std, jnp.float32)
+        np.testing.assert_allclose(normalized[..., 3], 0, atol=1e-6)
+        np.testing.assert_allclose(np.std(normalized[..., :3], (0, 1, 2)), 1, rtol=1e-5)
 
 
 def test_test_split_is_preferred_to_validation(tmp_path):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from selconv_jax.errors import ConfigError
@@ -61,6 +62,47 @@ def test_lars_scales_kernels_alone():
     np.testing.assert_allclose(update["scale"], -0.1 * 1.9 * (0.25 + 0.1), rtol=1e-5)
 
 
+def after_idle_steps(config, steps=100):
+    """Each parameter after steps without a gradient, as a share of what it was."""
+    optimizer = make_optimizer(config, steps)
+    params, state, zeros = PARAMS, optimizer.init(PARAMS), jax.tree.map(jnp.zeros_like, PARAMS)
+    with jax.numpy_dtype_promotion("standard"):
+        step = jax.jit(lambda state, params: optimizer.update(zeros, state, params))
+        for _ in range(steps):
+            updates, state = step(state, params)
+            params = optax.apply_updates(params, updates)
+    return jax.tree.map(lambda after, before: float(jnp.mean(after / before)), params, PARAMS)["conv"]
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw", "adamaxw", "adan", "lion", "contrib.ademamix", "contrib.acprop", "optax.contrib.muon"]
+)
+def test_an_optimizer_with_a_decay_of_its_own_decays_once(name):
+    """By the rate times the decay in every step, and on shifts by theirs (Loshchilov and Hutter, 2019)."""
+    rates = 0.05 * (1 + np.cos(np.pi * np.arange(100) / 100))
+    shares = after_idle_steps(OptimizerConfig(name=name, weight_decay=0.01, shift_weight_decay=0.001))
+    for key, decay in {"kernel": 0.01, "scale": 0.01, "shift": 0.001}.items():
+        assert shares[key] == pytest.approx(np.prod(1 - rates * decay), rel=1e-5)
+
+
+def test_its_own_decay_may_be_an_option():
+    config = OptimizerConfig(name="adamw", weight_decay=0.5, options={"weight_decay": 0.01})
+    rates = 0.05 * (1 + np.cos(np.pi * np.arange(100) / 100))
+    assert after_idle_steps(config)["kernel"] == pytest.approx(np.prod(1 - rates * 0.01), rel=1e-5)
+    config = OptimizerConfig(
+        name="adafactor", weight_decay=0.5, options={"weight_decay_rate": 0.01, "clipping_threshold": 1.0}
+    )
+    assert after_idle_steps(config)["kernel"] == pytest.approx(0.99**100, rel=1e-5)
+
+
+def test_one_that_cannot_tell_parameters_apart_decays_shifts_as_all_others():
+    update = moved(OptimizerConfig(name="novograd", weight_decay=0.1, shift_weight_decay=0.0))
+    same = moved(OptimizerConfig(name="novograd", weight_decay=0.1, shift_weight_decay=0.5))
+    none = moved(OptimizerConfig(name="novograd", weight_decay=0.0))
+    np.testing.assert_array_equal(update["shift"], same["shift"])
+    np.testing.assert_allclose(update["shift"] - none["shift"], -0.1 * 0.1 * 0.5, rtol=1e-5)
+
+
 def test_shifts_stay_where_they_are_if_they_are_not_trained():
     for name in ("sgd", "adam"):
         assert not np.any(moved(OptimizerConfig(name=name, train_shift=False))["shift"])
@@ -73,11 +115,30 @@ def test_shifts_stay_where_they_are_if_they_are_not_trained():
         ({"name": "chain"}, "which is no optimizer of optax"),
         ({"options": {"nestrov": False}}, "optimizer.options.nestrov: sgd has no such option. .*'nesterov'"),
         ({"name": "adam", "options": {"learning_rate": 1.0}}, "adam has no such option"),
+        ({"name": "contrib.sgd"}, "optimizer.name is 'contrib.sgd', which is no optimizer of optax"),
+        ({"name": "prodgy"}, "which is no optimizer of optax. Did you mean 'prodigy'"),
+        ({"name": "optimistic_adam"}, "no optimizer of optax. Did you mean 'optimistic_adam_v2'"),
+        ({"name": "_deprecated_dpsgd"}, "which is no optimizer of optax"),
+        ({"name": "scale_by_learning_rate"}, "which is no optimizer of optax"),
+        ({"name": "dpsgd"}, "optimizer.options do not suit dpsgd: .*'l2_norm_clip'"),
+        ({"name": "adam", "options": {"b1": "0.9"}}, "options.b1 is '0.9'; it must be a number, such as 0.9"),
+        ({"name": "adam", "options": {"b1": True}}, "options.b1 is True; it must be a number"),
+        ({"name": "adam", "options": {"eps": [1e-8]}}, "options.eps is .*; it must be a number"),
+        ({"options": {"nesterov": "yes"}}, "options.nesterov is 'yes'; it must be true or false"),
+        ({"options": {"nesterov": 1}}, "options.nesterov is 1; it must be true or false"),
     ],
 )
 def test_refusals(config, said):
     with pytest.raises(ConfigError, match=said):
         make_optimizer(OptimizerConfig(**config), 10)
+
+
+def test_deprecated_aliases_and_parts_are_not_offered():
+    with pytest.raises(ConfigError) as error:
+        make_optimizer(OptimizerConfig(name="zzzzzz"), 10)
+    offered = str(error.value).partition("Valid: ")[2].rstrip(".").split(", ")
+    assert {"sgd", "adamw", "prodigy", "muon", "dpsgd"} <= set(offered)
+    assert not [name for name in offered if name.startswith(("_", "scale_by_")) or name == "optimistic_adam"]
 
 
 @pytest.mark.parametrize(

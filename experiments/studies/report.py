@@ -13,7 +13,6 @@ whatever came before.
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from accuracy_picture import TITLES, accuracy_picture, by_data_set
-from scipy.special import stdtrit
 from tensorboardX.proto.event_pb2 import Event
 
 from selconv_jax.counting import count_multiply_adds, count_parameters
 from selconv_jax.data.catalog import KNOWN
 from selconv_jax.errors import ConfigError, DataError, SelconvError
 from selconv_jax.report.save import save_figure
+from selconv_jax.report.statistics import paired_difference, spread
 from selconv_jax.train.config import Config, load_config
 from selconv_jax.train.metrics import read_metrics
 from selconv_jax.train.network import make_network
@@ -204,18 +203,15 @@ def _accuracies(row: dict[str, Any]) -> dict[int, float]:
 
 def _row(row: dict[str, Any], baseline: dict[int, float]) -> str:
     accuracies = _accuracies(row)
-    mean, deviation = mean_and_deviation(list(accuracies.values()))
-    accuracy = f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
-    differences = [value - baseline[seed] for seed, value in accuracies.items() if seed in baseline]
+    sample = spread(list(accuracies.values()))
+    accuracy = f"{sample.mean:.2f}" + ("" if sample.std is None else f" ± {sample.std:.2f}")
     difference = interval = ""
-    if differences:
-        mean, deviation = mean_and_deviation(differences)
-        difference = f"{mean:+.2f}"
-        if deviation is not None:
-            error = deviation / math.sqrt(len(differences))
-            reach = t_quantile(len(differences) - 1) * error
-            difference += f" ± {error:.2f}"
-            interval = f"{mean - reach:+.2f} to {mean + reach:+.2f}"
+    if accuracies.keys() & baseline.keys():
+        paired = paired_difference(accuracies, baseline)
+        difference = f"{paired.mean:+.2f}"
+        if paired.interval is not None:
+            difference += f" ± {paired.std_error:.2f}"
+            interval = "{:+.2f} to {:+.2f}".format(*paired.interval)
     last = {
         key: [run["metrics"][key][-1] for run in row["runs"] if key in run["metrics"]]
         for key in ("channels", "copies", "open_channels")
@@ -240,16 +236,6 @@ def _row(row: dict[str, Any], baseline: dict[int, float]) -> str:
         minutes,
     )
     return "| " + " | ".join(cell or "-" for cell in cells) + " |"
-
-
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation of a sample (divisor n - 1; None for a single value)."""
-    return math.fsum(values) / len(values), float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def t_quantile(degrees: int) -> float:
-    """What Student's t of so many degrees of freedom stays below in absolute value 95 times of 100."""
-    return float(stdtrit(degrees, 0.975))
 
 
 def _machine(environment: dict[str, Any]) -> str:

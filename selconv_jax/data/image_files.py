@@ -2,12 +2,14 @@
 
 import dataclasses
 import io
+import struct
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from PIL import Image
 
 from selconv_jax.data.catalog import KnownSet
+from selconv_jax.data.pixels import to_8_bits
 from selconv_jax.data.progress import Progress
 from selconv_jax.errors import DataError
 
@@ -85,8 +87,9 @@ def as_color_jpeg(content: bytes, size: tuple[int, int] | None = None) -> bytes:
     """Check that an image file can be read, and convert what is not a JPEG in colour.
 
     Files of differing numbers of channels would be read as arrays of differing ranks and meanings.
-    Those in grey or for print (CMYK), and files of other formats, are written anew as JPEG files of
-    quality 100 without subsampling; all others stay as they are, byte for byte.
+    Those in grey, of whatever number of bits, or for print (CMYK), and files of other formats, are
+    written anew as JPEG files of quality 100 without subsampling; all others stay as they are, byte
+    for byte.
 
     Args:
         content: The content of the file.
@@ -96,7 +99,8 @@ def as_color_jpeg(content: bytes, size: tuple[int, int] | None = None) -> bytes:
         The content of a JPEG file with three channels.
 
     Raises:
-        ValueError: If the file is damaged, no image, or of another size.
+        ValueError: If the file is damaged, no image, or of another size; a `PixelError` if it is whole,
+            but does not state what its numbers mean.
 
     Example:
         >>> buffer = io.BytesIO()
@@ -113,8 +117,8 @@ def as_color_jpeg(content: bytes, size: tuple[int, int] | None = None) -> bytes:
                 image.draft("RGB", (1, 1))
                 image.load()
                 return content
-            converted = image.convert("RGB")
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            converted = to_8_bits(image, "RGB")
+    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from error
     buffer = io.BytesIO()
     converted.save(buffer, "JPEG", quality=100, subsampling=0)

@@ -33,8 +33,8 @@ def load(
     Besides the sets of the catalog, any image classification set of tensorflow-datasets loads that
     is prepared as array_record files, has features ``image`` (uint8, all of one size) and ``label``
     and splits ``train`` and ``test`` (or, without that, ``validation``). Its mean and standard
-    deviation are computed from its training images, its crops are padded by an eighth of the
-    height, and its images are flipped.
+    deviation are computed from its training images (the deviation of a channel of one value is taken
+    to be 1), its crops are padded by an eighth of the height, and its images are flipped.
 
     Args:
         name: A set of the catalog, or the name of another set of tensorflow-datasets: ``name`` or
@@ -216,13 +216,20 @@ def _check_features(name: str, features: Any) -> None:
 def _moments(
     images: Sequence[NDArray[np.uint8]], channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel as fractions of 255, exactly, by counting."""
+    """Mean and standard deviation of each channel as fractions of 255, exactly, by counting.
+
+    A channel of one value, such as opaque alpha, has the deviation 1: normalized, it is 0.
+    """
     levels = np.arange(256) / 255
     means, deviations = [], []
     for channel in range(channels):
         counts = np.zeros(256, np.int64)
         for pixels in images:
             counts += np.bincount(pixels[..., channel].reshape(-1), minlength=256)
+        if np.count_nonzero(counts) == 1:  # the sums below would leave a deviation of rounding errors
+            means.append(float(levels[counts.argmax()]))
+            deviations.append(1.0)
+            continue
         mean = np.average(levels, weights=counts)
         means.append(float(mean))
         deviations.append(float(np.sqrt(np.average((levels - mean) ** 2, weights=counts))))

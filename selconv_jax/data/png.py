@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from selconv_jax.data.pixels import is_grey, to_8_bits
+
 __all__ = ["decode_image", "encode_png"]
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -59,22 +61,23 @@ def decode_image(data: bytes, channels: int | None = None) -> NDArray[np.uint8]:
     Args:
         data: The content of the file.
         channels: Convert to this many channels, 1, 3 or 4; ``None`` keeps grey images grey and
-            makes all others red, green and blue.
+            makes all others red, green and blue. More bits than 8 become 8, see `to_8_bits`.
 
     Returns:
         uint8 ``[H, W, C]``.
 
     Raises:
-        ValueError: If the file is damaged or no image.
+        ValueError: If the file is damaged or no image; a `PixelError` if it is whole, but does not
+            state what its numbers mean.
     """
     plain = _decode_plain(data)
     if plain is not None and channels in (None, plain.shape[2]):
         return plain
     try:
         with Image.open(io.BytesIO(data)) as image:
-            mode = "L" if channels is None and image.mode in ("1", "L") else _MODES[channels or 3]
-            pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-    except (OSError, SyntaxError, struct.error) as error:
+            mode = "L" if channels is None and is_grey(image) else _MODES[channels or 3]
+            pixels = np.asarray(to_8_bits(image, mode))
+    except (OSError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from error
     return pixels.reshape(*pixels.shape[:2], -1)
 

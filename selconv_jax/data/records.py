@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from selconv_jax.data.catalog import KNOWN, find_known, prepare_command, prepared_directories
 from selconv_jax.data.dataset import Split
+from selconv_jax.data.pixels import PixelError
 from selconv_jax.data.png import decode_image
 from selconv_jax.data.quiet import quiet_tfds
 from selconv_jax.errors import DataError, nearest
@@ -111,7 +112,7 @@ def read_split(builder: Any, name: str) -> Split:
             try:
                 image, label = _decode(tf_example_pb2.Example.FromString(record), channels)
             except (ValueError, DecodeError) as error:
-                raise DataError(f"{path}, record {number}: damaged ({error}). {_REMEDY}") from error
+                raise _unreadable(f"{path}, record {number}", error) from error
             if images is None:
                 images = np.empty((len(labels), *image.shape), np.uint8)
             if image.shape != images.shape[1:]:
@@ -175,7 +176,7 @@ class PreparedImages:
         try:
             return decode(tf_example_pb2.Example.FromString(self._records[index]))
         except (ValueError, RuntimeError, IndexError, DecodeError) as error:
-            raise DataError(f"{self._where}, record {index}: damaged ({error}). {_REMEDY}") from error
+            raise _unreadable(f"{self._where}, record {index}", error) from error
 
 
 def _files(split: Any) -> list[tuple[Path, range, int]]:
@@ -203,6 +204,13 @@ def _records(path: Path, part: range, length: int) -> Iterator[bytes]:
         reader.close()
     except (RuntimeError, IndexError) as error:
         raise DataError(f"{path}: damaged or cut short ({error}). {_REMEDY}") from error
+
+
+def _unreadable(where: str, error: Exception) -> DataError:
+    """What is wrong with a record that could not be decoded."""
+    if isinstance(error, PixelError):
+        return DataError(f"{where}: {error}")
+    return DataError(f"{where}: damaged ({error}). {_REMEDY}")
 
 
 def _decode(example: Any, channels: int | None) -> tuple[NDArray[np.uint8], int]:

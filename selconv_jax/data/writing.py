@@ -18,6 +18,7 @@ from selconv_jax.data.catalog import KnownSet
 from selconv_jax.data.cifar100 import COARSE_CLASSES
 from selconv_jax.data.dataset import Split
 from selconv_jax.data.image_files import ImageFile, ImageFiles, as_color_jpeg
+from selconv_jax.data.pixels import PixelError
 from selconv_jax.data.png import encode_png
 from selconv_jax.data.progress import Progress
 from selconv_jax.data.quiet import quiet_tfds
@@ -79,6 +80,8 @@ def examples_of_files(known: KnownSet, key: str, files: ImageFiles) -> Examples:
         content = file.read()
         try:
             content = as_color_jpeg(content, size)
+        except PixelError as error:
+            raise DataError(f"{file.path}: {error}") from error
         except ValueError as error:
             raise DataError(f"{file.path}: cannot be read as an image ({error}). Get it again.") from error
         return {"image": content, "label": file.label, "file_name": file.name}

@@ -30,7 +30,8 @@ def to_numpy(value: Any) -> Array:
     """An array of NumPy or JAX, or a tensor of PyTorch, as a NumPy array."""
     if hasattr(value, "detach"):  # a tensor, perhaps on an accelerator
         value = value.detach().cpu()
-        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+        if value.is_floating_point() and value.element_size() < 4:  # NumPy lacks some of those
+            value = value.float()
     return np.asarray(value)
 
 

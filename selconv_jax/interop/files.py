@@ -2,6 +2,7 @@
 
 import importlib
 import pickle
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ __all__ = ["READABLE", "WRITABLE", "check_writable", "read_file", "write_file"]
 
 WRITABLE = (".npz", ".safetensors")
 # The authors' program names its files last.model and best.model.
-_PICKLES = (".pt", ".pth", ".tar", ".model")
+_PICKLES = (".pt", ".pth", ".tar", ".model", ".ckpt", ".bin")
 READABLE = (*WRITABLE, *_PICKLES)
 
 
@@ -124,9 +125,12 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
         # Only tensors and plain containers: any other pickle could run code of the file's author.
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        named = f" ({name.group(1)})" if name else ""
         raise CheckpointError(
-            f"{path}: refused, as it is damaged or holds objects other than tensors, and loading those would "
-            "run code from the file. Save the state dict alone: torch.save(model.state_dict(), path)."
+            f"{path}: refused, as it is damaged or holds objects other than tensors{named}, and loading "
+            "those would run code from the file. Save the state dict alone: "
+            "torch.save(model.state_dict(), path)."
         ) from error
     except Exception as error:  # damaged files raise nearly anything
         raise CheckpointError(f"{path}: not a whole file of PyTorch ({error}).") from error

@@ -4,6 +4,7 @@ Their names and layouts are those of the authors' public code (see `selconv_jax.
 `selconv_jax.interop.arrays`); PyTorch itself is needed for its own pickle files only.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from selconv_jax.interop.arrays import find_fault, from_torch, to_numpy, to_torc
 from selconv_jax.interop.files import check_writable, read_file, write_file
 from selconv_jax.interop.names import Entry, constants_of, entries_of
 from selconv_jax.interop.shift_units import ShiftUnits, init_shapes
+from selconv_jax.interop.wrappers import find_network
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
 
 __all__ = ["load_state_dict", "save_state_dict", "state_dict"]
@@ -30,10 +32,11 @@ VariablePath = tuple[str, ...]
 
 _NETWORKS = (DenseNet, PreResNet, ResNeXt, CondenseNet)
 _COLLECTIONS = ("params", "batch_stats", "selectivity")
-# Training programs save the state dict as one of several things.
-_WRAPPERS = ("state_dict", "model")
+# What the variants of a network differ by.
+_ALLOCATION = ("is_open", "_ind_ptr", "_bias", "_eye")
 # Any size that outlasts the pools: the shapes of variables do not depend on it.
 _SIDE = 256
+_CHANNELS = 3
 _SHOWN = 5
 
 
@@ -56,8 +59,9 @@ def load_state_dict(
             was trained with; ``variant="plain"`` for their networks without selective layers.
         checkpoint: Arrays (of NumPy, JAX or PyTorch) by the authors' names, or the path of a ``.npz``,
             ``.safetensors`` or, where torch is installed, PyTorch file (``.pt``, ``.pth``, ``.tar``,
-            ``.model``), of which nothing but tensors is loaded. A dictionary that holds the arrays as
-            ``"state_dict"`` or ``"model"``, and names that all begin with ``module.``, are taken too.
+            ``.model``, ``.ckpt``, ``.bin``), of which nothing but tensors is loaded. The arrays may lie in
+            dictionaries (such as ``"state_dict"``) and below prefixes (such as ``module.`` and
+            ``_orig_mod.``), in any order and nesting; what lies beside those is left alone.
         image_shape: ``(H, W, C)`` of the images. Needed where they are not square, or with ``align_corners``.
         align_corners: The checkpoint was trained with PyTorch before 1.3, whose sampling took the ends of
             an image to be the centres of its last pixels: in a layer that reads ``W x W`` pixels, the unit
@@ -70,7 +74,7 @@ def load_state_dict(
     Raises:
         CheckpointError: The file cannot be read, or entries are missing, unexpected, of another shape, or
             hold impossible values (a gate other than 0 or 1, a source that is no channel, NaN); all are
-            found before anything is returned, and listed.
+            found before anything is returned, and listed. Or there are two such networks that differ.
         ConfigError: The network is not one of those above, or ``image_shape`` is missing or impossible.
 
     Example:
@@ -85,16 +89,23 @@ def load_state_dict(
         >>> jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), ours, variables))
         True
     """
-    label, given = _named_arrays(checkpoint)
-    stem = np.shape(given.get("features.conv0.weight", given.get("conv0.weight", ())))
-    channels = max(stem[1], 1) if len(stem) == 4 else 3
-    template, entries, units = _describe(model, channels, image_shape, align_corners)
-
+    if isinstance(checkpoint, Mapping):
+        label, content = "the state dict", checkpoint
+    else:
+        label, content = os.fspath(checkpoint), read_file(Path(checkpoint))
+    template, entries, units = _describe(model, _CHANNELS, image_shape, align_corners)
     names = {entry.name for entry in entries}
-    ignored = {name for name, _ in constants_of(entries)}
+    try:
+        found = find_network(content, names | {name for name, _ in constants_of(entries)}, names)
+    except CheckpointError as error:
+        raise CheckpointError(f"{label} {error}") from None
+    given = found.arrays
+    if image_shape is None:
+        entries = [_as_stored(entry, given) for entry in entries]
+
     problems: dict[str, list[str]] = {
         "missing": [entry.name for entry in entries if entry.name not in given],
-        "unexpected": sorted(given.keys() - names - ignored),
+        "unexpected": sorted(found.others),
         "of another shape": [],
         "with impossible values": [],
     }
@@ -114,7 +125,7 @@ def load_state_dict(
     if any(problems.values()):
         raise CheckpointError(
             f"{label} does not fit {type(model).__name__}: {_listing(problems)}. "
-            + _remedy(model, given, problems)
+            + _remedy(model, entries, given, problems)
         )
     return traverse_util.unflatten_dict({path: jnp.asarray(array) for path, array in variables.items()})
 
@@ -155,7 +166,9 @@ def state_dict(
     kept = {key: value for key, value in variables.items() if key in _COLLECTIONS}
     flat: dict[VariablePath, Any] = traverse_util.flatten_dict(kept)
     stem = flat.get(("params", "stem", "kernel"))
-    _, entries, units = _describe(model, 3 if stem is None else stem.shape[2], image_shape, align_corners)
+    _, entries, units = _describe(
+        model, _CHANNELS if stem is None else stem.shape[2], image_shape, align_corners
+    )
 
     paths = {entry.path for entry in entries}
     problems = {
@@ -214,19 +227,12 @@ def save_state_dict(
     write_file(Path(path), arrays)
 
 
-def _named_arrays(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """What to call the checkpoint in an error, and its arrays by the authors' names."""
-    if isinstance(checkpoint, Mapping):
-        label, given = "the state dict", checkpoint
-    else:
-        label, given = os.fspath(checkpoint), read_file(Path(checkpoint))
-    for key in _WRAPPERS:
-        if isinstance(given.get(key), Mapping):
-            given = given[key]
-    # A network inside of torch.nn.DataParallel.
-    if given and all(str(name).startswith("module.") for name in given):
-        given = {name.removeprefix("module."): value for name, value in given.items()}
-    return label, {str(name): value for name, value in given.items()}
+def _as_stored(entry: Entry, given: Mapping[str, Any]) -> Entry:
+    """The stem for images of as many channels as the checkpoint's; any other entry as it is."""
+    stored = np.shape(given.get(entry.name, ()))
+    if entry.layer != ("stem",) or len(stored) != len(entry.shape):
+        return entry
+    return dataclasses.replace(entry, shape=(*entry.shape[:-2], max(stored[1], 1), entry.shape[-1]))
 
 
 def _describe(
@@ -255,11 +261,17 @@ def _listing(problems: Mapping[str, list[str]]) -> str:
     return "; ".join(parts)
 
 
-def _remedy(model: nn.Module, given: Mapping[str, Any], problems: Mapping[str, list[str]]) -> str:
+def _remedy(
+    model: nn.Module, entries: list[Entry], given: Mapping[str, Any], problems: Mapping[str, list[str]]
+) -> str:
     if not any(problems[kind] for kind in ("missing", "unexpected", "of another shape")):
         return "The checkpoint is damaged or of a diverged training; take another one."
-    endings = {name.rpartition(".")[2] for name in given}
-    variant = "selective" if "_ind_ptr" in endings else "gate_only" if "is_open" in endings else "plain"
-    if problems["missing"] + problems["unexpected"] and variant != model.variant:
+    if not given:
+        return f"None of its names is one of this network in the authors' code, such as {entries[0].name}."
+    misfits = problems["missing"] + problems["unexpected"]
+    # Only where the variants differ by all that does not fit is it known what the checkpoint is of.
+    if misfits and all(name.endswith(_ALLOCATION) for name in misfits):
+        endings = {name.rpartition(".")[2] for name in (*given, *problems["unexpected"])}
+        variant = "selective" if "_ind_ptr" in endings else "gate_only" if "is_open" in endings else "plain"
         return f"The checkpoint is of a {variant} network, the model has variant={model.variant!r}."
     return "Build the model with the arguments that the checkpoint was trained with (blocks, classes, ...)."

@@ -17,6 +17,7 @@ from selconv_jax.models.parts import (
     check_network,
     check_whole,
     gated_conv,
+    is_real,
     selective_conv,
 )
 
@@ -66,8 +67,8 @@ class DenseNet(nn.Module):
     def __post_init__(self) -> None:
         check_network(self)
         check_whole("growth", self.growth)
-        if not 0.0 < self.compression <= 1.0:
-            raise ConfigError(f"compression is {self.compression}; it must be in (0, 1].")
+        if not is_real(self.compression) or not 0.0 < self.compression <= 1.0:
+            raise ConfigError(f"compression is {self.compression!r}; it must be a number in (0, 1].")
         super().__post_init__()
 
     @nn.compact

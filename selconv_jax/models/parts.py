@@ -28,6 +28,7 @@ __all__ = [
     "check_network",
     "check_whole",
     "gated_conv",
+    "is_real",
     "selective_conv",
 ]
 
@@ -175,27 +176,36 @@ def append_channels(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def check_choice(name: str, value: str, choices: Any) -> None:
     """Raises a `ConfigError` unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ConfigError(f"{name} is {value!r}. {nearest(value, choices)}")
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{name} is {value!r}. {nearest(str(value), choices)}")
 
 
 def check_whole(name: str, value: Any) -> None:
     """Raises a `ConfigError` unless ``value`` is a whole number of at least 1."""
-    if not isinstance(value, int) or value < 1:
+    if not _is_whole(value):
         raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
 
 
 def check_network(network: Any) -> None:
-    """Raises a `ConfigError` unless what every network has is in bounds: stem, variant, classes, blocks."""
+    """Raises a `ConfigError` unless what networks share is in bounds: stem, variant, classes, blocks, ..."""
     check_choice("stem", network.stem, STEMS)
     check_choice("variant", network.variant, VARIANTS)
     check_whole("num_classes", network.num_classes)
     blocks = network.blocks
-    numbers = isinstance(blocks, tuple | list) and all(
-        isinstance(layers, int) and layers >= 1 for layers in blocks
-    )
-    if not numbers or not blocks:
+    if not isinstance(blocks, tuple | list) or not blocks or not all(map(_is_whole, blocks)):
         raise ConfigError(f"blocks is {blocks!r}; it must be a list of whole numbers, all at least 1.")
+    rate = getattr(network, "dropout_rate", 0.0)
+    if not is_real(rate) or not 0 <= rate < 1:
+        raise ConfigError(f"dropout_rate is {rate!r}; it must be a number in [0, 1).")
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a real number; true and false are none."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _uniform(limit: float) -> Any:

@@ -98,14 +98,16 @@ class OptimizerConfig:
     """``[optimizer]``: by default SGD as published (method, "Schedule and training").
 
     Attributes:
-        name: A function of optax that makes an optimizer of a learning rate, such as ``"lars"``.
+        name: A function of optax or optax.contrib that makes an optimizer of a learning rate, such as
+            ``"lars"``.
         options: Further arguments of it.
         learning_rate: At the first step, or after the warm-up; falls to 0 by a cosine over the run's steps.
         reference_batch_size: Size of the batch for which that rate is meant, scaled in proportion to that of
             the run; None: it is that of the run. The method has none.
         warmup_epochs: Epochs over which the rate rises from 0. The method has none.
         momentum: Nesterov momentum, of ``"sgd"`` and ``"lars"``.
-        weight_decay: Added to the gradient of every parameter but the shifts, times the parameter.
+        weight_decay: Added to the gradient of every parameter but the shifts, times the parameter; where the
+            optimizer has a ``weight_decay`` of its own, as adamw has, it is that instead.
         shift_weight_decay: The same for the shifts.
         train_shift: Whether shifts are trained; false leaves them as drawn.
     """

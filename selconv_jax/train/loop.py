@@ -116,6 +116,8 @@ class _Run:
 
     def go_on(self, state: TrainState) -> int:
         trainer, step = self.trainer, int(state.step)
+        for note in trainer.notes:
+            self.console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
         # A checkpoint at the end of an epoch was taken before the epoch's record and re-allocation.
         ended = step > 0 and step % trainer.steps_per_epoch == 0
         epoch = step // trainer.steps_per_epoch - ended

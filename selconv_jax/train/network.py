@@ -9,6 +9,14 @@ from selconv_jax.train.config import ModelConfig
 
 __all__ = ["make_network"]
 
+_SET_ELSEWHERE = {
+    "num_classes": "it is that of the images, see data.name",
+    "variant": "it is model.variant",
+    "dtype": "it is model.dtype",
+    "param_dtype": "parameters are float32",
+    "slots": "it follows from the allocation",
+}
+
 
 def make_network(config: ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     """The network of a run, for no particular number of slots.
@@ -28,13 +36,17 @@ def make_network(config: ModelConfig, image_shape: tuple[int, int, int], num_cla
         >>> make_network(ModelConfig(name="densenet40"), (28, 28, 1), 10).stem
         'cifar'
     """
-    for key in ("variant", "dtype", "slots"):
+    for key, origin in _SET_ELSEWHERE.items():
         if key in config.options:
-            raise ConfigError(f"model.options.{key} cannot be set: it follows from [model] and the run.")
+            raise ConfigError(f"model.options.{key} cannot be set: {origin}.")
     arguments = {
         "stem": stem_for(image_shape),
         "variant": config.variant,
         "dtype": jnp.dtype(config.dtype),
         **config.options,
     }
-    return create_model(config.name, num_classes, **arguments)
+    try:
+        return create_model(config.name, num_classes, **arguments)
+    except ConfigError as error:
+        about_option = str(error).partition(" ")[0] in config.options
+        raise ConfigError(f"model.options.{error}" if about_option else str(error)) from None

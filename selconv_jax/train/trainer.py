@@ -23,6 +23,7 @@ from selconv_jax.train.program import Program, bucket_program, frozen_program
 from selconv_jax.train.sharding import Placement
 from selconv_jax.train.state import Totals, TrainState, initial_state
 from selconv_jax.train.step import Purpose, eval_batch, fold, train_step
+from selconv_jax.train.trial import notes_on, try_on_shapes
 from selconv_jax.transform import Report, reallocate, required_slots
 
 __all__ = ["Trainer"]
@@ -49,6 +50,7 @@ class Trainer:
         steps: Steps of the run.
         model: The network, compiled for no particular number of slots.
         optimizer: The optimizer.
+        notes: Sentences on what the configuration allows, yet is probably not meant.
     """
 
     def __init__(
@@ -76,6 +78,9 @@ class Trainer:
             parameter_shards=config.parameter_shards,
             micro_batches=config.micro_batches,
         )
+        run = config, self.model, self.optimizer, data.info.image_shape
+        self._state_shape = try_on_shapes(*run)
+        self.notes = notes_on(*run, self._placement.mesh.size)
         # Rounded up to a multiple of the devices: what is past the last image is not counted.
         devices = self._placement.mesh.size
         sizes = config.batch_size, -(-config.eval_batch_size // devices) * devices
@@ -103,20 +108,15 @@ class Trainer:
         # Drawing many small arrays is a huge program that runs once: on CPU, where optimizing it takes
         # minutes, it is not optimized.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        sharding = self._placement.state_sharding(jax.eval_shape(make))
+        sharding = self._placement.state_sharding(self._state_shape)
         return jax.jit(make, out_shardings=sharding, compiler_options=options)()
 
     def state_shape(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without computing it."""
-        shape = jax.eval_shape(
-            functools.partial(
-                initial_state, self.model, self.optimizer, self._info.image_shape, self.config.seed
-            )
-        )
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            shape,
-            self._placement.state_sharding(shape),
+            self._state_shape,
+            self._placement.state_sharding(self._state_shape),
         )
 
     def program(self, state: TrainState, epoch: int) -> Program:
