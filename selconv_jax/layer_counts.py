@@ -13,6 +13,7 @@ from flax import traverse_util
 from flax.core import unfreeze
 
 from selconv_jax.compaction import plan_compaction
+from selconv_jax.compaction.module import relative_path
 from selconv_jax.counting import count_multiply_adds, count_parameters
 from selconv_jax.layers import SelectiveConv, check_slots
 
@@ -108,7 +109,7 @@ def count_layers(model: nn.Module, variables: Variables, image: Any) -> list[Lay
     """
     shapes, image = _shapes(variables), _shapes(image)
     copies = _copies(variables)
-    plan = plan_compaction(model, variables, example=image)
+    plan = plan_compaction(model, variables, example=image, compare=False)
     small = jax.eval_shape(plan.take, shapes)
     order: dict[str, None] = {}
     plain = _products(model, shapes, image, order, copies=None)
@@ -174,7 +175,7 @@ def _products(
         context: nn.module.InterceptorContext,
     ) -> Any:
         module: Any = context.module
-        path = "/".join(module.path)
+        path = relative_path(module, ())
         if isinstance(module, SelectiveConv) and context.method_name == "__call__":
             if copies is None and module.slots:
                 return module.clone(slots=0.0, parent=module.scope)(*args, **kwargs)

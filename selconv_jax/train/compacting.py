@@ -15,7 +15,6 @@ from selconv_jax.train.opening import restore_run
 from selconv_jax.train.program import Program
 from selconv_jax.train.record import evaluation_metrics
 from selconv_jax.train.state import TrainState
-from selconv_jax.train.trainer import Trainer
 
 __all__ = ["CompactedRun", "compact_run"]
 
@@ -29,7 +28,8 @@ class CompactedRun:
         model: The network.
         variables: Its variables.
         sizes: Channels that the layers with a gate read, parameters, and multiply-adds per image, by name:
-            of the whole network with nothing re-allocated, and of the compacted one with its copies.
+            of the network as it is evaluated, with room for its copies (see `layer_counts.count_layers`,
+            "selective"), and of the compacted one.
         metrics: As `loop.evaluate_run` returns them; empty if it was not evaluated.
     """
 
@@ -78,19 +78,17 @@ def compact_run(
         assert measured is not None  # nobody asked it to stop
         metrics = measured
     image = jax.ShapeDtypeStruct((1, *info.image_shape), trainer.model.dtype)
-    return CompactedRun(step, plan.model, variables, _sizes(trainer, state, plan, variables, image), metrics)
+    return CompactedRun(step, plan.model, variables, _sizes(state, plan, variables, image), metrics)
 
 
-def _sizes(
-    trainer: Trainer, state: TrainState, plan: CompactionPlan, variables: Any, image: Any
-) -> dict[str, tuple[int, int]]:
+def _sizes(state: TrainState, plan: CompactionPlan, variables: Any, image: Any) -> dict[str, tuple[int, int]]:
     gates = {}
     if state.selectivity:
         gates = {path: layer.gate.size for path, layer in layer_states(state.variables).items()}
     reads = {path: layout.reads for path, layout in plan.model.layouts}
     left = sum(reads.get(path, channels) for path, channels in gates.items())
-    # Without slots for copies: what the plain network takes.
-    whole = _multiply_adds(trainer.model.clone(slots=0.0), state.variables, image)
+    # The selective network on both sides: with its shifts, and with products for its copies.
+    whole = _multiply_adds(plan.model.network, state.variables, image)
     return {
         "channels": (sum(gates.values()), left),
         "parameters": (count_parameters(state.params), count_parameters(variables["params"])),

@@ -188,7 +188,7 @@ class Trainer:
 
     def plan_compaction(self, state: TrainState, multiple: int = 1) -> CompactionPlan:
         """Plans the network without what the state's allocation does not use, see `selconv_jax.compact`."""
-        model = self.model.clone(slots=0.0)
+        model = self._bucket_program(state).model
         return plan_compaction(model, state.variables, example=self._example, multiple=multiple)
 
     def evaluate(
