@@ -1,5 +1,7 @@
 """Runs of which one file is damaged: a clear line, and never another evaluation than the one asked for."""
 
+import errno
+import os
 import random
 import re
 import shutil
@@ -8,6 +10,7 @@ import pytest
 from runs import assert_same_end, compiled_once, quiet_console, tiny_config
 
 from selconv_jax import CheckpointError
+from selconv_jax.cli import runs
 from selconv_jax.cli.main import main
 from selconv_jax.train.compacting import compact_run
 from selconv_jax.train.loop import evaluate_run, train_run
@@ -195,3 +198,17 @@ def test_what_does_not_change_the_result_may_be_edited_and_given(finished, tmp_p
         assert code == 1
         assert "seed cannot be changed: the run would no longer be the same one" in error
         assert "data.directory" in error
+
+
+def test_pictures_that_cannot_be_written(finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    code, _, error = outcome(["show", finished, "--output", tmp_path / "file" / "pictures"], capsys)
+    assert code == 1
+    assert "file/pictures: Not a directory. Choose a folder by --output." in error
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(runs, "draw_run", full)
+    assert main(["resume", str(finished)]) == 0, "the run is complete"
+    assert f"No space left on device. Draw them later by `selconv show {finished}`" in capsys.readouterr().err
