@@ -20,8 +20,8 @@ from selconv_jax.bench.run import NetworkResult, bench_network
 from selconv_jax.bench.settings import BenchSettings
 from selconv_jax.bench.topology import TopologyResult, bench_topology, prepare_process, topology_devices
 from selconv_jax.bench.topology_report import costs_table, cycles_panel, largest_table, topology_report
-from selconv_jax.cli.console import terminal_or_lines
 from selconv_jax.cli.runs import share_compilations
+from selconv_jax.console import progress_console
 from selconv_jax.errors import ConfigError
 from selconv_jax.report.save import save_figure
 from selconv_jax.train.signals import StopRequest
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     output = (
         Path(options.output) if options.output else default_workdir("-".join(settings.models), "runs/bench")
     )
-    console = terminal_or_lines()
+    console = progress_console()
     if settings.topology is None:
         _create(output)
         return _measure(settings, output, console)

@@ -2,13 +2,12 @@
 
 import argparse
 import importlib
-import os
-import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from selconv_jax.cli.allocator import keep_memory
-from selconv_jax.errors import SelconvError, nearest
+from selconv_jax.cli.guard import DEBUG, guarded, interrupt_at_once, interrupt_in_order, prepare_process
+from selconv_jax.errors import nearest
 from selconv_jax.versions import version_of
 
 __all__ = ["main"]
@@ -24,6 +23,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 for an error the user can mend; 2 for a wrong command line; 128 plus the
         number of the signal that ended it.
     """
+    if arguments is not None:
+        return _main(arguments)
+    interrupt_at_once()
+    code = _main(None)
+    interrupt_at_once()
+    return code
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     # A list of positional arguments takes none that come after an option, so overrides are gathered here.
     options, rest = parser.parse_known_args(arguments)
@@ -34,20 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.words = [*options.words, *rest]
-    if arguments is None and options.command in _COMPUTING:
-        keep_memory()
-    try:
-        return _run(options)
-    except SelconvError as error:
-        print(f"selconv: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("selconv: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Whoever read the output has enough of it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    if arguments is None:
+        prepare_process(debug=options.debug)
+        if options.command in _COMPUTING:
+            keep_memory()
+    return guarded(lambda: _run(options), keeps_results=options.command in _KEEPING)
 
 
 # The module and the function of each command.
@@ -68,11 +67,16 @@ _HANDLERS = {
 # Commands that spend their time in compiled programs.
 _COMPUTING = ("train", "resume", "eval", "sweep", "bench")
 
+# Commands that leave their results in files, and print how far they are.
+_KEEPING = ("train", "resume", "sweep", "bench")
+
 
 def _run(options: argparse.Namespace) -> int:
     # Imported only now: the help and a wrong command line should not wait for JAX.
     module, function = _HANDLERS[options.command]
-    code: int = getattr(importlib.import_module(f"selconv_jax.cli.{module}"), function)(options)
+    command = getattr(importlib.import_module(f"selconv_jax.cli.{module}"), function)
+    interrupt_in_order()
+    code: int = command(options)
     return code
 
 
@@ -96,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="selconv", description="Train CNNs that re-allocate their channels (selective convolutions)."
     )
     parser.add_argument("--version", action="version", version=f"selconv-jax {version_of('selconv-jax')}")
+    parser.set_defaults(debug=False)
+    _add_debug(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
@@ -186,7 +192,18 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument(
             "--data-dir", metavar="DIR", help="tensorflow-datasets directory (default: that library's)"
         )
+    for command in (*commands.choices.values(), *actions.choices.values()):
+        _add_debug(command)
     return parser
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        default=argparse.SUPPRESS,  # else a command's own would undo the one before the command
+        help=f"show where errors come from (as {DEBUG}=1 does)",
+    )
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from rich.live import Live
 from rich.table import Table
 
-from selconv_jax.cli.console import terminal_or_lines
+from selconv_jax.console import terminal_or_lines
 from selconv_jax.counting import count_multiply_adds, count_parameters
 from selconv_jax.errors import ConfigError, nearest
 from selconv_jax.models import MODELS, create_model, stem_for

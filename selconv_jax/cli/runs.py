@@ -9,8 +9,8 @@ import jax
 import platformdirs
 from rich.console import Console
 
-from selconv_jax.cli.console import terminal_or_lines
 from selconv_jax.cli.pictures import draw_run, print_run
+from selconv_jax.console import progress_console, terminal_or_lines
 from selconv_jax.train.agreement import exchange, is_first, together
 from selconv_jax.train.cluster import Cluster, join
 from selconv_jax.train.compacting import CompactedRun, compact_run
@@ -101,12 +101,12 @@ def _joined(options: argparse.Namespace, *, shares_stops: bool = True) -> Abstra
 
 def _console() -> Console:
     """Of several processes the first one speaks for all."""
-    return terminal_or_lines() if is_first() else Console(quiet=True)
+    return progress_console() if is_first() else Console(quiet=True)
 
 
 def _finish(code: int, workdir: Path) -> int:
     if code == 0 and is_first():
-        draw_run(workdir, workdir / "pictures", terminal_or_lines())
+        draw_run(workdir, workdir / "pictures", progress_console())
     return code
 
 
