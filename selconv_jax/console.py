@@ -6,13 +6,16 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.measure import Measurement
+from rich.table import Table
 
 __all__ = ["ForgivingStream", "discard", "progress_console", "terminal_or_lines"]
 
 _LINE = 200  # characters; where no terminal says its own width
+_WIDEST = 1000
 
 
 class ForgivingStream(io.TextIOBase):
@@ -92,6 +95,14 @@ class _Console(Console):
     def __init__(self, stream: TextIO) -> None:
         width = None if stream.isatty() else _LINE
         super().__init__(file=stream, width=width, markup=False, emoji=False, highlight=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As that of every console, but wider than the terminal rather than with numbers cut off."""
+        if any(isinstance(each, Table | Group) for each in objects):
+            wide = self.options.update(width=_WIDEST)
+            needed = (Measurement.get(self, wide, each).minimum for each in objects)
+            options = {"width": max(self.width, *needed), "crop": False} | options
+        super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
         """Raises the error again, while which this is called."""

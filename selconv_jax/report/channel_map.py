@@ -26,7 +26,7 @@ _CARDS = 11  # channels shown with their copies: three rows, together with the c
 
 
 @styled
-def channel_map(layer: LayerAllocation) -> Figure:
+def channel_map(layer: LayerAllocation, run: str = "") -> Figure:
     """Show which channel feeds which slot of one layer.
 
     Three parts. A strip of cells, one per slot in index order, coloured by state. The damage score
@@ -36,6 +36,7 @@ def channel_map(layer: LayerAllocation) -> Figure:
     Args:
         layer: The allocation of the layer; any number of channels and of spatial axes. Of three
             axes the last two are drawn, the shift along the first is printed beside the arrow.
+        run: What the layer is of, such as the name of the run and the step; to the right of its name.
 
     Returns:
         The figure.
@@ -61,7 +62,7 @@ def channel_map(layer: LayerAllocation) -> Figure:
     stack = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=ratios)
     parts = dict(zip(heights, stack[:, 0], strict=True))
 
-    _write_header(parts["header"], layer)
+    _write_header(parts["header"], layer, run)
     _draw_strip(parts["strip"].subplots(), layer, per_row)
     if "score" in parts:
         _draw_scores(parts["score"].subplots(), layer, shown)
@@ -77,8 +78,9 @@ def _cells_per_row(channels: int) -> int:
     return 32 if channels <= 128 else 64 if channels <= 2048 else 128
 
 
-def _write_header(part: SubFigure, layer: LayerAllocation) -> None:
+def _write_header(part: SubFigure, layer: LayerAllocation, run: str) -> None:
     part.text(0.01, 0.92, layer.name, fontsize=12, fontweight="bold", va="top")
+    part.text(0.99, 0.92, run, color=MUTED, va="top", ha="right")
     text = (
         f"Input channels: {layer.channels:,}. Output channels: {layer.features:,}. "
         "The weights that belong to one input channel are a slot.\n"
@@ -133,11 +135,11 @@ def _draw_strip(axes: Axes, layer: LayerAllocation, per_row: int) -> None:
             markeredgewidth=line,
         )
     label = f"a channel that copies read: {copied.sum():,}"
-    handles: list[Artist | Container] = [
-        Patch(color=OWN, label=f"reads its own channel: {layer.own.sum():,}"),
-        Patch(color=COPY, label=f"copy of channel s shifted by b: {layer.copy.sum():,}"),
-        Patch(color=CLOSED, label=f"closed (crossed): {layer.closed.sum():,}"),
-        Line2D([], [], marker="o", color=INK, fillstyle="none", linestyle="", label=label),
+    kinds: list[tuple[int, Artist | Container]] = [
+        (layer.own.sum(), Patch(color=OWN, label=f"reads its own channel: {layer.own.sum():,}")),
+        (layer.copy.sum(), Patch(color=COPY, label=f"copy of channel s shifted by b: {layer.copy.sum():,}")),
+        (layer.closed.sum(), Patch(color=CLOSED, label=f"closed (crossed): {layer.closed.sum():,}")),
+        (copied.sum(), Line2D([], [], marker="o", color=INK, fillstyle="none", linestyle="", label=label)),
     ]
     title = "The slots in the order of their numbers"
     if rows > 1:
@@ -148,7 +150,7 @@ def _draw_strip(axes: Axes, layer: LayerAllocation, per_row: int) -> None:
             axes.annotate(str(layer.source[slot]), place, color="w", ha="center", va="center")
         if layer.copy.any():
             title += "; in a copy: the number s of the channel it reads"
-    heading(axes, title, handles if copied.any() else handles[:3])
+    heading(axes, title, [handle for count, handle in kinds if count])
 
 
 def _draw_scores(axes: Axes, layer: LayerAllocation, shown: Sequence[int]) -> None:

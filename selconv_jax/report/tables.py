@@ -81,6 +81,8 @@ def run_table(records: Sequence[Mapping[str, Any]], summary: Mapping[str, str]) 
     shown = {0, *range(max(0, len(records) - _LAST), len(records))}
     if best is not None:
         shown.add(best)
+    # Dots in place of a single epoch would spare nothing.
+    shown |= {index for index in range(1, len(records) - 1) if {index - 1, index + 1} <= shown}
     previous = -1
     for index in sorted(shown):
         if index > previous + 1:
