@@ -98,11 +98,16 @@ class _Console(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """As that of every console, but wider than the terminal rather than with numbers cut off."""
-        if any(isinstance(each, Table | Group) for each in objects):
-            wide = self.options.update(width=_WIDEST)
-            needed = (Measurement.get(self, wide, each).minimum for each in objects)
-            options = {"width": max(self.width, *needed), "crop": False} | options
-        super().print(*objects, **options)
+        before = self._width
+        wide = self.options.update(width=_WIDEST)
+        tables = [each for each in objects if isinstance(each, Table | Group)]
+        needed = max((Measurement.get(self, wide, each).minimum for each in tables), default=0)
+        if needed > self.width:
+            self._width = needed
+        try:
+            super().print(*objects, **options)
+        finally:
+            self._width = before
 
     def on_broken_pipe(self) -> None:
         """Raises the error again, while which this is called."""

@@ -102,3 +102,39 @@ def test_no_stream():
     assert not stream.isatty()
     with pytest.raises(io.UnsupportedOperation):
         stream.fileno()
+
+
+def test_a_table_is_never_cut():
+    text = io.StringIO()
+    console = terminal_or_lines(text)
+    console._width = 20
+    table = Table(*(f"column {number}" for number in range(6)))
+    for column in table.columns:
+        column.no_wrap = True
+    table.add_row(*(f"{number}23,456,789" for number in range(6)))
+    console.print(table)
+    assert all(f"{number}23,456,789" in text.getvalue() for number in range(6))
+
+
+@pytest.mark.parametrize(("seconds", "left"), [((0, 60, 60, 160), "1:30:00 left"), ((0, 60), "images/s\n")])
+def test_the_time_left_does_not_count_what_was_compiled(seconds, left):
+    """One step in the first minute, then fifty in a hundred seconds."""
+    text = io.StringIO()
+    clock = iter(seconds)
+    display = ProgressDisplay(2751, 0, 10, terminal_or_lines(text), clock=lambda: next(clock))
+    display.update(1, 1.0, 0.5, 100.0)
+    assert "left" not in text.getvalue()
+    if len(seconds) > 2:
+        display.update(1, 1.0, 0.5, 100.0)
+        display.update(51, 1.0, 0.5, 100.0)
+    assert text.getvalue().endswith(f"{left}\n" if "left" in left else left)
+
+
+def test_the_bar_fits_eighty_characters():
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=80)
+    display = ProgressDisplay(117_300, 0, 391, console, clock=iter(range(100)).__next__)
+    display.update(117_299, 0.1234, 0.98765, 12_345.6)
+    display.close()
+    for part in ("epoch 300/300", "117299/117300", "loss 0.1234  acc. 98.77%  12,346/s"):
+        assert part in text.getvalue()

@@ -36,7 +36,7 @@ def channel_map(layer: LayerAllocation, run: str = "") -> Figure:
     Args:
         layer: The allocation of the layer; any number of channels and of spatial axes. Of three
             axes the last two are drawn, the shift along the first is printed beside the arrow.
-        run: What the layer is of, such as the name of the run and the step; to the right of its name.
+        run: What the layer is of, such as the name of the run and the step; below its name.
 
     Returns:
         The figure.
@@ -51,7 +51,7 @@ def channel_map(layer: LayerAllocation, run: str = "") -> Figure:
     rows_of_cells = -(-layer.channels // per_row)
     rows_of_cards = -(-(1 + len(shown)) // COLUMNS) if shown else 0
     heights = {
-        "header": 0.85,
+        "header": 1.05 if run else 0.85,
         "strip": 0.85 + _STRIP / per_row * rows_of_cells,
         "score": 1.9 if layer.score is not None else 0.0,
         "cards": FRAME_HEIGHT + CARD_HEIGHT * rows_of_cards if shown else 0.45,
@@ -80,14 +80,14 @@ def _cells_per_row(channels: int) -> int:
 
 def _write_header(part: SubFigure, layer: LayerAllocation, run: str) -> None:
     part.text(0.01, 0.92, layer.name, fontsize=12, fontweight="bold", va="top")
-    part.text(0.99, 0.92, run, color=MUTED, va="top", ha="right")
+    part.text(0.01, 0.69, run, color=MUTED, va="top")
     text = (
         f"Input channels: {layer.channels:,}. Output channels: {layer.features:,}. "
         "The weights that belong to one input channel are a slot.\n"
         "A slot reads the channel of its own number, or is a copy, which reads a channel at a "
         "shifted position, or is closed and reads nothing."
     )
-    part.text(0.01, 0.55, text, va="top", linespacing=1.5)
+    part.text(0.01, 0.46 if run else 0.55, text, va="top", linespacing=1.5)
 
 
 def _why_no_copies(layer: LayerAllocation) -> str:
