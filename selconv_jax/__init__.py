@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from selconv_jax.layer_tree import layer_states
     from selconv_jax.layers import PlainConv, SelectiveConv
     from selconv_jax.optimizer_state import reset_rewritten, rewritten_mask
+    from selconv_jax.round_report import LayerReport, Report
     from selconv_jax.schedule import ReallocationSchedule
-    from selconv_jax.transform import Allocation, LayerReport, Report, reallocate, required_slots
+    from selconv_jax.transform import Allocation, reallocate, required_slots
     from selconv_jax.twin import selectivize
 
 __all__ = [
@@ -55,8 +56,8 @@ _HOMES = {
     "rewritten_mask": "optimizer_state",
     "ReallocationSchedule": "schedule",
     "Allocation": "transform",
-    "LayerReport": "transform",
-    "Report": "transform",
+    "LayerReport": "round_report",
+    "Report": "round_report",
     "reallocate": "transform",
     "required_slots": "transform",
     "selectivize": "twin",

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from selconv_jax.arguments import check_whole
 from selconv_jax.groups import kernel_rows
 
 __all__ = ["LayerState", "deallocate", "draw_sources", "reallocate", "sources_from_uniform"]
@@ -84,6 +85,7 @@ def deallocate(
     order = jnp.argsort(jnp.max(normalized, axis=0), stable=True)
     largest = jnp.max(jnp.cumsum(normalized[:, order], axis=1), axis=0)
     # The sums never fall, as no damage is negative; a parallel cumsum may round otherwise.
+    threshold = jnp.asarray(threshold, largest.dtype)
     exceeded = jax.lax.cummax(largest) > threshold
     # Rows sum to less than 1; rounding may carry a sum over it.
     closes_some = exceeded[-1] & (threshold < 1)
@@ -149,10 +151,10 @@ def sources_from_uniform(uniform: jax.Array, scores: jax.Array, gate: jax.Array,
     Raises:
         ValueError: ``top_k`` is below 1.
     """
-    if top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1.")
+    check_whole("top_k", top_k, 1)
     # Equal scores: lax.top_k puts the lower index first.
-    best, candidates = jax.lax.top_k(jnp.where(gate, scores, 0), min(top_k, scores.shape[0]))
+    # A score that is NaN is no candidate.
+    best, candidates = jax.lax.top_k(jnp.where(gate & (scores > 0), scores, 0), min(top_k, scores.shape[0]))
     number = jnp.sum(best > 0, dtype=jnp.int32)
     # Rounding may carry the product up to `number` itself.
     pick = jnp.minimum(jnp.floor(uniform * number.astype(uniform.dtype)).astype(jnp.int32), number - 1)

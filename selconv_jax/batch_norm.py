@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
+from selconv_jax.platforms import target_platform
 from selconv_jax.stored import stored
 
 __all__ = [
@@ -169,6 +170,8 @@ def _batch_norm_relu_jvp(
     def each_image(values: jax.Array) -> jax.Array:
         # Transposed, a sum over the pixels of each image and then one over the images: enough parts for
         # all cores of a GPU, where the compiler makes too few of a sum over all at once.
+        if target_platform() != "gpu":
+            return each(values)
         values = lax.optimization_barrier(jnp.broadcast_to(values, (x.shape[0], *values.shape)))
         return lax.expand_dims(values, tuple(range(1, x.ndim - 1)))
 

@@ -1,15 +1,15 @@
 """Convolutions in NHWC, 1x1 ones as matrix products, and the forms their arguments may take."""
 
-import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import AxisType
 
+from selconv_jax.arguments import is_whole
 from selconv_jax.errors import ConfigError, nearest
 from selconv_jax.platforms import target_platform
 from selconv_jax.stored import stored
@@ -62,10 +62,10 @@ def convolve(
         if any(stride != 1 for stride in strides):
             x = x[(slice(None), *(slice(None, None, stride) for stride in strides))]
         kernel = kernel.reshape(kernel.shape[-2:])
-        if not _gradients_as_products(x):
+        if not _is_matrix(x):
             return jnp.dot(x, kernel, precision=precision)
-        flat = _product(stored(x.reshape(-1, x.shape[-1])), kernel, precision)
-        return stored(flat).reshape(*x.shape[:-1], -1)
+        rows = stored(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+        return stored(jnp.dot(rows, kernel, precision=precision)).reshape(*x.shape[:-1], kernel.shape[-1])
     window = _Window(
         tuple(strides), padding if isinstance(padding, str) else tuple(padding), tuple(kernel_dilation)
     )
@@ -100,10 +100,11 @@ def _pad(x: jax.Array, padding: Padding, reach: Sequence[int]) -> tuple[jax.Arra
     return jnp.pad(x, [(0, 0), *margins, (0, 0)], mode=mode), "VALID"
 
 
-def _gradients_as_products(x: jax.Array) -> bool:
-    """Whether `_product` shall be used: on CPU, and where the compiler places arrays.
+def _is_matrix(x: jax.Array) -> bool:
+    """Whether pixels shall be the rows of one matrix: on CPU, and where the compiler places arrays.
 
-    On a mesh of explicit axes the products of its gradients would have to say where they lie.
+    Of a product of more axes the CPU compiler transposes the cotangent before it takes the kernel's gradient.
+    Axes of an explicit mesh cannot be joined.
     """
     explicit = any(kind == AxisType.Explicit for kind in jax.typeof(x).sharding.mesh.axis_types)
     return target_platform() == "cpu" and not explicit
@@ -134,36 +135,6 @@ def _convolution(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, kernel: jax.Array, precision: Any) -> jax.Array:
-    """``x @ kernel`` for ``[M, C]`` and ``[C, O]``, whose gradients are products of the operands as they lie.
-
-    What follows from the chain rule is a transposed product, for which the CPU compiler transposes the
-    cotangent first. As any custom gradient it has no forward mode (``jax.jvp``).
-    """
-    return jnp.dot(x, kernel, precision=precision)
-
-
-def _product_forward(
-    x: jax.Array, kernel: jax.Array, precision: Any
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, kernel, precision), (x, kernel)
-
-
-def _product_backward(
-    precision: Any, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    product = functools.partial(lax.dot_general, precision=precision)
-    return (
-        product(cotangent, kernel, (((1,), (1,)), ((), ()))),
-        product(x, cotangent, (((0,), (0,)), ((), ()))),
-    )
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
 def canonical_window(value: int | Sequence[int] | None, rank: int, name: str) -> tuple[int, ...]:
     """One positive number per spatial dimension, from one for all or one each.
 
@@ -178,9 +149,9 @@ def canonical_window(value: int | Sequence[int] | None, rank: int, name: str) ->
     Raises:
         ConfigError: There are not ``rank`` values, or one is below 1.
     """
-    numbers = 1 if value is None else value
-    values = (numbers,) * rank if isinstance(numbers, int | np.integer) else tuple(numbers)
-    if len(values) != rank or any(number < 1 for number in values):
+    numbers: Any = 1 if value is None else value
+    values = tuple(numbers) if isinstance(numbers, Iterable) else (numbers,) * rank
+    if len(values) != rank or not all(is_whole(number) and number >= 1 for number in values):
         raise ConfigError(
             f"{name} is {value!r}; it must be a positive integer or {rank} of them, one per spatial "
             "dimension."
@@ -210,10 +181,9 @@ def canonical_padding(padding: str | int | Sequence[int | tuple[int, int]], rank
                 "(low, high) pair for each."
             )
         return padding
-    if isinstance(padding, int | np.integer):
-        padding = (padding,) * rank
-    pairs = tuple((item, item) if isinstance(item, int | np.integer) else tuple(item) for item in padding)
-    if len(pairs) != rank or any(len(pair) != 2 for pair in pairs):
+    items: Any = padding if isinstance(padding, Iterable) else (padding,) * rank
+    pairs = tuple(tuple(item) if isinstance(item, Iterable) else (item, item) for item in items)
+    if len(pairs) != rank or not all(len(pair) == 2 and all(map(is_whole, pair)) for pair in pairs):
         raise ConfigError(
             f"padding is {padding!r}; a kernel of {rank} spatial dimensions needs {rank} numbers or "
             "(low, high) pairs."

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
 
+from selconv_jax.arguments import check_whole
 from selconv_jax.batch_norm import statistics_dtype
 from selconv_jax.groups import group_count
 
@@ -36,7 +37,8 @@ def expected_channel_damage(
         gate: ``[C]`` bool, false where the channel is closed.
 
     Returns:
-        ``[O, C]`` in the dtype of ``kernel``, at least float32; columns of closed channels are 0.
+        ``[O, C]`` in the dtype of ``kernel``, at least float32; columns of closed channels are 0, and
+        of open ones with a parameter that is NaN, NaN.
 
     Raises:
         ValueError: The kernel does not belong to so many channels.
@@ -57,21 +59,21 @@ def expected_channel_damage(
     dtype = statistics_dtype(kernel.dtype)
     scale, bias = scale.astype(dtype), bias.astype(dtype)
     deviation = jnp.abs(scale)
+    is_constant = deviation == 0  # not of NaN, which stays NaN
     # Dividing by 1 instead of 0 keeps the branch that is not taken finite.
-    ratio = bias / jnp.where(deviation > 0, deviation, 1)
+    ratio = bias / jnp.where(is_constant, 1, deviation)
     activation = jnp.where(
-        deviation > 0,
-        deviation * norm.pdf(ratio) + bias * norm.cdf(ratio),
+        is_constant,
         jnp.maximum(bias, 0),
+        deviation * norm.pdf(ratio) + bias * norm.cdf(ratio),
     )
-    mean = jnp.where(gate, activation, 0)
     taps = jnp.sum(kernel.astype(dtype), axis=tuple(range(kernel.ndim - 2)))
     if groups > 1:
         group_of_channel = jnp.arange(channels) // (channels // groups)
         group_of_output = jnp.arange(outputs) // (outputs // groups)
         same_group = group_of_channel[:, None] == group_of_output[None, :]
         taps = jnp.where(same_group, jnp.tile(taps, (groups, 1)), 0)  # [C, O]
-    return (mean[:, None] * taps).T
+    return jnp.where(gate[:, None], activation[:, None] * taps, 0).T
 
 
 def normalize_damage(damage: jax.Array) -> jax.Array:
@@ -118,8 +120,7 @@ def channel_scores(
     scores = jnp.sqrt(jnp.sum(jnp.square(normalized), axis=0))
     if max_copies is None:
         return scores
-    if max_copies < 0:
-        raise ValueError(f"max_copies is {max_copies}; it must be at least 0, or None for no limit.")
+    check_whole("max_copies", max_copies, 0, "a whole number, at least 0, or None for no limit")
     if source is None:
         raise ValueError("max_copies needs source, which says who copies whom; it is None.")
     channels = jnp.arange(source.shape[0], dtype=source.dtype)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-__all__ = ["group_count", "kernel_rows"]
+__all__ = ["group_count", "kernel_rows", "without_rows"]
 
 
 def group_count(channels: int, kernel_shape: Sequence[int]) -> int:
@@ -64,3 +64,17 @@ def kernel_rows(values: jax.Array, kernel_shape: Sequence[int]) -> jax.Array:
         rows = jnp.repeat(rows, kernel_shape[-1] // groups, axis=-1)
     window = len(kernel_shape) - len(stack) - 2
     return rows.reshape(*stack, *(1,) * window, *rows.shape[-2:])
+
+
+def without_rows(kernel: jax.Array, closed: jax.Array, value: float = 0.0) -> jax.Array:
+    """A kernel whose rows for some input channels are constant; 0 closes them, at no cost per pixel.
+
+    Args:
+        kernel: ``[*K, C / groups, O]`` floating.
+        closed: ``[C]`` bool, the channels.
+        value: What stands in their rows.
+
+    Returns:
+        ``[*K, C / groups, O]``.
+    """
+    return jnp.where(kernel_rows(closed, kernel.shape), jnp.asarray(value, kernel.dtype), kernel)

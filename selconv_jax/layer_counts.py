@@ -1,7 +1,6 @@
 """Parameters and multiply-adds of a network by layer: plain, selective, and compacted."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -14,9 +13,9 @@ from flax import traverse_util
 from flax.core import unfreeze
 
 from selconv_jax.compaction import plan_compaction
+from selconv_jax.compaction.module import relative_path
 from selconv_jax.counting import count_multiply_adds, count_parameters
-from selconv_jax.errors import ConfigError
-from selconv_jax.layers import SelectiveConv
+from selconv_jax.layers import SelectiveConv, check_slots
 
 __all__ = ["Count", "LayerCounts", "count_layers", "total_counts"]
 
@@ -110,7 +109,7 @@ def count_layers(model: nn.Module, variables: Variables, image: Any) -> list[Lay
     """
     shapes, image = _shapes(variables), _shapes(image)
     copies = _copies(variables)
-    plan = plan_compaction(model, variables, example=image)
+    plan = plan_compaction(model, variables, example=image, compare=False)
     small = jax.eval_shape(plan.take, shapes)
     order: dict[str, None] = {}
     plain = _products(model, shapes, image, order, copies=None)
@@ -176,11 +175,11 @@ def _products(
         context: nn.module.InterceptorContext,
     ) -> Any:
         module: Any = context.module
-        path = "/".join(module.path)
+        path = relative_path(module, ())
         if isinstance(module, SelectiveConv) and context.method_name == "__call__":
             if copies is None and module.slots:
                 return module.clone(slots=0.0, parent=module.scope)(*args, **kwargs)
-            _check_room(path, module.slots, args[0].shape[-1], (copies or {}).get(path, 0))
+            check_slots(path, module.slots, args[0].shape[-1], (copies or {}).get(path, 0))
         order.setdefault(path)
         paths.append(path)
         with jax.named_scope(f"{_MARK}{len(paths) - 1}"):
@@ -198,15 +197,6 @@ def _products(
         path = paths[int(marks[-1])] if marks else ""
         products[path] = products.get(path, 0) + count
     return products
-
-
-def _check_room(path: str, slots: float, channels: int, copies: int) -> None:
-    if copies > math.ceil(slots * channels):
-        raise ConfigError(
-            f"layer {path!r}: slots is {slots}, which provides for {math.ceil(slots * channels)} copies, but "
-            f"{copies} of its {channels} channels are copies. Take model.clone(slots=s) with s of at least "
-            "selconv_jax.required_slots(variables)."
-        )
 
 
 def _copies(variables: Variables) -> dict[str, int]:

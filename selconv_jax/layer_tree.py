@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import FrozenDict, unfreeze
 
 from selconv_jax.allocation import LayerState
 from selconv_jax.groups import group_count
 
-__all__ = ["layer_states", "merge_layers"]
+__all__ = ["are_replicas", "layer_states", "merge_layers", "refuse_replicas"]
 
 Path = tuple[str, ...]
 Variables = Mapping[str, Any]
@@ -77,6 +79,38 @@ def merge_layers(variables: Variables, states: Mapping[str, LayerState]) -> Any:
             if (value := getattr(state, field)) is not None:
                 new[collection, *path, field] = value
     return _replaced(variables, new, ())
+
+
+def are_replicas(states: Mapping[str, LayerState]) -> jax.Array | None:
+    """Whether layers are copies of a model, one for each device, rather than stacks of layers.
+
+    Such copies have an axis before all others, along which all that is trained is alike. Layers of a real
+    stack start from numbers of their own.
+
+    Args:
+        states: Layers by path, as from `layer_states`.
+
+    Returns:
+        ``[]`` bool; None where the shapes already say no.
+    """
+    counts = {state.gate.shape[0] if state.gate.ndim > 1 else 1 for state in states.values()}
+    if len(counts) > 1 or counts == {1}:
+        return None
+    trained = [leaf for state in states.values() for leaf in (state.kernel, state.scale, state.bias)]
+    return jnp.stack([jnp.all(jnp.max(leaf, axis=0) == jnp.min(leaf, axis=0)) for leaf in trained]).all()
+
+
+def refuse_replicas(states: Mapping[str, LayerState]) -> None:
+    """Raises a ValueError if layers, whose values are known, are `are_replicas`."""
+    replicas = jax.jit(are_replicas)(states)
+    if replicas is not None and replicas:
+        count = next(iter(states.values())).gate.shape[0]
+        raise ValueError(
+            f"the variables are {count} replicas of one model: along axis 0 every selective layer holds the "
+            "same parameters, and each replica would draw for itself. Re-allocate one and replicate it again "
+            "(variables = flax.jax_utils.unreplicate(variables)), or call reallocate inside of jax.pmap. In "
+            "a stack of layers give each its own numbers: split_rngs={'params': True}."
+        )
 
 
 def _replaced(tree: Any, new: Mapping[Path, Any], path: Path) -> Any:

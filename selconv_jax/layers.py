@@ -1,7 +1,7 @@
 """Batch norm, ReLU, convolution: the selective layer and its plain twin, as Flax (Linen) modules."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
+from selconv_jax.arguments import check_number, check_whole
 from selconv_jax.batch_norm import (
     Statistics,
     batch_norm,
@@ -20,14 +21,16 @@ from selconv_jax.batch_norm import (
 )
 from selconv_jax.convolution import canonical_padding, canonical_window, convolve
 from selconv_jax.errors import ConfigError
-from selconv_jax.groups import kernel_rows
+from selconv_jax.groups import without_rows
 from selconv_jax.shift import select, select_with_statistics
 
-__all__ = ["BatchNormReLU", "PlainConv", "SelectiveConv", "fan_out_normal"]
+__all__ = ["BatchNormReLU", "PlainConv", "SelectiveConv", "check_slots", "fan_out_normal"]
 
 Array = jax.Array
 Initializer = Callable[..., Any]
-_Selected = tuple[Array, Array | None, Statistics | None]
+_Selected = tuple[Array, Array, Statistics | None]
+
+_PUBLISHED_TOP_K = 3
 
 # Normal with standard deviation sqrt(2 / (kh * kw * O)); method, "One selective layer".
 fan_out_normal: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -75,13 +78,14 @@ class PlainConv(nn.Module):
     kernel_init: Initializer = fan_out_normal
 
     def __post_init__(self) -> None:
-        _check_positive(self, "features", "feature_group_count")
-        if any(size < 1 for size in self._window()):
-            raise ConfigError(f"kernel_size is {self.kernel_size}; every size must be at least 1.")
-        if not 0.0 <= self.dropout_rate < 1.0:
-            raise ConfigError(f"dropout_rate is {self.dropout_rate}; it must be in [0, 1).")
-        if not 0.0 <= self.momentum <= 1.0:
-            raise ConfigError(f"momentum is {self.momentum}; it must be in [0, 1].")
+        check_whole("features", self.features, 1)
+        check_whole("feature_group_count", self.feature_group_count, 1)
+        rank = len(self._window())
+        canonical_window(self.strides, rank, "strides")
+        canonical_padding(self.padding, rank)
+        canonical_window(self.kernel_dilation, rank, "kernel_dilation")
+        check_number("dropout_rate", self.dropout_rate, lambda share: 0.0 <= share < 1.0, "in [0, 1)")
+        _check_normalization(self)
         if self.features % self.feature_group_count:
             raise ConfigError(
                 f"features is {self.features}, not a multiple of feature_group_count "
@@ -95,8 +99,8 @@ class PlainConv(nn.Module):
 
         Args:
             x: ``[N, *S, C]`` floating.
-            train: Normalize with the statistics of the batch and, where ``batch_stats`` is mutable, move
-                the running ones; else normalize with the running ones.
+            train: Normalize with the statistics of the batch and move the running ones, for which
+                ``batch_stats`` must be mutable; else normalize with the running ones.
             statistics: Those of ``x``, where they are known: `selconv_jax.batch_norm.batch_statistics` of
                 the parts that ``x`` is concatenated of, joined. In a dense network, where many layers read
                 the same channels, they are then computed once. The result is the same, gradients included.
@@ -109,6 +113,7 @@ class PlainConv(nn.Module):
             ValueError: The input does not have the rank that ``kernel_size`` asks for, its channels
                 do not divide into the groups, the statistics are those of another number of channels, or
                 ``train`` is traced.
+            flax.errors.ModifyScopeVariableError: ``train``, and ``batch_stats`` is not mutable.
         """
         given: Any = train
         if isinstance(given, jax.core.Tracer):
@@ -140,13 +145,10 @@ class PlainConv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
 
-        x, gate, statistics = self._select(x, rank, statistics if train else None)
+        x, kernel, statistics = self._select(x, kernel, statistics if train else None)
         x = _batch_norm_relu(self, x, train, statistics)
         if self.dropout_rate > 0:
             x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
-        if gate is not None:
-            # Closing a channel is closing its kernel row: the same sum, at no cost per pixel.
-            kernel = jnp.where(kernel_rows(gate, kernel.shape), kernel, jnp.zeros((), kernel.dtype))
         return convolve(
             x,
             kernel,
@@ -160,14 +162,14 @@ class PlainConv(nn.Module):
     @nn.nowrap
     def _window(self) -> tuple[int, ...]:
         """The kernel size, one per spatial dimension."""
-        size = self.kernel_size
-        return (int(size),) if isinstance(size, int | np.integer) else tuple(map(int, size))
+        size: Any = self.kernel_size
+        sizes = tuple(size) if isinstance(size, Iterable) else (size,)
+        return canonical_window(sizes, len(sizes), "kernel_size")
 
     @nn.nowrap
-    def _select(self, x: Array, rank: int, statistics: Statistics | None) -> _Selected:
-        """The input as the layer sees it; the gate ``[C]`` and the statistics, None where there are none."""
-        del rank
-        return x, None, statistics
+    def _select(self, x: Array, kernel: Array, statistics: Statistics | None) -> _Selected:
+        """The input and the kernel as the layer sees them; the statistics, if they are known."""
+        return x, kernel, statistics
 
 
 class SelectiveConv(PlainConv):
@@ -178,19 +180,23 @@ class SelectiveConv(PlainConv):
 
     Variables beside those of `PlainConv`: ``selectivity`` gate ``[C]`` bool and source ``[C]`` int32 (-1:
     the channel reads itself); ``params`` shift ``[C, len(kernel_size)]`` in pixels, row first. A gate-only
-    layer (``top_k = 0``) has the gate alone: closed channels are never given away.
+    layer has the gate alone: closed channels are never given away. How many channels compete for the slots
+    is a setting of the round, not of the layer: `selconv_jax.Allocation.top_k`.
 
     Attributes:
-        top_k: 0 makes the layer gate-only. Any other value makes it selective; how many channels compete
-            for the slots in a round is said by `selconv_jax.Allocation.top_k` when re-allocating.
+        top_k: In the method's words, 0 is ``gate_only=True``, and 3 (published) or None is not. A layer
+            knows no other number: it is a setting of the round.
         slots: Share of the channels that the compiled program provides for copies, in [0, 1]. The
             result is the same for any share that is large enough, the cost grows with it; at 0 the
-            program is that of the plain layer. `selconv_jax.required_slots` tells what a model needs.
+            program is that of the plain layer. `selconv_jax.required_slots` tells what a model needs. With
+            more copies than that, a layer raises a `selconv_jax.ConfigError` where it knows them, and
+            computes NaN where they are traced.
+        gate_only: The layer closes channels and never copies any.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from selconv_jax import SelectiveConv
-        >>> layer = SelectiveConv(features=8, kernel_size=(3, 3), top_k=3)
+        >>> layer = SelectiveConv(features=8, kernel_size=(3, 3))
         >>> x = jnp.ones((2, 6, 6, 4))
         >>> variables = layer.init(jax.random.key(0), x, train=False)
         >>> y, changed = layer.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -198,29 +204,51 @@ class SelectiveConv(PlainConv):
         ((2, 6, 6, 8), ['gate', 'source'])
     """
 
-    top_k: int = 3
+    top_k: int | None = None
     slots: float = 1.0
+    gate_only: bool = False
 
     def __post_init__(self) -> None:
-        if self.top_k < 0:
-            raise ConfigError(f"top_k is {self.top_k}; it must be 0 (gate-only) or positive.")
-        if not 0.0 <= self.slots <= 1.0:
-            raise ConfigError(f"slots is {self.slots}; it must be a share of the channels in [0, 1].")
+        if self.top_k not in (None, 0, _PUBLISHED_TOP_K):
+            raise ConfigError(
+                f"top_k is {self.top_k}; of a layer it can only be 0, which makes it gate-only. How many "
+                "channels compete for slots is said when re-allocating: selconv_jax.Allocation(top_k=...)."
+            )
+        check_number(
+            "slots", self.slots, lambda share: 0.0 <= share <= 1.0, "a share of the channels in [0, 1]"
+        )
         super().__post_init__()
 
     @nn.nowrap
-    def _select(self, x: Array, rank: int, statistics: Statistics | None) -> _Selected:
+    def _select(self, x: Array, kernel: Array, statistics: Statistics | None) -> _Selected:
         channels = x.shape[-1]
         gate = self.variable("selectivity", "gate", jnp.ones, (channels,), jnp.bool_)
-        if self.top_k == 0:
-            return x, gate.value, statistics
-        source = self.variable("selectivity", "source", jnp.full, (channels,), -1, jnp.int32)
-        shift = self.param("shift", nn.initializers.zeros, (channels, rank), self.param_dtype)
+        kernel = without_rows(kernel, ~gate.value)
+        if self.gate_only or self.top_k == 0:
+            return x, kernel, statistics
+        source = self.variable("selectivity", "source", jnp.full, (channels,), -1, jnp.int32).value
+        shift = self.param("shift", nn.initializers.zeros, (channels, x.ndim - 2), self.param_dtype)
+        if not isinstance(source, jax.core.Tracer) and getattr(source, "is_fully_addressable", True):
+            copies = int(np.count_nonzero(np.asarray(source) >= 0))
+            check_slots("/".join(self.path) or type(self).__name__, self.slots, channels, copies)
         slots = math.ceil(self.slots * channels)
+        if slots == 0:
+            # Copies without a slot make the sum NaN, where it costs nothing per pixel.
+            return x, without_rows(kernel, source >= 0, jnp.nan), statistics
         if statistics is None:
-            return select(x, source.value, shift, slots), gate.value, None
-        x, statistics = select_with_statistics(x, statistics, source.value, shift, slots)
-        return x, gate.value, statistics
+            return select(x, source, shift, slots), kernel, None
+        x, statistics = select_with_statistics(x, statistics, source, shift, slots)
+        return x, kernel, statistics
+
+
+def check_slots(name: str, slots: float, channels: int, copies: int) -> None:
+    """Raises a `ConfigError` if a layer has more copies than its ``slots`` provide for."""
+    if copies > math.ceil(slots * channels):
+        raise ConfigError(
+            f"layer {name!r}: slots is {slots}, which provides for {math.ceil(slots * channels)} copies, but "
+            f"{copies} of its {channels} channels are copies. Take model.clone(slots=s) with s of at least "
+            "selconv_jax.required_slots(variables)."
+        )
 
 
 class BatchNormReLU(nn.Module):
@@ -235,6 +263,10 @@ class BatchNormReLU(nn.Module):
     momentum: float = 0.9
     epsilon: float = 1e-5
     param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        _check_normalization(self)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Array, train: bool, statistics: Statistics | None = None) -> Array:
@@ -256,14 +288,15 @@ def _batch_norm_relu(
         normalized = batch_norm(x, running_mean.value, running_var.value, scale, bias, module.epsilon)
         return nn.relu(normalized)
     mean, var = batch_statistics(x) if statistics is None else statistics
-    if not module.is_initializing() and module.is_mutable_collection("batch_stats"):
+    if not module.is_initializing():
         running_mean.value, running_var.value = update_running_statistics(
             running_mean.value, running_var.value, mean, var, x.size // x.shape[-1], module.momentum
         )
     return batch_norm_relu(x, mean, var, scale, bias, module.epsilon)
 
 
-def _check_positive(module: nn.Module, *names: str) -> None:
-    for name in names:
-        if getattr(module, name) < 1:
-            raise ConfigError(f"{name} is {getattr(module, name)}; it must be at least 1.")
+def _check_normalization(module: PlainConv | BatchNormReLU) -> None:
+    check_number("momentum", module.momentum, lambda share: 0.0 <= share <= 1.0, "in [0, 1]")
+    check_number(
+        "epsilon", module.epsilon, lambda value: 0.0 <= value < math.inf, "a finite number, at least 0"
+    )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from selconv_jax.groups import kernel_rows
-from selconv_jax.transform import Report
+from selconv_jax.round_report import Report
 
 __all__ = ["reset_rewritten", "rewritten_mask"]
 
@@ -49,23 +49,27 @@ def rewritten_mask(params: Mapping[str, Any], report: Report) -> Any:
     return masks
 
 
+def _keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A leaf's path without attributes: boxes around leaves (as in Flax NNX), fields of named tuples."""
+    return tuple(key for key in path if not isinstance(key, jax.tree_util.GetAttrKey))
+
+
 def _names(path: tuple[Any, ...]) -> list[str]:
-    """The keys of a leaf's path, without the attribute of a box around the leaf (as in Flax NNX)."""
-    keys = [key for key in path if not isinstance(key, jax.tree_util.GetAttrKey)]
-    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/").split("/")
+    return jax.tree_util.keystr(_keys(path), simple=True, separator="/").split("/")
 
 
 def reset_rewritten(
     optimizer: optax.GradientTransformation, opt_state: Any, params: Mapping[str, Any], report: Report
 ) -> Any:
-    """Sets the optimizer's state to 0 for the parameter entries that re-allocation rewrote.
+    """Starts the optimizer's state anew for the parameter entries that re-allocation rewrote.
 
     The published method leaves the momentum of a filled slot as it was under the channel's old
     meaning; not calling this function does the same. Calling it makes a slot start from rest.
 
-    The state is edited by its tree structure: every part of it that is shaped like the parameters
-    (momentum, first and second moments, accumulated gradients) is reset. It is not meant for optimizers that
-    keep averages or iterates of the parameters themselves, which would be set to 0 as well.
+    Everything that the state keeps for each entry of the parameters (momentum, moments, accumulated
+    gradients, averages and iterates of the parameters themselves) becomes, at the rewritten entries, what
+    ``optimizer.init(params)`` sets: 0 for most, another number for some, the new parameters for averages of
+    them. It is found by the parameters' paths, which optimizers keep in their states.
 
     Args:
         optimizer: The optax optimizer that made ``opt_state``.
@@ -77,8 +81,8 @@ def reset_rewritten(
         The state with the same structure, shapes and dtypes.
 
     Raises:
-        ValueError: The optimizer keeps state per parameter that is not shaped like the parameter (such
-            as factored second moments), so that entries cannot be told apart.
+        ValueError: The state is not of this optimizer and these parameters, or a part of it is not shaped
+            like a parameter (such as factored second moments), so that entries cannot be told apart.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, selconv_jax
@@ -89,26 +93,46 @@ def reset_rewritten(
         >>> variables, report = selconv_jax.reallocate(variables, jax.random.key(1))
         >>> opt_state = selconv_jax.reset_rewritten(optimizer, opt_state, variables["params"], report)
     """
-    masks = rewritten_mask(params, report)
-    names = jax.tree_util.tree_map_with_path(lambda path, _: "/".join(_names(path)), params)
-
-    def is_masked(value: Any) -> bool:
-        return isinstance(value, optax.MaskedNode)  # stands for a parameter that is left out
-
-    def reset(value: Any, parameter: Any, mask: jax.Array, name: str) -> Any:
-        if is_masked(value):
-            return value
-        if value.shape != parameter.shape:
-            raise ValueError(
-                f"the optimizer's state for {name} has shape {value.shape}, the parameter {parameter.shape}: "
-                "it cannot be reset by channel. Leave the state as it is, or use an optimizer whose state "
-                "is shaped like the parameters."
-            )
-        return jnp.where(mask, jnp.zeros((), value.dtype), value)
-
-    try:
-        return optax.tree.map_params(optimizer, reset, opt_state, params, masks, names, is_leaf=is_masked)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    masks = {
+        _keys(path): (mask, jnp.shape(parameter), "/".join(_names(path)))
+        for (path, parameter), mask in zip(
+            jax.tree_util.tree_leaves_with_path(params),
+            jax.tree.leaves(rewritten_mask(params, report)),
+            strict=True,
+        )
+    }
+    longest = max(map(len, masks))
+    start = optimizer.init(params)
+    structure: Any = jax.tree.structure(start)
+    if structure != jax.tree.structure(opt_state):
         raise ValueError(
-            f"the state of this optimizer cannot be matched with the parameters ({error}). Leave it as it is."
-        ) from error
+            "the optimizer's state is not one of this optimizer and these parameters: optimizer.init(params) "
+            "makes another structure. Pass the optimizer that made it and the 'params' it was made for."
+        )
+
+    # What keeps entries of parameters in another way grows with them.
+    grown = jax.eval_shape(optimizer.init, jax.tree.map(_longer, params))
+
+    def reset(path: tuple[Any, ...], value: Any, first: Any, longer: Any) -> Any:
+        keys = _keys(path)
+        ends = (keys[-length:] for length in range(min(longest, len(keys)), 0, -1))
+        owner = next((masks[end] for end in ends if end in masks), (jnp.zeros((), bool), None, ""))
+        mask, shape, name = owner
+        if jnp.shape(value) == shape:
+            return jnp.where(mask, jnp.asarray(first, value.dtype), value)
+        if name or jnp.shape(value) != longer.shape:
+            raise ValueError(
+                f"the optimizer's state for {name or jax.tree_util.keystr(path)} has shape "
+                f"{jnp.shape(value)}{f', the parameter {shape}' if name else ''}: it cannot be reset by "
+                "channel. Leave the state as it is, or use an optimizer whose state is shaped like the "
+                "parameters."
+            )
+        return value
+
+    return jax.tree_util.tree_map_with_path(reset, opt_state, start, grown)
+
+
+def _longer(parameter: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a parameter with one more entry along its first axis."""
+    first, *rest = jnp.shape(parameter) or (0,)
+    return jax.ShapeDtypeStruct((first + 1, *rest), parameter.dtype)

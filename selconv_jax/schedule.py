@@ -1,7 +1,9 @@
 """When a run re-allocates."""
 
 import dataclasses
+import math
 
+from selconv_jax.arguments import check_number, check_whole
 from selconv_jax.errors import ConfigError
 
 __all__ = ["ReallocationSchedule"]
@@ -32,12 +34,10 @@ class ReallocationSchedule:
     every_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.until <= 1.0:
-            raise ConfigError(f"until is {self.until}; it must be a share of the epochs in [0, 1].")
-        if self.every < 1:
-            raise ConfigError(f"every is {self.every}; it must be at least 1 epoch.")
-        if self.every_steps is not None and self.every_steps < 1:
-            raise ConfigError(f"every_steps is {self.every_steps}; it must be at least 1 step.")
+        check_number("until", self.until, lambda share: 0 <= share <= 1, "a share of the epochs in [0, 1]")
+        check_whole("every", self.every, 1, "a whole number of epochs, at least 1")
+        if self.every_steps is not None:
+            check_whole("every_steps", self.every_steps, 1, "a whole number of steps, at least 1")
         if self.every_steps is not None and self.every != 1:
             raise ConfigError("every and every_steps do not go together: leave one out.")
 
@@ -48,7 +48,7 @@ class ReallocationSchedule:
             epoch: The epoch that has just ended, counted from 0.
             epochs: Number of epochs of the run.
         """
-        return epoch < self.until * epochs and (epoch + 1) % self.every == 0
+        return epoch < self._end(epochs) and (epoch + 1) % self.every == 0
 
     def next_round(self, first: int, steps_per_epoch: int, epochs: int) -> int | None:
         """When the next round is due. None follows on the last step of a run.
@@ -72,4 +72,12 @@ class ReallocationSchedule:
             due = (end for epoch, end in ends if end >= first and self.is_due(epoch, epochs))
             return next(due, None)
         candidate = -(-max(first, 1) // self.every_steps) * self.every_steps
-        return candidate if candidate <= self.until * steps and candidate < steps else None
+        return candidate if candidate <= self._end(steps) and candidate < steps else None
+
+    def _end(self, count: int) -> float:
+        """The part of so many epochs or steps in which rounds follow; a whole number wherever one is meant.
+
+        In floating point 0.28 of 50 is more than 14, and 0.29 of 100 is less than 29.
+        """
+        end = self.until * count
+        return round(end) if math.isclose(end, round(end), rel_tol=1e-12) else end

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from selconv_jax.arguments import check_whole
 from selconv_jax.batch_norm import Statistics, batch_statistics, statistics_dtype
 from selconv_jax.platforms import target_platform
 from selconv_jax.stored import stored
@@ -90,7 +90,8 @@ def _interpolation_matrix(shift: jax.Array, size: int, dtype: jnp.dtype) -> jax.
     fraction = position - below
     # On the last pixel the fraction is 0 and "below + 1" meets no column.
     zero = jnp.zeros((), shift.dtype)
-    lower = jnp.where(column == below, 1 - fraction, zero)
+    # NaN meets none at all, and stays NaN.
+    lower = jnp.where(column == below, 1 - fraction, 0 * lax.stop_gradient(fraction))
     upper = jnp.where(column == below + 1, fraction, zero)
     return (lower + upper).astype(dtype)
 
@@ -102,7 +103,7 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None 
     by ``shift[j]``. A channel may be a shifted copy of itself: ``source[j] = j`` differs from -1.
 
     The cost grows with the number of copies that are provided for, not with the channels. ``slots``
-    fixes that number when the program is compiled; the result does not depend on it.
+    fixes that number when the program is compiled; the result does not depend on it as long as it suffices.
 
     Args:
         x: ``[N, *S, C]`` floating.
@@ -110,8 +111,7 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None 
         shift: ``[C, len(S)]`` floating, in pixels; without effect and without gradient where
             ``source`` is -1.
         slots: Upper bound of the number of copies (entries of ``source`` other than -1); None: ``C``.
-            0 returns ``x`` itself. The caller sees to it that there are no more copies: those beyond
-            the bound would read their own channels.
+            Where there are more, every copy is NaN.
 
     Returns:
         ``[N, *S, C]`` in the dtype of ``x``.
@@ -122,8 +122,9 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None 
         >>> select(x, jnp.array([-1, 0]), jnp.array([[0.0], [1.0]]))[0].tolist()
         [[1.0, 2.0], [2.0, 2.0]]
     """
+    slots = _bound(slots, x)
     if slots == 0:
-        return x
+        return _replaced(x, source >= 0, jnp.nan)
     return _selected(x, source, shift, slots)[0]
 
 
@@ -142,8 +143,10 @@ def select_with_statistics(
     Returns:
         What `select` returns, and its statistics.
     """
+    slots = _bound(slots, x)
     if slots == 0:
-        return x, statistics
+        selected, *new = (_replaced(values, source >= 0, jnp.nan) for values in (x, *statistics))
+        return selected, Statistics(*new)
     selected, copies, slot = _selected(x, source, shift, slots)
 
     def placed(of_x: jax.Array, of_copies: jax.Array) -> jax.Array:
@@ -154,56 +157,69 @@ def select_with_statistics(
     return selected, Statistics(*map(placed, statistics, batch_statistics(copies)))
 
 
+def _bound(slots: int | None, x: jax.Array) -> int:
+    """The number of copies that a program provides for."""
+    if slots is None:
+        return x.shape[-1]
+    check_whole("slots", slots, 0, "a whole number of channels, at least 0, or None")
+    return min(slots, x.shape[-1])
+
+
+def _replaced(x: jax.Array, channels: jax.Array, value: float) -> jax.Array:
+    """``x`` ``[..., C]`` with one value in the channels that are true in ``channels`` ``[C]``."""
+    return jnp.where(lax.expand_dims(channels, range(x.ndim - 1)), jnp.asarray(value, x.dtype), x)
+
+
 def _selected(
-    x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None
+    x: jax.Array, source: jax.Array, shift: jax.Array, slots: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The selected channels; the copies ``[N, *S, slots]``; ``[slots, C]`` bool: which channel each is."""
     channels = x.shape[-1]
-    slots = channels if slots is None else min(slots, channels)
-    slot = _one_hot_slots(source, slots)
+    is_copy = source >= 0
+    number = _numbers_of_copies(is_copy)
+    slot = is_copy[None, :] & (number[None, :] == jnp.arange(slots)[:, None])
     # Places that are not used read channel 0 and are written nowhere.
     # Indices are computed once, not for every pixel that a gather reads.
     origin = lax.optimization_barrier(jnp.sum(jnp.where(slot, source[None, :], 0), axis=1))
-    read = jnp.where((source >= 0)[:, None], shift, jnp.zeros((), shift.dtype))
+    if slots < channels:
+        # One copy too many makes the displacement of all slots NaN: none is wrong, at no cost per pixel.
+        shift = jnp.where((number < slots)[:, None], shift, jnp.asarray(jnp.nan, shift.dtype))
+    read = jnp.where(is_copy[:, None], shift, jnp.zeros((), shift.dtype))
     displacement = jnp.dot(slot.astype(shift.dtype), read, precision=lax.Precision.HIGHEST)
     if target_platform() != "tpu":
         copies = channel_shift(_gather(x, origin), displacement)
         return _replace(x, copies, source, slot), copies, slot
     one_hot = jax.nn.one_hot(origin, channels, dtype=x.dtype, axis=0)
     copies = channel_shift(jnp.dot(x, one_hot, precision=lax.Precision.HIGHEST), displacement)
-    kept = jnp.where(lax.expand_dims(source >= 0, range(x.ndim - 1)), jnp.zeros((), x.dtype), x)
-    selected = kept + jnp.dot(copies, slot.astype(x.dtype), precision=lax.Precision.HIGHEST)
+    selected = _replaced(x, is_copy, 0) + jnp.dot(
+        copies, slot.astype(x.dtype), precision=lax.Precision.HIGHEST
+    )
     return selected, copies, slot
 
 
-def _one_hot_slots(source: jax.Array, slots: int) -> jax.Array:
-    """``[slots, C]`` bool: row ``s`` marks the ``s``-th channel that is a copy; rows past the last none."""
-    is_copy = source >= 0
-    channel = jnp.arange(source.shape[0])
+def _numbers_of_copies(is_copy: jax.Array) -> jax.Array:
+    """``[C]`` int32: how many of the channels before each one are copies."""
+    channel = jnp.arange(is_copy.shape[0])
     # Comparing all pairs compiles to less than a cumulative sum and its inverse.
-    before = jnp.sum(is_copy[None, :] & (channel[None, :] < channel[:, None]), axis=1)
-    return is_copy[None, :] & (before[None, :] == jnp.arange(slots)[:, None])
+    return jnp.sum(is_copy[None, :] & (channel[None, :] < channel[:, None]), axis=1)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _gather(x: jax.Array, origin: jax.Array) -> jax.Array:
     """The channels ``origin`` ``[slots]`` of ``x``; the gradient is a product and not a scatter."""
     return _taken(x, origin)
 
 
-def _gather_forward(x: jax.Array, origin: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _gather(x, origin), (jax.nn.one_hot(origin, x.shape[-1], dtype=x.dtype), origin)
+@_gather.defjvp
+def _gather_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]
+) -> tuple[jax.Array, jax.Array]:
+    x, origin = primals
+    one_hot = jax.nn.one_hot(origin, x.shape[-1], dtype=x.dtype)
+    return _gather(x, origin), jnp.dot(tangents[0], one_hot.T, precision=lax.Precision.HIGHEST)
 
 
-def _gather_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, Any]:
-    one_hot, origin = saved
-    return jnp.dot(cotangent, one_hot, precision=lax.Precision.HIGHEST), _no_gradient(origin)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-@jax.custom_vjp
+@jax.custom_jvp
 def _replace(x: jax.Array, copies: jax.Array, source: jax.Array, slot: jax.Array) -> jax.Array:
     """``x`` with the copies in their slots; forward and back only channels are gathered."""
     place = jnp.sum(jnp.where(slot, jnp.arange(slot.shape[0])[:, None], 0), axis=0)  # [C]
@@ -212,41 +228,27 @@ def _replace(x: jax.Array, copies: jax.Array, source: jax.Array, slot: jax.Array
     return jnp.where(is_copy, jnp.take(stored(copies), place, axis=-1, mode="clip"), x)
 
 
-def _replace_forward(
-    x: jax.Array, copies: jax.Array, source: jax.Array, slot: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _replace(x, copies, source, slot), (source, slot)
-
-
-def _replace_backward(
-    saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array, Any, Any]:
-    source, slot = saved
-    leading = range(cotangent.ndim - 1)
-    zero = jnp.zeros((), cotangent.dtype)
+@_replace.defjvp
+def _replace_jvp(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    _, _, source, slot = primals
+    of_x, of_copies, *_ = tangents
     channel = jnp.sum(jnp.where(slot, jnp.arange(slot.shape[1])[None, :], 0), axis=1)  # [slots]
     channel = lax.optimization_barrier(channel)
-    of_copies = _taken(cotangent, channel)
-    # Places that are not used have read channel 0.
-    used = lax.expand_dims(jnp.any(slot, axis=1), leading)
-    return (
-        jnp.where(lax.expand_dims(source >= 0, leading), zero, cotangent),
-        jnp.where(used, of_copies, zero),
-        _no_gradient(source),
-        _no_gradient(slot),
-    )
-
-
-_replace.defvjp(_replace_forward, _replace_backward)
+    # Places that are not used have read channel 0. A scatter, whose transpose is a gather.
+    added = _replaced(of_copies, ~jnp.any(slot, axis=1), 0)
+    return _replace(*primals), _added(_replaced(of_x, source >= 0, 0), added, channel)
 
 
 def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
     """Channels of ``x``; as columns of a matrix, which is the faster gather on CPU."""
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    taken = stored(jnp.take(rows, index, axis=1, mode="clip"))
-    return taken.reshape(*x.shape[:-1], index.shape[0])
+    return stored(jnp.take(_rows(x), index, axis=1, mode="clip")).reshape(*x.shape[:-1], index.shape[0])
 
 
-def _no_gradient(values: jax.Array) -> Any:
-    """The cotangent of integers and truth values."""
-    return np.zeros(values.shape, jax.dtypes.float0)
+def _added(x: jax.Array, changes: jax.Array, index: jax.Array) -> jax.Array:
+    """``x`` with ``changes`` added to channels; its transpose is `_taken`."""
+    return _rows(x).at[:, index].add(stored(_rows(changes)), mode="clip").reshape(x.shape)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """``[..., C]`` as a matrix."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

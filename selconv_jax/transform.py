@@ -5,20 +5,22 @@ import functools
 import math
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from selconv_jax.allocation import LayerState, deallocate, sources_from_uniform
 from selconv_jax.allocation import reallocate as fill_slots
+from selconv_jax.arguments import check_number, check_whole
 from selconv_jax.damage import channel_scores, expected_channel_damage, normalize_damage
-from selconv_jax.errors import ConfigError
 from selconv_jax.groups import group_count
-from selconv_jax.layer_tree import layer_states, merge_layers
+from selconv_jax.layer_tree import are_replicas, layer_states, merge_layers, refuse_replicas
+from selconv_jax.round_report import LayerReport, Report
 
-__all__ = ["Allocation", "LayerReport", "Report", "reallocate", "required_slots"]
+__all__ = ["Allocation", "reallocate", "required_slots"]
 
 Variables = Mapping[str, Any]
 
@@ -28,7 +30,8 @@ class Allocation:
     """How a round of de-allocation and re-allocation decides (method, "De-allocation" and after).
 
     Attributes:
-        threshold: Share of the damage that may be lost by closing channels, in [0, 1].
+        threshold: Share of the damage that may be lost by closing channels, in [0, 1]. This number and
+            ``shift_range`` may be arrays ``[]``, traced or not; another value does not compile anew.
         top_k: Number of channels that compete for the free slots; 0 only closes.
         max_copies: No further copies of a channel that more than this many read; None: no limit.
         shift_range: New copies start at shifts drawn from ``[-shift_range, shift_range]`` pixels.
@@ -46,87 +49,20 @@ class Allocation:
         selconv_jax.errors.ConfigError: threshold is 2.0; it must be in [0, 1].
     """
 
-    threshold: float = 1e-3
+    threshold: float | jax.Array = 1e-3
     top_k: int = 3
     max_copies: int | None = None
-    shift_range: float = 1.5
+    shift_range: float | jax.Array = 1.5
     random_sources: bool = False
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.threshold <= 1.0:
-            raise ConfigError(f"threshold is {self.threshold}; it must be in [0, 1].")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k is {self.top_k}; it must be at least 0 (0: only close channels).")
-        if self.max_copies is not None and self.max_copies < 0:
-            raise ConfigError(f"max_copies is {self.max_copies}; it must be at least 0, or None.")
-        if not 0.0 <= self.shift_range < float("inf"):
-            raise ConfigError(f"shift_range is {self.shift_range}; it must be finite and at least 0.")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerReport:
-    """What one round did to one layer with ``C`` input channels.
-
-    ``*L`` are the axes of a stack of layers (``nn.scan``, ``nn.vmap``); a single layer has none.
-
-    Attributes:
-        deallocated: ``[*L, C]`` bool, channels that were open and that the round closed.
-        reallocated: ``[*L, C]`` bool, closed channels that the round filled: their kernel, batch norm and
-            shift are rewritten. A channel can be both.
-        open: ``[*L]`` int32, open channels after the round.
-        copies: ``[*L]`` int32, channels that read another one (or themselves, shifted) after the round.
-    """
-
-    deallocated: jax.Array
-    reallocated: jax.Array
-    open: jax.Array
-    copies: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What one round did to a model: `LayerReport` by the path of the layer, ``"block1/conv"`` style.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, selconv_jax
-        >>> layer = selconv_jax.SelectiveConv(features=2, kernel_size=(1, 1))
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 8)), train=False)
-        >>> variables, report = selconv_jax.reallocate(variables, jax.random.key(1))
-        >>> report.closed, report.reallocated, report.channels
-        (0, 0, 8)
-    """
-
-    layers: dict[str, LayerReport]
-
-    @property
-    def closed(self) -> int:
-        """Channels that the round closed, in all layers."""
-        return sum(int(layer.deallocated.sum()) for layer in self._host().values())
-
-    @property
-    def reallocated(self) -> int:
-        """Closed channels that the round filled, in all layers."""
-        return sum(int(layer.reallocated.sum()) for layer in self._host().values())
-
-    @property
-    def channels(self) -> int:
-        """Input channels of all layers."""
-        return sum(layer.deallocated.size for layer in self.layers.values())
-
-    @property
-    def open(self) -> int:
-        """Open channels after the round, in all layers."""
-        return sum(int(layer.open.sum()) for layer in self._host().values())
-
-    @property
-    def copies(self) -> int:
-        """Channels that read through a source after the round, in all layers."""
-        return sum(int(layer.copies.sum()) for layer in self._host().values())
-
-    def _host(self) -> dict[str, LayerReport]:
-        return jax.device_get(self.layers)
+        check_number("threshold", self.threshold, lambda share: 0.0 <= share <= 1.0, "in [0, 1]")
+        check_whole("top_k", self.top_k, 0, "a whole number, at least 0 (0: only close channels)")
+        if self.max_copies is not None:
+            check_whole("max_copies", self.max_copies, 0, "a whole number, at least 0, or None")
+        check_number(
+            "shift_range", self.shift_range, lambda value: 0.0 <= value < math.inf, "finite and at least 0"
+        )
 
 
 def reallocate(
@@ -143,7 +79,8 @@ def reallocate(
     Layers that ``nn.scan`` or ``nn.vmap`` stacked on axis 0 are re-allocated one by one, each with a key
     folded with its index too.
 
-    Compiled once for a model and an allocation. May be called inside of another ``jit``.
+    Compiled once for a model and an allocation, whatever its threshold. May be called inside of another
+    ``jit``, and of ``pmap`` and ``vmap`` over whole copies of the variables.
 
     Args:
         variables: The model's variables: ``params``, ``batch_stats``, ``selectivity``; other collections
@@ -155,8 +92,9 @@ def reallocate(
         The new variables, with the structure, shapes, dtypes and shardings of the old; and a `Report`.
 
     Raises:
-        ValueError: There is no selective layer, a part of one is missing, or the shapes of its parts
-            contradict each other.
+        ValueError: There is no selective layer, a part of one is missing, the shapes of its parts
+            contradict each other, or the variables are replicas, as of `flax.jax_utils.replicate`: each
+            would draw for itself. (Traced ones, whose values cannot be looked at, all draw alike.)
 
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax
@@ -169,10 +107,20 @@ def reallocate(
     """
     allocation = allocation or Allocation()
     states = layer_states(variables)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((states, key))):
-        new_states, layers = _rewrite(states, key, allocation)
+    numbers = _Numbers(allocation.threshold, allocation.shift_range)
+    limit = allocation.max_copies
+    allocation = dataclasses.replace(  # what is compiled for; hashable
+        allocation,
+        threshold=0.0,
+        shift_range=0.0,
+        top_k=int(allocation.top_k),
+        max_copies=None if limit is None else int(limit),
+    )
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((states, key, numbers))):
+        new_states, layers = _rewrite(states, key, numbers, allocation)
     else:
-        new_states, layers = _compiled(states, allocation)(states, key)
+        refuse_replicas(states)
+        new_states, layers = _compiled(states, allocation)(states, key, numbers)
     return merge_layers(variables, new_states), Report(layers)
 
 
@@ -197,6 +145,13 @@ def required_slots(variables: Variables) -> float:
     return max(map(float, shares), default=0.0)
 
 
+class _Numbers(NamedTuple):
+    """What of an `Allocation` is an argument of the compiled round."""
+
+    threshold: float | jax.Array
+    shift_range: float | jax.Array
+
+
 def _compiled(states: dict[str, LayerState], allocation: Allocation) -> Any:
     """The jitted round whose results lie where its arguments lie."""
     # An array that was not committed to a device stays so: it may join others on any mesh.
@@ -213,13 +168,33 @@ def _jitted(structure: Any, shardings: tuple[Any, ...], allocation: Allocation) 
 
 
 def _rewrite(
-    states: dict[str, LayerState], key: jax.Array, allocation: Allocation
+    states: dict[str, LayerState], key: jax.Array, numbers: _Numbers, allocation: Allocation
 ) -> tuple[dict[str, LayerState], dict[str, LayerReport]]:
+    # On a mesh of explicit axes each operation would have to say where its result lies.
+    leaves, structure = jax.tree.flatten(states)
+    shardings = [_explicit_sharding(leaf) for leaf in leaves]
+    whole = [sharding and NamedSharding(sharding.mesh, PartitionSpec()) for sharding in shardings]
+    states = jax.tree.unflatten(structure, map(_resharded, leaves, whole))
     new_states, reports = {}, {}
     draws = _draws(states, key)
+    of_first = are_replicas(states)
     for name, state in states.items():
-        new_states[name], reports[name] = _rounds(state, draws[name], allocation)
-    return new_states, reports
+        drawn = draws[name]
+        if of_first is not None:
+            drawn = jnp.where(of_first, drawn[:1], drawn)
+        new_states[name], reports[name] = _rounds(state, drawn, numbers, allocation)
+    new_leaves = map(_resharded, jax.tree.leaves(new_states), shardings)
+    return jax.tree.unflatten(structure, new_leaves), reports
+
+
+def _resharded(x: jax.Array, to: NamedSharding | None) -> jax.Array:
+    return x if to is None else jax.sharding.reshard(x, to)
+
+
+def _explicit_sharding(x: jax.Array) -> NamedSharding | None:
+    """Where an array lies on a mesh of explicit axes; None where that is left to the compiler."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def _draws(states: dict[str, LayerState], key: jax.Array) -> dict[str, jax.Array]:
@@ -265,24 +240,29 @@ def _layer_keys(stacks: dict[str, tuple[int, ...]], key: jax.Array) -> jax.Array
     return jnp.concatenate([keys, fold_in(keys, index)])[chosen]
 
 
-def _rounds(state: LayerState, uniform: jax.Array, allocation: Allocation) -> tuple[LayerState, LayerReport]:
+def _rounds(
+    state: LayerState, uniform: jax.Array, numbers: _Numbers, allocation: Allocation
+) -> tuple[LayerState, LayerReport]:
     """`_round`, for each layer of a stack."""
     if state.gate.ndim == 1:
-        return _round(state, uniform, allocation)
-    return jax.vmap(functools.partial(_rounds, allocation=allocation))(state, uniform)
+        return _round(state, uniform, numbers, allocation)
+    return jax.vmap(functools.partial(_rounds, numbers=numbers, allocation=allocation))(state, uniform)
 
 
-def _round(state: LayerState, uniform: jax.Array, allocation: Allocation) -> tuple[LayerState, LayerReport]:
+def _round(
+    state: LayerState, uniform: jax.Array, numbers: _Numbers, allocation: Allocation
+) -> tuple[LayerState, LayerReport]:
     """De-allocates and re-allocates one layer with its numbers of `_draws`."""
     groups = group_count(state.gate.shape[0], state.kernel.shape)
-    gate, source = deallocate(_normalized(state), state.gate, state.source, allocation.threshold, groups)
+    gate, source = deallocate(_normalized(state), state.gate, state.source, numbers.threshold, groups)
     deallocated = state.gate & ~gate
     state = dataclasses.replace(state, gate=gate, source=source)
     filled = jnp.zeros_like(gate)
     copies = jnp.zeros((), jnp.int32)
     if source is not None and state.shift is not None and allocation.top_k > 0:
         drawn = _drawn_sources(state, uniform[:, 0], allocation)
-        state = fill_slots(state, drawn, allocation.shift_range * (2 * uniform[:, 1:] - 1))
+        reach = jnp.asarray(numbers.shift_range, uniform.dtype)
+        state = fill_slots(state, drawn, reach * (2 * uniform[:, 1:] - 1))
         filled = drawn >= 0
     if state.source is not None:
         copies = jnp.sum(state.source >= 0, dtype=jnp.int32)

@@ -10,6 +10,7 @@ import pytest
 from selconv_jax import PlainConv, SelectiveConv
 from selconv_jax.batch_norm import Statistics, batch_norm_relu, batch_statistics, join_statistics
 from selconv_jax.bench.states import with_copies
+from selconv_jax.platforms import tracing_for
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +46,15 @@ def test_the_variance_of_a_constant_channel_is_zero():
     assert batch_statistics(jnp.full((4, 8, 8, 1), 0.1, jnp.float32)).var == 0
 
 
-def test_derivatives_of_first_and_second_order():
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_derivatives_of_first_and_second_order(platform):
     keys = jax.random.split(jax.random.key(1), 3)
     x = jax.random.normal(keys[0], (2, 3, 2, 2), jnp.float64)
     scale, bias = jax.random.normal(keys[1], (2, 2), jnp.float64)
 
     def ours(x, scale, bias):
-        return jnp.sum(jnp.sin(batch_norm_relu(x, *batch_statistics(x), scale, bias, 1e-5)))
+        with tracing_for(platform):
+            return jnp.sum(jnp.sin(batch_norm_relu(x, *batch_statistics(x), scale, bias, 1e-5)))
 
     def simple(x, scale, bias):
         axes = (0, 1, 2)

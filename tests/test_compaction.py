@@ -93,7 +93,7 @@ def test_every_gate_of_a_block_closed(family):
 def test_dropout_and_lower_precision():
     model = DenseNet(5, (1, 1), growth=4, compression=0.5, dropout_rate=0.2, dtype=jnp.bfloat16)
     variables = perturbed_variables(model, SHAPE, seed=0, closed=0.4, copies=0.3)
-    plan = selconv_jax.plan_compaction(model, variables)
+    plan = selconv_jax.plan_compaction(model, variables, compare=False)
     assert plan.model.dtype == plan.frozen_model().dtype == jnp.bfloat16
     x = images().astype(jnp.bfloat16)
 
@@ -114,7 +114,7 @@ def test_dropout_and_lower_precision():
 def test_frozen_model_has_the_variables_of_the_whole():
     model = NETWORKS["densenet_bc"]
     variables = perturbed_variables(model, SHAPE, seed=3, closed=0.4, copies=0.3)
-    plan = selconv_jax.plan_compaction(model, variables)
+    plan = selconv_jax.plan_compaction(model, variables, compare=False)
     frozen = plan.frozen_model()
 
     def step(network, variables):
@@ -159,7 +159,7 @@ def test_training_on_goes_as_the_whole_network_would():
         for _ in range(2):
             whole, state = whole_step(whole, state)
     assert report.reallocated > 0
-    plan = selconv_jax.plan_compaction(model, whole, multiple=8)
+    plan = selconv_jax.plan_compaction(model, whole, multiple=8, compare=False)
     assert any(layout.copied for _, layout in plan.model.layouts)
     assert any(layout.idle for _, layout in plan.model.layouts)
     small = plan.take(whole)
@@ -177,7 +177,7 @@ def test_training_on_goes_as_the_whole_network_would():
 def test_take_and_put_of_other_trees():
     model = NETWORKS["resnext"]
     variables = perturbed_variables(model, SHAPE, seed=7, closed=0.5, copies=0.5)
-    plan = selconv_jax.plan_compaction(model, variables)
+    plan = selconv_jax.plan_compaction(model, variables, compare=False)
     frozen = plan.take(freeze(variables))
     assert type(frozen) is type(freeze({}))
     assert_equal_trees(frozen, freeze(plan.take(variables)))
@@ -213,7 +213,7 @@ def test_refusals():
         selconv_jax.compact(model, {"params": {}})
     with pytest.raises(ValueError, match="gates and sources are traced"):
         jax.jit(lambda v: selconv_jax.compact(model, v)[1])(variables)
-    plan = selconv_jax.plan_compaction(model, variables)
+    plan = selconv_jax.plan_compaction(model, variables, compare=False)
     other = perturbed_variables(DenseNet(5, (2, 1), growth=8), SHAPE, seed=0)
     with pytest.raises(ValueError, match=r"has shape .*, which is not that of the network this plan"):
         plan.take(other)

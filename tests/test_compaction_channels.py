@@ -20,7 +20,7 @@ def variables_of(model):
 
 
 def layouts_of(model, variables, **options):
-    plan = selconv_jax.plan_compaction(model, variables, **options)
+    plan = selconv_jax.plan_compaction(model, variables, compare=False, **options)
     return dict(plan.model.layouts), dict(plan.model.widths)
 
 
@@ -119,7 +119,7 @@ def test_widths_are_rounded_up(closed, multiple, inputs, idle):
     conv2 = layouts["block1_layer1/conv2"]
     assert (conv2.inputs, conv2.own) == (inputs, tuple(range(inputs)))
     assert conv2.idle == tuple(range(idle))
-    small = selconv_jax.plan_compaction(model, variables, multiple=multiple).take(variables)
+    small = selconv_jax.plan_compaction(model, variables, multiple=multiple, compare=False).take(variables)
     kernel = np.asarray(small["params"]["block1_layer1"]["conv2"]["kernel"])
     assert (kernel[:, :, :idle] == 0).all()
     assert (kernel[:, :, idle:] != 0).any(axis=(0, 1, 3)).all()

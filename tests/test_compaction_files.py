@@ -1,7 +1,9 @@
 """Files of compacted networks: there and back, refusals, damage."""
 
+import functools
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,3 +120,45 @@ def test_a_network_of_the_users(tmp_path):
     read, read_variables = selconv_jax.load_compact(path, network=layer)
     assert read == model
     assert_equal_trees(read_variables, small)
+
+
+class Wrapped(nn.Module):
+    """A network of the user's, with attributes of many kinds."""
+
+    inner: nn.Module
+    activation: object = nn.relu
+    scales: object = (1.0, 2)
+    dtype: object = jnp.float32
+
+    def __call__(self, x, train):
+        return self.activation(self.inner(x, train)) * jnp.asarray(self.scales[0], self.dtype)
+
+    def features(self, x, train):
+        return self.inner(x, train)
+
+
+def test_the_network_must_have_the_attributes_it_had(tmp_path):
+    path = tmp_path / "small.npz"
+    network = DenseNet(5, (1,), growth=4)
+    selconv_jax.save_compact(path, *compacted(network))
+    assert selconv_jax.load_compact(path, network=network.clone(slots=0.0, blocks=[1]))
+    with pytest.raises(CheckpointError, match="stem='cifar', but network has stem='tiny_imagenet'"):
+        selconv_jax.load_compact(path, network=network.clone(stem="tiny_imagenet"))
+    with pytest.raises(CheckpointError, match="dtype=None, but network has dtype='bfloat16'"):
+        selconv_jax.load_compact(path, network=network.clone(dtype=jnp.bfloat16))
+    inner = selconv_jax.SelectiveConv(4, (3, 3))
+    own = Wrapped(inner)
+    model, variables = compacted(own, example=jnp.ones(SHAPE), method="features")
+    selconv_jax.save_compact(path, model, variables, overwrite=True)
+    read, _ = selconv_jax.load_compact(path, network=Wrapped(inner.clone(slots=0.5), scales=[1.0, 2]))
+    assert read.method == "features"
+    for other, message in (
+        (Wrapped(inner.clone(epsilon=1e-3)), "inner.epsilon=1e-05, but network has inner.epsilon=0.001"),
+        (own.clone(activation=nn.gelu), "activation='relu', but network has activation='gelu'"),
+        (own.clone(activation=nn.Dense), "activation='relu', but network has activation='Dense'"),
+        (own.clone(activation=functools.partial(nn.elu, alpha=2.0)), r"\['elu', \[\], \{'alpha': 2.0\}\]"),
+        (own.clone(scales=np.array([2.0, 2.0])), r"scales=\[1.0, 2\], but"),
+        (own.clone(dtype="bfloat16"), "dtype='float32', but network has dtype='bfloat16'"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            selconv_jax.load_compact(path, network=other)

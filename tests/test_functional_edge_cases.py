@@ -197,3 +197,23 @@ def test_a_copy_that_is_closed_again_reads_its_source_no_more():
     assert (gate.tolist(), source.tolist()) == ([True, False, True, False], [-1, -1, 0, -1])
     assert channel_scores(normalized, copies, 1)[0] == 0
     assert channel_scores(normalized, np.asarray(source), 1)[0] > 0
+
+
+def test_what_is_not_a_number_stays_so():
+    kernel, ones, is_open = np.ones((1, 3, 2), np.float32), np.ones(3, np.float32), np.ones(3, bool)
+    for value in (np.nan, np.inf):
+        scale = np.array([1, value, 1], np.float32)
+        damage = expected_channel_damage(kernel, scale, ones, is_open)
+        np.testing.assert_array_equal(np.isfinite(damage).all(axis=0), [True, False, True])
+        assert not np.isfinite(normalize_damage(damage)[:, 1]).any()
+    closed = np.array([True, False, True])
+    hidden = kernel.copy()
+    hidden[:, 1] = np.nan
+    np.testing.assert_array_equal(expected_channel_damage(hidden, ones, ones, closed)[:, 1], 0)
+
+
+def test_a_score_that_is_not_a_number_is_no_candidate():
+    gate = np.array([True, True, True, False])
+    scores = np.array([np.nan, 0.5, 0.3, 0.0], np.float32)
+    drawn = draw_often(keys(32), scores, gate, 3)
+    assert set(np.asarray(drawn[:, 3]).tolist()) == {1, 2}

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ModifyScopeVariableError
 from states import perturbed_variables
 
 from selconv_jax import ConfigError, PlainConv, SelectiveConv
+from selconv_jax.functional import channel_shift, select
+from selconv_jax.platforms import tracing_for
 
 
 def variables_of(layer, shape):
@@ -17,7 +20,7 @@ def test_variables_of_the_three_kinds():
     shape = (2, 8, 8, 6)
     layers = {
         "selective": SelectiveConv(4, (3, 3)),
-        "gate-only": SelectiveConv(4, (3, 3), top_k=0),
+        "gate-only": SelectiveConv(4, (3, 3), gate_only=True),
         "plain": PlainConv(4, (3, 3)),
     }
     found = {
@@ -61,10 +64,10 @@ def test_initial_values():
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("top_k", [0, 3])
-def test_untouched_layer_equals_its_plain_twin(top_k, train):
+@pytest.mark.parametrize("gate_only", [False, True])
+def test_untouched_layer_equals_its_plain_twin(gate_only, train):
     x = jax.random.normal(jax.random.key(0), (3, 8, 8, 6))
-    layer = SelectiveConv(5, (3, 3), top_k=top_k)
+    layer = SelectiveConv(5, (3, 3), gate_only=gate_only)
     variables = perturbed_variables(layer, x.shape, seed=1)
     plain = {
         "params": {key: variables["params"][key] for key in ("kernel", "scale", "bias")},
@@ -90,8 +93,28 @@ def test_initializing_and_evaluating_move_no_statistics():
     np.testing.assert_allclose(changed["batch_stats"]["var"], 0.9 + 0.1 * unbiased, rtol=1e-5)
 
 
+def test_training_must_be_able_to_move_the_statistics():
+    layer, x = SelectiveConv(5, (1, 1)), jnp.ones((2, 4, 4, 6))
+    variables = layer.init(jax.random.key(0), x, train=False)
+    for mutable in (False, ["selectivity"]):
+        with pytest.raises(ModifyScopeVariableError, match='collection "batch_stats" is immutable'):
+            layer.apply(variables, x, train=True, mutable=mutable)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_variance_that_overflows_does_not_go_unnoticed(train):
+    layer = SelectiveConv(5, (1, 1))
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 6))
+    variables = layer.init(jax.random.key(0), x, train=False)
+    if train:
+        x = x.at[..., 2].multiply(1e30)
+    else:
+        variables["batch_stats"]["var"] = jnp.ones(6).at[2].set(jnp.inf)
+    assert np.isnan(layer.apply(variables, x, train, mutable=["batch_stats"])[0]).all()
+
+
 def test_closed_channels_are_not_read():
-    layer = SelectiveConv(5, (3, 3), top_k=0)
+    layer = SelectiveConv(5, (3, 3), gate_only=True)
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 6))
     variables = perturbed_variables(layer, x.shape, seed=1)
     variables["selectivity"]["gate"] = jnp.array([True, False, True, True, False, True])
@@ -129,7 +152,7 @@ def test_any_number_of_spatial_dimensions(rank):
 
 def test_grouped_gate_closes_the_right_rows():
     x = jax.random.normal(jax.random.key(0), (2, 5, 5, 6))
-    layer = SelectiveConv(4, (3, 3), feature_group_count=2, top_k=0)
+    layer = SelectiveConv(4, (3, 3), feature_group_count=2, gate_only=True)
     variables = layer.init(jax.random.key(0), x, train=False)
     variables["selectivity"]["gate"] = jnp.array([True, True, True, True, False, True])
     closed = layer.apply(variables, x, train=False)
@@ -148,28 +171,26 @@ def test_grouped_gate_closes_the_right_rows():
         ({"dropout_rate": 1.0}, r"dropout_rate is 1.0; it must be in \[0, 1\)"),
         ({"momentum": 1.5}, "momentum is 1.5"),
         ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 1}, r"top_k is 1; .* selconv_jax.Allocation\(top_k=...\)"),
         ({"slots": 1.5}, "slots is 1.5"),
+        ({"slots": "all"}, "slots is 'all'"),
+        ({"features": 4.0}, "features is 4.0; it must be a whole number"),
+        ({"epsilon": -1.0}, "epsilon is -1.0"),
+        ({"kernel_size": (3.7, 3)}, r"kernel_size is \(3.7, 3\)"),
+        ({"kernel_size": 0}, "kernel_size is"),
+        ({"strides": (1.5, 2)}, r"strides is \(1.5, 2\)"),
+        ({"strides": (1, 2, 3)}, "strides is"),
+        ({"strides": 0}, "strides is 0"),
+        ({"padding": "SMAE"}, "padding is 'SMAE'"),
+        ({"padding": (1, 2, 3)}, "padding is"),
+        ({"padding": 1.5}, "padding is 1.5"),
+        ({"padding": ((1, 2.5), 1)}, "padding is"),
+        ({"kernel_dilation": (0, 1)}, "kernel_dilation is"),
     ],
 )
 def test_out_of_bounds(arguments, message):
     with pytest.raises(ConfigError, match=message):
         SelectiveConv(**{"features": 4, "kernel_size": (3, 3), **arguments})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"strides": (1, 2, 3)}, "strides is"),
-        ({"strides": 0}, "strides is 0"),
-        ({"padding": "SMAE"}, "padding is 'SMAE'"),
-        ({"padding": (1, 2, 3)}, "padding is"),
-        ({"kernel_dilation": (0, 1)}, "kernel_dilation is"),
-    ],
-)
-def test_wrong_windows(arguments, message):
-    layer = SelectiveConv(**{"features": 4, "kernel_size": (3, 3), **arguments})
-    with pytest.raises(ConfigError, match=message):
-        layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 4)), train=False)
 
 
 def test_wrong_rank_and_groups_of_the_input():
@@ -186,3 +207,79 @@ def test_numbers_of_numpy_are_numbers():
     arguments = {"strides": np.int64(2), "padding": np.int64(1), "kernel_dilation": np.int64(1)}
     y, _ = PlainConv(4, np.int64(3), **arguments).init_with_output(jax.random.key(0), x, train=False)
     assert y.shape == (2, 5, 4)
+
+
+@pytest.mark.parametrize(("top_k", "names"), [(0, ["gate"]), (3, ["gate", "source"])])
+def test_top_k_of_the_method_is_understood(top_k, names):
+    collections = variables_of(SelectiveConv(4, (3, 3), top_k=top_k), (1, 8, 8, 6))
+    assert sorted(collections["selectivity"]) == names
+    assert ("shift" in collections["params"]) == (top_k > 0)
+
+
+def crowded(copies, channels=8):
+    """A layer, its variables with so many copies, and an input."""
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, channels))
+    variables = perturbed_variables(SelectiveConv(4, (3, 3)), x.shape, seed=1)
+    source = jnp.where(jnp.arange(channels) % 2 == 0, jnp.arange(channels)[::-1], -1)
+    kept = jnp.cumsum(source >= 0) <= copies
+    variables["selectivity"]["source"] = jnp.where(kept, source, -1)
+    return SelectiveConv(4, (3, 3)), variables, x
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("train", [False, True])
+def test_more_copies_than_slots_are_never_another_number(platform, train):
+    layer, variables, x = crowded(copies=3)
+
+    def apply(slots):
+        with tracing_for(platform):
+            of = layer.clone(slots=slots)
+            return jax.jit(lambda v: of.apply(v, x, train, mutable=["batch_stats"])[0])(variables)
+
+    expected = apply(1.0)
+    assert np.isfinite(expected).all()
+    np.testing.assert_array_equal(apply(3 / 8), expected)
+    for slots in (2 / 8, 0.0):
+        assert np.isnan(apply(slots)).all()
+
+
+def test_more_copies_than_slots_under_vmap_and_scan():
+    layer, full, x = crowded(copies=3)
+    _, fits, _ = crowded(copies=1)
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), fits, full)
+    for slots in (0.0, 2 / 8):
+        few = layer.clone(slots=slots)
+        mapped = jax.vmap(lambda v, few=few: few.apply(v, x, False))(stack)
+        _, scanned = jax.lax.scan(lambda _, v, few=few: (None, few.apply(v, x, False)), None, stack)
+        for y in (mapped, scanned):
+            assert np.isnan(y[1]).all()
+            if slots:
+                np.testing.assert_allclose(y[0], layer.apply(fits, x, False), rtol=1e-5, atol=1e-5)
+
+
+def test_known_copies_without_slots_are_an_error():
+    layer, variables, x = crowded(copies=3)
+    with pytest.raises(ConfigError, match=r"slots is 0\.25, which provides for 2 copies, but 3 of its 8"):
+        layer.clone(slots=0.25).apply(variables, x, train=False)
+
+
+@pytest.mark.parametrize("slots", [0, 1])
+def test_select_beyond_its_bound_is_nan(slots):
+    x = jnp.ones((1, 3, 4))
+    source, shift = jnp.array([-1, 0, 0, -1]), jnp.zeros((4, 1))
+    np.testing.assert_array_equal(np.isnan(select(x, source, shift, slots)).all((0, 1)), source >= 0)
+    np.testing.assert_array_equal(select(x, source, shift, 2), x)
+
+
+def test_a_shift_that_is_not_a_number_makes_none():
+    x = jnp.ones((1, 3, 2))
+    np.testing.assert_array_equal(
+        np.isnan(channel_shift(x, jnp.array([[jnp.nan], [jnp.inf]]))).all((0, 1)), [True, False]
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3)])
+def test_an_empty_batch_stays_empty(size):
+    layer, x = SelectiveConv(4, size), jnp.ones((2, 6, 6, 8))
+    variables = layer.init(jax.random.key(0), x, train=False)
+    assert layer.apply(variables, x[:0], train=False).shape == (0, 6, 6, 4)

@@ -31,7 +31,7 @@ def test_recorded_layer(name, dtype):
             strides=tuple(case["strides"].tolist()),
             padding=tuple(case["padding"].tolist()),
             param_dtype=dtype,
-            top_k=0 if gate_only else 3,
+            gate_only=gate_only,
         )
 
         def loss(params, x):

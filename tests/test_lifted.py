@@ -97,6 +97,8 @@ def test_layers_of_a_stack_draw_apart_and_alike_in_longer_stacks(scanned):
     for one, other in zip(jax.tree.leaves(short), jax.tree.leaves(new), strict=True):
         np.testing.assert_allclose(one, other[:2], rtol=1e-6)
     same = jax.tree.map(lambda leaf: jnp.stack([leaf[0]] * 2), variables)
+    # Not replicas, which are refused.
+    same["params"]["blocks"]["conv"]["bias"] += jnp.array([[0.0], [1e-6]])
     twins, _ = selconv_jax.reallocate(same, jax.random.key(1), Allocation(threshold=0.2))
     first, second = twins["params"]["blocks"]["conv"]["shift"]
     assert np.abs(first - second).max() > 0.1

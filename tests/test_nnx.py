@@ -19,7 +19,7 @@ class Network(nnx.Module):
         self.blocks = nnx.List(
             [
                 nnx.bridge.ToNNX(SelectiveConv(16, (3, 3)), rngs=rngs),
-                nnx.bridge.ToNNX(SelectiveConv(16, (1, 1), top_k=0), rngs=rngs),
+                nnx.bridge.ToNNX(SelectiveConv(16, (1, 1), gate_only=True), rngs=rngs),
             ]
         )
         self.head = nnx.Linear(16, 4, rngs=rngs)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import path_aware_map
 from states import perturbed_variables
 
 import selconv_jax
@@ -34,6 +35,17 @@ OPTIMIZERS = {
         {"a": optax.adam(1e-3), "b": optax.sgd(0.1, momentum=0.9)},
         lambda tree: jax.tree.map(lambda x: "a" if is_wide(x) else "b", tree),
     ),
+    # As in Flax's guide to transfer learning.
+    "labels by path": optax.multi_transform(
+        {"trained": optax.adam(1e-3), "frozen": optax.set_to_zero()},
+        lambda tree: path_aware_map(lambda path, _: "frozen" if "stem" in path else "trained", tree),
+    ),
+    "adagrad": optax.adagrad(0.1),  # starts at 0.1
+    "rprop": optax.rprop(0.1),  # starts at the learning rate
+    "muon": optax.contrib.muon(0.1),  # has constants in its state
+    "schedule-free": optax.contrib.schedule_free_adamw(0.1),  # averages the parameters
+    "prodigy": optax.contrib.prodigy(),  # keeps the first parameters
+    "noise": optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(0.1, momentum=0.9)),
 }
 
 
@@ -47,38 +59,55 @@ def round_():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_resets_the_rewritten_entries_and_nothing_else(name, round_):
+def test_rewritten_entries_start_anew_and_nothing_else(name, round_):
     params, report = round_
     optimizer = OPTIMIZERS[name]
-    state = optimizer.init(params)
-    ones = jax.tree.map(
-        lambda leaf: jnp.ones_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, state
+    start = optimizer.init(params)
+    moved = jax.tree.map(
+        lambda leaf: leaf + 1 if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim else leaf, start
     )
-    reset = selconv_jax.reset_rewritten(optimizer, ones, params, report)
-    assert jax.tree.structure(reset) == jax.tree.structure(ones)
+    reset = selconv_jax.reset_rewritten(optimizer, moved, params, report)
+    assert jax.tree.structure(reset) == jax.tree.structure(moved)
+    masks = {
+        jax.tree_util.keystr(path): np.broadcast_to(mask, leaf.shape)
+        for (path, leaf), mask in zip(
+            jax.tree_util.tree_leaves_with_path(params),
+            jax.tree.leaves(selconv_jax.rewritten_mask(params, report)),
+            strict=True,
+        )
+    }
+    seen = set()
+    for (path, value), old, first in zip(
+        jax.tree_util.tree_leaves_with_path(reset),
+        jax.tree.leaves(moved),
+        jax.tree.leaves(start),
+        strict=True,
+    ):
+        owner = next((key for key in masks if jax.tree_util.keystr(path).endswith(key)), None)
+        if owner is None:
+            assert value is old
+        else:
+            seen.add(owner)
+            np.testing.assert_array_equal(value, np.where(masks[owner], first, old))
+    assert any(masks[owner].any() for owner in seen)
 
-    expected = jax.tree.map(jnp.ones_like, params)
-    for path, layer in report.layers.items():
-        block, conv = path.split("/")
-        slots = np.flatnonzero(layer.reallocated)
-        leaves = expected[block][conv]
-        leaves["kernel"] = leaves["kernel"].at[:, :, slots].set(0)
-        for key in ("scale", "bias", "shift"):
-            if key in leaves:
-                leaves[key] = leaves[key].at[slots].set(0)
-    found = []
-    optax.tree.map_params(
-        optimizer,
-        lambda value, want: found.append((value, want)),
-        reset,
-        expected,
-        is_leaf=lambda value: isinstance(value, optax.MaskedNode),
-    )
-    assert any(not isinstance(value, optax.MaskedNode) for value, _ in found)
-    for value, want in found:
-        if isinstance(value, optax.MaskedNode):
-            continue
-        np.testing.assert_array_equal(value, want)
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.sm3(0.1), optax.flatten(optax.adam(0.1)), optax.novograd(0.1), optax.lbfgs(0.1)],
+    ids=["sm3", "flatten", "novograd", "lbfgs"],
+)
+def test_state_that_cannot_be_told_apart_is_refused(optimizer, round_):
+    params, report = round_
+    with pytest.raises(ValueError, match="it cannot be reset by channel"):
+        selconv_jax.reset_rewritten(optimizer, optimizer.init(params), params, report)
+
+
+def test_the_state_of_another_optimizer_is_refused(round_):
+    params, report = round_
+    state = optax.sgd(0.1).init(params)
+    with pytest.raises(ValueError, match="not one of this optimizer and these parameters"):
+        selconv_jax.reset_rewritten(optax.adam(0.1), state, params, report)
 
 
 def test_factored_state_is_refused_by_name(round_):

@@ -36,6 +36,8 @@ def rounds(schedule, steps_per_epoch=10, epochs=6):
         (ReallocationSchedule(every_steps=15), [15, 30]),
         (ReallocationSchedule(until=1.0, every_steps=20), [20, 40]),
         (ReallocationSchedule(until=0.0, every_steps=20), []),
+        (ReallocationSchedule(until=0.55, every_steps=33), [33]),  # 0.55 * 60 is more than 33
+        (ReallocationSchedule(until=1 / 3, every_steps=20), [20]),
     ],
 )
 def test_rounds_of_a_run(schedule, expected):
@@ -46,11 +48,28 @@ def test_rounds_of_a_run(schedule, expected):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [({"every_steps": 0}, "every_steps is 0"), ({"every_steps": 5, "every": 2}, "do not go together")],
+    [
+        ({"every_steps": 0}, "every_steps is 0"),
+        ({"every": 1.5}, "every is 1.5"),
+        ({"until": "half"}, "until is 'half'"),
+        ({"every_steps": 5, "every": 2}, "do not go together"),
+    ],
 )
 def test_schedules_that_make_no_sense(arguments, said):
     with pytest.raises(ConfigError, match=said):
         ReallocationSchedule(**arguments)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.28, 50), (0.29, 100), (0.57, 100), (0.07, 100)])
+def test_shares_of_whole_numbers_are_whole(share, count):
+    """In floating point each product misses its whole number, up or down."""
+    whole = round(share * count)
+    assert share * count != whole
+    schedule = ReallocationSchedule(until=share)
+    assert [schedule.is_due(epoch, count) for epoch in range(count)].count(True) == whole
+    by_steps = ReallocationSchedule(until=share, every_steps=whole)
+    assert by_steps.next_round(1, steps_per_epoch=count, epochs=1) == whole
+    assert by_steps.next_round(whole + 1, steps_per_epoch=count, epochs=1) is None
 
 
 def test_rounds_within_epochs(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from selconv_jax.errors import CheckpointError
 from selconv_jax.train.checkpoint import CheckpointStore
+from selconv_jax.train.checkpoint_manifest import write_manifest
 
 KILLED = """
 import sys
@@ -190,6 +191,65 @@ def test_a_write_that_really_fails(
         assert_same(store.restore(large).state, large)
     assert names(tmp_path) == ["1", "2", "3"]
     assert (reports, capfd.readouterr()) == ([], ("", ""))
+
+
+@pytest.mark.parametrize(
+    "name", ["lr=[0.1]", "[!a]", "a*", "a?", "a\\b", "{a,b}", "50%", "s p", "ü", "\udcff"]
+)
+def test_any_name_of_a_folder(tmp_path: Path, name: str) -> None:
+    """Orbax takes some for patterns: then nothing could be restored, or another folder was written."""
+    with saved(tmp_path / "ax" / "run", 7):
+        pass  # what the pattern a*/run would find, too
+    with saved(tmp_path / name / "run", 1, 2) as store:
+        assert_same(store.restore(tiny(0)).state, tiny(2))
+        assert_same(store.restore(tiny(0), 1).state, tiny(1))
+    assert names(tmp_path) == sorted([name, "ax"])
+
+
+@pytest.mark.parametrize("place", ["missing", "values"])
+def test_what_cannot_be_read_back_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    with saved(tmp_path, 1):
+        pass
+    save = ocp.save
+
+    def lossy(folder: Path, leaves: Any) -> None:
+        if place == "values":
+            leaves = {**leaves, "value": np.array(leaves["value"] + 1)}
+        save(folder, leaves)
+        if place == "missing":
+            (folder / "state" / "manifest.ocdbt").unlink()
+
+    store = CheckpointStore(tmp_path, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp, "save", lossy)
+        store.save(2, tiny(2))
+        with pytest.raises(CheckpointError, match=r"Could not write the checkpoint of step 2 in .* read"):
+            store.steps()
+    assert names(tmp_path) == ["1"]
+    store.save(2, tiny(2))
+    store.close()
+    assert names(tmp_path) == ["2"]
+
+
+def test_a_checkpoint_that_is_intact_and_yet_cannot_be_read(tmp_path: Path) -> None:
+    """As earlier versions have left them: it counts as damaged."""
+    with saved(tmp_path, 1, 2):
+        pass
+    (tmp_path / "2" / "state" / "manifest.ocdbt").unlink()
+    (tmp_path / "2" / "manifest.json").unlink()
+    write_manifest(tmp_path / "2", tiny(2), None, {})
+    with CheckpointStore(tmp_path) as store:
+        with pytest.raises(CheckpointError, match="2 is damaged"):
+            store.restore(tiny(0), 2)
+        assert store.restore(tiny(0)).step == 1
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with CheckpointStore(tmp_path / "file") as store, pytest.raises(CheckpointError, match="Not a directory"):
+        store.steps()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,8 +110,8 @@ def test_evaluation_repeats_the_recorded_numbers(finished):
     step, metrics = evaluate_run(workdir)
     assert step == 16
     assert metrics == {key: records[-1][key] for key in ("test_loss", "test_accuracy", "test_top5")}
-    assert find_checkpoint(workdir, "last") is None
-    assert find_checkpoint(workdir, "best") is None, "nothing is chosen by the test images"
+    assert find_checkpoint(workdir, "last").step == 16
+    assert find_checkpoint(workdir, "best").step == 16, "nothing is chosen by the test images"
     with pytest.raises(ConfigError, match="'newest' is none of last, best"):
         find_checkpoint(workdir, "newest")
 
@@ -133,6 +133,23 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one(finished, tmp_path, monk
     assert resume_run(workdir, console) == 0
     assert_same_end(workdir, finished[0])
     assert_same_metrics(workdir, finished[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("questions", [6, 7, 8])
+def test_resumed_after_the_last_round_within_an_epoch(tmp_path, monkeypatch, questions):
+    """From there on the steps are compiled for the frozen allocation, whoever makes them."""
+    config = tiny_config(epochs=3, allocation={"every_steps": 5, "until": 0.5, "compile_frozen": True})
+    console, text = quiet_console()
+    assert train_run(config, tmp_path / "whole", console) == 0
+    assert "for the frozen allocation" in text.getvalue()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "stop_request", lambda: StopAfter(questions))
+        assert train_run(config, tmp_path / "broken", console) == 128 + signal.SIGTERM
+    assert 4 < final_arrays(tmp_path / "broken")[0] < 8
+    assert resume_run(tmp_path / "broken", console) == 0
+    assert_same_end(tmp_path / "broken", tmp_path / "whole")
+    assert_same_metrics(tmp_path / "broken", tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -162,6 +179,19 @@ def test_resuming_before_the_first_checkpoint_starts_anew(finished, tmp_path, mo
     assert resume_run(workdir, console) == 0
     assert "there is no checkpoint yet" in text.getvalue()
     assert_same_end(workdir, finished[0])
+
+
+@pytest.mark.parametrize("name", ["lr=[0.1]", "a\\b*"])
+def test_a_directory_of_any_name(finished, tmp_path, monkeypatch, name):
+    """As sweeps name folders; Orbax takes the name for a pattern."""
+    workdir = tmp_path / name
+    console, _ = quiet_console()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "stop_request", lambda: StopAfter(14))
+        assert train_run(whole_config(), workdir, console) != 0
+    assert resume_run(workdir, console) == 0
+    assert_same_end(workdir, finished[0])
+    assert evaluate_run(workdir) == evaluate_run(finished[0])
 
 
 def test_resuming_a_complete_run_changes_nothing(finished):

@@ -132,3 +132,25 @@ def test_the_program_follows_the_schedule():
     assert tested.program(state, 0).model.slots == 0
     unfrozen = Trainer(tiny_config(), load("fashion_mnist_sample"))
     assert unfrozen.program(copied, 3).key == ("slots", 0.25)
+
+
+def test_the_program_follows_from_the_state_alone():
+    """Whether one asks before the first step of an epoch, after a round within it, or having resumed it."""
+    config = tiny_config(allocation={"compile_frozen": True, "every_steps": 3, "until": 0.6})
+    tested = Trainer(config, load("fashion_mnist_sample"))  # 4 steps an epoch, rounds after 3, 6 and 9
+    state = tested.initial_state()
+    layer = state.selectivity["block1_layer1"]["conv1"]
+    conv1 = {**layer, "source": jnp.asarray(layer["source"]).at[:2].set(5)}
+    selectivity = {"block1_layer1": {**state.selectivity["block1_layer1"], "conv1": conv1}}
+
+    def kind(step, epoch):
+        at = dataclasses.replace(state, step=jnp.int32(step), selectivity=selectivity)
+        return tested.program(at, epoch).key[0]
+
+    assert [kind(step, step // 4) for step in range(16)] == ["slots"] * 9 + ["frozen"] * 7
+    # The evaluation after an epoch computes what its last steps did: a round at its end comes later.
+    assert [kind(4 * (epoch + 1), epoch) for epoch in range(4)] == ["slots", "slots", "frozen", "frozen"]
+    by_epoch = Trainer(whole_config(), load("fashion_mnist_sample"))
+    after = dataclasses.replace(state, step=jnp.int32(8), selectivity=selectivity)
+    assert by_epoch.program(after, 1).key[0] == "slots"
+    assert by_epoch.program(after, 2).key[0] == "frozen"

@@ -1,5 +1,6 @@
 """Runs with validation images: what is trained on, recorded, kept as the best, and refused at the start."""
 
+import shutil
 import signal
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_record_tells_validation_and_test_apart(finished):
 def test_best_is_chosen_on_validation(finished):
     workdir, _, records = finished
     best_epoch = max(records, key=lambda record: record["validation_accuracy"])["epoch"]
-    step = find_checkpoint(workdir, "best")
+    step = find_checkpoint(workdir, "best").step
     assert step == 2 * best_epoch
     with CheckpointStore(workdir / "checkpoints") as store:
         assert set(store.steps()) == {8, step}
@@ -70,6 +71,20 @@ def test_best_is_chosen_on_validation(finished):
         assert set(metrics) == {
             f"{split}_{name}" for split in ("validation", "test") for name in ("loss", "accuracy", "top5")
         }
+
+
+def test_the_best_is_not_chosen_in_silence_among_those_that_are_left(finished, tmp_path, capsys):
+    workdir, _, _ = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    best = find_checkpoint(workdir, "best").step
+    other = next(step for step in (8, 2, 4, 6) if step != best and (workdir / f"checkpoints/{step}").exists())
+    (tmp_path / f"run/checkpoints/{best}/manifest.json").write_text("{}")
+    found = find_checkpoint(tmp_path / "run", "best")
+    assert found.step == other
+    assert len(found.skipped) == 1
+    assert f"checkpoints/{best} is damaged" in found.skipped[0]
+    assert main(["compact", str(tmp_path / "run"), "--checkpoint", "best"]) == 1
+    assert f"add --checkpoint {other}" in capsys.readouterr().err
 
 
 def test_evaluation_says_what_best_means(finished, capsys):

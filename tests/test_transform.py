@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
 from flax.core import FrozenDict, freeze
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from states import perturbed_variables
 
 import selconv_jax
@@ -119,6 +120,8 @@ def test_compiles_once_per_model_and_allocation(variables, monkeypatch):
     allocation = Allocation(threshold=0.123)
     for seed in range(3):
         variables, _ = selconv_jax.reallocate(variables, jax.random.key(seed), allocation)
+        # Nor do other numbers compile anew.
+        allocation = Allocation(threshold=0.2 + seed / 10, shift_range=1.0 + seed)
     assert len(traces) == len(selconv_jax.layer_states(variables))
 
 
@@ -130,6 +133,87 @@ def test_inside_of_jit_equals_outside(variables):
     )
     chex_equal(inside, outside)
     chex_equal(same, report)
+
+
+def test_threshold_as_an_array(variables):
+    expected, report = selconv_jax.reallocate(variables, jax.random.key(5), Allocation(threshold=0.3))
+    for threshold in (np.float32(0.3), jnp.asarray(0.3)):
+        new, same = selconv_jax.reallocate(variables, jax.random.key(5), Allocation(threshold=threshold))
+        chex_equal(new, expected)
+        assert same == report
+
+    def closed(threshold):
+        return selconv_jax.reallocate(variables, jax.random.key(5), Allocation(threshold=threshold))[1].closed
+
+    assert jax.jit(closed)(jnp.asarray(0.3)) == report.closed > 0
+    assert jax.vmap(closed)(jnp.array([0.3, 1.0])).tolist() == [report.closed, 0]
+
+
+def test_a_report_is_compared_counted_and_stored(variables):
+    def run(threshold):
+        return selconv_jax.reallocate(variables, jax.random.key(5), Allocation(threshold=threshold))[1]
+
+    report = run(0.3)
+    assert report == run(0.3) != run(0.0)
+    totals = ("closed", "reallocated", "channels", "open", "copies")
+    traced = jax.jit(lambda report: [getattr(report, name) for name in totals])(report)
+    assert traced == [getattr(report, name) for name in totals]
+    stored = serialization.to_bytes(report)
+    assert serialization.from_bytes(run(0.0), stored) == report
+
+
+def test_input_channels_may_be_sharded_on_a_mesh_of_explicit_axes(variables):
+    mesh = jax.make_mesh((2,), ("model",), (AxisType.Explicit,), devices=jax.devices()[:2])
+    layer = SelectiveConv(4, (3, 3))
+    alone = perturbed_variables(layer, (2, 6, 6, 16), seed=0)
+    axes = {4: PartitionSpec(None, None, "model", None), 2: PartitionSpec("model", None)}
+    placed = jax.tree.map(
+        lambda leaf: jax.device_put(leaf, NamedSharding(mesh, axes.get(leaf.ndim, PartitionSpec("model")))),
+        alone,
+    )
+
+    def run(variables):
+        return selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3))
+
+    expected, report = run(alone)
+    assert report.reallocated > 0
+    with jax.set_mesh(mesh):
+        for new, same in (run(placed), jax.jit(run)(placed)):
+            assert same == report
+            chex_equal(new, expected)
+            for old, leaf in zip(jax.tree.leaves(placed), jax.tree.leaves(new), strict=True):
+                assert leaf.sharding.is_equivalent_to(old.sharding, old.ndim)
+
+
+def test_replicas_are_refused_and_stay_alike_where_they_are_traced(variables):
+    allocation = Allocation(threshold=0.3)
+    replicas = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), variables)
+    # As where each device has seen a batch of its own.
+    moved = jax.tree.map(lambda leaf: leaf.at[1].add(0.5), replicas["batch_stats"])
+    for given in (replicas, {**replicas, "batch_stats": moved}):
+        with pytest.raises(ValueError, match=r"2 replicas of one model.*flax.jax_utils.unreplicate"):
+            selconv_jax.reallocate(given, jax.random.key(0), allocation)
+    new, report = jax.jit(lambda v: selconv_jax.reallocate(v, jax.random.key(0), allocation))(replicas)
+    assert report.reallocated > 0
+    for leaf in jax.tree.leaves((new, report)):
+        np.testing.assert_array_equal(leaf[0], leaf[1])
+    mapped, _ = jax.vmap(lambda v: selconv_jax.reallocate(v, jax.random.key(0), allocation))(replicas)
+    for leaf in jax.tree.leaves(mapped):
+        np.testing.assert_array_equal(leaf[0], leaf[1])
+
+
+@pytest.mark.parametrize("name", ["scale", "bias", "kernel"])
+def test_a_layer_with_a_parameter_that_is_not_a_number_is_left_alone(name):
+    layer = SelectiveConv(4, (3, 3))
+    variables = perturbed_variables(layer, (2, 6, 6, 16), seed=0)
+    _, report = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3))
+    assert report.closed > 0
+    leaf = variables["params"][name]
+    broken = leaf.at[..., 3, :].set(jnp.nan) if name == "kernel" else leaf.at[3].set(jnp.nan)
+    broken = {**variables, "params": {**variables["params"], name: broken}}
+    new, report = selconv_jax.reallocate(broken, jax.random.key(0), Allocation(threshold=0.3))
+    assert report.closed == report.reallocated == 0
+    chex_equal(new, broken)
 
 
 def test_draws_depend_on_key_and_path_only(variables):
@@ -194,6 +278,11 @@ def test_a_single_layer_is_a_model():
         ({"top_k": -1}, "top_k is -1"),
         ({"max_copies": -2}, "max_copies is -2"),
         ({"shift_range": -1.0}, "shift_range is -1.0"),
+        ({"shift_range": float("inf")}, "shift_range is inf"),
+        ({"top_k": 2.5}, "top_k is 2.5; it must be a whole number"),
+        ({"max_copies": 1.5}, "max_copies is 1.5; it must be a whole number"),
+        ({"threshold": "small"}, "threshold is 'small'"),
+        ({"threshold": np.array([0.1, 0.2])}, "threshold is"),
     ],
 )
 def test_allocation_out_of_bounds(change, message):

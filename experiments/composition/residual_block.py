@@ -33,7 +33,7 @@ class Block(nn.Module):
         y = SelectiveConv(self.features // 2, (1, 1))(x, train)
         y = SelectiveConv(self.features // 2, (3, 3), strides=self.stride, feature_group_count=4)(y, train)
         # Gate-only: the last layer closes channels and never copies.
-        y = SelectiveConv(self.features, (1, 1), top_k=0)(y, train)
+        y = SelectiveConv(self.features, (1, 1), gate_only=True)(y, train)
         if x.shape != y.shape:
             x = nn.Conv(self.features, (1, 1), strides=self.stride, use_bias=False)(x)
         return x + y

@@ -12,7 +12,11 @@ from selconv_jax.report.style import INK, MUTED, new_figure, styled
 
 __all__ = ["TITLES", "accuracy_picture", "by_data_set"]
 
-TITLES = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+TITLES = {
+    "fashion_mnist_sample": "2,000 images of Fashion-MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "cifar10": "CIFAR-10",
+}
 
 _COLOURS = (INK, "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 _STYLES = ("-", "--", ":", "-.")
@@ -86,8 +90,9 @@ def _draw_panel(
     high = max(np.nanmax(mean) for mean in means)
     room = 0.06 * (high - low) or 0.5
     axes.set_ylim(low - room, high + room)
-    seeds = max(len(row["runs"]) for row in rows)
-    band = f", mean and standard deviation of {seeds} seeds" if seeds > 1 else ", one seed"
+    counts = {len(row["runs"]) for row in rows}
+    seeds = f"{'up to ' if len(counts) > 1 else ''}{max(counts)} seeds"
+    band = f", mean and standard deviation of {seeds}" if max(counts) > 1 else ", one seed"
     axes.set_title(f"{TITLES.get(data, data)}{band}", fontsize=11.5)
     axes.set_ylabel("test accuracy (%)", fontsize=11)
     axes.tick_params(labelsize=10.5)

@@ -58,14 +58,14 @@ def collect(study: Path, directories: Sequence[Path]) -> dict[str, Any]:
     if len(descriptions) < len(files):
         raise ConfigError(f"two configurations in {study} have the same description; runs are told by it.")
     found: dict[tuple[str, str], dict[int, tuple[Path, Config]]] = {}
-    unfinished = []
+    unfinished = set()
     for file in sorted(path for directory in directories for path in directory.rglob(CONFIG)):
         config = read_config(file.parent)
         if config.description not in descriptions:
             continue
         records = read_metrics(file.parent / METRICS)
         if not records or records[-1]["epoch"] != config.epochs:
-            unfinished.append(f"{descriptions[config.description]}, {config.data.name}, seed {config.seed}")
+            unfinished.add((descriptions[config.description], config.data.name, config.seed))
             continue
         runs = found.setdefault((config.data.name, descriptions[config.description]), {})
         if config.seed in runs:
@@ -88,7 +88,11 @@ def collect(study: Path, directories: Sequence[Path]) -> dict[str, Any]:
         "study": study.resolve().name,
         "baseline": order[0],
         "environments": environments,
-        "unfinished": unfinished,
+        "unfinished": [
+            f"{stem}, {data}, seed {seed}"
+            for stem, data, seed in sorted(unfinished)
+            if seed not in found.get((data, stem), {})  # made again elsewhere
+        ],
         "results": results,
     }
 

@@ -173,13 +173,13 @@ class Workbench:
         plan_compaction = importlib.import_module(_COMPACTION).plan_compaction
         variables = self.copied(self.settings.share)
         model = self.selective.clone(slots=self.settings.share)
-        return plan_compaction(model, variables).frozen_model(), variables
+        return plan_compaction(model, variables, compare=False).frozen_model(), variables
 
     def compact(self) -> tuple[Any, dict[str, Any]]:
         """The smaller network that is left when ``share`` of the channels are closed, and its variables."""
         plan_compaction = importlib.import_module(_COMPACTION).plan_compaction
         variables = self.closed(self.settings.share)
-        plan = plan_compaction(self.selective, variables)
+        plan = plan_compaction(self.selective, variables, compare=False)
         return plan.model, plan.take(variables)
 
     def prepare_frozen(self) -> Prepared:

@@ -1,6 +1,7 @@
 """How a command ends: results written out or not, errors in one line, an interruption without noise."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from selconv_jax.console import discard
 from selconv_jax.errors import SelconvError
 
-__all__ = ["DEBUG", "guarded", "interrupt_at_once", "interrupt_in_order", "prepare_process"]
+__all__ = ["DEBUG", "described", "guarded", "interrupt_at_once", "interrupt_in_order", "prepare_process"]
 
 DEBUG = "SELCONV_DEBUG"
 """The environment variable that asks for tracebacks, unless it is empty or 0."""
@@ -45,7 +46,7 @@ def prepare_process(*, debug: bool) -> None:
     sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     if debug:
         os.environ[DEBUG] = "1"
@@ -53,7 +54,7 @@ def prepare_process(*, debug: bool) -> None:
         return
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    threading.excepthook = lambda failure: _say(f"error in {failure.thread}: {_described(failure.exc_value)}")
+    threading.excepthook = lambda failure: _say(f"error in {failure.thread}: {described(failure.exc_value)}")
     sys.unraisablehook = lambda failure: None
 
 
@@ -70,7 +71,7 @@ def interrupt_in_order() -> None:
 def _exchange_handler(old: object, new: Callable[..., object] | signal.Handlers) -> None:
     """Replaces what is done about Ctrl-C, unless somebody else has decided on it."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is old:
-        signal.signal(signal.SIGINT, new)  # type: ignore[arg-type]
+        signal.signal(signal.SIGINT, new)
 
 
 def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
@@ -105,7 +106,7 @@ def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
             _say("interrupted")
             return 130
         _show(error)
-        _say(f"error: {_described(error)} (`--debug` or {DEBUG}=1 shows where it comes from)")
+        _say(f"error: {described(error)} (`--debug` or {DEBUG}=1 shows where it comes from)")
         code = 1
     finally:
         # What the streams still hold back must not fail while the interpreter ends.
@@ -117,8 +118,10 @@ def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
     return code
 
 
-def _described(error: BaseException | None) -> str:
-    """Kind of an exception, and the beginning of its first line."""
+def described(error: BaseException | None) -> str:
+    """An exception in a line: ours as it is, of others the kind and the beginning of the first line."""
+    if isinstance(error, SelconvError):
+        return str(error)
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if len(line) > _LETTERS:
         line = line[:_LETTERS] + "..."

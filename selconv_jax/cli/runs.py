@@ -2,22 +2,31 @@
 
 import argparse
 import os
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import jax
 import platformdirs
 from rich.console import Console
 
+from selconv_jax.cli.guard import described
 from selconv_jax.cli.pictures import draw_run, print_run
 from selconv_jax.console import progress_console, terminal_or_lines
+from selconv_jax.errors import ConfigError
 from selconv_jax.train.agreement import exchange, is_first, together
 from selconv_jax.train.cluster import Cluster, join
 from selconv_jax.train.compacting import CompactedRun, compact_run
 from selconv_jax.train.config import load_config
 from selconv_jax.train.loop import evaluate_run, resume_run, train_run
-from selconv_jax.train.opening import best_meaning, find_checkpoint
-from selconv_jax.train.workdir import default_workdir
+from selconv_jax.train.opening import (
+    best_meaning,
+    find_checkpoint,
+    refuse_skipped,
+    skipped_checkpoints,
+)
+from selconv_jax.train.workdir import free_workdir
 
 __all__ = ["compact", "evaluate", "resume", "share_compilations", "show", "train"]
 
@@ -27,11 +36,15 @@ def train(options: argparse.Namespace) -> int:
     share_compilations()
     with _joined(options):
         config = together(lambda: load_config(options.config, options.words))
-        workdir = Path(options.workdir) if options.workdir else default_workdir(options.config)
-        if not options.workdir:
-            # A process that comes later may find the first one's directory made.
-            workdir = Path(exchange(os.fspath(workdir))[0])
-        return _finish(train_run(config, workdir, _console()), workdir)
+        with ExitStack() as stack:
+            if options.workdir:
+                workdir = Path(options.workdir)
+            else:
+                made = together(
+                    lambda: stack.enter_context(free_workdir(options.config)) if is_first() else Path()
+                )
+                workdir = Path(exchange(os.fspath(made))[0])
+            return _finish(train_run(config, workdir, _console()), workdir)
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -39,7 +52,7 @@ def resume(options: argparse.Namespace) -> int:
     share_compilations()
     workdir = Path(options.workdir)
     with _joined(options):
-        return _finish(resume_run(workdir, _console()), workdir)
+        return _finish(resume_run(workdir, _console(), options.words), workdir)
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -48,11 +61,13 @@ def evaluate(options: argparse.Namespace) -> int:
     workdir = Path(options.workdir)
     with _joined(options, shares_stops=False):
         checkpoint = together(lambda: find_checkpoint(workdir, options.checkpoint))
+        if is_first():
+            _print_skipped(checkpoint.skipped)
         if options.compact:
-            compacted = compact_run(workdir, checkpoint, evaluate=True)
+            compacted = compact_run(workdir, checkpoint.step, evaluate=True, overrides=options.words)
             step, metrics, note = compacted.step, compacted.metrics, ", compacted"
         else:
-            step, metrics = evaluate_run(workdir, checkpoint)
+            step, metrics = evaluate_run(workdir, checkpoint.step, options.words)
             note = ""
         if not is_first():
             return 0
@@ -70,8 +85,10 @@ def compact(options: argparse.Namespace) -> int:
     """Writes the network of a checkpoint, without what it does not use, into a file."""
     workdir = Path(options.workdir)
     output = Path(options.output) if options.output else workdir / "compact.npz"
+    checkpoint = find_checkpoint(workdir, options.checkpoint)
+    refuse_skipped(checkpoint.step, checkpoint.skipped)
     compacted = compact_run(
-        workdir, find_checkpoint(workdir, options.checkpoint), multiple=options.multiple, output=output
+        workdir, checkpoint.step, multiple=options.multiple, output=output, overrides=options.words
     )
     note = f" ({best_meaning(workdir)})" if options.checkpoint == "best" else ""
     print(f"{workdir}, checkpoint of step {compacted.step}{note}: compacted network in {output}")
@@ -88,10 +105,22 @@ def _print_sizes(compacted: CompactedRun) -> None:
 def show(options: argparse.Namespace) -> int:
     """Prints the tables of a run and draws its pictures."""
     workdir = Path(options.workdir)
+    output = Path(options.output) if options.output else workdir / "pictures"
     console = terminal_or_lines()
+    _print_skipped(skipped_checkpoints(workdir))
     print_run(workdir, console)
-    draw_run(workdir, Path(options.output) if options.output else workdir / "pictures", console)
+    try:
+        draw_run(workdir, output, console)
+    except OSError as error:
+        raise ConfigError(
+            f"the pictures cannot be written to {output}: {error.strerror}. Choose a folder by --output."
+        ) from None
     return 0
+
+
+def _print_skipped(skipped: Sequence[str]) -> None:
+    for problem in skipped:
+        print(f"skipped: {problem}", file=sys.stderr)
 
 
 def _joined(options: argparse.Namespace, *, shares_stops: bool = True) -> AbstractContextManager[None]:
@@ -106,7 +135,14 @@ def _console() -> Console:
 
 def _finish(code: int, workdir: Path) -> int:
     if code == 0 and is_first():
-        draw_run(workdir, workdir / "pictures", progress_console())
+        try:
+            draw_run(workdir, workdir / "pictures", progress_console())
+        except Exception as error:  # the run is complete all the same
+            problem = described(error).rstrip(".")
+            print(
+                f"selconv: no pictures: {problem}. Draw them later by `selconv show {workdir}`.",
+                file=sys.stderr,
+            )
     return code
 
 

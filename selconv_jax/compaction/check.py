@@ -1,97 +1,59 @@
 """Whether a network's own code does with fewer channels what it did with all of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
+import numpy as np
 
 from selconv_jax.compaction.flow import Flow, channel_flow
 from selconv_jax.compaction.liveness import Kept
-from selconv_jax.compaction.trace import Trace, trace_network
+from selconv_jax.compaction.trace import Trace
 
-__all__ = ["joins_the_same", "trains_alike"]
+__all__ = ["joins_the_same"]
 
 
-def joins_the_same(
-    small_model: nn.Module, small_variables: Any, example: Any, whole: Trace, flow: Flow, kept: Kept
-) -> bool:
-    """Whether each layer of the smaller network reads the very channels that are left of the whole one's.
+def joins_the_same(small: Sequence[Trace], whole: Sequence[Trace], flow: Flow, kept: Kept) -> bool:
+    """Whether each array of the smaller network holds the very channels that are left of the whole one's.
 
-    Code that is tied to numbers of channels, such as a padding by a number that is written down, fails to
-    run, or joins and adds other channels, or computes with other numbers.
+    Code that is tied to numbers of channels, such as a padding by a number that is written down, joins and
+    adds other channels, or computes with other numbers.
 
     Args:
-        small_model: The smaller network.
-        small_variables: Its variables, or their shapes.
-        example: An input, or its shape.
-        whole: Trace of the whole network.
-        flow: Its flow.
+        small: The smaller network in all its modes.
+        whole: The whole network in the same modes.
+        flow: The flow of the whole network.
         kept: What is left of it.
 
     Returns:
         Whether the two compute alike.
     """
-    try:
-        small = trace_network(small_model, small_variables, example)
-    except Exception:  # whatever a user's code raises that counts on its number of channels
+    for one, other in zip(small, whole, strict=True):
+        if jax.tree.map(_type, one.output) != jax.tree.map(_type, other.output):
+            return False
+    narrow = channel_flow(small)
+    if narrow.signature != flow.signature or len(narrow.arrays) != len(flow.arrays):
         return False
-    if jax.tree.map(_type, small.output) != jax.tree.map(_type, whole.output):
-        return False
-    narrow = channel_flow(small.program)
-    if narrow.signature != flow.signature:
-        return False
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(flow.labels))}
     names = {
         path: [flow.labels[number] for number in ids[kept.outputs[path]]]
         for path, ids in flow.outputs.items()
+        if path in kept.outputs
     }
-    for path, ids in flow.inputs.items():
-        expected = [flow.labels[number] for number in ids[kept.inputs[path]]]
-        actual = [_label(narrow.labels[number], names) for number in narrow.inputs[path]]
-        if kept.outputs[path].any() and actual != expected:
-            return False
-    return True
+    expected = np.array([numbers[label] for label in flow.labels], np.int64)
+    actual = np.array([numbers.get(_label(label, names), -1) for label in narrow.labels], np.int64)
+    return all(
+        np.array_equal(actual[here], expected[there[kept.live[there]]])
+        for here, there in zip(narrow.arrays, flow.arrays, strict=True)
+    )
 
 
 def _label(label: tuple[Any, ...], names: Mapping[str, list[tuple[Any, ...]]]) -> tuple[Any, ...]:
-    """The label in the whole network of a channel in the smaller one."""
+    """The label in the whole network of a channel in the smaller one; empty: it has no such channel."""
     kind, origin, position = label
-    return names[origin][position] if kind == "made by" and origin in names else label
-
-
-def trains_alike(
-    model: nn.Module, variables: Any, small_model: nn.Module, small_variables: Any, example: Any
-) -> bool:
-    """Whether the smaller network also runs in training, where the whole one does.
-
-    Args:
-        model: The whole network.
-        variables: Shapes of its variables.
-        small_model: The smaller network.
-        small_variables: Shapes of its variables.
-        example: Shape of an input.
-
-    Returns:
-        False if the smaller network fails, or returns something of another kind.
-    """
-
-    def types(model: nn.Module, variables: Any) -> Any:
-        apply: Callable[..., Any] = model.apply
-
-        def run(variables: Any, example: Any, key: jax.Array) -> Any:
-            return apply(variables, example, train=True, mutable=True, rngs={"dropout": key})[0]
-
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        return jax.tree.map(_type, jax.eval_shape(run, variables, example, key))
-
-    try:
-        expected = types(model, variables)
-    except Exception:  # it wants to be trained in another way, which is not known
-        return True
-    try:
-        return bool(types(small_model, small_variables) == expected)
-    except Exception:
-        return False
+    if kind != "made by" or origin not in names:
+        return label
+    return names[origin][position] if position < len(names[origin]) else ()
 
 
 def _type(leaf: Any) -> tuple[Any, Any]:

@@ -1,6 +1,7 @@
 """Compacted networks in files: one npz archive with the network's description and its variables."""
 
 import dataclasses
+import functools
 import json
 import os
 import zipfile
@@ -26,6 +27,7 @@ __all__ = ["check_target", "load_compact", "save_compact"]
 
 _FORMAT = 1
 _DTYPES = ("dtype", "param_dtype")  # attributes that are types
+_UNSEEN = ("name", "parent", "slots")  # attributes that do not change what a network computes
 _ENTRY = "selconv_jax"  # the description; variables have a "/" in their names
 _NETWORKS: dict[str, type[nn.Module]] = {
     network.__name__: network
@@ -78,6 +80,7 @@ def save_compact(
         "version": version_of("selconv-jax"),
         "network": type(model.network).__name__,
         "attributes": _attributes(model.network),
+        "method": model.method,
         "layouts": {name: layout.to_json() for name, layout in model.layouts},
         "widths": dict(model.widths),
         "dtypes": {name: array.dtype.name for name, array in arrays.items()},
@@ -111,8 +114,8 @@ def load_compact(
 
     Args:
         path: The file.
-        network: The whole network it was made from; None: one of `selconv_jax.models`, whose description
-            is in the file.
+        network: The whole network it was made from, with the attributes it had (``slots`` apart); None: one
+            of `selconv_jax.models`, whose description is in the file.
 
     Returns:
         The compacted network and its variables, as `selconv_jax.compact` returned them.
@@ -152,15 +155,17 @@ def _from_file(
             f"this version reads format {_FORMAT}. Install that version."
         )
     name = description["network"]
-    if network is None:
-        if name not in _NETWORKS:
-            raise CheckpointError(
-                f"{path}: holds a {name}, none of the library's networks. Pass the network it was made from: "
-                "load_compact(path, network=...)."
-            )
-        network = _NETWORKS[name](**_arguments(_NETWORKS[name], description["attributes"]))
-    elif type(network).__name__ != name:
+    if network is not None and type(network).__name__ != name:
         raise CheckpointError(f"{path}: holds a {name}, but network is a {type(network).__name__}.")
+    if network is not None:
+        _check_attributes(path, network, description["attributes"])
+    elif name in _NETWORKS:
+        network = _NETWORKS[name](**_arguments(_NETWORKS[name], description["attributes"]))
+    else:
+        raise CheckpointError(
+            f"{path}: holds a {name}, none of the library's networks. Pass the network it was made from: "
+            "load_compact(path, network=...)."
+        )
     dtypes = description["dtypes"]
     if dtypes.keys() != arrays.keys():
         odd = sorted(dtypes.keys() ^ arrays.keys())[0]
@@ -171,22 +176,60 @@ def _from_file(
     }
     layouts = tuple((name, LayerLayout.from_json(values)) for name, values in description["layouts"].items())
     widths = tuple((name, int(width)) for name, width in description["widths"].items())
-    return Compact(network, layouts, widths), traverse_util.unflatten_dict(flat)
+    return Compact(network, layouts, widths, description.get("method")), traverse_util.unflatten_dict(flat)
 
 
 def _attributes(network: nn.Module) -> dict[str, Any]:
-    """The attributes of one of the library's networks, as plain values; of any other, none."""
-    if type(network) not in _NETWORKS.values():
-        return {}
-    values = {
-        field.name: getattr(network, field.name)
+    """The attributes of a network as plain values."""
+    return {
+        field.name: _description(getattr(network, field.name, None))
         for field in dataclasses.fields(network)
         if field.name not in ("name", "parent")
     }
-    return {
-        name: jnp.dtype(value).name if name in _DTYPES and value is not None else value
-        for name, value in values.items()
-    }
+
+
+def _description(value: Any) -> Any:
+    """Plain values that are equal for equal attributes; of functions and other objects, their names."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic):
+        return value.item() if isinstance(value.item(), bool | int | float | str) else str(value)
+    if isinstance(value, tuple | list):
+        return [_description(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): _description(item) for name, item in value.items()}
+    if isinstance(value, nn.Module):
+        return {"network": type(value).__name__, "attributes": _attributes(value)}
+    if isinstance(value, np.ndarray | jax.Array):
+        return _description(np.asarray(value).tolist())
+    if isinstance(value, functools.partial):
+        return [_description(part) for part in (value.func, value.args, value.keywords)]
+    try:
+        name = jnp.dtype(value).name
+    except (TypeError, ValueError):
+        name = "object"  # as NumPy calls classes
+    return getattr(value, "__qualname__", type(value).__qualname__) if name == "object" else name
+
+
+def _check_attributes(path: Path, network: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Raises a `CheckpointError` if an attribute is not as it is in the file; in older files some are not."""
+    given = json.loads(json.dumps(_attributes(network)))
+    if difference := _difference(saved, given):
+        name, one, other = difference
+        raise CheckpointError(
+            f"{path}: was made from a {type(network).__name__} with {name}={one!r}, but network has "
+            f"{name}={other!r}. Pass the network it was made from."
+        )
+
+
+def _difference(saved: Any, given: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first attribute that differs, with both values."""
+    if isinstance(saved, Mapping) and isinstance(given, Mapping):
+        for key in saved:
+            if key not in _UNSEEN and (found := _difference(saved[key], given.get(key), f"{name}.{key}")):
+                return found
+        return None
+    return None if saved == given else (name.strip(".").replace(".attributes", ""), saved, given)
 
 
 def _arguments(network: type[nn.Module], attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Which channel of which layer every array of a traced network holds at every position."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,16 +8,17 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # type: ignore[attr-defined]
 from numpy.typing import NDArray
 
-from selconv_jax.compaction.trace import LAYER, PRODUCER, STACKED
+from selconv_jax.compaction.signature import constant_signature, step_signature
+from selconv_jax.compaction.trace import LAYER, PRODUCER, STACKED, Field, Trace, inner_programs
 
 __all__ = ["Flow", "channel_flow"]
 
 Ids = NDArray[np.int64]
 
-# What is known of the last axis of an array: the channel at each position, that all positions are alike, or
-# nothing, as of parameters and images.
+# What is known of an array: the channel at each position of its last axis, that all these positions are
+# alike, that it is a variable and which, or nothing, as of images and what is computed from variables.
 _UNIFORM = "uniform"
-_Value = Ids | str | None
+_Value = Ids | str | Field | None
 
 # Operations position by position. Arrays that meet in one lose and keep the same positions.
 _ELEMENTWISE = """
@@ -43,7 +43,9 @@ class Flow:
         classes: ``[ids]``, the class of each id: ids of a class are kept or removed together.
         needed: ``[ids]`` bool, ids that something other than a layer reads, or that leave the network.
         labels: ``[ids]``, alike for an id and the same channel in the trace of a smaller network.
-        hidden: Paths of layers inside of loops, branches and stacks.
+        fixed: Paths of layers that must stay as they are: inside of loops, branches and stacks, or with
+            variables that something else reads, or that are computed from others.
+        arrays: Ids of every array of channels, in the order of the program.
         signature: Every operation with its numbers; that of a smaller network must be the same.
     """
 
@@ -52,11 +54,12 @@ class Flow:
     classes: Ids
     needed: NDArray[np.bool_]
     labels: list[tuple[Any, ...]]
-    hidden: frozenset[str]
-    signature: list[tuple[Any, ...]]
+    fixed: frozenset[str]
+    arrays: list[Ids]
+    signature: list[Any]
 
 
-def channel_flow(program: ClosedJaxpr) -> Flow:
+def channel_flow(traces: Sequence[Trace]) -> Flow:
     """Follows the channels of a traced network from the layers that make them to all who read them.
 
     Concatenations join them, sums tie them, paddings add channels of zeros; pools, casts, activations and
@@ -64,14 +67,14 @@ def channel_flow(program: ClosedJaxpr) -> Flow:
     reads, and what it makes are no channels.
 
     Args:
-        program: From `trace.trace_network`.
+        traces: Of one network in all its modes: what is needed in one is needed.
 
     Returns:
         The flow.
     """
     walk = _Walk()
-    for leaving in walk.run(program.jaxpr, program.consts, [None] * len(program.jaxpr.invars)):
-        walk.need(leaving)
+    for trace in traces:
+        walk.follow(trace)
     classes = np.array([walk.class_of(number) for number in range(len(walk.parents))], np.int64)
     needed = np.zeros(len(classes), bool)
     needed[walk.needed] = True
@@ -81,13 +84,14 @@ def channel_flow(program: ClosedJaxpr) -> Flow:
         classes=classes,
         needed=needed,
         labels=walk.labels,
-        hidden=frozenset(walk.hidden),
+        fixed=frozenset(walk.fixed | {path for field, path in walk.owners if field in walk.read}),
+        arrays=walk.arrays,
         signature=walk.signature,
     )
 
 
 class _Walk:
-    """The state of one pass over a program."""
+    """The state of one pass over the programs of a network."""
 
     def __init__(self) -> None:
         self.parents: list[int] = []
@@ -95,29 +99,19 @@ class _Walk:
         self.needed: list[int] = []
         self.outputs: dict[str, Ids] = {}
         self.inputs: dict[str, Ids] = {}
-        self.hidden: set[str] = set()
-        self.signature: list[tuple[Any, ...]] = []
+        self.fixed: set[str] = set()
+        self.read: set[Field] = set()
+        self.owners: set[tuple[Field, str]] = set()
+        self.arrays: list[Ids] = []
+        self.signature: list[Any] = []
         self._allocations = 0
 
-    def run(self, jaxpr: Jaxpr, constants: Sequence[Any], arguments: Sequence[_Value]) -> list[_Value]:
-        """Values of the outputs of a program, from those of its arguments."""
-        known: dict[Any, _Value] = dict(zip(jaxpr.invars, arguments, strict=True))
-        for variable, constant in zip(jaxpr.constvars, constants, strict=True):
-            known[variable] = None
-            if np.ndim(constant) == 0:
-                self.signature.append(("constant", repr(np.asarray(constant))))
-
-        def value(atom: Any) -> _Value:
-            found = None if isinstance(atom, Literal) else known[atom]
-            return _UNIFORM if found is None and not atom.aval.shape else found
-
-        for equation in jaxpr.eqns:
-            name = equation.primitive.name
-            numbers = [repr(atom.val) for atom in equation.invars if isinstance(atom, Literal)]
-            self.signature.append((name, equation.params.get("path"), *numbers))
-            values = self._equation(equation, [value(atom) for atom in equation.invars])
-            known.update(zip(equation.outvars, values, strict=True))
-        return [value(atom) for atom in jaxpr.outvars]
+    def follow(self, trace: Trace) -> None:
+        """Follows one program; layers that are in an earlier one too make and read the same channels."""
+        values = self._run(trace.program.jaxpr, trace.program.consts, list(trace.arguments))
+        for value, field in zip(values, trace.results, strict=True):
+            if not isinstance(value, tuple) or value != field:  # a variable that stays as it is is not read
+                self._need(value)
 
     def class_of(self, number: int) -> int:
         """The representative of an id's class."""
@@ -126,10 +120,35 @@ class _Walk:
             number = self.parents[number]
         return number
 
-    def need(self, value: _Value) -> None:
-        """Notes that all channels of an array are read."""
+    def _run(self, jaxpr: Jaxpr, constants: Sequence[Any], arguments: Sequence[_Value]) -> list[_Value]:
+        """Values of the outputs of a program, from those of its arguments."""
+        known: dict[Any, _Value] = dict(zip(jaxpr.invars, arguments, strict=True))
+        known.update(dict.fromkeys(jaxpr.constvars))
+        self.signature.extend(constant_signature(constant) for constant in constants)
+
+        def value(atom: Any) -> _Value:
+            found = None if isinstance(atom, Literal) else known[atom]
+            return _UNIFORM if found is None and atom.aval.shape[-1:] in ((), (1,)) else found
+
+        for equation in jaxpr.eqns:
+            values = [value(atom) for atom in equation.invars]
+            if (inner := _called_once(equation)) is not None:
+                self.signature.append(equation.primitive.name)
+                results = self._run(*inner, values)
+            else:
+                passed = self._passed(equation, values)
+                self.signature.append(step_signature(equation, any_width=passed is not None))
+                results = self._read_whole(equation, values) if passed is None else passed
+                self.arrays.extend(result for result in results if isinstance(result, np.ndarray))
+            known.update(zip(equation.outvars, results, strict=True))
+        return [value(atom) for atom in jaxpr.outvars]
+
+    def _need(self, value: _Value) -> None:
+        """Notes that all of an array is read."""
         if isinstance(value, np.ndarray):
             self.needed.extend(value.tolist())
+        elif isinstance(value, tuple):
+            self.read.add(value)
 
     def _new(self, count: int, origin: tuple[Any, ...] | None = None, positions: bool = True) -> Ids:
         self._allocations += origin is None
@@ -143,76 +162,100 @@ class _Walk:
         for left, right in zip(one.tolist(), other.tolist(), strict=True):
             self.parents[self.class_of(right)] = self.class_of(left)
 
-    def _equation(self, equation: Any, values: list[_Value]) -> list[_Value]:
-        name, parameters = equation.primitive.name, equation.params
-        if equation.primitive is LAYER:
-            return [self._layer(equation, values[0])]
-        if equation.primitive is PRODUCER:
-            self.need(values[0])
-            return [self._made(parameters["path"], equation.outvars[0].aval.shape[-1])]
-        if name in _CALLS + _CUSTOM_CALLS and (inner := _inner_program(parameters)):
-            return self.run(*inner, values)
+    def _passed(self, equation: Any, values: list[_Value]) -> list[_Value] | None:
+        """What an operation makes that does to all positions alike; None: it may be another operation."""
+        name = equation.primitive.name
+        if equation.primitive in (LAYER, PRODUCER):
+            return [self._layer(equation, values)]
         if name == "optimization_barrier":
             return values
         if name in _ELEMENTWISE:
-            return [self._elementwise(values)]
-        if name == "concatenate":
-            return [self._concatenate(equation, values)]
-        if name == "pad" and isinstance(values[0], np.ndarray):
-            return [self._pad(values[0], parameters["padding_config"][-1])]
-        if name == "broadcast_in_dim" and (passed := self._broadcast(equation, values[0])) is not None:
-            return [passed]
-        if isinstance(values[0] if values else None, np.ndarray) and _keeps_channels(equation):
-            return [values[0]]
+            result = self._elementwise(equation, values)
+        elif name == "reduce" and equation.invars[0].aval.ndim - 1 not in equation.params["dimensions"]:
+            # Several arrays at once, by a program that sees their values at one position.
+            result = self._elementwise(equation, values)
+            return None if result is None else [result] * len(equation.outvars)
+        elif name == "concatenate":
+            result = self._concatenate(equation, values)
+        elif name == "pad" and isinstance(values[0], np.ndarray):
+            result = self._pad(values[0], equation.params["padding_config"][-1])
+        elif name == "broadcast_in_dim":
+            result = self._broadcast(equation, values[0])
+        elif isinstance(values[0] if values else None, np.ndarray) and _keeps_channels(equation):
+            result = values[0]
+        else:
+            return None
+        return None if result is None else [result]
+
+    def _read_whole(self, equation: Any, values: list[_Value]) -> list[_Value]:
+        """What any other operation makes, which needs all that it reads."""
         for value in values:
-            self.need(value)
-        self.hidden.update(_hidden_layers(equation))
+            self._need(value)
+        self.fixed.update(_inner_layers(equation))
         return [None] * len(equation.outvars)
 
-    def _layer(self, equation: Any, value: _Value) -> Ids:
-        path, channels = equation.params["path"], equation.invars[0].aval.shape[-1]
+    def _layer(self, equation: Any, values: list[_Value]) -> Ids:
+        path, count = equation.params["path"], len(values) - len(equation.params["names"])
+        (value, *statistics), variables = values[:count], values[count:]
+        own = [_field(path, *name) for name in equation.params["names"]]
+        self.owners.update((field, path) for field in own)
+        if [variable if isinstance(variable, tuple) else None for variable in variables] != own:
+            self.fixed.add(path)
+            for variable in variables:
+                self._need(variable)
         if not isinstance(value, np.ndarray):
-            value = self._new(channels)
-            self.need(value)
-        if path in self.inputs and len(value) == len(self.inputs[path]):
-            self._tie(self.inputs[path], value)  # the layer is called again
-        self.inputs.setdefault(path, value)
-        return self._made(path, equation.outvars[0].aval.shape[-1])
-
-    def _made(self, path: str, count: int) -> Ids:
+            value = self._new(equation.invars[0].aval.shape[-1])
+            self._need(value)
+        for known in statistics:  # of each channel that comes in
+            if isinstance(known, np.ndarray):
+                self._tie(value, known)
+            else:
+                self._need(known)
+                self._need(value)
+        if equation.primitive is PRODUCER:
+            self._need(value)
+        else:
+            if path in self.inputs and len(value) == len(self.inputs[path]):
+                self._tie(self.inputs[path], value)  # the layer is called again
+            self.inputs.setdefault(path, value)
         if path not in self.outputs:
+            count = equation.outvars[0].aval.shape[-1]
             self.outputs[path] = self._new(count, origin=("made by", path))
         return self.outputs[path]
 
-    def _elementwise(self, values: list[_Value]) -> _Value:
-        channels = [value for value in values if isinstance(value, np.ndarray)]
-        if not channels:
-            return _UNIFORM if all(value is not None for value in values) else None
-        if any(value is None for value in values):
-            for value in channels:
-                self.need(value)
+    def _elementwise(self, equation: Any, values: list[_Value]) -> _Value:
+        width = equation.outvars[0].aval.shape[-1:]
+        channels, is_known = [], True
+        for atom, value in zip(equation.invars, values, strict=True):
+            if atom.aval.shape[-1:] != width:  # a scalar or a single channel, which meets all others
+                self._need(value)
+            elif isinstance(value, np.ndarray):
+                channels.append(value)
+            elif not isinstance(value, str):
+                is_known = False
+        if not is_known:
             return None
         for other in channels[1:]:
             self._tie(channels[0], other)
-        return channels[0]
+        return channels[0] if channels else _UNIFORM
 
     def _concatenate(self, equation: Any, values: list[_Value]) -> _Value:
         if not any(isinstance(value, np.ndarray) for value in values):
             return None
         if equation.params["dimension"] != equation.outvars[0].aval.ndim - 1:
-            return self._elementwise(values)
+            return self._elementwise(equation, values)
         parts = []
         for atom, value in zip(equation.invars, values, strict=True):
             if not isinstance(value, np.ndarray):
+                self._need(value)
                 value = self._new(atom.aval.shape[-1])
-                self.need(value)
+                self._need(value)
             parts.append(value)
         return np.concatenate(parts)
 
     def _pad(self, value: Ids, config: tuple[int, int, int]) -> _Value:
         low, high, interior = config
         if min(low, high) < 0 or interior:
-            self.need(value)
             return None
         # Channels of zeros are all alike: how many of them are kept is what counts, not which.
         before, after = self._new(low, positions=False), self._new(high, positions=False)
@@ -221,14 +264,28 @@ class _Walk:
     def _broadcast(self, equation: Any, value: _Value) -> _Value:
         operand, result = equation.invars[0].aval, equation.outvars[0].aval
         dimensions = equation.params["broadcast_dimensions"]
-        kept = bool(dimensions) and dimensions[-1] == result.ndim - 1
-        if kept and isinstance(value, np.ndarray) and operand.shape[-1] == result.shape[-1]:
-            return value
-        if isinstance(value, np.ndarray):
-            self.need(value)
-            return None
-        alike = value is not None or not kept or operand.shape[-1] != result.shape[-1]
-        return _UNIFORM if alike and result.ndim else None
+        is_last = bool(dimensions) and dimensions[-1] == result.ndim - 1
+        if is_last and operand.shape[-1] == result.shape[-1]:
+            return value if isinstance(value, np.ndarray | str) else None
+        self._need(value)
+        return _UNIFORM if result.ndim else None
+
+
+def _field(path: str, collection: str, name: str) -> Field:
+    return (collection, *(path.split("/") if path else ()), name)
+
+
+def _called_once(equation: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
+    """The program that an equation calls once with its operands, and the program's constants."""
+    if equation.primitive.name not in _CALLS + _CUSTOM_CALLS:
+        return None
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        inner = equation.params.get(key)
+        if isinstance(inner, ClosedJaxpr):
+            return inner.jaxpr, inner.consts
+        if isinstance(inner, Jaxpr) and not inner.constvars:
+            return inner, ()
+    return None
 
 
 def _keeps_channels(equation: Any) -> bool:
@@ -236,10 +293,10 @@ def _keeps_channels(equation: Any) -> bool:
     name, parameters = equation.primitive.name, equation.params
     operand, result = equation.invars[0].aval, equation.outvars[0].aval
     last = operand.ndim - 1
-    if not result.ndim or result.shape[-1] != operand.shape[-1]:
+    if not result.ndim or result.shape[-1] != operand.shape[-1] or 0 in operand.shape[:-1]:
         return False
     rules: dict[str, Callable[[], bool]] = {
-        "reshape": lambda: parameters.get("dimensions") is None and math.prod(operand.shape) > 0,
+        "reshape": lambda: parameters.get("dimensions") is None,
         "squeeze": lambda: last not in parameters["dimensions"],
         "transpose": lambda: parameters["permutation"][-1] == last,
         "rev": lambda: last not in parameters["dimensions"],
@@ -256,24 +313,10 @@ def _keeps_channels(equation: Any) -> bool:
     return name in rules and rules[name]()
 
 
-def _inner_program(parameters: dict[str, Any]) -> tuple[Jaxpr, Sequence[Any]] | None:
-    """The program that an equation calls once with its operands, and the program's constants."""
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = parameters.get(key)
-        if isinstance(inner, ClosedJaxpr):
-            return inner.jaxpr, inner.consts
-        if isinstance(inner, Jaxpr) and not inner.constvars:
-            return inner, ()
-    return None
-
-
-def _hidden_layers(equation: Any) -> Iterator[str]:
+def _inner_layers(equation: Any) -> Iterator[str]:
     """Paths of the layers inside of an equation that is not followed."""
     if equation.primitive in (LAYER, PRODUCER, STACKED):
         yield equation.params["path"]
-    for parameter in equation.params.values():
-        for item in parameter if isinstance(parameter, tuple | list) else (parameter,):
-            jaxpr = item.jaxpr if isinstance(item, ClosedJaxpr) else item
-            if isinstance(jaxpr, Jaxpr):
-                for inner in jaxpr.eqns:
-                    yield from _hidden_layers(inner)
+    for program in inner_programs(equation):
+        for inner in program.eqns:
+            yield from _inner_layers(inner)

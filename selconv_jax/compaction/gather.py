@@ -1,6 +1,7 @@
 """Reading some of an array's channels, which ones being known when the program is compiled."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -64,12 +65,8 @@ def spread_channels(x: jax.Array, index: Index, size: int, axis: int = -1) -> ja
         return x
     if not index:
         return jnp.zeros((*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype)
-    inverse = np.zeros(size, np.int32)
-    filled = np.zeros(size, bool)
-    inverse[list(index)] = np.arange(len(index))
-    filled[list(index)] = True
+    inverse, mask = _inverse(index, size, axis, x.ndim)
     taken = _taken(x, inverse, axis)
-    mask = np.expand_dims(filled, tuple(other for other in range(x.ndim) if other != axis))
     # The CPU compiler would gather anew for each reader.
     return stored(jnp.where(mask, taken, jnp.zeros((), x.dtype)))
 
@@ -96,48 +93,61 @@ def take_repeated(x: jax.Array, index: Index) -> jax.Array:
     return _gather_repeated(x, index, x.shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _gather(x: jax.Array, index: Index, size: int, axis: int) -> jax.Array:
     del size
     return stored(_taken(x, np.array(index, np.int32), axis))
 
 
-def _gather_forward(x: jax.Array, index: Index, size: int, axis: int) -> tuple[jax.Array, None]:
-    return _gather(x, index, size, axis), None
+@_gather.defjvp
+def _gather_jvp(
+    index: Index, size: int, axis: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    # A scatter whose transpose is `spread_channels`.
+    inverse, mask = _inverse(index, size, axis, tangents[0].ndim)
+    read = jnp.where(mask, stored(tangents[0]), jnp.zeros((), tangents[0].dtype))
+    return _gather(*primals, index, size, axis), _put(read, inverse, len(index), axis)
 
 
-def _gather_backward(
-    index: Index, size: int, axis: int, saved: None, cotangent: jax.Array
-) -> tuple[jax.Array]:
-    del saved
-    return (spread_channels(cotangent, index, size, axis),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _gather_repeated(x: jax.Array, index: Index, size: int) -> jax.Array:
     del size
     return stored(_taken(x, np.array(index, np.int32), x.ndim - 1))
 
 
-def _gather_repeated_forward(x: jax.Array, index: Index, size: int) -> tuple[jax.Array, None]:
-    return _gather_repeated(x, index, size), None
+@_gather_repeated.defjvp
+def _gather_repeated_jvp(
+    index: Index, size: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    read = jax.nn.one_hot(np.array(index, np.int32), size, dtype=tangents[0].dtype)  # [copies, C]
+    tangent = jnp.dot(tangents[0], read.T, precision=lax.Precision.HIGHEST)
+    return _gather_repeated(*primals, index, size), tangent
 
 
-def _gather_repeated_backward(index: Index, size: int, saved: None, cotangent: jax.Array) -> tuple[jax.Array]:
-    del saved
-    read = jax.nn.one_hot(np.array(index, np.int32), size, dtype=cotangent.dtype)  # [copies, C]
-    return (jnp.dot(cotangent, read, precision=lax.Precision.HIGHEST),)
-
-
-_gather_repeated.defvjp(_gather_repeated_forward, _gather_repeated_backward)
+def _inverse(index: Index, size: int, axis: int, rank: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Where each channel of the whole array is among some; which are among them, to be broadcast."""
+    inverse = np.zeros(size, np.int32)
+    filled = np.zeros(size, bool)
+    inverse[list(index)] = np.arange(len(index))
+    filled[list(index)] = True
+    return inverse, np.expand_dims(filled, tuple(other for other in range(rank) if other != axis))
 
 
 def _taken(x: jax.Array, index: NDArray[np.int32], axis: int) -> jax.Array:
     """Entries along an axis; as rows of a matrix if it is the last, which is the faster gather on CPU."""
     if axis < x.ndim - 1 or x.ndim < 3:
         return jnp.take(x, index, axis=axis, mode="clip")
-    rows = x.reshape(-1, x.shape[-1])
-    return jnp.take(rows, index, axis=1, mode="clip").reshape(*x.shape[:-1], len(index))
+    return jnp.take(_rows(x), index, axis=1, mode="clip").reshape(*x.shape[:-1], len(index))
+
+
+def _put(x: jax.Array, index: NDArray[np.int32], size: int, axis: int) -> jax.Array:
+    """Sums of entries along an axis; the transpose of `_taken`."""
+    shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+    if axis == x.ndim - 1 and x.ndim >= 3:
+        x, axis = _rows(x), 1
+    zeros = jnp.zeros((*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype)
+    return zeros.at[(*(slice(None),) * axis, index)].add(x, mode="clip").reshape(shape)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -41,11 +41,13 @@ class Kept:
         inputs: ``[C]`` bool, by the path of a layer: incoming channels that are left.
         slots: ``[C]`` bool, by the path of a layer: its own channels that are left.
         outputs: ``[O]`` bool, by the path of a layer or other convolution: channels it still makes.
+        live: ``[ids]`` bool, every channel of the flow that is left.
     """
 
     inputs: dict[str, Mask]
     slots: dict[str, Mask]
     outputs: dict[str, Mask]
+    live: Mask
 
 
 def needed_channels(flow: Flow, layers: Mapping[str, Allocated], multiple: int) -> Kept:
@@ -88,6 +90,7 @@ class _Search:
             inputs={path: self._is_live(ids) for path, ids in self._flow.inputs.items()},
             slots={path: self._slots(path, rounded=True) for path in self._flow.inputs},
             outputs={path: self._is_live(ids) for path, ids in self._flow.outputs.items()},
+            live=self._live[self._flow.classes],
         )
 
     def _is_live(self, ids: Ids) -> Mask:

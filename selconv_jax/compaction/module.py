@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
+from flax.linen.dtypes import promote_dtype
 
 from selconv_jax.compaction.layout import LayerLayout
 from selconv_jax.compaction.static_layer import call_static
@@ -25,6 +26,7 @@ class Compact(nn.Module):
         network: The network as it was, which holds no variables.
         layouts: Path and layout of each layer that is replaced.
         widths: Path and number of outputs of each other convolution that makes fewer.
+        method: The network's method that is called; None: ``__call__``.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -39,6 +41,7 @@ class Compact(nn.Module):
     network: nn.Module
     layouts: tuple[tuple[str, LayerLayout], ...] = ()
     widths: tuple[tuple[str, int], ...] = ()
+    method: str | None = None
 
     def setup(self) -> None:
         """Gives the network's variables their own names, without a part for this wrapper."""
@@ -46,7 +49,8 @@ class Compact(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the network, see there."""
-        layouts, widths, root = dict(self.layouts), dict(self.widths), self.path
+        layouts, widths = dict(self.layouts), dict(self.widths)
+        root = tuple(filter(None, relative_path(self, ()).split("/")))
 
         def swap(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             path = relative_path(module, root)
@@ -59,8 +63,7 @@ class Compact(nn.Module):
             return call(*args, **kwargs)
 
         with intercept_calls(swap):
-            network: Any = self.network
-            return network(*args, **kwargs)
+            return getattr(self.network, self.method or "__call__")(*args, **kwargs)
 
     @property
     def dtype(self) -> Any:
@@ -95,12 +98,27 @@ def is_layer(module: Any) -> bool:
 
 
 def is_producer(module: Any) -> bool:
-    """Whether a module's outputs alone may be removed: another convolution, without groups."""
-    if type(module) is nn.Conv:
-        return module.feature_group_count == 1
-    return type(module) is Stem
+    """Whether a module's outputs alone may be removed: another convolution, without groups.
+
+    Convolutions with a function of the user's, or a mask, in them may compute one output from the weights of
+    another.
+    """
+    if type(module) is not nn.Conv:
+        return type(module) is Stem
+    own = (module.mask, module.conv_general_dilated, module.conv_general_dilated_cls)
+    is_usual = module.promote_dtype is promote_dtype and all(value is None for value in own)
+    return is_usual and module.feature_group_count == 1
 
 
 def relative_path(module: nn.Module, root: tuple[str, ...]) -> str:
-    """The path of a module below the network at ``root``, parts joined by ``/``."""
-    return "/".join(module.path[len(root) :])
+    """The path of a module's variables below those at ``root``, parts joined by ``/``.
+
+    A module's own path, and that of its scope, may go through modules that share the scope of others, such
+    as `Compact`; the scopes above it do not.
+    """
+    scope: Any = module.scope
+    parts: list[str] = []
+    while scope.parent is not None:
+        parts.insert(0, scope.name)
+        scope = scope.parent
+    return "/".join((*scope.path, *parts)[len(root) :])

@@ -10,17 +10,11 @@ from selconv_jax.compaction.flow import Flow
 from selconv_jax.compaction.layout import LayerLayout
 from selconv_jax.compaction.liveness import Allocated, Kept
 from selconv_jax.compaction.placement import KernelPlace, RowsPlace
+from selconv_jax.compaction.trace import LAYER_VARIABLES, Field
 
 __all__ = ["Place", "Reduction", "reduction"]
 
 Place = KernelPlace | RowsPlace
-Field = tuple[str, ...]  # collection, path of the module, name of the variable
-
-_VARIABLES = {
-    "params": ("kernel", "scale", "bias", "shift"),
-    "batch_stats": ("mean", "var"),
-    "selectivity": ("gate", "source"),
-}
 
 
 @dataclasses.dataclass
@@ -73,7 +67,9 @@ def _is_whole(layer: Allocated, kept: Kept, path: str) -> bool:
 
 def _add_layer(result: Reduction, path: str, layer: Allocated, kept: Kept) -> None:
     fields = {
-        name: (collection, *_parts(path), name) for collection, names in _VARIABLES.items() for name in names
+        name: (collection, *_parts(path), name)
+        for collection, names in LAYER_VARIABLES.items()
+        for name in names
     }
     result.places |= dict.fromkeys(fields.values())
     inputs, outputs = kept.inputs[path], kept.outputs[path]

@@ -13,6 +13,7 @@ from selconv_jax.batch_norm import Statistics, batch_statistics, join_statistics
 from selconv_jax.compaction.gather import spread_channels, take_channels, take_repeated
 from selconv_jax.compaction.layout import LayerLayout
 from selconv_jax.convolution import canonical_padding, canonical_window, convolve
+from selconv_jax.groups import without_rows
 from selconv_jax.layers import PlainConv
 from selconv_jax.shift import channel_shift, select, select_with_statistics
 
@@ -80,15 +81,14 @@ class StaticConv(PlainConv):
 
     @nn.nowrap
     def _select(
-        self, x: Array, rank: int, statistics: Statistics | None
-    ) -> tuple[Array, Array | None, Statistics | None]:
+        self, x: Array, kernel: Array, statistics: Statistics | None
+    ) -> tuple[Array, Array, Statistics | None]:
         """All of the input, whose idle channels have their kernel rows held at zero."""
-        del rank
         if not self._layout.idle:
-            return x, None, statistics
-        mask = np.ones(self._layout.reads, bool)
-        mask[list(self._layout.idle)] = False
-        return x, jnp.asarray(mask), statistics
+            return x, kernel, statistics
+        idle = np.zeros(self._layout.reads, bool)
+        idle[list(self._layout.idle)] = True
+        return x, without_rows(kernel, jnp.asarray(idle)), statistics
 
 
 def _in_place(

@@ -115,12 +115,12 @@ def selective_conv(variant: str, slots: float, **arguments: Any) -> PlainConv:
     """A layer that the method makes selective, in the given variant of a network."""
     if variant == "plain":
         return PlainConv(**arguments)
-    return SelectiveConv(top_k=3 if variant == "selective" else 0, slots=slots, **arguments)
+    return SelectiveConv(gate_only=variant == "gate_only", slots=slots, **arguments)
 
 
 def gated_conv(variant: str, **arguments: Any) -> PlainConv:
     """A layer that the method makes gate-only, in the given variant of a network."""
-    return PlainConv(**arguments) if variant == "plain" else SelectiveConv(top_k=0, **arguments)
+    return PlainConv(**arguments) if variant == "plain" else SelectiveConv(gate_only=True, **arguments)
 
 
 def average_pool(x: jax.Array) -> jax.Array:

@@ -134,13 +134,18 @@ def _draw_strip(axes: Axes, layer: LayerAllocation, per_row: int) -> None:
             markersize=share * cell,
             markeredgewidth=line,
         )
-    label = f"a channel that copies read: {copied.sum():,}"
-    kinds: list[tuple[int, Artist | Container]] = [
-        (layer.own.sum(), Patch(color=OWN, label=f"reads its own channel: {layer.own.sum():,}")),
-        (layer.copy.sum(), Patch(color=COPY, label=f"copy of channel s shifted by b: {layer.copy.sum():,}")),
-        (layer.closed.sum(), Patch(color=CLOSED, label=f"closed (crossed): {layer.closed.sum():,}")),
-        (copied.sum(), Line2D([], [], marker="o", color=INK, fillstyle="none", linestyle="", label=label)),
+    handles: list[Artist | Container] = [
+        Patch(color=colour, label=f"{kind}: {slots.sum():,}")
+        for slots, colour, kind in (
+            (layer.own, OWN, "reads its own channel"),
+            (layer.copy, COPY, "copy of channel s shifted by b"),
+            (layer.closed, CLOSED, "closed (crossed)"),
+        )
+        if slots.any()
     ]
+    if copied.any():
+        label = f"a channel that copies read: {copied.sum():,}"
+        handles.append(Line2D([], [], marker="o", color=INK, fillstyle="none", linestyle="", label=label))
     title = "The slots in the order of their numbers"
     if rows > 1:
         title += " (row label + column label = number)"
@@ -150,7 +155,7 @@ def _draw_strip(axes: Axes, layer: LayerAllocation, per_row: int) -> None:
             axes.annotate(str(layer.source[slot]), place, color="w", ha="center", va="center")
         if layer.copy.any():
             title += "; in a copy: the number s of the channel it reads"
-    heading(axes, title, [handle for count, handle in kinds if count])
+    heading(axes, title, handles)
 
 
 def _draw_scores(axes: Axes, layer: LayerAllocation, shown: Sequence[int]) -> None:

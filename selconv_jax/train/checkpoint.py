@@ -1,30 +1,25 @@
 """Checkpoints of a run: atomic, verified when they are read, pruned to the last few and the best.
 
 The folder of a checkpoint holds what `checkpoint_arrays` writes, and beside it the `manifest.json` of
-`checkpoint_manifest`: the score, dtype and shape of every leaf, and a BLAKE2b digest of every file.
+`checkpoint_manifest`: the score, dtype and shape of every leaf, and a BLAKE2b digest of every file. It gets
+its name once the arrays have been read back.
 
 Of a run with several processes, each writes its share of the arrays; the first one completes what they
 have written. Whatever the number of processes and devices, a checkpoint restores on any other.
 
-Folders only ever appear, change places and disappear by a rename, so a process killed at any
-moment leaves nothing half-made under the name of a step. `<step>.partial` is being written,
-`<step>.removed` being deleted; `<step>.replaced` is what `<step>` was before a new save of the
-same step, and still counts as `<step>` if the process died before the new one took its place.
 Orbax's `training.Checkpointer` deletes what it overwrites before the new data is written, and
 forgets which checkpoints were to be pruned when a save fails; so it is not used.
 """
 
-import errno
 import math
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeAlias
 
 import jax
@@ -33,20 +28,26 @@ import numpy as np
 from selconv_jax.errors import CheckpointError
 from selconv_jax.train.checkpoint_arrays import (
     check_leaves,
+    is_plain,
     named_leaves,
     placed,
     read_arrays,
     start_writing,
     write_arrays,
 )
-from selconv_jax.train.checkpoint_manifest import read_manifest, verified_manifest, write_manifest
+from selconv_jax.train.checkpoint_failure import told
+from selconv_jax.train.checkpoint_folders import step_folders, sweep
+from selconv_jax.train.checkpoint_manifest import (
+    describe,
+    read_manifest,
+    verified_manifest,
+    write_manifest,
+)
+from selconv_jax.train.config_changes import check_origin
 
 __all__ = ["CheckpointStore", "Restored"]
 
 PyTree: TypeAlias = Any
-
-_STEP = re.compile(r"(\d+)(\.replaced)?")
-_LEFTOVER = re.compile(r"\d+\.(partial.*|replaced|removed)")
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,12 @@ class CheckpointStore:
     Args:
         directory: The folder of the checkpoints, created by the first save.
         keep: How many of the last checkpoints stay, beside the best one; at least 1.
+        origin: What of the configuration the checkpoints follow from, see `config_changes.origin_of`; kept
+            in each, and none of another is read. Empty: not known.
 
     Raises:
         ValueError: `keep` is below 1.
+        CheckpointError: Several processes cannot write under this name.
 
     Example:
         >>> import tempfile, numpy as np
@@ -90,11 +94,22 @@ class CheckpointStore:
         (7, (3, 3))
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 3) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        keep: int = 3,
+        origin: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep = {keep}: at least 1 checkpoint has to stay.")
         self.directory = Path(directory).absolute()
+        if jax.process_count() > 1 and not is_plain(self.directory):
+            raise CheckpointError(
+                f"Several processes cannot write checkpoints to {self.directory}. Choose a directory whose "
+                "path is of letters, digits, spaces and - _ . , : ; = + @ ~ alone."
+            )
         self.keep = keep
+        self._origin = dict(origin)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -123,11 +138,11 @@ class CheckpointStore:
         arrays = named_leaves(state)
         partial = self.directory / f"{step}.partial"
         if jax.process_index() == 0:
-            with _told(step, self.directory):
+            with told(step, self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
-                self._sweep()
+                sweep(self.directory)
         # On return every process has a copy in its memory, and goes on to write its share of it.
-        with _told(step, self.directory):
+        with told(step, self.directory):
             written = start_writing(partial, arrays)
         self._pending = self._writer.submit(self._complete_together, step, arrays, score, written)
 
@@ -144,12 +159,24 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: There is no such checkpoint, it is damaged (with None: all are), or it
-                is one of another model.
+                is one of another model or origin.
         """
-        step, manifest, damaged = self._find(step)
-        folder, leaves = self._folders()[step], manifest["leaves"]
-        check_leaves(folder, leaves, template)
-        return Restored(step, placed(read_arrays(folder, leaves), template), damaged)
+        found = self._find(step)
+        check_leaves(found.folder, found.manifest["leaves"], template)
+        state = placed(found.arrays, template)
+        return Restored(found.step, state, found.damaged)
+
+    def find(self, step: int | None = None) -> Restored:
+        """Verifies a checkpoint; what it returns has no state.
+
+        Args:
+            step: Which one; None: the newest that is not damaged.
+
+        Raises:
+            CheckpointError: As `restore`.
+        """
+        found = self._find(step)
+        return Restored(found.step, None, found.damaged)
 
     def read(self, step: int | None = None) -> tuple[int, dict[str, np.ndarray]]:
         """Verifies a checkpoint and reads its arrays without a template, as tables and pictures need.
@@ -163,9 +190,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: There is no such checkpoint, or it is damaged (with None: all are).
         """
-        step, manifest, _ = self._find(step)
-        arrays = read_arrays(self._folders()[step], manifest["leaves"])
-        return step, {name: array for name, array in arrays.items() if array.size}
+        found = self._find(step)
+        return found.step, {name: array for name, array in found.arrays.items() if array.size}
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, damaged ones included, in ascending order."""
@@ -182,6 +208,17 @@ class CheckpointStore:
         """The step of the highest score, the earliest of equal ones; None without any score."""
         self._wait()
         return self._best(self._folders())
+
+    def unscored(self) -> tuple[str, ...]:
+        """One sentence for each checkpoint whose score is not known as it is damaged, see `best_step`."""
+        self._wait()
+        problems = []
+        for _, folder in sorted(self._folders().items(), reverse=True):
+            try:
+                read_manifest(folder)
+            except CheckpointError as error:
+                problems.append(str(error))
+        return tuple(problems)
 
     def check(self) -> None:
         """Looks at the save in progress without waiting for it.
@@ -220,14 +257,10 @@ class CheckpointStore:
             pending.result()
 
     def _folders(self) -> dict[int, Path]:
-        """The folder of every step; a `.replaced` one only where the step has no other."""
-        if not self.directory.is_dir():
-            return {}
-        paths = sorted(self.directory.iterdir(), reverse=True)  # "5.replaced", then "5"
-        return {int(found[1]): path for path in paths if (found := _STEP.fullmatch(path.name))}
+        return step_folders(self.directory)
 
-    def _find(self, step: int | None) -> tuple[int, dict[str, Any], tuple[str, ...]]:
-        """A good checkpoint, its manifest, and what is wrong with the newer ones."""
+    def _find(self, step: int | None) -> "_Found":
+        """A good checkpoint, and what is wrong with the newer ones."""
         self._wait()
         folders = self._folders()
         if not folders or (step is not None and step not in folders):
@@ -237,9 +270,14 @@ class CheckpointStore:
         damaged: list[str] = []
         for candidate in sorted(folders, reverse=True) if step is None else [step]:
             try:
-                return candidate, verified_manifest(folders[candidate]), tuple(damaged)
+                folder = folders[candidate]
+                manifest = verified_manifest(folder)
+                arrays = read_arrays(folder, manifest["leaves"])
             except CheckpointError as error:
                 damaged.append(str(error))
+            else:
+                check_origin(folder, manifest.get("origin", {}), self._origin)
+                return _Found(candidate, folder, manifest, arrays, tuple(damaged))
         remedy = "Start the run anew." if step is None else "Restore another step, or the newest."
         raise CheckpointError("\n".join([*damaged, remedy]))
 
@@ -254,31 +292,32 @@ class CheckpointStore:
 
     def _write(self, step: int, leaves: Mapping[str, np.ndarray], score: float | None) -> None:
         """Writes, completes and publishes one checkpoint, then prunes (in the thread)."""
-        with _told(step, self.directory):
+        with told(step, self.directory):
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                self._sweep()
+                sweep(self.directory)
                 write_arrays(self.directory / f"{step}.partial", leaves)
                 self._complete(step, leaves, score)
             except Exception:
                 with suppress(OSError):
-                    self._sweep()
+                    sweep(self.directory)
                 raise
 
     def _complete_together(
         self, step: int, leaves: Mapping[str, Any], score: float | None, written: Any
     ) -> None:
         """Waits until all processes have written their shares; the first one completes (in the thread)."""
-        with _told(step, self.directory):
+        with told(step, self.directory):
             written.result()
             if jax.process_index() == 0:
                 self._complete(step, leaves, score)
 
     def _complete(self, step: int, leaves: Mapping[str, Any], score: float | None) -> None:
-        """Adds the manifest to arrays that are written, and gives the folder its name."""
+        """Reads the arrays that are written, adds the manifest, and gives the folder its name."""
         partial = self.directory / f"{step}.partial"
         final, replaced = self.directory / f"{step}", self.directory / f"{step}.replaced"
-        write_manifest(partial, leaves, score)
+        _prove(partial, leaves)
+        write_manifest(partial, leaves, score, self._origin)
         if final.exists():
             final.rename(replaced)
         partial.rename(final)
@@ -293,35 +332,19 @@ class CheckpointStore:
             folders[other].rename(removed)
             shutil.rmtree(removed, ignore_errors=True)
 
-    def _sweep(self) -> None:
-        """Removes what killed or failed saves left; a `.replaced` that counts gets its name."""
-        for step, folder in self._folders().items():
-            folder.rename(self.directory / f"{step}")
-        for path in self.directory.iterdir():
-            if _LEFTOVER.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+
+@dataclass(frozen=True)
+class _Found:
+    step: int
+    folder: Path
+    manifest: Mapping[str, Any]
+    arrays: dict[str, np.ndarray]
+    damaged: tuple[str, ...]
 
 
-@contextmanager
-def _told(step: int, directory: Path) -> Iterator[None]:
-    """Turns what goes wrong while a checkpoint is written into a `CheckpointError`."""
-    try:
-        yield
-    except Exception as error:
-        raise CheckpointError(
-            f"Could not write the checkpoint of step {step} in {directory}: {_reason(error)} The checkpoints "
-            "before it are intact."
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong and what to do, as a sentence or two."""
-    number = getattr(error, "errno", None)
-    text = str(error).partition(" [tensorstore_spec")[0]
-    if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in text:
-        return "the disk is full. Free some space and resume."
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"the folder is not writable ({text})."
-    if jax.process_count() > 1 and re.search(r"barrier|[Tt]imed? ?out|heartbeat|UNAVAILABLE", text):
-        return f"another process could not write its share, or has died; see what it says ({text})."
-    return f"{text}."
+def _prove(folder: Path, leaves: Mapping[str, Any]) -> None:
+    """Reads back what was written; of several processes' arrays only that they are there and whole."""
+    arrays = read_arrays(folder, {name: describe(leaf) for name, leaf in leaves.items()})
+    for name, leaf in leaves.items():
+        if isinstance(leaf, np.ndarray) and arrays[name].tobytes() != leaf.tobytes():
+            raise CheckpointError(f"{name} was read back with other values than were written.")

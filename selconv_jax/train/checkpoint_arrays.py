@@ -9,8 +9,10 @@ import json
 import logging
 import re
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,15 +24,46 @@ from orbax.checkpoint.experimental import v1 as ocp
 from selconv_jax.errors import CheckpointError
 from selconv_jax.train.checkpoint_manifest import describe
 
-__all__ = ["check_leaves", "named_leaves", "placed", "read_arrays", "start_writing", "write_arrays"]
+__all__ = [
+    "check_leaves",
+    "is_plain",
+    "named_leaves",
+    "placed",
+    "read_arrays",
+    "start_writing",
+    "write_arrays",
+]
 
 PyTree: TypeAlias = Any
 
 _DESCRIPTION = re.compile(r"(\w+)(\[.*\])")
 _SHOWN_LEAVES = 5
+_PLAIN = re.compile(r"[\w /.,:;=+@~-]*")
 
 # Orbax reports every phase of every save; what matters is raised.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether Orbax takes the name of a folder as it is.
+
+    It looks for files by patterns that begin with the folder's name, in which ``[``, ``*`` and ``?`` stand
+    for other characters, and Tensorstore takes a backslash for a slash: what is written under such names is
+    incomplete or lies elsewhere.
+    """
+    return _PLAIN.fullmatch(str(folder)) is not None
+
+
+@contextmanager
+def _under_plain_name(folder: Path) -> Iterator[Path]:
+    """The folder, under another name if its own is not plain."""
+    if is_plain(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="selconv-") as names:
+        link = Path(names) / "checkpoints"
+        link.symlink_to(folder.parent, target_is_directory=True)
+        yield link / folder.name
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -64,7 +97,8 @@ def write_arrays(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
         None if str(report.exc_value) == "Event loop is closed" else hook(report)
     )
     try:
-        ocp.save(folder, _storable(leaves))
+        with _under_plain_name(folder) as plain:
+            ocp.save(plain, _storable(leaves))
     except BaseException:
         time.sleep(1.0)  # for the others to end
         raise
@@ -76,7 +110,7 @@ def start_writing(folder: Path, leaves: Mapping[str, Any]) -> Any:
     """Starts to write the arrays of all processes, which all call this.
 
     Args:
-        folder: A new one, which all processes see.
+        folder: A new one, which all processes see; its name `is_plain`.
         leaves: By path, wherever they lie. On return there is a copy of this process's share.
 
     Returns:
@@ -94,6 +128,9 @@ def read_arrays(folder: Path, leaves: Mapping[str, str]) -> dict[str, np.ndarray
 
     Returns:
         The arrays by path.
+
+    Raises:
+        CheckpointError: One is missing or cannot be read.
     """
     described = {name: _DESCRIPTION.fullmatch(text) for name, text in leaves.items()}
     like = {
@@ -108,8 +145,14 @@ def read_arrays(folder: Path, leaves: Mapping[str, str]) -> dict[str, np.ndarray
         context.multiprocessing.primary_host = alone
         context.multiprocessing.active_processes = {alone}
         context.multiprocessing.barrier_sync_key_prefix = f"process{alone}"
-    with context:
-        arrays = ocp.load(folder, _storable(like))
+    try:
+        with context, _under_plain_name(folder) as plain:
+            arrays = ocp.load(plain, _storable(like))
+    except MemoryError:
+        raise
+    except Exception as error:  # of many kinds, as Orbax and Tensorstore read
+        reason = str(error).partition(" [tensorstore_spec")[0].strip().partition("\n")[0]
+        raise CheckpointError(f"{folder} is damaged: its arrays cannot be read: {reason}.") from error
     return {**like, **{name: np.asarray(array) for name, array in arrays.items()}}
 
 

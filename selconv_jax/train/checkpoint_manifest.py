@@ -1,4 +1,4 @@
-"""What is written beside the arrays of a checkpoint: score, leaves, and a digest of every file.
+"""What is written beside the arrays of a checkpoint: score, origin, leaves, and a digest of every file.
 
 Tensorstore does not check array data, so the digests are compared before anything is used.
 """
@@ -23,17 +23,21 @@ def describe(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
 
 
-def write_manifest(folder: Path, leaves: Mapping[str, Any], score: float | None) -> None:
+def write_manifest(
+    folder: Path, leaves: Mapping[str, Any], score: float | None, origin: Mapping[str, Any]
+) -> None:
     """Describes a checkpoint of which all else is written.
 
     Args:
         folder: Of the checkpoint.
         leaves: Its arrays by path.
         score: Higher is better; None: there is none.
+        origin: What the checkpoint follows from, as JSON has it.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     manifest = {
         "score": score,
+        "origin": origin,
         "leaves": {name: describe(leaf) for name, leaf in leaves.items()},
         "files": {file.relative_to(folder).as_posix(): _digest(file) for file in files},
     }
@@ -47,7 +51,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         folder: Of the checkpoint.
 
     Returns:
-        `score`, `leaves` (descriptions by path) and `files` (digests by path).
+        `score`, `origin` (which old ones lack), `leaves` (descriptions by path) and `files` (digests by
+        path).
 
     Raises:
         CheckpointError: It is missing or was altered.

@@ -1,7 +1,7 @@
 """The network of a run without what it does not use: measured, evaluated, written to a file."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from selconv_jax.train.opening import restore_run
 from selconv_jax.train.program import Program
 from selconv_jax.train.record import evaluation_metrics
 from selconv_jax.train.state import TrainState
-from selconv_jax.train.trainer import Trainer
 
 __all__ = ["CompactedRun", "compact_run"]
 
@@ -29,7 +28,8 @@ class CompactedRun:
         model: The network.
         variables: Its variables.
         sizes: Channels that the layers with a gate read, parameters, and multiply-adds per image, by name:
-            of the whole network with nothing re-allocated, and of the compacted one with its copies.
+            of the network as it is evaluated, with room for its copies (see `layer_counts.count_layers`,
+            "selective"), and of the compacted one.
         metrics: As `loop.evaluate_run` returns them; empty if it was not evaluated.
     """
 
@@ -47,15 +47,17 @@ def compact_run(
     multiple: int = 1,
     evaluate: bool = False,
     output: Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> CompactedRun:
     """Compacts the network of a checkpoint.
 
     Args:
         workdir: The directory of the run.
-        step: The checkpoint; None: the newest good one.
+        step: The checkpoint; None: the newest, which must not be damaged.
         multiple: See `selconv_jax.compact`.
         evaluate: Compute its loss and accuracy on all validation and test images.
         output: A new file to write the network to, see `selconv_jax.save_compact`.
+        overrides: ``"key=value"``, of keys of the configuration that do not change the result.
 
     Returns:
         The network and what is known of it.
@@ -65,7 +67,7 @@ def compact_run(
     """
     if output is not None:
         check_target(output)
-    trainer, info, step, state = restore_run(workdir, step)
+    trainer, info, step, state = restore_run(workdir, step, overrides)
     plan = trainer.plan_compaction(state, multiple)
     variables = plan.take(state.variables)
     if output is not None:
@@ -76,19 +78,17 @@ def compact_run(
         assert measured is not None  # nobody asked it to stop
         metrics = measured
     image = jax.ShapeDtypeStruct((1, *info.image_shape), trainer.model.dtype)
-    return CompactedRun(step, plan.model, variables, _sizes(trainer, state, plan, variables, image), metrics)
+    return CompactedRun(step, plan.model, variables, _sizes(state, plan, variables, image), metrics)
 
 
-def _sizes(
-    trainer: Trainer, state: TrainState, plan: CompactionPlan, variables: Any, image: Any
-) -> dict[str, tuple[int, int]]:
+def _sizes(state: TrainState, plan: CompactionPlan, variables: Any, image: Any) -> dict[str, tuple[int, int]]:
     gates = {}
     if state.selectivity:
         gates = {path: layer.gate.size for path, layer in layer_states(state.variables).items()}
     reads = {path: layout.reads for path, layout in plan.model.layouts}
     left = sum(reads.get(path, channels) for path, channels in gates.items())
-    # Without slots for copies: what the plain network takes.
-    whole = _multiply_adds(trainer.model.clone(slots=0.0), state.variables, image)
+    # The selective network on both sides: with its shifts, and with products for its copies.
+    whole = _multiply_adds(plan.model.network, state.variables, image)
     return {
         "channels": (sum(gates.values()), left),
         "parameters": (count_parameters(state.params), count_parameters(variables["params"])),

@@ -1,9 +1,10 @@
 """The configuration of a run: frozen dataclasses, read from TOML, checked when constructed."""
 
 import dataclasses
+import math
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import tomli_w
 
 from selconv_jax.errors import ConfigError, check_value, nearest
 from selconv_jax.schedule import ReallocationSchedule
+from selconv_jax.train.config_text import apply_override, hint, remedy
 from selconv_jax.train.data_config import DataConfig
 from selconv_jax.transform import Allocation
 
@@ -23,6 +25,7 @@ __all__ = [
     "OptimizerConfig",
     "dump_config",
     "load_config",
+    "override_config",
     "parse_config",
 ]
 
@@ -188,6 +191,8 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
+        for key, value in _numbers(self):
+            check_value(key, value, math.isfinite(value), "finite")
         for name in (
             "epochs",
             "batch_size",
@@ -213,25 +218,42 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Args:
         path: The file.
         overrides: ``"key=value"`` with dots between the parts of the key and the value in TOML; a value
-            that is no TOML is taken as text, and ``none`` removes the key.
+            that is no TOML is taken as a number or a truth value as Python writes them, else as text, and
+            ``none`` removes the key.
 
     Returns:
-        The checked configuration.
+        The checked configuration; ``data.directory`` is absolute.
 
     Raises:
         ConfigError: The file is missing or no TOML, or a key or value is wrong; the message names it.
     """
+    text = ""
     try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        tree = tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file {os.fspath(path)}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{os.fspath(path)} is not a TOML file: {error}") from None
+        raise ConfigError(f"{os.fspath(path)} is not a TOML file: {error}.{hint(text, error)}") from None
     except OSError as error:
         raise ConfigError(f"{os.fspath(path)} cannot be read: {error.strerror}.") from None
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree)
+    return _overridden(tree, overrides)
+
+
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """Applies overrides as `load_config` does.
+
+    Args:
+        config: A configuration.
+        overrides: ``"key=value"``.
+
+    Returns:
+        The changed configuration.
+
+    Raises:
+        ConfigError: A key or value is wrong; the message names it.
+    """
+    return _overridden(_without_none(dataclasses.asdict(config)), overrides)
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
@@ -259,36 +281,40 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         message, _, path = str(error).rpartition(" - at ")
         where = path.strip("`").removeprefix("$.") if message else ""
         text = f"configuration key {where!r}: {message}" if where else str(error)
-        raise ConfigError(f"{text.rstrip('.')}.") from None
+        raise ConfigError(f"{text.rstrip('.')}.{remedy(text)}") from None
 
 
 def dump_config(config: Config) -> str:
     """The configuration as TOML, every key written out; keys that are None are left out."""
-
-    def without_none(tree: Any) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        return {key: without_none(value) for key, value in tree.items() if value is not None}
-
-    return tomli_w.dumps(without_none(dataclasses.asdict(config)))
+    return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"override {override!r} is not of the form key=value, such as epochs=10.")
-    for part in parts[:-1]:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"override {override!r}: {part!r} is a value, it has no keys.")
-    if text.strip().lower() == "none":
-        tree.pop(parts[-1], None)
-        return
-    try:
-        tree[parts[-1]] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        tree[parts[-1]] = text
+def _without_none(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _without_none(value) for key, value in tree.items() if value is not None}
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
+    for override in overrides:
+        apply_override(tree, override)
+    config = parse_config(tree)
+    directory = config.data.directory
+    if directory is None or "://" in directory:
+        return config
+    # The run may be gone on with from any other directory.
+    data = dataclasses.replace(config.data, directory=os.fspath(Path(directory).expanduser().absolute()))
+    return dataclasses.replace(config, data=data)
+
+
+def _numbers(section: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a configuration, after its key."""
+    for field in dataclasses.fields(section):
+        value, key = getattr(section, field.name), f"{path}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value, f"{key}.")
+        elif isinstance(value, float):
+            yield key, value
 
 
 def _check_keys(tree: Mapping[str, Any], kind: Any, path: tuple[str, ...]) -> None:

@@ -109,7 +109,7 @@ def of_batch(
         return _sum_of_devices(grads), _sum_of_devices(Seen(batch_stats, seen.totals))
 
     whole, split = PartitionSpec(), PartitionSpec(BATCH_AXES)
-    # The types that tell varying values from others are not followed through our own gradients.
+    # With its checks shard_map would itself sum the gradient of what all devices share, array by array.
     return jax.shard_map(
         of_device, mesh=placement.mesh, in_specs=(whole, split, whole), out_specs=whole, check_vma=False
     )(variables, examples, jax.random.key_data(dropout_key))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from selconv_jax.train.record import channel_counts, evaluation_metrics, sentenc
 from selconv_jax.train.signals import stop_request
 from selconv_jax.train.state import TrainState
 from selconv_jax.train.trainer import Trainer
-from selconv_jax.train.workdir import METRICS, create_workdir, read_config
+from selconv_jax.train.workdir import METRICS, check_free, create_workdir
 
 __all__ = ["NonFiniteLossError", "evaluate_run", "resume_run", "train_run"]
 
@@ -49,18 +50,21 @@ def train_run(config: Config, workdir: Path, console: Console) -> int:
         SelconvError: Something the user can mend; nothing was overwritten.
     """
     trainer, data = opening.prepare(config)
-    together(lambda: create_workdir(workdir, config) if is_first() else None)
-    with opening.claimed(workdir), opening.open_store(config, workdir) as store:
-        console.print(f"run in {workdir}", highlight=False, soft_wrap=True)
+    together(lambda: check_free(workdir) if is_first() else None)
+    with opening.claimed(workdir, make=True), opening.open_store(config, workdir) as store:
+        # Not before: another job may have been about to make its run here.
+        together(lambda: create_workdir(workdir, config) if is_first() else None)
+        console.print(f"run in {workdir}", highlight=False, markup=False, soft_wrap=True)
         return _Run(trainer, data.info, workdir, store, console).go_on(trainer.initial_state())
 
 
-def resume_run(workdir: Path, console: Console) -> int:
+def resume_run(workdir: Path, console: Console, overrides: Sequence[str] = ()) -> int:
     """Goes on with a run from its newest good checkpoint, exactly as it would have gone on by itself.
 
     Args:
         workdir: The directory of the run.
         console: Where progress is shown.
+        overrides: ``"key=value"``, of keys that do not change the result, for this time only.
 
     Returns:
         As `train_run`.
@@ -68,8 +72,8 @@ def resume_run(workdir: Path, console: Console) -> int:
     Raises:
         SelconvError: Something the user can mend.
     """
-    config = together(lambda: read_config(workdir))
-    trainer, data = opening.prepare(config)
+    config = opening.read_again(workdir, overrides)
+    trainer, data = opening.prepare_again(config)
     with opening.claimed(workdir), opening.open_store(config, workdir) as store:
         if first_decides(bool(store.steps())):
             restored = opening.restore(store, trainer)
@@ -83,12 +87,15 @@ def resume_run(workdir: Path, console: Console) -> int:
         return _Run(trainer, data.info, workdir, store, console).go_on(state)
 
 
-def evaluate_run(workdir: Path, step: int | None = None) -> tuple[int, dict[str, float]]:
+def evaluate_run(
+    workdir: Path, step: int | None = None, overrides: Sequence[str] = ()
+) -> tuple[int, dict[str, float]]:
     """Evaluates a checkpoint on all validation images, if the run has any, and on all test images.
 
     Args:
         workdir: The directory of the run.
-        step: The checkpoint; None: the newest good one.
+        step: The checkpoint; None: the newest, which must not be damaged.
+        overrides: As for `resume_run`.
 
     Returns:
         The step of the checkpoint, and the numbers of `record.evaluation_metrics`.
@@ -96,7 +103,7 @@ def evaluate_run(workdir: Path, step: int | None = None) -> tuple[int, dict[str,
     Raises:
         SelconvError: Something the user can mend.
     """
-    trainer, info, step, state = opening.restore_run(workdir, step)
+    trainer, info, step, state = opening.restore_run(workdir, step, overrides)
     # As after the epoch that the checkpoint belongs to.
     epoch = max(step - 1, 0) // trainer.steps_per_epoch
     metrics = evaluation_metrics(trainer, state, trainer.program(state, epoch), info)
@@ -117,15 +124,17 @@ class _Run:
     def go_on(self, state: TrainState) -> int:
         trainer, step = self.trainer, int(state.step)
         for note in trainer.notes:
-            self.console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+            self._say(note)
         # A checkpoint at the end of an epoch was taken before the epoch's record and re-allocation.
         ended = step > 0 and step % trainer.steps_per_epoch == 0
         epoch = step // trainer.steps_per_epoch - ended
         # What the record of that epoch knew and a repetition of it does not.
         metrics = self.workdir / METRICS
         recorded = [record for record in read_metrics(metrics) if record["epoch"] == epoch + 1]
-        speed: float | None = recorded[0]["images_per_second"] if ended and recorded else None
-        self._log = MetricsLog(metrics, self.workdir / "tensorboard", epoch) if is_first() else None
+        speed: float | None = recorded[0].get("images_per_second") if ended and recorded else None
+        self._log: MetricsLog | None = None
+        if is_first():
+            self._log = MetricsLog(metrics, self.workdir / "tensorboard", epoch, self._say)
         self._display = ProgressDisplay(trainer.steps, step, trainer.steps_per_epoch, self.console)
         self._last_save = time.monotonic()
         self._saved_step = step
@@ -146,6 +155,9 @@ class _Run:
             if self._log is not None:
                 self._log.close()
         return 0
+
+    def _say(self, note: str) -> None:
+        self.console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
     def _train_epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, float | None]:
         """Trains to the end of the epoch or until asked to stop; returns images per second too."""

@@ -146,7 +146,10 @@ def _chosen_devices(devices: int) -> list[Any]:
     present = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     processes = jax.process_count()
     if devices > len(present):
-        raise ConfigError(f"devices is {devices}; there are {len(present)} ({present[0].device_kind}).")
+        raise ConfigError(
+            f"devices is {devices}; there are {len(present)} ({present[0].device_kind}). Add "
+            f"devices={len(present)}, or 0 for all."
+        )
     if devices % processes:
         raise ConfigError(
             f"devices is {devices}, which the {processes} processes do not divide; each takes as many."

@@ -15,6 +15,7 @@ from selconv_jax.data.dataset import DatasetInfo, ImageData
 from selconv_jax.data.stream import StreamedData
 from selconv_jax.errors import ConfigError
 from selconv_jax.optimizer_state import reset_rewritten
+from selconv_jax.round_report import Report
 from selconv_jax.train.config import Config, DataConfig
 from selconv_jax.train.feed import Arguments, Feed, ResidentFeed, StreamedFeed
 from selconv_jax.train.network import make_network
@@ -24,7 +25,7 @@ from selconv_jax.train.sharding import Placement
 from selconv_jax.train.state import Totals, TrainState, initial_state
 from selconv_jax.train.step import Purpose, eval_batch, fold, train_step
 from selconv_jax.train.trial import notes_on, try_on_shapes
-from selconv_jax.transform import Report, reallocate, required_slots
+from selconv_jax.transform import reallocate, required_slots
 
 __all__ = ["Trainer"]
 
@@ -131,8 +132,9 @@ class Trainer:
             ``allocation.compile_frozen`` is false, that of the allocation which remains.
         """
         settings = self.config.allocation
-        # A round at the end of the epoch before has been made, one at the end of this epoch has not.
-        frozen = self.next_round(max(int(state.step), epoch * self.steps_per_epoch + 1)) is None
+        # All rounds that were due have been made, but for one at the end of this epoch.
+        done = max(int(state.step), epoch * self.steps_per_epoch)
+        frozen = self.next_round(min(done + 1, (epoch + 1) * self.steps_per_epoch)) is None
         if frozen and settings.compile_frozen and state.selectivity:
             return self._frozen_program(state)
         return self._bucket_program(state)
@@ -186,7 +188,7 @@ class Trainer:
 
     def plan_compaction(self, state: TrainState, multiple: int = 1) -> CompactionPlan:
         """Plans the network without what the state's allocation does not use, see `selconv_jax.compact`."""
-        model = self.model.clone(slots=0.0)
+        model = self._bucket_program(state).model
         return plan_compaction(model, state.variables, example=self._example, multiple=multiple)
 
     def evaluate(

@@ -19,8 +19,10 @@ __all__ = [
     "CHECKPOINTS",
     "CONFIG",
     "METRICS",
+    "check_free",
     "create_workdir",
     "default_workdir",
+    "free_workdir",
     "lock",
     "lock_mark",
     "read_config",
@@ -43,38 +45,84 @@ def default_workdir(config_path: str | os.PathLike[str], parent: str | os.PathLi
     return candidate
 
 
-def create_workdir(workdir: Path, config: Config) -> None:
-    """Makes the directory of a new run and writes what determines the run into it.
+@contextlib.contextmanager
+def free_workdir(config_path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Makes the `default_workdir`, which no other process then gets; an empty one goes in the end.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    while True:
+        workdir = default_workdir(config_path)
+        try:
+            workdir.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _unwritable(workdir, error) from None
+        break
+    try:
+        yield workdir
+    finally:
+        with contextlib.suppress(OSError):
+            workdir.rmdir()
+            workdir.parent.rmdir()
+
+
+def check_free(workdir: Path) -> None:
+    """Sees that a directory may become that of a new run.
 
     Args:
-        workdir: The directory; it may exist if it is empty.
+        workdir: The directory; it may be missing or empty.
+
+    Raises:
+        ConfigError: It holds something, or cannot be read.
+    """
+    # What a process leaves that was killed before its run had begun is in nobody's way.
+    unfinished = {ENVIRONMENT, f".{CONFIG}.new", _LOCK}
+    try:
+        content = sorted({entry.name for entry in workdir.iterdir()} - unfinished)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _unwritable(workdir, error) from None
+    if CONFIG in content:
+        raise ConfigError(
+            f"{workdir} already holds a run. Go on with it by `selconv resume {workdir}`, or choose "
+            "another --workdir."
+        )
+    if content:
+        raise ConfigError(
+            f"{workdir} is not empty (it holds {content[0]!r}). Choose another --workdir: a run is never "
+            "written over other files."
+        )
+
+
+def create_workdir(workdir: Path, config: Config) -> None:
+    """Writes what determines a new run into its directory.
+
+    Args:
+        workdir: The directory, which this process holds, see `lock`.
         config: The resolved configuration.
 
     Raises:
-        ConfigError: The directory holds something, or cannot be made.
+        ConfigError: The directory holds something, or cannot be written.
     """
+    check_free(workdir)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        # What a process leaves that was killed before its run had begun is in nobody's way.
-        unfinished = {ENVIRONMENT, f".{CONFIG}.new"}
-        content = sorted({entry.name for entry in workdir.iterdir()} - unfinished)
-        if CONFIG in content:
-            raise ConfigError(
-                f"{workdir} already holds a run. Go on with it by `selconv resume {workdir}`, or choose "
-                "another --workdir."
-            )
-        if content:
-            raise ConfigError(
-                f"{workdir} is not empty (it holds {content[0]!r}). Choose another --workdir: a run is never "
-                "written over other files."
-            )
         (workdir / ENVIRONMENT).write_text(json.dumps(_environment(config), indent=2) + "\n")
         # Last and at once: a directory with a configuration is a run that can be resumed.
         temporary = workdir / f".{CONFIG}.new"
         temporary.write_text(dump_config(config), encoding="utf-8")
         temporary.replace(workdir / CONFIG)
     except OSError as error:
-        raise ConfigError(f"the work directory {workdir} cannot be written: {error.strerror}.") from None
+        raise _unwritable(workdir, error) from None
+
+
+def _unwritable(workdir: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"the work directory {workdir} cannot be written: {error.strerror}. Choose another --workdir."
+    )
 
 
 def read_config(workdir: Path) -> Config:
@@ -92,8 +140,12 @@ def read_config(workdir: Path) -> Config:
 
 
 @contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[str]:
+def lock(workdir: Path, *, make: bool = False) -> Iterator[str]:
     """Holds the run for this process; the system lets go of it however the process ends.
+
+    Args:
+        workdir: The directory of the run.
+        make: Whether to make it.
 
     Yields:
         A mark that this process leaves in the directory, see `lock_mark`.
@@ -102,9 +154,11 @@ def lock(workdir: Path) -> Iterator[str]:
         ConfigError: Another process holds it, or it cannot be held.
     """
     try:
+        if make:
+            workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / _LOCK).open("a")
     except OSError as error:
-        raise ConfigError(f"{workdir} cannot be written to: {error.strerror}.") from None
+        raise _unwritable(workdir, error) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,9 +172,14 @@ def lock(workdir: Path) -> Iterator[str]:
                 "one that does, so that two jobs do not work on one run."
             ) from None
         mark = uuid.uuid4().hex
-        file.truncate(0)
-        file.write(mark)
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(mark)
+            file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.close()  # which tries to write once more
+            raise _unwritable(workdir, error) from None
         yield mark
 
 
@@ -128,7 +187,7 @@ def lock_mark(workdir: Path) -> str:
     """The mark of the process that holds, or held, the run; empty without any."""
     try:
         return (workdir / _LOCK).read_text(encoding="utf-8")
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return ""
 
 
