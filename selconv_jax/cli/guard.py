@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator
 from selconv_jax.console import discard
 from selconv_jax.errors import SelconvError
 
-__all__ = ["DEBUG", "described", "guarded", "interrupt_at_once", "interrupt_in_order", "prepare_process"]
+__all__ = ["DEBUG", "described", "guarded", "prepare_process"]
 
 DEBUG = "SELCONV_DEBUG"
 """The environment variable that asks for tracebacks, unless it is empty or 0."""
@@ -56,22 +55,6 @@ def prepare_process(*, debug: bool) -> None:
         os.environ.setdefault(name, value)
     threading.excepthook = lambda failure: _say(f"error in {failure.thread}: {described(failure.exc_value)}")
     sys.unraisablehook = lambda failure: None
-
-
-def interrupt_at_once() -> None:
-    """Lets Ctrl-C end the process without an exception, of which modules being imported make anything."""
-    _exchange_handler(signal.default_int_handler, signal.SIG_DFL)
-
-
-def interrupt_in_order() -> None:
-    """Lets Ctrl-C raise `KeyboardInterrupt` again."""
-    _exchange_handler(signal.SIG_DFL, signal.default_int_handler)
-
-
-def _exchange_handler(old: object, new: Callable[..., object] | signal.Handlers) -> None:
-    """Replaces what is done about Ctrl-C, unless somebody else has decided on it."""
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is old:
-        signal.signal(signal.SIGINT, new)
 
 
 def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:

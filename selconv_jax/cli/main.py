@@ -4,9 +4,7 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
-from selconv_jax.cli.allocator import keep_memory
-from selconv_jax.cli.arguments import make_parser
-from selconv_jax.cli.guard import guarded, interrupt_at_once, interrupt_in_order, prepare_process
+from selconv_jax.cli.interrupt import interrupt_at_once, interrupt_in_order
 
 __all__ = ["main"]
 
@@ -30,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
+    # Imported only now, when Ctrl-C is seen to.
+    from selconv_jax.cli.allocator import keep_memory
+    from selconv_jax.cli.arguments import make_parser
+    from selconv_jax.cli.guard import guarded, prepare_process
+
     parser = make_parser()
     # A list of positional arguments takes none that come after an option, so overrides are gathered here.
     options, rest = parser.parse_known_args(arguments)
