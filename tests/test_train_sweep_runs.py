@@ -22,8 +22,8 @@ from selconv_jax.train.sweep_time import Pace, SweepClock, seconds_left
 
 pytestmark = pytest.mark.optimized
 
-# Seed 1 fails, seed 2 is killed, seeds 3 and 5 work until they are asked to stop and take their time then, the
-# latter more of it, counting the signals; the others are complete at once.
+# Seed 1 fails, seed 2 is killed, seeds 3 and 5 work until they are asked to stop and take their time then (5
+# more of it), counting the signals; the others are complete at once.
 PROGRAM = """
 import json, os, signal, sys, time, tomllib
 from pathlib import Path
