@@ -1,6 +1,7 @@
 """``selconv bench``: what it leaves, and what it refuses before anything is computed."""
 
 import importlib.util
+import itertools
 import json
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from selconv_jax.bench.compilation import compile_program, without_compilation_cache
 from selconv_jax.bench.settings import BenchSettings
+from selconv_jax.cli import bench as bench_command
 from selconv_jax.cli.main import main
 from selconv_jax.errors import ConfigError
 from selconv_jax.train.signals import StopRequest
@@ -76,6 +78,20 @@ def test_stopped_with_what_there_is(tmp_path, monkeypatch, capsys):
     (network,) = json.loads((tmp_path / "out" / "bench.json").read_text())["networks"]
     assert network["complete"] is False
     assert not (tmp_path / "out" / "bench.png").exists()
+
+
+def test_caption_counts_the_rounds_that_were_taken(tmp_path, monkeypatch):
+    captions, asked = [], itertools.count()
+    monkeypatch.setattr(bench_command, "bar_picture", lambda *texts: captions.append(texts[-1]))
+    monkeypatch.setattr(bench_command, "save_figure", lambda figure, path: None)
+    # Asked once for each program that is compiled and each that is timed.
+    monkeypatch.setattr(StopRequest, "__bool__", lambda self: next(asked) >= 7)
+    output = tmp_path / "out"
+    bench(*TINY, "--slots", "0", "--what", "step", "--repeats", "9", "--output", output)
+    (network,) = json.loads((output / "bench.json").read_text())["networks"]
+    counts = sorted({case["summary"]["count"] for case in network["cases"]})
+    assert counts[-1] < 9
+    assert captions[0].startswith(f"medians and quartiles of {' to '.join(map(str, counts))} round")
 
 
 @pytest.mark.slow

@@ -50,10 +50,29 @@ def test_only_the_entry_computation_counts():
     assert entry_costs("HloModule empty") == []
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:2by2", "v5e:", "v5e:2x"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "v5e",
+        "v5e:2by2",
+        "v5e:",
+        "v5e:2x",
+        "v5e:0x1",
+        "v5e:1x0",
+        "v4:0x0x0",
+        "v5e:-1x2",
+        "v5e:1",
+        "v5e:1x1x1x1",
+        "v5e:9999x9999",
+        "v5e:99999999999x1",
+        "v5e:01x1",
+    ],
+)
 def test_names_that_are_none(name):
     with pytest.raises(ConfigError, match="must be of the form v5e:1x1"):
         BenchSettings(topology=name)
+    with pytest.raises(ConfigError, match="must be of the form v5e:1x1"):
+        topology_devices(name)
 
 
 def test_without_the_compiler(monkeypatch):

@@ -56,6 +56,23 @@ def test_train_leaves_records_and_pictures(finished):
         assert path.read_bytes()[:8] == PNG
 
 
+def test_a_run_that_nobody_reads_is_the_same(config, finished, tmp_path):
+    workdir = tmp_path / "run"
+    with subprocess.Popen(
+        command("train", config, "--workdir", workdir),
+        env={**environment(), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == f"run in {workdir}\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    assert (workdir / "pictures" / "learning_curves.png").read_bytes()[:8] == PNG
+    assert_same_end(workdir, finished[0])
+
+
 def test_show_prints_the_run_and_draws_elsewhere(finished, tmp_path, capsys):
     workdir, _ = finished
     assert main(["show", str(workdir), "--output", str(tmp_path / "drawn")]) == 0
@@ -257,7 +274,16 @@ def test_wrong_override_and_key(config, tmp_path, monkeypatch, capsys):
     assert "unknown configuration key 'epoch'. Did you mean 'epochs'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(
+            pytest.param(number, marks=pytest.mark.slow)
+            for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+        ),
+    ],
+)
 def test_signal_saves_and_resume_goes_on(config, finished, tmp_path, number):
     workdir = tmp_path / "stopped"
     process = subprocess.Popen(
@@ -269,6 +295,8 @@ def test_signal_saves_and_resume_goes_on(config, finished, tmp_path, number):
     )
     wait_for_first_epoch(workdir / "metrics.jsonl", process)
     process.send_signal(number)
+    if number == signal.SIGHUP:  # which a shell repeats
+        process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number, output
     assert f"go on by `selconv resume {workdir}`" in output

@@ -167,7 +167,7 @@ def lose_one(run, number, count):
     assert all(codes[other] != 0 for other in others), run.outputs()
     lost = "(Failed to send RPC to coordination service|leader)"
     if number != 0:
-        lost = rf"(unhealthy|stopped sending heartbeats)[^\n]*\n{number}\n"
+        lost = rf"(unhealthy|stopped sending heartbeats)[^\n]*\n{number}\n|lost: process {number}\n"
     named = [bool(re.search(lost, run.text(other))) for other in others]
     # Where the library that carries messages on CPU finds its peers in disorder, it ends a process by itself.
     broken = ["gloo::EnforceNotMet" in run.text(other) for other in others]
@@ -184,6 +184,8 @@ def test_the_others_end_when_one_is_killed(config, tmp_path):
         lose_one(run, 1, 2)
         assert "can no longer reach another one" in run.text(0)
         assert "selconv resume" in run.text(0)
+        assert "selconv: error: lost: process 1\n" in run.text(0)
+        assert ".cc:" not in run.text(0).split("selconv: error: lost")[1]
     assert final_arrays(workdir)[0] >= 5
 
 

@@ -30,8 +30,8 @@ class Read(nn.Module):
         x = stem(x)
         layer = SelectiveConv(4, (3, 3), name="layer")
         if self.how == "normalized":
-            # Not in training, as `nn.WeightNorm` does not let running statistics move.
-            return (layer if train else nn.WeightNorm(layer))(x, train)
+            # Flax before 0.12.12 lets no statistics move within.
+            return nn.WeightNorm(layer)(x, False)
         y = layer(x, train)
         if self.is_initializing():
             return y

@@ -118,5 +118,5 @@ def test_refused_paddings(arguments, message):
 
 @pytest.mark.parametrize("kernel_size", [0, (3, 0)])
 def test_refused_kernel_sizes(kernel_size):
-    with pytest.raises(ConfigError, match=r"kernel_size is .*; every size must be at least 1"):
+    with pytest.raises(ConfigError, match=r"kernel_size is .*; it must be a positive integer"):
         PlainConv(4, kernel_size)

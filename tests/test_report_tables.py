@@ -66,6 +66,12 @@ def test_first_best_and_last_epochs():
     assert ["best:", "the", "highest", "accuracy", "on", "the", "validation", "images"] in lines
 
 
+def test_dots_stand_for_more_than_one_epoch():
+    lines = printed(run_table([record(epoch, 0.5, validation=False) for epoch in range(1, 8)], {}))
+    shown = [line[0] for line in lines if line and (line[0].isdigit() or line[0] == "...")]
+    assert shown == ["1", "2", "3", "4", "5", "6", "7"]
+
+
 def test_no_epoch_is_chosen_by_test_accuracy():
     lines = printed(run_table([{"epoch": 1, "test_accuracy": 0.5}, {"epoch": 2, "test_accuracy": 0.25}], {}))
     assert ["1", "50.00"] in lines

@@ -203,3 +203,10 @@ def test_missing_and_broken_files_are_named(tmp_path):
 def test_configurations_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().epochs = 3
+
+
+@pytest.mark.parametrize(("tree", "key"), [({"growth": 4}, "growth"), ({"model": {"blocks": [1]}}, "blocks")])
+def test_an_option_of_a_network_outside_its_place(tree, key):
+    """`selconv bench` takes it as such."""
+    with pytest.raises(ConfigError, match=rf"Did you mean 'model\.options\.{key}'\?"):
+        parse_config(tree)

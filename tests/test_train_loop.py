@@ -136,7 +136,7 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one(finished, tmp_path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("questions", [6, 7, 8])
+@pytest.mark.parametrize("questions", [9, 10, 11])
 def test_resumed_after_the_last_round_within_an_epoch(tmp_path, monkeypatch, questions):
     """From there on the steps are compiled for the frozen allocation, whoever makes them."""
     config = tiny_config(epochs=3, allocation={"every_steps": 5, "until": 0.5, "compile_frozen": True})

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from selconv_jax.bench.rows import Ratio, Row, rows_of
 from selconv_jax.bench.run import NetworkResult
@@ -30,7 +30,7 @@ MEGA = 1e6  # megabytes are 10^6 bytes here
 def new_table(title: str, caption: str) -> Table:
     """A table of the look that all have, to be filled."""
     return Table(
-        title=escape(title),
+        title=Text(title, "table.title"),
         title_justify="left",
         caption=caption,
         caption_justify="left",
@@ -76,7 +76,7 @@ def time_table(result: NetworkResult, title: str) -> Table:
         group = row.group
         summary = row.summary
         table.add_row(
-            escape(row.name),
+            Text(row.name),
             _ms(summary.median),
             f"{_ms(summary.low)} - {_ms(summary.high)}",
             _ms(summary.minimum),
@@ -109,9 +109,7 @@ def memory_table(result: NetworkResult, title: str) -> Table:
     for row in rows:
         memory = row.measured.memory or {}
         numbers = [f"{memory[key] / MEGA:,.1f}" if key in memory else "" for key in keys]
-        table.add_row(
-            escape(row.name), *numbers, "" if row.memory_ratio is None else f"{row.memory_ratio:.2f}"
-        )
+        table.add_row(Text(row.name), *numbers, "" if row.memory_ratio is None else f"{row.memory_ratio:.2f}")
     return table
 
 
@@ -133,9 +131,7 @@ def compile_table(result: NetworkResult, title: str) -> Table:
         lower, compiled = measured.lower_seconds, measured.compile_seconds
         if lower is None or compiled is None:
             continue
-        table.add_row(
-            escape(measured.case.name), f"{lower:.2f}", f"{compiled:.2f}", f"{lower + compiled:.2f}"
-        )
+        table.add_row(Text(measured.case.name), f"{lower:.2f}", f"{compiled:.2f}", f"{lower + compiled:.2f}")
     return table
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +13,33 @@ import jax.numpy as jnp
 from selconv_jax.errors import ConfigError, nearest
 from selconv_jax.models import create_model, stem_for
 
-__all__ = ["WHAT", "BenchSettings"]
+__all__ = ["WHAT", "BenchSettings", "check_topology"]
 
 # What can be looked at, in the order of the report.
 WHAT = ("step", "frozen", "compact", "reallocate", "eval", "input", "compile", "memory")
 
 _CLASSES = 10
 _DTYPES = ("float32", "bfloat16")
+
+
+_MOST_CHIPS = 2**14  # no pod has as many
+
+
+def check_topology(name: str) -> None:
+    """Refuses what is no name of a TPU topology; over some sizes the compiler ends the process.
+
+    Args:
+        name: Such as ``"v5e:2x4"``.
+
+    Raises:
+        ConfigError: It is not of this form, or has no chips, or more than there are.
+    """
+    sizes = re.fullmatch(r"\w+:([1-9]\d{0,4}(?:x[1-9]\d{0,4}){1,2})", name)
+    if sizes is None or math.prod(map(int, sizes[1].split("x"))) > _MOST_CHIPS:
+        raise ConfigError(
+            f"--topology is {name!r}; it must be of the form v5e:1x1, v5e:2x4, v4:2x2x1: a kind of TPU, and "
+            f"how many chips lie along each axis, at least 1, and at most {_MOST_CHIPS:,} in all."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +103,8 @@ class BenchSettings:
         for key in ("variant", "dtype", "slots"):
             if key in self.options:
                 raise ConfigError(f"{key} cannot be set: the benchmark sets it itself. Leave it out.")
-        if self.topology is not None and not re.fullmatch(r"\w+:\d+(x\d+)*", self.topology):
-            raise ConfigError(
-                f"--topology is {self.topology!r}; it must be of the form v5e:1x1, v5e:2x4, v4:2x2x1."
-            )
+        if self.topology is not None:
+            check_topology(self.topology)
         if self.torch and self.topology:
             raise ConfigError("--torch and --topology do not go together: nothing is timed. Leave one out.")
         if self.torch and importlib.util.find_spec("torch") is None:

@@ -18,7 +18,7 @@ from selconv_jax.bench.cases import PLAIN, step_name
 from selconv_jax.bench.compilation import Program, compile_program
 from selconv_jax.bench.hlo import CostedOperation, entry_costs
 from selconv_jax.bench.run import Listener
-from selconv_jax.bench.settings import BenchSettings
+from selconv_jax.bench.settings import BenchSettings, check_topology
 from selconv_jax.bench.states import without_allocation
 from selconv_jax.bench.workbench import Workbench, has_compaction
 from selconv_jax.errors import ConfigError
@@ -99,6 +99,7 @@ def topology_devices(name: str) -> list[Any]:
     Raises:
         ConfigError: libtpu is not installed or another process holds it, or there is no such topology.
     """
+    check_topology(name)
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             "--topology needs the TPU compiler, which is not installed. Install it by `pip install libtpu`."

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from selconv_jax.bench.picture import Bar, Panel
 from selconv_jax.bench.report import MEGA, new_table
@@ -37,7 +37,7 @@ def costs_table(result: TopologyResult, title: str) -> Table:
     for step in result.steps:
         memory = step.memory
         table.add_row(
-            escape(step.name),
+            Text(step.name),
             f"{step.cycles / _KILO:,.0f}",
             _ratio(step.ratio),
             f"{memory['total'] / MEGA:,.1f}" if memory else "",
@@ -67,7 +67,7 @@ def largest_table(result: TopologyResult, title: str) -> Table:
         for number, cost in enumerate(step.largest):
             name = step.name if number == 0 else ""
             place = cost.place if len(cost.place) <= _PLACE_LETTERS else f"...{cost.place[-_PLACE_LETTERS:]}"
-            table.add_row(escape(name), f"{cost.cycles / _KILO:,.1f}", escape(cost.name), escape(place))
+            table.add_row(Text(name), f"{cost.cycles / _KILO:,.1f}", Text(cost.name), Text(place))
     return table
 
 

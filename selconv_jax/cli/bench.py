@@ -16,12 +16,13 @@ from selconv_jax.bench.environment import environment, load_average
 from selconv_jax.bench.picture import Panel, bar_picture, panels_of
 from selconv_jax.bench.progress import BenchProgress
 from selconv_jax.bench.report import compile_table, describe, memory_table, report_of, time_table
+from selconv_jax.bench.rows import rows_of
 from selconv_jax.bench.run import NetworkResult, bench_network
 from selconv_jax.bench.settings import BenchSettings
 from selconv_jax.bench.topology import TopologyResult, bench_topology, prepare_process, topology_devices
 from selconv_jax.bench.topology_report import costs_table, cycles_panel, largest_table, topology_report
-from selconv_jax.cli.console import terminal_or_lines
 from selconv_jax.cli.runs import share_compilations
+from selconv_jax.console import progress_console
 from selconv_jax.errors import ConfigError
 from selconv_jax.report.save import save_figure
 from selconv_jax.train.signals import StopRequest
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     output = (
         Path(options.output) if options.output else default_workdir("-".join(settings.models), "runs/bench")
     )
-    console = terminal_or_lines()
+    console = progress_console()
     if settings.topology is None:
         _create(output)
         return _measure(settings, output, console)
@@ -140,11 +141,19 @@ def _write(
     if panels:
         versions = machine["versions"]
         caption = (
-            f"medians and quartiles of {settings.repeats} rounds; {machine['processor']}, {machine['cores']} "
+            f"medians and quartiles of {_rounds(results)}; {machine['processor']}, {machine['cores']} "
             f"cores, {machine['device']}; jax {versions['jax']}, torch {versions['torch']}; load average "
             f"{machine['load_average']:.1f} before, {machine['load_average_after']:.1f} after"
         )
         save_figure(bar_picture(panels, f"Benchmark: {describe(settings)}", caption), output / _PICTURE)
+
+
+def _rounds(results: Sequence[NetworkResult]) -> str:
+    """How many rounds were taken; fewer than asked for where the benchmark was stopped."""
+    counts = {len(row.seconds) for result in results for row in rows_of(result) if row.summary is not None}
+    few, many = min(counts), max(counts)
+    count = f"{many}" if few == many else f"{few} to {many}"
+    return f"{count} round{'' if many == 1 else 's'}"
 
 
 def _write_json(path: Path, report: Mapping[str, Any]) -> None:

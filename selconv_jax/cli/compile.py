@@ -13,7 +13,7 @@ from selconv_jax.bench.environment import environment
 from selconv_jax.bench.pod import PodPlan, compile_for_pod, largest_batch
 from selconv_jax.bench.pod_report import messages_table, pod_table, scaling_line
 from selconv_jax.bench.topology import prepare_process, topology_devices
-from selconv_jax.cli.console import terminal_or_lines
+from selconv_jax.console import terminal_or_lines
 from selconv_jax.errors import ConfigError
 from selconv_jax.train.config import Config, load_config
 

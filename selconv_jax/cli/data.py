@@ -4,7 +4,7 @@ import argparse
 
 from rich.table import Table
 
-from selconv_jax.cli.console import terminal_or_lines
+from selconv_jax.console import terminal_or_lines
 from selconv_jax.data.catalog import resolve_data_dir, status
 from selconv_jax.data.prepare import prepare
 

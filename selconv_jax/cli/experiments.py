@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from selconv_jax.cli.console import terminal_or_lines
+from selconv_jax.console import terminal_or_lines
 from selconv_jax.report.experiment_table import experiment_table, write_experiment_table
 
 __all__ = ["run"]

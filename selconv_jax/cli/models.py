@@ -5,10 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.live import Live
-from rich.table import Table
 
-from selconv_jax.cli.console import terminal_or_lines
+from selconv_jax.console import terminal_or_lines
 from selconv_jax.counting import count_multiply_adds, count_parameters
 from selconv_jax.errors import ConfigError, nearest
 from selconv_jax.models import MODELS, create_model, stem_for
@@ -18,6 +16,7 @@ __all__ = ["run"]
 # The image sizes of the method's evaluation and their numbers of classes.
 _IMAGES = {(28, 28, 1): 10, (32, 32, 3): 10, (64, 64, 3): 200, (224, 224, 3): 1000}
 _PARAMETERS = (32, 32, 3)
+_COLUMN = 9  # characters, and a space; with 15 of the name all fit a terminal of 80
 
 
 def run(options: argparse.Namespace) -> int:
@@ -26,19 +25,22 @@ def run(options: argparse.Namespace) -> int:
         if name not in MODELS:
             raise ConfigError(f"there is no model {name!r}. {nearest(name, MODELS)}")
     height, width, channels = _PARAMETERS
-    table = Table(
-        title=f"parameters: {height}x{width}x{channels} images, {_IMAGES[_PARAMETERS]} classes; "
-        "multiply-adds: per image, plain or nothing re-allocated",
-        title_justify="left",
-    )
-    table.add_column("name", no_wrap=True)
-    for heading in ("plain", "selective", *("x".join(map(str, image)) for image in _IMAGES)):
-        table.add_column(heading, justify="right", no_wrap=True)
-    with Live(table, console=terminal_or_lines(), auto_refresh=False, vertical_overflow="visible") as live:
-        for name in options.names or MODELS:
-            table.add_row(name, *_row(name))
-            live.refresh()
+    console = terminal_or_lines()
+    for line in (
+        f"parameters: {height}x{width}x{channels} images, {_IMAGES[_PARAMETERS]} classes",
+        "multiply-adds: per image of each size, in millions; plain, or nothing re-allocated",
+        "",
+        _line("name", "plain", "selective", *("x".join(map(str, image)) for image in _IMAGES)),
+    ):
+        console.print(line, soft_wrap=True)
+    for name in options.names or MODELS:
+        # Lines of their own: a table would be shown only when all have been counted.
+        console.print(_line(name, *_row(name)), soft_wrap=True)
     return 0
+
+
+def _line(name: str, *numbers: str) -> str:
+    return f"{name:<15}" + "".join(f" {number:>{_COLUMN}}" for number in numbers)
 
 
 def _row(name: str) -> list[str]:
@@ -46,7 +48,7 @@ def _row(name: str) -> list[str]:
     parameters = counts[_PARAMETERS][0], _counts(name, "selective", _PARAMETERS)[0]
     return [
         *(f"{number:,}" for number in parameters),
-        *(f"{multiply_adds / 1e6:,.1f} M" for _, multiply_adds in counts.values()),
+        *(f"{multiply_adds / 1e6:,.1f}" for _, multiply_adds in counts.values()),
     ]
 
 

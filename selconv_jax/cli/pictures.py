@@ -40,7 +40,7 @@ def print_run(workdir: Path, console: Console) -> None:
         console.print(f"{workdir}: no epoch has ended yet", highlight=False, soft_wrap=True)
         return
     console.print(run_table(records, _summary(workdir, config)))
-    variables = _variables(workdir)
+    _, variables = _variables(workdir)
     layers = _layers(variables)
     if layers:
         console.print(layer_table(layers))
@@ -63,16 +63,17 @@ def draw_run(workdir: Path, output: Path, console: Console) -> None:
     if not records:
         return
     title = f"{config.model.name} ({config.model.variant}) on {config.data.name}"
+    console.print("drawing pictures")
     output.mkdir(parents=True, exist_ok=True)
     save_figure(learning_curves(records, title), output / "learning_curves.png")
-    layers = _layers(_variables(workdir))
+    step, variables = _variables(workdir)
+    layers = _layers(variables)
     if layers:
-        save_figure(allocation_overview(layers, title), output / "allocation.png")
+        save_figure(allocation_overview(layers, f"{title}, step {step:,}"), output / "allocation.png")
     for layer in layers:
-        if layer.source is not None:
-            save_figure(channel_map(layer), output / f"channels_{layer.name.replace('/', '_')}.png")
-    maps = sum(layer.source is not None for layer in layers)
-    what = "learning curves" + (f", allocation and {maps} channel maps" if layers else "")
+        picture = channel_map(layer, f"{workdir.resolve().name}: {title}, step {step:,}")
+        save_figure(picture, output / f"channels_{layer.name.replace('/', '_')}.png")
+    what = "learning curves" + (f", allocation and {len(layers)} channel maps" if layers else "")
     console.print(f"pictures in {output}: {what}", highlight=False, soft_wrap=True)
 
 
@@ -95,14 +96,14 @@ def _splits(config: Config) -> list[str]:
     return [f"{key} {value}" for key, value in named.items() if value is not None]
 
 
-def _variables(workdir: Path) -> dict[str, Any]:
-    """The network's variables as the newest good checkpoint has them; empty if there is none yet."""
+def _variables(workdir: Path) -> tuple[int, dict[str, Any]]:
+    """Step and variables of the newest good checkpoint; 0 and empty if there is none yet."""
     with CheckpointStore(workdir / CHECKPOINTS) as store:
         if not store.steps():
-            return {}
-        _, arrays = store.read()
+            return 0, {}
+        step, arrays = store.read()
     tree = traverse_util.unflatten_dict({tuple(name.split("/")): leaf for name, leaf in arrays.items()})
-    return {name: tree[name] for name in ("params", "batch_stats", "selectivity") if name in tree}
+    return step, {name: tree[name] for name in ("params", "batch_stats", "selectivity") if name in tree}
 
 
 def _layers(variables: dict[str, Any]) -> list[LayerAllocation]:

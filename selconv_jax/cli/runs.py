@@ -11,9 +11,10 @@ import jax
 import platformdirs
 from rich.console import Console
 
-from selconv_jax.cli.console import terminal_or_lines
+from selconv_jax.cli.guard import described
 from selconv_jax.cli.pictures import draw_run, print_run
-from selconv_jax.errors import ConfigError, SelconvError
+from selconv_jax.console import progress_console, terminal_or_lines
+from selconv_jax.errors import ConfigError
 from selconv_jax.train.agreement import exchange, is_first, together
 from selconv_jax.train.cluster import Cluster, join
 from selconv_jax.train.compacting import CompactedRun, compact_run
@@ -129,15 +130,15 @@ def _joined(options: argparse.Namespace, *, shares_stops: bool = True) -> Abstra
 
 def _console() -> Console:
     """Of several processes the first one speaks for all."""
-    return terminal_or_lines() if is_first() else Console(quiet=True)
+    return progress_console() if is_first() else Console(quiet=True)
 
 
 def _finish(code: int, workdir: Path) -> int:
     if code == 0 and is_first():
         try:
-            draw_run(workdir, workdir / "pictures", terminal_or_lines())
-        except (OSError, SelconvError) as error:  # the run is complete all the same
-            problem = str(error).rstrip(".")
+            draw_run(workdir, workdir / "pictures", progress_console())
+        except Exception as error:  # the run is complete all the same
+            problem = described(error).rstrip(".")
             print(
                 f"selconv: no pictures: {problem}. Draw them later by `selconv show {workdir}`.",
                 file=sys.stderr,

@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from selconv_jax.cli.console import terminal_or_lines
 from selconv_jax.cli.runs import share_compilations
+from selconv_jax.console import progress_console
 from selconv_jax.errors import ConfigError
 from selconv_jax.report.comparison import ConfigurationResults, comparison_table, run_numbers
 from selconv_jax.report.comparison_differences import difference_table, number_differences
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     share_compilations()
     if options.jobs > 1:
         share_devices()
-    workdir, console = Path(options.workdir), terminal_or_lines()
+    workdir, console = Path(options.workdir), progress_console()
     # A file of such a name can be given as ./NAME.
     overrides = [word for word in options.words if re.match(r"[\w.]+\s*=", word)]
     files, own_seeds = _files([word for word in options.words if word not in overrides])

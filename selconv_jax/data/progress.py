@@ -1,10 +1,12 @@
 """Report how far a long task is: a bar on a terminal, plain lines elsewhere."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
-import rich.console
 import rich.progress
+
+from selconv_jax.console import progress_console
 
 __all__ = ["Progress", "console_progress"]
 
@@ -24,7 +26,7 @@ def console_progress() -> Iterator[Progress]:
         >>> with console_progress() as progress:
         ...     progress("Counting", 3, 3)
     """
-    console = rich.console.Console(stderr=True)
+    console = progress_console(sys.stderr)
     if not console.is_terminal:
 
         def line(task: str, done: int, total: int) -> None:

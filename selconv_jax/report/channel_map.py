@@ -26,7 +26,7 @@ _CARDS = 11  # channels shown with their copies: three rows, together with the c
 
 
 @styled
-def channel_map(layer: LayerAllocation) -> Figure:
+def channel_map(layer: LayerAllocation, run: str = "") -> Figure:
     """Show which channel feeds which slot of one layer.
 
     Three parts. A strip of cells, one per slot in index order, coloured by state. The damage score
@@ -36,6 +36,7 @@ def channel_map(layer: LayerAllocation) -> Figure:
     Args:
         layer: The allocation of the layer; any number of channels and of spatial axes. Of three
             axes the last two are drawn, the shift along the first is printed beside the arrow.
+        run: What the layer is of, such as the name of the run and the step; below its name.
 
     Returns:
         The figure.
@@ -50,7 +51,7 @@ def channel_map(layer: LayerAllocation) -> Figure:
     rows_of_cells = -(-layer.channels // per_row)
     rows_of_cards = -(-(1 + len(shown)) // COLUMNS) if shown else 0
     heights = {
-        "header": 0.85,
+        "header": 1.05 if run else 0.85,
         "strip": 0.85 + _STRIP / per_row * rows_of_cells,
         "score": 1.9 if layer.score is not None else 0.0,
         "cards": FRAME_HEIGHT + CARD_HEIGHT * rows_of_cards if shown else 0.45,
@@ -61,7 +62,7 @@ def channel_map(layer: LayerAllocation) -> Figure:
     stack = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=ratios)
     parts = dict(zip(heights, stack[:, 0], strict=True))
 
-    _write_header(parts["header"], layer)
+    _write_header(parts["header"], layer, run)
     _draw_strip(parts["strip"].subplots(), layer, per_row)
     if "score" in parts:
         _draw_scores(parts["score"].subplots(), layer, shown)
@@ -77,15 +78,16 @@ def _cells_per_row(channels: int) -> int:
     return 32 if channels <= 128 else 64 if channels <= 2048 else 128
 
 
-def _write_header(part: SubFigure, layer: LayerAllocation) -> None:
+def _write_header(part: SubFigure, layer: LayerAllocation, run: str) -> None:
     part.text(0.01, 0.92, layer.name, fontsize=12, fontweight="bold", va="top")
+    part.text(0.01, 0.69, run, color=MUTED, va="top")
     text = (
         f"Input channels: {layer.channels:,}. Output channels: {layer.features:,}. "
         "The weights that belong to one input channel are a slot.\n"
         "A slot reads the channel of its own number, or is a copy, which reads a channel at a "
         "shifted position, or is closed and reads nothing."
     )
-    part.text(0.01, 0.55, text, va="top", linespacing=1.5)
+    part.text(0.01, 0.46 if run else 0.55, text, va="top", linespacing=1.5)
 
 
 def _why_no_copies(layer: LayerAllocation) -> str:
@@ -132,13 +134,18 @@ def _draw_strip(axes: Axes, layer: LayerAllocation, per_row: int) -> None:
             markersize=share * cell,
             markeredgewidth=line,
         )
-    label = f"a channel that copies read: {copied.sum():,}"
     handles: list[Artist | Container] = [
-        Patch(color=OWN, label=f"reads its own channel: {layer.own.sum():,}"),
-        Patch(color=COPY, label=f"copy of channel s shifted by b: {layer.copy.sum():,}"),
-        Patch(color=CLOSED, label=f"closed (crossed): {layer.closed.sum():,}"),
-        Line2D([], [], marker="o", color=INK, fillstyle="none", linestyle="", label=label),
+        Patch(color=colour, label=f"{kind}: {slots.sum():,}")
+        for slots, colour, kind in (
+            (layer.own, OWN, "reads its own channel"),
+            (layer.copy, COPY, "copy of channel s shifted by b"),
+            (layer.closed, CLOSED, "closed (crossed)"),
+        )
+        if slots.any()
     ]
+    if copied.any():
+        label = f"a channel that copies read: {copied.sum():,}"
+        handles.append(Line2D([], [], marker="o", color=INK, fillstyle="none", linestyle="", label=label))
     title = "The slots in the order of their numbers"
     if rows > 1:
         title += " (row label + column label = number)"
@@ -148,7 +155,7 @@ def _draw_strip(axes: Axes, layer: LayerAllocation, per_row: int) -> None:
             axes.annotate(str(layer.source[slot]), place, color="w", ha="center", va="center")
         if layer.copy.any():
             title += "; in a copy: the number s of the channel it reads"
-    heading(axes, title, handles if copied.any() else handles[:3])
+    heading(axes, title, handles)
 
 
 def _draw_scores(axes: Axes, layer: LayerAllocation, shown: Sequence[int]) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from selconv_jax.errors import SelconvError
 from selconv_jax.report.records import best_index, require_records, series
@@ -155,7 +155,7 @@ def comparison_table(configurations: Sequence[ConfigurationResults]) -> Table:
             cells.append(f"{factor * value.mean:{form}}\n{deviation}")
         parts = [_seeds(list(configuration.runs))] if configuration.runs else []
         parts += [f"failed: {_seeds(configuration.failed)}"] if configuration.failed else []
-        name = f"{escape(configuration.name)}\n[dim]{'; '.join(parts)}[/dim]"
+        name = Text.assemble(configuration.name, "\n", ("; ".join(parts), "dim"))
         table.add_row(name, *cells, end_section=number + 1 < len(configurations))
     return table
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from selconv_jax.report.comparison import ConfigurationResults
 from selconv_jax.report.statistics import PairedDifference, paired_difference
@@ -67,15 +67,15 @@ def difference_table(configurations: Sequence[ConfigurationResults]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     differences = [number_differences(other, first).get("test_error") for other in others]
     for other, difference in zip(others, differences, strict=True):
-        table.add_row(escape(other.name), *_cells(difference))
+        table.add_row(Text(other.name), *_cells(difference))
     known = [difference for difference in differences if difference is not None]
     note = "Of a single pair nothing can be said."
     if any(difference.excludes_zero for difference in known):
         note = f"{MARK} The interval excludes 0. Of 20 comparisons without any effect, one does."
     elif any(difference.interval for difference in known):
         note = "No interval excludes 0: no difference is larger than chance explains."
-    name = escape(first.name)
-    table.caption = f"Test error minus that of {name}, in percentage points, paired by seed. {note}"
+    text = f"Test error minus that of {first.name}, in percentage points, paired by seed. {note}"
+    table.caption = Text(text, "table.caption")
     return table
 
 

@@ -160,7 +160,8 @@ def _draw_states(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDArr
         ("closed", channels - opened, CLOSED),
     ):
         share = 100 * np.nan_to_num(count / channels)
-        handles.append(axes.bar(epochs, share, 1.0, bottom, color=colour, label=label, linewidth=0))
+        if share.any():
+            handles.append(axes.bar(epochs, share, 1.0, bottom, color=colour, label=label, linewidth=0))
         bottom = bottom + share
     axes.set(ylabel="share of the channels (%)", ylim=(0, 100))
     total = int(np.nanmax(channels))
@@ -169,12 +170,16 @@ def _draw_states(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDArr
 
 
 def _draw_changes(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDArray[np.float64]) -> None:
-    """Bars behind a line: most closed channels are re-allocated at once, the two nearly agree."""
+    """Narrow bars before wide ones: most closed channels are re-allocated at once, the two nearly agree."""
     closed = np.nan_to_num(series(records, "closed"))
-    bars = axes.bar(epochs, closed, 1.0, color="#B0B0B0", label="closed", linewidth=0)
-    reallocated = series(records, "reallocated")
-    _draw_lines(axes, epochs, [("re-allocated", reallocated, COPY, "-")])
+    reallocated = np.nan_to_num(series(records, "reallocated"))
+    handles: list[Artist | Container] = [
+        axes.bar(epochs, closed, 1.0, color="#B0B0B0", label="closed", linewidth=0)
+    ]
+    if reallocated.any():
+        handles.append(axes.bar(epochs, reallocated, 0.5, color=COPY, label="re-allocated", linewidth=0))
     _start_at_zero(axes)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("channels")
-    handles: list[Artist | Container] = [bars, *axes.get_lines(), *_draw_freeze(axes, records)]
+    handles += _draw_freeze(axes, records)
     heading(axes, "Channels changed at the end of each epoch", handles)

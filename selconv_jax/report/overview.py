@@ -67,6 +67,7 @@ def allocation_overview(layers: Sequence[LayerAllocation], title: str) -> Figure
     handles = [
         Patch(color=colour, label=f"{label}: {total:,} ({total / sum(totals):.1%})")
         for (label, _, colour), total in zip(_STATES, totals, strict=True)
+        if total
     ]
     header.text(0.01, 0.9, title, fontsize=11, fontweight="bold", va="top")
     header.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.0, 0.0), ncols=3)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from selconv_jax.layer_counts import Count, LayerCounts, total_counts
 from selconv_jax.report.layer_allocation import LayerAllocation
@@ -61,7 +61,7 @@ def run_table(records: Sequence[Mapping[str, Any]], summary: Mapping[str, str]) 
     facts.add_column(style="bold")
     facts.add_column()
     for heading, value in summary.items():
-        facts.add_row(escape(heading), escape(value))
+        facts.add_row(Text(heading), Text(value))
 
     # Narrow, so that all columns fit a terminal of 80 characters.
     best = best_index(records)
@@ -81,6 +81,8 @@ def run_table(records: Sequence[Mapping[str, Any]], summary: Mapping[str, str]) 
     shown = {0, *range(max(0, len(records) - _LAST), len(records))}
     if best is not None:
         shown.add(best)
+    # Dots in place of a single epoch would spare nothing.
+    shown |= {index for index in range(1, len(records) - 1) if {index - 1, index + 1} <= shown}
     previous = -1
     for index in sorted(shown):
         if index > previous + 1:
@@ -123,7 +125,7 @@ def layer_table(layers: Sequence[LayerAllocation]) -> Table:
         most = "gate-only" if layer.source is None else ""
         for source, slots in list(layer.copies_of.items())[:1]:
             most = f"{source} ({slots.size:,} {'copy' if slots.size == 1 else 'copies'})"
-        table.add_row(escape(layer.name), *(f"{count:,}" for count in counts), most)
+        table.add_row(Text(layer.name), *(f"{count:,}" for count in counts), most)
     return table
 
 
@@ -144,7 +146,13 @@ def count_table(layers: Sequence[LayerCounts], title: str, forms: Sequence[str] 
         1
     """
     # Narrow, so that all columns fit a terminal of 80 characters.
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_footer=True, title=escape(title), title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_footer=True,
+        title=Text(title, "table.title"),
+        title_justify="left",
+    )
     total = total_counts(layers)
     table.add_column("\n\nlayer", total.path, overflow="fold")
     for heading, form in (("para-\nmeters", _parameters), ("multiply-\nadds (M)", _millions)):
@@ -152,7 +160,7 @@ def count_table(layers: Sequence[LayerCounts], title: str, forms: Sequence[str] 
             table.add_column(f"{heading}\n{name}", form(getattr(total, name)), justify="right")
     for layer in layers:
         cells = [form(getattr(layer, name)) for form in (_parameters, _millions) for name in forms]
-        table.add_row(escape(layer.path or "(network)"), *cells)
+        table.add_row(Text(layer.path or "(network)"), *cells)
     return table
 
 

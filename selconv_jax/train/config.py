@@ -1,6 +1,7 @@
 """The configuration of a run: frozen dataclasses, read from TOML, checked when constructed."""
 
 import dataclasses
+import inspect
 import math
 import os
 import tomllib
@@ -12,6 +13,7 @@ import msgspec
 import tomli_w
 
 from selconv_jax.errors import ConfigError, check_value, nearest
+from selconv_jax.models import MODELS
 from selconv_jax.schedule import ReallocationSchedule
 from selconv_jax.train.config_text import apply_override, hint, remedy
 from selconv_jax.train.data_config import DataConfig
@@ -336,4 +338,7 @@ def _nearest_key(key: str, path: tuple[str, ...], fields: Mapping[str, Any]) -> 
             names = [field.name for field in dataclasses.fields(section.type)]
             if key in names:
                 return f"Did you mean '{section.name}.{key}'?"
+    options = (inspect.signature(network).parameters for network, _ in MODELS.values())
+    if key not in ("parent", "num_classes") and any(key in names for names in options):
+        return f"Did you mean 'model.options.{key}'?"
     return nearest(key, fields)

@@ -54,7 +54,7 @@ def train_run(config: Config, workdir: Path, console: Console) -> int:
     with opening.claimed(workdir, make=True), opening.open_store(config, workdir) as store:
         # Not before: another job may have been about to make its run here.
         together(lambda: create_workdir(workdir, config) if is_first() else None)
-        console.print(f"run in {workdir}", highlight=False, soft_wrap=True)
+        console.print(f"run in {workdir}", highlight=False, markup=False, soft_wrap=True)
         return _Run(trainer, data.info, workdir, store, console).go_on(trainer.initial_state())
 
 

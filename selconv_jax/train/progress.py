@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 __all__ = ["ProgressDisplay"]
 
@@ -30,17 +31,20 @@ class ProgressDisplay:
         console: Console,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._total, self._first, self._per_epoch = total, done, steps_per_epoch
+        self._total, self._per_epoch = total, steps_per_epoch
         self._console, self._clock = console, clock
-        self._started = self._last_line = clock()
+        self._last_line = clock()
+        # Steps and time from which the speed is reckoned: what was compiled before them counts for nothing.
+        self._since: tuple[int, float] | None = None
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
                 BarColumn(bar_width=None),
-                MofNCompleteColumn(),
+                # Where there is little room, the bar gets shorter, and no number is cut.
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
                 TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(compact=True),
+                TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
                 console=console,
                 transient=True,
             )
@@ -56,15 +60,18 @@ class ProgressDisplay:
             accuracy: Training accuracy of the epoch so far, a fraction.
             images_per_second: Training speed.
         """
+        now = self._clock()
+        self._since = self._since or (step, now)
         epoch = f"{min(step // self._per_epoch + 1, self._epochs)}/{self._epochs}"
-        numbers = f"loss {loss:.4f}  accuracy {accuracy:.2%}  {images_per_second:,.0f} images/s"
         if self._bar is not None:
+            # Short, so that nothing is cut on a terminal of 80 characters.
+            numbers = f"loss {loss:.4f}  acc. {accuracy:.2%}  {images_per_second:,.0f}/s"
             self._bar.update(self._task, completed=step, epoch=epoch, numbers=numbers)
             return
-        now = self._clock()
         if now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self.line(f"epoch {epoch}  step {step}/{self._total}  {numbers}  {self._left(step, now)} left")
+            numbers = f"loss {loss:.4f}  accuracy {accuracy:.2%}  {images_per_second:,.0f} images/s"
+            self.line(f"epoch {epoch}  step {step}/{self._total}  {numbers}{self._left(step, now)}")
 
     def line(self, text: str) -> None:
         """Writes a line that stays."""
@@ -80,10 +87,10 @@ class ProgressDisplay:
         return self._total // self._per_epoch
 
     def _left(self, step: int, now: float) -> str:
-        done = step - self._first
-        if done <= 0:
-            return "?"
-        return format_duration((now - self._started) / done * (self._total - step))
+        first, started = self._since or (step, now)
+        if step <= first or now <= started:
+            return ""
+        return f"  {format_duration((now - started) / (step - first) * (self._total - step))} left"
 
 
 def format_duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 The run comes as a line of JSON on standard input, which stays open as long as the sweep lives.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -11,8 +12,7 @@ import threading
 import tomllib
 from pathlib import Path
 
-from rich.console import Console
-
+from selconv_jax.console import progress_console
 from selconv_jax.train.config import parse_config
 from selconv_jax.train.sweep import SweepRun
 from selconv_jax.train.sweep_runs import make_run
@@ -27,9 +27,10 @@ def main() -> int:
         order["configuration"], parse_config(tomllib.loads(order["config"])), Path(order["workdir"])
     )
     threading.Thread(target=_stop_with_sweep, daemon=True).start()
-    code, error = make_run(run, Console(file=sys.stdout, width=200))
+    code, error = make_run(run, progress_console())
     if error:
-        print(f"failed: {error}", flush=True)
+        with contextlib.suppress(OSError):  # the disk may be what has failed
+            print(f"failed: {error}", flush=True)
     return code
 
 

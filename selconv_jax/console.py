@@ -1,0 +1,132 @@
+"""Where the commands write: results, whose loss is an error, and progress, whose loss stops nothing."""
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TextIO, cast
+
+from rich.console import Console, Group
+from rich.measure import Measurement
+from rich.table import Table
+
+__all__ = ["ForgivingStream", "discard", "progress_console", "terminal_or_lines"]
+
+_LINE = 200  # characters; where no terminal says its own width
+_WIDEST = 1000
+
+
+class ForgivingStream(io.TextIOBase):
+    """A text stream that takes everything and never raises.
+
+    What the encoding lacks is replaced. What cannot be written (the reader has gone, the disk is full, the
+    stream is closed) is dropped.
+
+    Args:
+        stream: Where to write; None: nowhere.
+
+    Example:
+        >>> latin = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+        >>> stream = ForgivingStream(latin)
+        >>> print("cut\u2026", end="", file=stream, flush=True)
+        >>> latin.buffer.getvalue()
+        b'cut?'
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """That of the stream."""
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        """Whether the stream is a terminal."""
+        with contextlib.suppress(OSError, ValueError):
+            return self._stream is not None and self._stream.isatty()
+        return False
+
+    def fileno(self) -> int:
+        """The number of the stream's file."""
+        if self._stream is None:
+            raise io.UnsupportedOperation("fileno")
+        return self._stream.fileno()
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+    def write(self, text: str, /) -> int:
+        """Writes what can be written."""
+        if self._stream is not None:
+            shown = text.encode(self.encoding, "replace").decode(self.encoding, "replace")
+            self._attempt(self._stream.write, shown)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hands on what has been written."""
+        if self._stream is not None:
+            self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[..., object], *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                discard(self._stream)
+        except ValueError:  # it is closed
+            pass
+
+
+def discard(stream: TextIO | None) -> None:
+    """Lets a stream write to nowhere from now on, including what it still holds back."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
+        os.close(nowhere)
+
+
+class _Console(Console):
+    """A console that takes text as it is: no brackets as markup, no ``:name:`` as a picture."""
+
+    def __init__(self, stream: TextIO) -> None:
+        width = None if stream.isatty() else _LINE
+        super().__init__(file=stream, width=width, markup=False, emoji=False, highlight=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As that of every console, but wider than the terminal rather than with numbers cut off."""
+        before = self._width
+        wide = self.options.update(width=_WIDEST)
+        tables = [each for each in objects if isinstance(each, Table | Group)]
+        needed = max((Measurement.get(self, wide, each).minimum for each in tables), default=0)
+        if needed > self.width:
+            self._width = needed
+        try:
+            super().print(*objects, **options)
+        finally:
+            self._width = before
+
+    def on_broken_pipe(self) -> None:
+        """Raises the error again, while which this is called."""
+        raise
+
+
+def terminal_or_lines(stream: TextIO | None = None) -> Console:
+    """A console for results; it wraps nothing when it is no terminal.
+
+    Args:
+        stream: Where to write; None: standard output. What fails there is raised.
+    """
+    return _Console(stream or sys.stdout)
+
+
+def progress_console(stream: TextIO | None = None) -> Console:
+    """A console for what only shows how far a run is: it never raises, see `ForgivingStream`.
+
+    Args:
+        stream: Where to write; None: standard output.
+    """
+    return _Console(cast(TextIO, ForgivingStream(stream or sys.stdout)))

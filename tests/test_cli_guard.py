@@ -1,0 +1,147 @@
+"""How commands end: what is not ours in one line, its traceback on demand, results that cannot be written."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import command, environment
+
+from selconv_jax.cli import guard, interrupt
+from selconv_jax.cli.main import main
+from selconv_jax.errors import ConfigError
+
+FULL = Path("/dev/full")
+
+
+def fail(error, cause=None):
+    def action(*arguments):
+        raise error from cause
+
+    return action
+
+
+def python(program, **options):
+    options = {"capture_output": True, "text": True, "check": False} | options
+    return subprocess.run([sys.executable, "-c", program], env=environment(), **options)
+
+
+@pytest.mark.parametrize("debug", ["", "0", "1"])
+def test_what_is_not_ours_is_one_line(debug, monkeypatch, capsys):
+    monkeypatch.setenv(guard.DEBUG, debug)
+    error = RuntimeError("first line\nsecond line")
+    assert guard.guarded(fail(error), keeps_results=False) == 1
+    captured = capsys.readouterr()
+    *traceback, line = captured.err.splitlines()
+    assert line == (
+        "selconv: error: RuntimeError: first line (`--debug` or SELCONV_DEBUG=1 shows where it comes from)"
+    )
+    assert bool(traceback) == (debug == "1")
+    assert captured.out == ""
+
+
+def test_a_long_message_is_cut(capsys):
+    assert guard.guarded(fail(ValueError("x" * 5000)), keeps_results=True) == 1
+    assert len(capsys.readouterr().err) < 450
+
+
+def test_ours_are_whole(capsys):
+    assert guard.guarded(fail(ConfigError("epochs is 0.\nSay more.")), keeps_results=False) == 1
+    assert capsys.readouterr().err == "selconv: error: epochs is 0.\nSay more.\n"
+
+
+@pytest.mark.parametrize(
+    "action", [fail(KeyboardInterrupt()), fail(ImportError("half made"), KeyboardInterrupt())]
+)
+def test_interrupted(action, capsys):
+    """Also where a library made another error of it."""
+    assert guard.guarded(action, keeps_results=False) == 130
+    assert capsys.readouterr().err == "selconv: interrupted\n"
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "models", "nosuch"], ["models", "nosuch", "--debug"]])
+def test_debug_before_and_after_the_command(arguments):
+    done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("selconv: error: there is no model 'nosuch'")
+
+
+def test_a_command_shows_no_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("selconv_jax.cli.experiments.run", fail(RecursionError("deep")))
+    assert main(["experiments", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("selconv: error: RecursionError: deep (`--debug`")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a full device")
+def test_results_that_cannot_be_written():
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            command("data", "list"),
+            env=environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("selconv: error: OSError: [Errno 28] No space left on device")
+
+
+def test_closed_streams_are_nowhere(tmp_path):
+    """A file that is opened later must not get the number, and the text, of a closed stream."""
+    done = python(
+        "import os, sys\n"
+        "from selconv_jax.cli.guard import prepare_process\n"
+        "os.closerange(0, 3); sys.stdout = sys.stderr = None\n"
+        "prepare_process(debug=False)\n"
+        "file = open('opened', 'w')\n"
+        "print('out', flush=True); print('err', file=sys.stderr, flush=True)\n"
+        "os._exit(0 if file.fileno() > 2 else 7)\n",
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_help_does_not_wait_for_jax():
+    done = python(
+        "import sys\n"
+        "from selconv_jax.cli.main import main\n"
+        "sys.argv = ['selconv', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "found = [name for name in ('jax', 'numpy', 'rich.progress') if name in sys.modules]\n"
+        "sys.exit(str(found) if found else 0)\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_interrupted_while_modules_are_imported():
+    """They may make anything of an exception; the process ends as if it had none to raise."""
+    done = python(
+        "import os, signal, sys\n"
+        "from selconv_jax.cli.main import main\n"
+        "class Finder:\n"
+        "    def find_spec(name, *more):\n"
+        "        if name == 'selconv_jax.cli.experiments': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "sys.argv = ['selconv', 'experiments']\n"
+        "main()\n"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_interrupt_handlers_of_others_stay():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        interrupt.interrupt_at_once()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        interrupt.interrupt_at_once()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        interrupt.interrupt_in_order()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
