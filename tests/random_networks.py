@@ -163,7 +163,8 @@ class RandomNetwork(nn.Module):
             return nn.Conv(width, window, name=name)
         if kind == "normalized":
             layer = nn.WeightNorm(SelectiveConv(width, window), name=name)
-        elif kind == "plain":
+            return lambda x: layer(x, False)  # no statistics move within
+        if kind == "plain":
             layer = PlainConv(width, window, name=name)
         else:
             groups = 2 if kind == "groups" else 1
