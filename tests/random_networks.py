@@ -162,10 +162,9 @@ class RandomNetwork(nn.Module):
         if kind == "convolution":
             return nn.Conv(width, window, name=name)
         if kind == "normalized":
-            layer = SelectiveConv(width, window, name=f"{name}_layer")
-            if not train:  # as `nn.WeightNorm` does not let running statistics move
-                layer = nn.WeightNorm(layer, name=name)
-        elif kind == "plain":
+            layer = nn.WeightNorm(SelectiveConv(width, window), name=name)
+            return lambda x: layer(x, False)  # no statistics move within
+        if kind == "plain":
             layer = PlainConv(width, window, name=name)
         else:
             groups = 2 if kind == "groups" else 1

@@ -50,6 +50,7 @@ def test_train_leaves_records_and_pictures(finished):
     assert pictures == [
         "allocation.png",
         "channels_block1_layer1_conv1.png",
+        "channels_block1_layer1_conv2.png",
         "learning_curves.png",
     ]
     for path in (workdir / "pictures").iterdir():
