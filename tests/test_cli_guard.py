@@ -105,6 +105,20 @@ def test_closed_streams_are_nowhere(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.parametrize(("inherited", "level"), [(None, "3"), ("1", "3"), ("0", "0"), ("2", "2")])
+def test_level_of_logs_that_jax_leaves_behind_is_not_a_wish(inherited, level):
+    """`import jax` sets 1 for itself and for whatever its process starts; other values are the user's."""
+    done = python(
+        "import os\n"
+        "from selconv_jax.cli.guard import prepare_process\n"
+        "os.environ.pop('TF_CPP_MIN_LOG_LEVEL', None)\n"
+        f"os.environ.update({{}} if {inherited!r} is None else {{'TF_CPP_MIN_LOG_LEVEL': {inherited!r}}})\n"
+        "prepare_process(debug=False)\n"
+        "print(os.environ['TF_CPP_MIN_LOG_LEVEL'])\n"
+    )
+    assert done.stdout == f"{level}\n", done.stderr
+
+
 def test_help_does_not_wait_for_jax():
     done = python(
         "import sys\n"

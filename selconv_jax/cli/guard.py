@@ -51,6 +51,9 @@ def prepare_process(*, debug: bool) -> None:
         os.environ[DEBUG] = "1"
     if is_debugging():
         return
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":
+        # JAX sets this in every process that imports it, and what such a process starts inherits it.
+        del os.environ["TF_CPP_MIN_LOG_LEVEL"]
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     threading.excepthook = lambda failure: _say(f"error in {failure.thread}: {described(failure.exc_value)}")
