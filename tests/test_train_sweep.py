@@ -13,6 +13,7 @@ import pytest
 from runs import TINY, StopAfter, assert_same_end, quiet_console, tiny_config
 
 from selconv_jax import ConfigError, DataError
+from selconv_jax.cli import sweep as sweep_command
 from selconv_jax.data.loading import open_data
 from selconv_jax.train import loop, opening
 from selconv_jax.train.config import dump_config, parse_config
@@ -82,10 +83,20 @@ def test_grid(tmp_path, tiny):
         "tiny/model.variant=selective,model.options.blocks=1/seed0",
         "tiny/model.variant=selective,model.options.blocks=1,2/seed0",
     ]
+    # People read the values as they wrote them.
+    assert runs[1].name == "tiny/model.variant=plain,model.options.blocks=[1, 2], seed 0"
     alike = plan_sweep([tiny], tmp_path, seeds=[0], vary=["model.options.blocks=[[1],[2,3]],[[1,2],[3]]"])
     assert len({run.workdir for run in alike}) == 2
     assert runs[1].config.model.variant == "plain"
     assert runs[1].config.model.options["blocks"] == [1, 2]
+
+
+def test_titles_leave_the_values_of_a_grid_whole():
+    names = ["a/tiny/x=[1],y=../b", "a/tiny/x=[2],y=..//b"]
+    assert sweep_command._titles(names) == ("a/tiny", ["x=[1],y=../b", "x=[2],y=..//b"])
+    assert sweep_command._titles(["tiny/x=1", "other"]) == ("2 configurations", ["tiny/x=1", "other"])
+    assert sweep_command._titles(["tiny", "tiny/x"]) == ("2 configurations", ["tiny", "tiny/x"])
+    assert sweep_command._titles(["a/tiny"]) == ("a/tiny", ["a/tiny"])
 
 
 def test_files_of_one_name_do_not_collide(tmp_path):

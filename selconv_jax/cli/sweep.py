@@ -128,11 +128,15 @@ def _seeds(where: str, text: str) -> list[int]:
 
 def _titles(configurations: Sequence[str]) -> tuple[str, list[str]]:
     """What all names begin with, as the title, and the names without it."""
-    common = os.path.commonpath(configurations)
     if len(configurations) == 1:
-        return common, [common]
-    names = [os.path.relpath(name, common or ".") for name in configurations]
-    return common or f"{len(configurations)} configurations", names
+        return configurations[0], list(configurations)
+    # Cut at slashes; nothing more of paths applies, for the values of a grid may hold any text.
+    parts = [name.split("/") for name in configurations]
+    shared = 0
+    while all(shared + 1 < len(each) and each[shared] == parts[0][shared] for each in parts):
+        shared += 1
+    title = "/".join(parts[0][:shared]) or f"{len(configurations)} configurations"
+    return title, ["/".join(each[shared:]) for each in parts]
 
 
 def _write_report(

@@ -38,8 +38,8 @@ class SweepRun:
     """One run of a sweep.
 
     Attributes:
-        configuration: What it shares with the runs of other seeds, as a path: the name of the file and
-            the point of the grid, such as ``"quickstart/model.variant=plain"``.
+        configuration: What it shares with the runs of other seeds: the name of the file and the point of
+            the grid as it was given, such as ``"quickstart/model.variant=plain"``.
         config: The resolved configuration, with its seed.
         workdir: The directory of the run.
     """
@@ -121,13 +121,14 @@ def plan_sweep(
     for file, name in zip(files, _names(files), strict=True):
         for values in itertools.product(*(values for _, values in grid)):
             point = [f"{key}={value}" for (key, _), value in zip(grid, values, strict=True)]
-            configuration = "/".join([name, *([_file_name(",".join(point))] if point else [])])
+            configuration = "/".join([name, *([",".join(point)] if point else [])])
+            directory = workdir.joinpath(name, *([_file_name(",".join(point))] if point else []))
             for seed in own_seeds.get(file, seeds):
                 try:
                     config = load_config(file, [*overrides, *point, f"seed={seed}"])
                 except ConfigError as error:
                     raise ConfigError(f"{file}: {error}") from None
-                runs.append(SweepRun(configuration, config, workdir / configuration / f"seed{seed}"))
+                runs.append(SweepRun(configuration, config, directory / f"seed{seed}"))
     _check_directories(runs)
     return runs
 
