@@ -106,6 +106,7 @@ def test_what_processes_tell_each_other(tmp_path):
         assert "after epoch 1, processes 1, 2 and process 0 hold different allocations" in text
 
 
+@pytest.mark.slow
 def test_saved_by_two_stopped_and_gone_on_with_by_one(config, tmp_path):
     """SIGTERM to one process of a Slurm job: all save the same step and end; one process goes on alone."""
     workdir, unbroken = tmp_path / "run", tmp_path / "unbroken"
