@@ -40,11 +40,14 @@ def print_run(workdir: Path, console: Console) -> None:
         console.print(f"{workdir}: no epoch has ended yet", highlight=False, soft_wrap=True)
         return
     console.print(run_table(records, _summary(workdir, config)))
-    _, variables = _variables(workdir)
-    layers = _layers(variables)
+    with console.status("reading the checkpoint"):
+        _, variables = _variables(workdir)
+        layers = _layers(variables)
     if layers:
         console.print(layer_table(layers))
-    console.print(run_counts(config, variables), highlight=False)
+    with console.status("counting parameters and multiply-adds"):
+        counts = run_counts(config, variables)
+    console.print(counts, highlight=False)
 
 
 def draw_run(workdir: Path, output: Path, console: Console) -> None:
@@ -65,14 +68,16 @@ def draw_run(workdir: Path, output: Path, console: Console) -> None:
     title = f"{config.model.name} ({config.model.variant}) on {config.data.name}"
     console.print("drawing pictures")
     output.mkdir(parents=True, exist_ok=True)
-    save_figure(learning_curves(records, title), output / "learning_curves.png")
-    step, variables = _variables(workdir)
-    layers = _layers(variables)
-    if layers:
-        save_figure(allocation_overview(layers, f"{title}, step {step:,}"), output / "allocation.png")
-    for layer in layers:
-        picture = channel_map(layer, f"{workdir.resolve().name}: {title}, step {step:,}")
-        save_figure(picture, output / f"channels_{layer.name.replace('/', '_')}.png")
+    with console.status("learning curves") as status:
+        save_figure(learning_curves(records, title), output / "learning_curves.png")
+        step, variables = _variables(workdir)
+        layers = _layers(variables)
+        if layers:
+            save_figure(allocation_overview(layers, f"{title}, step {step:,}"), output / "allocation.png")
+        for number, layer in enumerate(layers, 1):
+            status.update(f"channel map {number} of {len(layers)}")
+            picture = channel_map(layer, f"{workdir.resolve().name}: {title}, step {step:,}")
+            save_figure(picture, output / f"channels_{layer.name.replace('/', '_')}.png")
     what = "learning curves" + (f", allocation and {len(layers)} channel maps" if layers else "")
     console.print(f"pictures in {output}: {what}", highlight=False, soft_wrap=True)
 
