@@ -1,0 +1,67 @@
+"""Which channels to close: four rankings of the channels of all layers, and the gates that follow."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from selconv_jax.allocation import LayerState
+from selconv_jax.damage import expected_channel_damage, normalize_damage
+
+__all__ = ["CRITERIA", "close", "rankings"]
+
+CRITERIA = ("expected channel damage", "batch norm scale", "kernel L1 norm", "random")
+
+
+def rankings(states: Mapping[str, LayerState], criterion: str, seed: int) -> dict[str, np.ndarray]:
+    """Scores of the channels of every layer, comparable between layers; low ones are closed first.
+
+    Args:
+        states: The layers, from `selconv_jax.layer_tree.layer_states`, all gates open.
+        criterion: One of `CRITERIA`. By the method, a channel counts as much as its largest share in the
+            expected damage of an output. The L1 norm of a channel's kernel is divided by that of the whole
+            layer, as kernels of several sizes are ranked together; a batch norm's scale is taken as it is.
+        seed: Of the random ranking.
+
+    Returns:
+        ``[C]`` float, by the path of the layer.
+    """
+    generator = np.random.default_rng(seed)
+    scores = {}
+    for path, state in states.items():
+        if criterion == "random":
+            score = generator.random(state.gate.shape)
+        elif criterion == "batch norm scale":
+            score = jnp.abs(state.scale)
+        elif criterion == "kernel L1 norm":
+            norms = jnp.sum(
+                jnp.abs(state.kernel), axis=tuple({*range(state.kernel.ndim)} - {state.kernel.ndim - 2})
+            )
+            score = norms / jnp.sum(norms)
+        else:
+            damage = expected_channel_damage(state.kernel, state.scale, state.bias, state.gate)
+            score = jnp.max(normalize_damage(damage), axis=0)
+        scores[path] = np.asarray(jax.device_get(score), np.float64)
+    return scores
+
+
+def close(scores: Mapping[str, np.ndarray], share: float) -> dict[str, np.ndarray]:
+    """Gates that close the lowest share of all channels; the best channel of a layer stays open.
+
+    Args:
+        scores: From `rankings`.
+        share: Of the channels of all layers together, in [0, 1).
+
+    Returns:
+        ``[C]`` bool, by the path of the layer.
+    """
+    gates = {path: np.ones(score.shape, bool) for path, score in scores.items()}
+    order = sorted(
+        (score, path, channel) for path, each in scores.items() for channel, score in enumerate(each)
+    )
+    best = {(path, int(np.argmax(score))) for path, score in scores.items()}
+    count = round(share * len(order))
+    for _, path, channel in [entry for entry in order if entry[1:] not in best][:count]:
+        gates[path][channel] = False
+    return gates

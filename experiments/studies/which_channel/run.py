@@ -1,0 +1,150 @@
+"""The study: plain networks are trained, their channels closed by every criterion, measured, trained on.
+
+    python experiments/studies/which_channel/run.py [--workdir DIR] [OPTION of `selconv sweep` ...]
+
+Stopped and started again it goes on where it was. ``results.json`` in the directory has every number; then
+`picture.py` beside this file draws them.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from criteria import CRITERIA, close, rankings
+from flax import traverse_util
+
+from selconv_jax.cli.allocator import keep_memory
+from selconv_jax.cli.main import main as selconv
+from selconv_jax.compaction import CompactionPlan
+from selconv_jax.counting import count_multiply_adds, count_parameters
+from selconv_jax.layer_tree import layer_states
+from selconv_jax.train.opening import prepare_again, restore_run
+from selconv_jax.train.state import TrainState
+from selconv_jax.train.trainer import Trainer
+from selconv_jax.train.workdir import CONFIG, read_config
+from selconv_jax.twin import selectivize
+
+STUDY = Path(__file__).resolve().parent
+SEEDS = "0,1,2"
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+TRAINED_ON = (0.3, 0.5)
+EPOCHS_ON, RATE_ON = 2, 0.01
+RESULTS = "results.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains what is not trained yet, then measures; the exit code is that of the training."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/which_channel"))
+    options, rest = parser.parse_known_args(arguments)
+    files = [str(STUDY / f"{name}.toml") for name in ("densenet", "preresnet")]
+    trained = options.workdir / "trained"
+    if code := selconv(["sweep", *files, "--seeds", SEEDS, "--workdir", str(trained), *rest]):
+        return code
+    path = options.workdir / RESULTS
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    done = {(row["network"], row["seed"], row["criterion"], row["share"]) for row in rows}
+    for directory in sorted(file.parent for file in trained.rglob(CONFIG)):
+        for row in measured(directory, done):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            new = path.with_suffix(".new")
+            new.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            new.replace(path)
+    return 0
+
+
+def measured(directory: Path, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """The numbers of a trained network, for every criterion and share that is not done.
+
+    Args:
+        directory: Of the run of the plain network.
+        done: Network, seed, criterion and share of the rows that there are.
+    """
+    plain = read_config(directory)
+    points = [
+        (criterion, share) for criterion in CRITERIA for share in SHARES if share or criterion == CRITERIA[0]
+    ]
+    points = [point for point in points if (plain.model.name, plain.seed, *point) not in done]
+    if not points:
+        return
+    _, _, _, trained = restore_run(directory)
+    # The same network with gates. Its rounds are never asked for.
+    config = dataclasses.replace(
+        plain,
+        model=dataclasses.replace(plain.model, variant="gate_only"),
+        optimizer=dataclasses.replace(plain.optimizer, learning_rate=RATE_ON),
+        allocation=dataclasses.replace(plain.allocation, top_k=0, compile_frozen=False),
+        epochs=EPOCHS_ON,
+    )
+    trainer, data = prepare_again(config)
+    initial = trainer.initial_state()
+    open_ = initial.with_variables(
+        selectivize({"params": trained.params, "batch_stats": trained.batch_stats}, initial.variables)
+    )
+    states = layer_states(open_.variables)
+    image = jax.ShapeDtypeStruct((1, *data.info.image_shape), trainer.model.dtype)
+    for criterion, share in points:
+        gates = close(rankings(states, criterion, plain.seed), share)
+        state = with_gates(open_, gates)
+        row = {
+            "network": plain.model.name,
+            "seed": plain.seed,
+            "criterion": criterion,
+            "share": share,
+            "closed": sum(int((~gate).sum()) for gate in gates.values()),
+            "channels": sum(gate.size for gate in gates.values()),
+            **compact_sizes(trainer.plan_compaction(state), state, image),
+            **accuracies(trainer, state, ""),
+        }
+        if share in TRAINED_ON:
+            row |= accuracies(trainer, train_on(trainer, state), "_trained_on")
+        yield row
+
+
+def compact_sizes(plan: CompactionPlan, state: TrainState, image: jax.ShapeDtypeStruct) -> dict[str, int]:
+    """Parameters, and multiply-adds per image, of the network without its closed channels."""
+    variables = plan.take(state.variables)
+    counts = count_multiply_adds(lambda x: plan.model.apply(variables, x, train=False), image)
+    return {"parameters": count_parameters(variables["params"]), "multiply_adds": sum(counts.values())}
+
+
+def with_gates(state: TrainState, gates: dict[str, Any]) -> TrainState:
+    """A state of its own arrays with these gates, so that a step may take them over."""
+    flat = traverse_util.flatten_dict(state.selectivity, sep="/")
+    flat = {**flat, **{f"{path}/gate": jnp.asarray(gate) for path, gate in gates.items()}}
+    state = dataclasses.replace(state, selectivity=traverse_util.unflatten_dict(flat, sep="/"))
+    return jax.tree.map(jnp.copy, state)
+
+
+def train_on(trainer: Trainer, state: TrainState) -> TrainState:
+    """The state after the epochs of the trainer's run, no round among them."""
+    for epoch in range(trainer.config.epochs):
+        program = trainer.program(state, epoch)
+        with contextlib.closing(trainer.batches(state, epoch)) as batches:
+            for _ in range(trainer.steps_per_epoch):
+                state, _ = trainer.run_steps(state, batches, program, 1)
+    return state
+
+
+def accuracies(trainer: Trainer, state: TrainState, suffix: str) -> dict[str, float]:
+    """Accuracy on the validation and the test images."""
+    program = trainer.program(state, 0)
+    found = {}
+    for split in ("validation", "test"):
+        totals = trainer.evaluate(state, program=program, split=split)
+        assert totals is not None  # nobody asked it to stop
+        found[f"{split}_accuracy{suffix}"] = float(totals.correct) / float(totals.count)
+    return found
+
+
+if __name__ == "__main__":
+    keep_memory()
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The study of criteria: its rankings, and the gates that follow from them."""
+
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import selconv_jax
+from selconv_jax.layer_tree import layer_states
+
+STUDY = Path(__file__).resolve().parent.parent / "experiments" / "studies" / "which_channel"
+CRITERIA = runpy.run_path(str(STUDY / "criteria.py"))
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(STUDY)  # as for a script that is run
+    PICTURE = runpy.run_path(str(STUDY / "picture.py"))
+
+
+def layer():
+    """One layer of three channels and two outputs; the third channel is never positive."""
+    module = selconv_jax.SelectiveConv(features=2, kernel_size=(1,), top_k=0)
+    variables = module.init(jax.random.key(0), jnp.ones((1, 4, 3)), train=False)
+    params = variables["params"] | {
+        "kernel": jnp.array([[[1.0, -1.0], [0.5, 0.5], [3.0, -3.0]]]),
+        "scale": jnp.array([0.0, -2.0, 0.0]),
+        "bias": jnp.array([3.0, 0.0, -1.0]),
+    }
+    return layer_states({**variables, "params": params})
+
+
+@pytest.mark.parametrize(
+    ("criterion", "expected"),
+    [
+        # Damages [[3, e / 2, 0], [-3, e / 2, 0]], with e the mean of a half normal, 2 / sqrt(2 pi).
+        ("expected channel damage", np.array([3.0, (2 * np.pi) ** -0.5, 0]) / (3 + (2 * np.pi) ** -0.5)),
+        ("batch norm scale", [0, 2, 0]),
+        ("kernel L1 norm", [2 / 9, 1 / 9, 6 / 9]),
+    ],
+)
+def test_scores(criterion, expected):
+    (score,) = CRITERIA["rankings"](layer(), criterion, 0).values()
+    np.testing.assert_allclose(score, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_random_scores_are_those_of_the_seed():
+    one, same, other = (CRITERIA["rankings"](layer(), "random", seed) for seed in (1, 1, 2))
+    for path, score in one.items():
+        np.testing.assert_array_equal(score, same[path])
+        assert (score != other[path]).all()
+
+
+def test_lowest_channels_of_all_layers_are_closed():
+    scores = {"a": np.array([0.1, 0.2, 0.9]), "b": np.array([0.5, 0.3, 0.4, 0.6, 0.7])}
+    gates = CRITERIA["close"](scores, 0.5)
+    assert gates["a"].tolist() == [False, False, True]
+    assert gates["b"].tolist() == [True, False, False, True, True]
+    assert all(gate.all() for gate in CRITERIA["close"](scores, 0.0).values())
+
+
+def test_the_best_channel_of_a_layer_stays():
+    scores = {"low": np.array([0.0, 0.0]), "high": np.array([1.0, 2.0, 3.0, 4.0])}
+    gates = CRITERIA["close"](scores, 0.8)
+    assert gates["low"].sum() == 1
+    assert gates["high"].tolist() == [False, False, False, True]
+
+
+def test_table_of_seeds():
+    sizes = {"network": "n", "parameters": 10, "multiply_adds": 100}
+    rows = [
+        {**sizes, "seed": seed, "criterion": "random", "share": 0.3, "test_accuracy": accuracy}
+        for seed, accuracy in ((0, 0.5), (1, 0.7))
+    ]
+    rows[0]["test_accuracy_trained_on"] = 0.8
+    line = PICTURE["table"](rows).splitlines()[-1]
+    assert line == "| n | 30% | random | 2 | 60.00 ± 14.14 | 80.00 | 10 | 100 |"
