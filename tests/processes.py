@@ -117,6 +117,13 @@ class Processes:
             assert self.started[number].poll() is None, self.outputs()
             time.sleep(0.05)
 
+    def wait_for_file(self, path, timeout=120):
+        """Returns when there is such a file or folder."""
+        end = time.monotonic() + timeout
+        while not path.exists():
+            assert time.monotonic() < end, f"{path} did not come\n{self.outputs()}"
+            time.sleep(0.05)
+
 
 def selconv(count, folder, *arguments, launcher=None):
     """A command of the program in so many processes, told of each other by arguments or as by a launcher."""

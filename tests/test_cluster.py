@@ -1,11 +1,15 @@
 """Several processes of one run: they agree, stop together, go on, and end when one is lost."""
 
+import contextlib
+import errno
 import json
 import random
 import re
 import signal
 import sys
 import time
+from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -15,8 +19,9 @@ from processes import TESTS, Processes, announcements, cluster_arguments, free_a
 from runs import assert_same_end, final_arrays, quiet_console
 from trajectory import digest
 
-from selconv_jax.errors import ConfigError
-from selconv_jax.train import opening
+from selconv_jax.errors import CheckpointError, ConfigError
+from selconv_jax.train import cluster, opening
+from selconv_jax.train.checkpoint_failure import told
 from selconv_jax.train.cluster import Cluster, announced, local_gpus
 from selconv_jax.train.config import load_config
 from selconv_jax.train.loop import train_run
@@ -181,13 +186,39 @@ def test_the_others_end_when_one_is_killed(config, tmp_path):
     workdir = tmp_path / "run"
     words = ["train", config, "--workdir", workdir, "epochs=400"]
     with selconv(2, tmp_path / "output", *words, launcher="Open MPI") as run:
-        run.wait_for_text(0, "epoch 3/400")  # the checkpoint of the first one is complete before
+        run.wait_for_text(0, "epoch 1/400")
+        run.wait_for_file(workdir / "checkpoints" / "5")
         lose_one(run, 1, 2)
         assert "can no longer reach another one" in run.text(0)
         assert "selconv resume" in run.text(0)
         assert "selconv: error: lost: process 1\n" in run.text(0)
         assert ".cc:" not in run.text(0).split("selconv: error: lost")[1]
     assert final_arrays(workdir)[0] >= 5
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_loss_that_is_noticed_while_saving_is_one(monkeypatch, capsys, wrapped):
+    """The store says it in an error of ours, as the process which is left cannot write its share alone."""
+    lost = jax.errors.JaxRuntimeError("INTERNAL: Barrier failed: UNAVAILABLE: Task 1 heartbeat timeout.")
+    monkeypatch.setattr(cluster, "_shorten_last_words", lambda: None)
+    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
+    ends = mock.Mock(side_effect=SystemExit)
+    monkeypatch.setattr(cluster.os, "_exit", ends)
+    saving = told(15, Path("run/checkpoints")) if wrapped else contextlib.nullcontext()
+    with pytest.raises(SystemExit), cluster._ended_by_loss(), saving:
+        raise lost
+    ends.assert_called_once_with(1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "can no longer reach another one" in line
+    assert ("Could not write the checkpoint of step 15" in line) == wrapped
+
+
+def test_error_of_this_process_alone_is_no_loss():
+    saving = told(15, Path("run/checkpoints"))
+    with pytest.raises(CheckpointError, match="the disk is full"), cluster._ended_by_loss(), saving:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(ConfigError, match="one line"), cluster._ended_by_loss():
+        raise ConfigError("one line")
 
 
 @pytest.mark.slow

@@ -192,8 +192,10 @@ def _ended_by_loss() -> Iterator[None]:
     """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if isinstance(error, SelconvError) or not _is_loss(error):
+    except (jax.errors.JaxRuntimeError, ValueError, SelconvError) as error:
+        # A checkpoint that waits for the share of another process fails with an error of ours.
+        cause = error.__cause__ if isinstance(error, SelconvError) else error
+        if cause is None or not _is_loss(cause):
             raise
         _say(
             f"error: process {jax.process_index()} of {jax.process_count()} can no longer reach another "
