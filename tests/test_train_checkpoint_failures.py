@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import assert_same, names, saved, tiny
@@ -21,6 +22,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from selconv_jax.errors import CheckpointError
 from selconv_jax.train.checkpoint import CheckpointStore
+from selconv_jax.train.checkpoint_arrays import check_written, write_arrays
 from selconv_jax.train.checkpoint_manifest import write_manifest
 
 KILLED = """
@@ -289,3 +291,33 @@ def test_orbax_is_silent(
         store.restore(tiny(0))
     assert [record for record in caplog.records if "orbax" in record.pathname] == []
     assert capfd.readouterr() == ("", "")
+
+
+LEAVES = {
+    "params/a/kernel": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "params/a/half": np.ones((3,), jnp.bfloat16),
+    "selectivity/a/gate": np.array([True, False]),
+    "step": np.array(7, np.int32),
+    "empty": np.zeros((0, 3), np.float32),
+}
+
+
+def test_what_was_written_is_found_without_orbax(tmp_path):
+    """So does one of several processes before a checkpoint is published."""
+    write_arrays(tmp_path / "5.partial", LEAVES)
+    check_written(tmp_path / "5.partial", LEAVES)
+    with pytest.raises(CheckpointError, match=r"params/b cannot be read back: "):
+        check_written(tmp_path / "5.partial", {**LEAVES, "params/b": LEAVES["params/a/half"]})
+    other = {**LEAVES, "params/a/half": LEAVES["selectivity/a/gate"]}
+    with pytest.raises(CheckpointError, match=r"read back as bfloat16\[3\], written as bool\[2\]"):
+        check_written(tmp_path / "5.partial", other)
+
+
+@pytest.mark.parametrize("lost", ["manifest.ocdbt", "d", "ocdbt.process_0"])
+def test_stores_that_are_not_whole_are_noticed(tmp_path, lost):
+    leaves = {**LEAVES, "params/large": np.arange(100_000, dtype=np.float32)}
+    write_arrays(tmp_path / "5.partial", leaves)
+    check_written(tmp_path / "5.partial", leaves)
+    (tmp_path / "5.partial" / "state" / lost).rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="cannot be read back"):
+        check_written(tmp_path / "5.partial", leaves)

@@ -28,6 +28,7 @@ import numpy as np
 from selconv_jax.errors import CheckpointError
 from selconv_jax.train.checkpoint_arrays import (
     check_leaves,
+    check_written,
     is_plain,
     named_leaves,
     placed,
@@ -316,9 +317,10 @@ class CheckpointStore:
         """Reads the arrays that are written, adds the manifest, and gives the folder its name."""
         partial = self.directory / f"{step}.partial"
         final, replaced = self.directory / f"{step}", self.directory / f"{step}.replaced"
-        # One of several processes must not read alone: Orbax would have it wait for, or send to, the others.
         if jax.process_count() == 1:
             _prove(partial, leaves)
+        else:
+            check_written(partial, leaves)
         write_manifest(partial, leaves, score, self._origin)
         if final.exists():
             final.rename(replaced)
@@ -344,9 +346,9 @@ class _Found:
     damaged: tuple[str, ...]
 
 
-def _prove(folder: Path, leaves: Mapping[str, Any]) -> None:
-    """Reads back what was written; of several processes' arrays only that they are there and whole."""
+def _prove(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
+    """Reads back what was written, as a reader does."""
     arrays = read_arrays(folder, {name: describe(leaf) for name, leaf in leaves.items()})
     for name, leaf in leaves.items():
-        if isinstance(leaf, np.ndarray) and arrays[name].tobytes() != leaf.tobytes():
+        if arrays[name].tobytes() != leaf.tobytes():
             raise CheckpointError(f"{name} was read back with other values than were written.")

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore
 from orbax.checkpoint.experimental import v1 as ocp
 
 from selconv_jax.errors import CheckpointError
@@ -26,6 +27,7 @@ from selconv_jax.train.checkpoint_manifest import describe
 
 __all__ = [
     "check_leaves",
+    "check_written",
     "is_plain",
     "named_leaves",
     "placed",
@@ -154,6 +156,30 @@ def read_arrays(folder: Path, leaves: Mapping[str, str]) -> dict[str, np.ndarray
         reason = str(error).partition(" [tensorstore_spec")[0].strip().partition("\n")[0]
         raise CheckpointError(f"{folder} is damaged: its arrays cannot be read: {reason}.") from error
     return {**like, **{name: np.asarray(array) for name, array in arrays.items()}}
+
+
+def check_written(folder: Path, leaves: Mapping[str, Any]) -> None:
+    """Sees that the arrays that several processes have written can be read; a process does so alone.
+
+    Orbax would have it wait for the others, or send to them, in the middle of their steps; so this reads
+    the store of Tensorstore that Orbax leaves.
+
+    Args:
+        folder: Of the checkpoint.
+        leaves: What was written, by path.
+
+    Raises:
+        CheckpointError: An array is missing, cannot be read, or is of another dtype or shape.
+    """
+    store = {"driver": "ocdbt", "base": f"file://{folder / 'state'}/"}
+    for name, leaf in _storable(leaves).items():
+        try:
+            found = tensorstore.open({"driver": "zarr3", "kvstore": {**store, "path": f"{name}/"}}).result()
+            array = found.read().result()
+        except ValueError as error:
+            raise CheckpointError(f"{name} cannot be read back: {str(error).partition(' [')[0]}.") from error
+        if describe(array) != describe(leaf):
+            raise CheckpointError(f"{name} was read back as {describe(array)}, written as {describe(leaf)}.")
 
 
 def check_leaves(folder: Path, leaves: Mapping[str, str], template: PyTree) -> None:
