@@ -22,7 +22,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from selconv_jax.errors import CheckpointError
 from selconv_jax.train.checkpoint import CheckpointStore
-from selconv_jax.train.checkpoint_arrays import check_written, write_arrays
+from selconv_jax.train.checkpoint_arrays import check_written, is_plain, write_arrays
 from selconv_jax.train.checkpoint_manifest import write_manifest
 
 KILLED = """
@@ -300,6 +300,17 @@ LEAVES = {
     "step": np.array(7, np.int32),
     "empty": np.zeros((0, 3), np.float32),
 }
+
+
+@pytest.mark.parametrize("name", ["a b", "lr=0.1,x+y;z:@~-", "größe", "deep/er"])
+def test_folders_that_orbax_takes_as_they_are_are_read_without_it(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / name / "5.partial"
+    assert is_plain(folder)
+    folder.parent.mkdir(parents=True)
+    write_arrays(folder, LEAVES)
+    check_written(folder, LEAVES)
+    check_written(folder.relative_to(tmp_path), LEAVES)
 
 
 def test_what_was_written_is_found_without_orbax(tmp_path):

@@ -171,7 +171,7 @@ def check_written(folder: Path, leaves: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: An array is missing, cannot be read, or is of another dtype or shape.
     """
-    store = {"driver": "ocdbt", "base": f"file://{folder / 'state'}/"}
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{(folder / 'state').absolute()}/"}}
     for name, leaf in _storable(leaves).items():
         try:
             found = tensorstore.open({"driver": "zarr3", "kvstore": {**store, "path": f"{name}/"}}).result()

@@ -121,8 +121,9 @@ def plan_sweep(
     for file, name in zip(files, _names(files), strict=True):
         for values in itertools.product(*(values for _, values in grid)):
             point = [f"{key}={value}" for (key, _), value in zip(grid, values, strict=True)]
-            configuration = "/".join([name, *([",".join(point)] if point else [])])
-            directory = workdir.joinpath(name, *([_file_name(",".join(point))] if point else []))
+            text = ",".join(point)
+            configuration = f"{name}/{text}" if point else name
+            directory = workdir / name / _file_name(text)
             for seed in own_seeds.get(file, seeds):
                 try:
                     config = load_config(file, [*overrides, *point, f"seed={seed}"])
