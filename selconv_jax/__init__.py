@@ -1,20 +1,41 @@
 """Selective convolutions for JAX and Flax: CNNs that re-allocate their own channels."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from selconv_jax.errors import CheckpointError, ConfigError, DataError, SelconvError
+from selconv_jax._utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from selconv_jax import functional
+    from selconv_jax import (
+        analysis,
+        compaction,
+        data,
+        errors,
+        functional,
+        interop,
+        models,
+        nn,
+        nnx,
+        report,
+        train,
+        transforms,
+    )
     from selconv_jax.compaction import CompactionPlan, compact, load_compact, plan_compaction, save_compact
-    from selconv_jax.layer_tree import layer_states
-    from selconv_jax.layers import PlainConv, SelectiveConv
-    from selconv_jax.optimizer_state import reset_rewritten, rewritten_mask
-    from selconv_jax.round_report import LayerReport, Report
-    from selconv_jax.schedule import ReallocationSchedule
-    from selconv_jax.transform import Allocation, reallocate, required_slots
-    from selconv_jax.twin import selectivize
+    from selconv_jax.errors import CheckpointError, ConfigError, DataError, SelconvError
+    from selconv_jax.nn import PlainConv, SelectiveConv
+    from selconv_jax.transforms import (
+        Allocation,
+        LayerReport,
+        ReallocationSchedule,
+        Report,
+        layer_states,
+        reallocate,
+        required_slots,
+        reset_rewritten,
+        rewritten_mask,
+        selectivize,
+    )
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Allocation",
@@ -28,51 +49,65 @@ __all__ = [
     "Report",
     "SelconvError",
     "SelectiveConv",
+    "analysis",
     "compact",
+    "compaction",
+    "data",
+    "errors",
     "functional",
+    "interop",
     "layer_states",
     "load_compact",
+    "models",
+    "nn",
+    "nnx",
     "plan_compaction",
     "reallocate",
+    "report",
     "required_slots",
     "reset_rewritten",
     "rewritten_mask",
     "save_compact",
     "selectivize",
+    "train",
+    "transforms",
 ]
 
-# Where each name comes from. Imported when first asked for: the command line answers a question for help, and
-# settles what JAX reads from the environment, before JAX is imported, which takes a second.
-_HOMES = {
-    "CompactionPlan": "compaction",
-    "compact": "compaction",
-    "load_compact": "compaction",
-    "plan_compaction": "compaction",
-    "save_compact": "compaction",
-    "layer_states": "layer_tree",
-    "PlainConv": "layers",
-    "SelectiveConv": "layers",
-    "reset_rewritten": "optimizer_state",
-    "rewritten_mask": "optimizer_state",
-    "ReallocationSchedule": "schedule",
-    "Allocation": "transform",
-    "LayerReport": "round_report",
-    "Report": "round_report",
-    "reallocate": "transform",
-    "required_slots": "transform",
-    "selectivize": "twin",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name == "functional":
-        return importlib.import_module("selconv_jax.functional")
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"selconv_jax.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Allocation": "transforms",
+        "CheckpointError": "errors",
+        "CompactionPlan": "compaction",
+        "ConfigError": "errors",
+        "DataError": "errors",
+        "LayerReport": "transforms",
+        "PlainConv": "nn",
+        "ReallocationSchedule": "transforms",
+        "Report": "transforms",
+        "SelconvError": "errors",
+        "SelectiveConv": "nn",
+        "analysis": "analysis",
+        "compact": "compaction",
+        "compaction": "compaction",
+        "data": "data",
+        "errors": "errors",
+        "functional": "functional",
+        "interop": "interop",
+        "layer_states": "transforms",
+        "load_compact": "compaction",
+        "models": "models",
+        "nn": "nn",
+        "nnx": "nnx",
+        "plan_compaction": "compaction",
+        "reallocate": "transforms",
+        "report": "report",
+        "required_slots": "transforms",
+        "reset_rewritten": "transforms",
+        "rewritten_mask": "transforms",
+        "save_compact": "compaction",
+        "selectivize": "transforms",
+        "train": "train",
+        "transforms": "transforms",
+    },
+)

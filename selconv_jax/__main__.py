@@ -2,6 +2,6 @@
 
 import sys
 
-from selconv_jax.cli.main import main
+from selconv_jax._cli.main import main
 
 sys.exit(main())

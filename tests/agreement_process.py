@@ -10,15 +10,15 @@ import jax
 import numpy as np
 
 from selconv_jax.errors import ConfigError, SelconvError
-from selconv_jax.train.agreement import (
+from selconv_jax.train._distributed.agreement import (
     check_same_state,
     exchange,
     first_decides,
     require_same,
     together,
 )
-from selconv_jax.train.cluster import Cluster, join
-from selconv_jax.train.sharding import Placement
+from selconv_jax.train._distributed.cluster import Cluster, join
+from selconv_jax.train._distributed.sharding import Placement
 
 
 def refuse(process):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from selconv_jax.train.checkpoint import CheckpointStore
+from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 
 
 def tiny(value: int) -> dict[str, np.ndarray]:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from selconv_jax.train import opening
-from selconv_jax.train.checkpoint import CheckpointStore
-from selconv_jax.train.config import parse_config
+from selconv_jax.train import _opening as opening
+from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
+from selconv_jax.train._config import parse_config
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from selconv_jax import PlainConv, SelectiveConv
-from selconv_jax.batch_norm import Statistics, batch_norm_relu, batch_statistics, join_statistics
-from selconv_jax.bench.states import with_copies
-from selconv_jax.platforms import tracing_for
+from selconv_jax._bench.states import with_copies
+from selconv_jax._xla.batch_norm import Statistics, batch_norm_relu, batch_statistics, join_statistics
+from selconv_jax._xla.platforms import tracing_for
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from selconv_jax.bench.compilation import compile_program, without_compilation_cache
-from selconv_jax.bench.settings import BenchSettings
-from selconv_jax.cli import bench as bench_command
-from selconv_jax.cli.main import main
+from selconv_jax._bench.compilation import compile_program, without_compilation_cache
+from selconv_jax._bench.settings import BenchSettings
+from selconv_jax._cli import bench as bench_command
+from selconv_jax._cli.main import main
 from selconv_jax.errors import ConfigError
-from selconv_jax.train.signals import StopRequest
+from selconv_jax.train._signals import StopRequest
 
 TINY = ["densenet40", "blocks=[1]", "growth=4", "--image", "8x8x3", "--batch", "4", "--repeats", "3"]
 

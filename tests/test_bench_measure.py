@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from selconv_jax.bench.measure import Summary, paired_ratio, seconds_of, summarize, take_rounds
+from selconv_jax._bench.measure import Summary, paired_ratio, seconds_of, summarize, take_rounds
 
 
 class Clock:

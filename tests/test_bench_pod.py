@@ -9,15 +9,15 @@ import pytest
 from rich.console import Console
 from runs import run_with_tpu_compiler, tiny_config
 
-from selconv_jax.bench import pod
-from selconv_jax.bench.chips import chip_of
-from selconv_jax.bench.collectives import Collective, collectives
-from selconv_jax.bench.pod import CompiledProgram, Messages, PodPlan, compile_for_pod, largest_batch
-from selconv_jax.bench.pod_report import messages_table, pod_table, scaling_line
-from selconv_jax.cli.main import main
-from selconv_jax.data.hollow import hollow_data
-from selconv_jax.data.loading import open_data
-from selconv_jax.data.stream import StreamedData
+from selconv_jax._bench import pod
+from selconv_jax._bench.chips import chip_of
+from selconv_jax._bench.collectives import Collective, collectives
+from selconv_jax._bench.pod import CompiledProgram, Messages, PodPlan, compile_for_pod, largest_batch
+from selconv_jax._bench.pod_report import messages_table, pod_table, scaling_line
+from selconv_jax._cli.main import main
+from selconv_jax.data._hollow import hollow_data
+from selconv_jax.data._loading import open_data
+from selconv_jax.data._stream import StreamedData
 from selconv_jax.errors import ConfigError, DataError
 
 # Shortened from what compilers write.

@@ -6,15 +6,15 @@ import json
 import pytest
 from rich.console import Console
 
-from selconv_jax.bench import run
-from selconv_jax.bench.cases import Case
-from selconv_jax.bench.picture import bar_picture, panels_of
-from selconv_jax.bench.progress import BenchProgress
-from selconv_jax.bench.report import compile_table, memory_table, report_of, time_table
-from selconv_jax.bench.rows import Ratio, rows_of
-from selconv_jax.bench.run import Measured, NetworkResult, measure
-from selconv_jax.bench.settings import BenchSettings
-from selconv_jax.bench.workbench import Prepared
+from selconv_jax._bench import run
+from selconv_jax._bench.cases import Case
+from selconv_jax._bench.picture import bar_picture, panels_of
+from selconv_jax._bench.progress import BenchProgress
+from selconv_jax._bench.report import compile_table, memory_table, report_of, time_table
+from selconv_jax._bench.rows import Ratio, rows_of
+from selconv_jax._bench.run import Measured, NetworkResult, measure
+from selconv_jax._bench.settings import BenchSettings
+from selconv_jax._bench.workbench import Prepared
 from selconv_jax.errors import SelconvError
 
 MEMORY = {"arguments": 4_000_000, "outputs": 4_000_000, "in_place": 3_000_000, "temporary": 5_000_000}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from selconv_jax import SelectiveConv, layer_states, required_slots
-from selconv_jax.bench.states import with_closed, with_copies, without_allocation
+from selconv_jax._bench.states import with_closed, with_copies, without_allocation
 from selconv_jax.models import DenseNet, ResNeXt
 
 IMAGES = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))

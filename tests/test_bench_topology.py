@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 from runs import run_with_tpu_compiler
 
-from selconv_jax.bench import topology
-from selconv_jax.bench.hlo import CostedOperation, entry_costs
-from selconv_jax.bench.picture import bar_picture
-from selconv_jax.bench.settings import BenchSettings
-from selconv_jax.bench.topology import CompiledStep, TopologyResult, topology_devices
-from selconv_jax.bench.topology_report import costs_table, cycles_panel, largest_table, topology_report
+from selconv_jax._bench import topology
+from selconv_jax._bench.hlo import CostedOperation, entry_costs
+from selconv_jax._bench.picture import bar_picture
+from selconv_jax._bench.settings import BenchSettings
+from selconv_jax._bench.topology import CompiledStep, TopologyResult, topology_devices
+from selconv_jax._bench.topology_report import costs_table, cycles_panel, largest_table, topology_report
 from selconv_jax.errors import ConfigError
 
 # Shortened and simplified from what the compiler writes.

@@ -10,14 +10,14 @@ from states import perturbed_variables
 
 from selconv_jax.interop.torch import state_dict
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
-from selconv_jax.train.config import OptimizerConfig
-from selconv_jax.train.optimizer import make_optimizer
+from selconv_jax.train._config import OptimizerConfig
+from selconv_jax.train._optimizer import make_optimizer
 
 torch = pytest.importorskip("torch")
 
-from selconv_jax.bench.torch_cases import TorchStep  # noqa: E402
-from selconv_jax.bench.torch_layers import SelectiveLayer  # noqa: E402
-from selconv_jax.bench.torch_networks import torch_network  # noqa: E402
+from selconv_jax._bench.torch_cases import TorchStep  # noqa: E402
+from selconv_jax._bench.torch_layers import SelectiveLayer  # noqa: E402
+from selconv_jax._bench.torch_networks import torch_network  # noqa: E402
 
 
 def nchw(array):

@@ -10,9 +10,9 @@ import time
 import pytest
 from runs import TINY, assert_same_end, command, environment
 
-from selconv_jax.cli.main import main
-from selconv_jax.train.config import dump_config, parse_config
-from selconv_jax.train.metrics import read_metrics
+from selconv_jax._cli.main import main
+from selconv_jax.train._config import dump_config, parse_config
+from selconv_jax.train._metrics import read_metrics
 
 pytestmark = pytest.mark.optimized
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from runs import command, environment
 
-from selconv_jax.cli import guard, interrupt
-from selconv_jax.cli.main import main
+from selconv_jax._cli import guard, interrupt
+from selconv_jax._cli.main import main
 from selconv_jax.errors import ConfigError
 
 FULL = Path("/dev/full")
@@ -69,7 +69,7 @@ def test_debug_before_and_after_the_command(arguments):
 
 
 def test_a_command_shows_no_traceback(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("selconv_jax.cli.experiments.run", fail(RecursionError("deep")))
+    monkeypatch.setattr("selconv_jax._cli.experiments.run", fail(RecursionError("deep")))
     assert main(["experiments", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("selconv: error: RecursionError: deep (`--debug`")
 
@@ -94,7 +94,7 @@ def test_closed_streams_are_nowhere(tmp_path):
     """A file that is opened later must not get the number, and the text, of a closed stream."""
     done = python(
         "import os, sys\n"
-        "from selconv_jax.cli.guard import prepare_process\n"
+        "from selconv_jax._cli.guard import prepare_process\n"
         "os.closerange(0, 3); sys.stdout = sys.stderr = None\n"
         "prepare_process(debug=False)\n"
         "file = open('opened', 'w')\n"
@@ -110,7 +110,7 @@ def test_level_of_logs_that_jax_leaves_behind_is_not_a_wish(inherited, level):
     """`import jax` sets 1 for itself and for whatever its process starts; other values are the user's."""
     done = python(
         "import os\n"
-        "from selconv_jax.cli.guard import prepare_process\n"
+        "from selconv_jax._cli.guard import prepare_process\n"
         "os.environ.pop('TF_CPP_MIN_LOG_LEVEL', None)\n"
         f"os.environ.update({{}} if {inherited!r} is None else {{'TF_CPP_MIN_LOG_LEVEL': {inherited!r}}})\n"
         "prepare_process(debug=False)\n"
@@ -122,7 +122,7 @@ def test_level_of_logs_that_jax_leaves_behind_is_not_a_wish(inherited, level):
 def test_help_does_not_wait_for_jax():
     done = python(
         "import sys\n"
-        "from selconv_jax.cli.main import main\n"
+        "from selconv_jax._cli.main import main\n"
         "sys.argv = ['selconv', '--help']\n"
         "try: main()\n"
         "except SystemExit: pass\n"
@@ -137,10 +137,10 @@ def test_interrupted_while_modules_are_imported():
     done = python(
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored, if so inherited
-        "from selconv_jax.cli.main import main\n"
+        "from selconv_jax._cli.main import main\n"
         "class Finder:\n"
         "    def find_spec(name, *more):\n"
-        "        if name == 'selconv_jax.cli.experiments': os.kill(os.getpid(), signal.SIGINT)\n"
+        "        if name == 'selconv_jax._cli.experiments': os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Finder)\n"
         "sys.argv = ['selconv', 'experiments']\n"
         "main()\n"

@@ -20,12 +20,13 @@ from runs import assert_same_end, final_arrays, quiet_console
 from trajectory import digest
 
 from selconv_jax.errors import CheckpointError, ConfigError
-from selconv_jax.train import cluster, opening
-from selconv_jax.train.checkpoint_failure import told
-from selconv_jax.train.cluster import Cluster, announced, local_gpus
-from selconv_jax.train.config import load_config
-from selconv_jax.train.loop import train_run
-from selconv_jax.train.metrics import read_metrics
+from selconv_jax.train import _opening as opening
+from selconv_jax.train._checkpoints.failure import told
+from selconv_jax.train._config import load_config
+from selconv_jax.train._distributed import cluster
+from selconv_jax.train._distributed.cluster import Cluster, announced, local_gpus
+from selconv_jax.train._loop import train_run
+from selconv_jax.train._metrics import read_metrics
 
 CONFIG = """\
 epochs = 4

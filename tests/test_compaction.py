@@ -22,7 +22,7 @@ from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import Allocation, ConfigError
-from selconv_jax.counting import count_parameters
+from selconv_jax.analysis._counting import count_parameters
 from selconv_jax.models import DenseNet
 
 

@@ -10,9 +10,9 @@ from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import ConfigError, SelectiveConv
-from selconv_jax.batch_norm import Statistics, batch_statistics
-from selconv_jax.compaction import planning
-from selconv_jax.compaction.layout import LayerLayout
+from selconv_jax._xla.batch_norm import Statistics, batch_statistics
+from selconv_jax.compaction import _planning as planning
+from selconv_jax.compaction._layout import LayerLayout
 
 SHAPE = (2, 6, 6, 8)
 

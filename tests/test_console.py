@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from selconv_jax.console import ForgivingStream, progress_console, terminal_or_lines
-from selconv_jax.train.progress import ProgressDisplay
+from selconv_jax._utils.console import ForgivingStream, progress_console, terminal_or_lines
+from selconv_jax.train._progress import ProgressDisplay
 
 NAME = "runs/[bold]lr=[0.1][/bold]/[/]/:smile:/\\[x"
 

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from selconv_jax.convolution import canonical_padding, convolve
+from selconv_jax._xla.convolution import canonical_padding, convolve
 
 CASES = {
     "1x1": ((5, 6), (1, 1), 4, {}),

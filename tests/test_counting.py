@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from selconv_jax import PlainConv
-from selconv_jax.counting import count_multiply_adds, count_parameters
+from selconv_jax.analysis._counting import count_multiply_adds, count_parameters
 from selconv_jax.models import DenseNet
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selconv_jax.data.augment import augment, crop_and_flip, normalize
+from selconv_jax.data._augment import augment, crop_and_flip, normalize
 from selconv_jax.errors import ConfigError
 
 augment_jitted = jax.jit(augment, static_argnames=("crop_padding", "flip"))

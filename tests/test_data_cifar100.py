@@ -8,10 +8,10 @@ import tensorflow_datasets as tfds
 import tiny_sets
 
 from selconv_jax.data import Split, load
-from selconv_jax.data.catalog import KNOWN
-from selconv_jax.data.cifar100 import COARSE_CLASSES, decode_cifar100, read_cifar100
-from selconv_jax.data.originals import verify
-from selconv_jax.data.prepare import prepare
+from selconv_jax.data._catalog import KNOWN
+from selconv_jax.data._preparation.cifar100 import COARSE_CLASSES, decode_cifar100, read_cifar100
+from selconv_jax.data._preparation.originals import verify
+from selconv_jax.data._preparation.prepare import prepare
 from selconv_jax.errors import DataError
 
 DATA = tiny_sets.cifar100_splits()

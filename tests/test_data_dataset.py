@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from selconv_jax.data import DatasetInfo, ImageData, Split, load
-from selconv_jax.data.catalog import (
+from selconv_jax.data._catalog import (
     KNOWN,
     SAMPLE,
     default_data_dir,

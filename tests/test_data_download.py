@@ -9,10 +9,11 @@ import time
 import pytest
 import tiny_sets
 
-from selconv_jax.data import download, load
-from selconv_jax.data.catalog import KNOWN, Download
-from selconv_jax.data.download import unreachable
-from selconv_jax.data.prepare import prepare
+from selconv_jax.data import load
+from selconv_jax.data._catalog import KNOWN, Download
+from selconv_jax.data._preparation import download
+from selconv_jax.data._preparation.download import unreachable
+from selconv_jax.data._preparation.prepare import prepare
 from selconv_jax.errors import DataError
 
 DATA = {"fashion_mnist": tiny_sets.splits(28, 28, 1), "cifar10": tiny_sets.splits(32, 32, 3)}

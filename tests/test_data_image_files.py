@@ -11,11 +11,11 @@ import tiny_sets
 from PIL import Image
 
 from selconv_jax.data import load, open_data
-from selconv_jax.data.catalog import KNOWN
-from selconv_jax.data.image_files import as_color_jpeg
-from selconv_jax.data.png import decode_image
-from selconv_jax.data.prepare import prepare
-from selconv_jax.data.stream import ImageReader, stream_batches
+from selconv_jax.data._catalog import KNOWN
+from selconv_jax.data._png import decode_image
+from selconv_jax.data._preparation.image_files import as_color_jpeg
+from selconv_jax.data._preparation.prepare import prepare
+from selconv_jax.data._stream import ImageReader, stream_batches
 from selconv_jax.errors import DataError
 
 TINY = tiny_sets.tiny_imagenet_files()

@@ -14,11 +14,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from prepared_sets import examples, images, write_set
 
-from selconv_jax.data import StreamedData, load, loading, open_data
-from selconv_jax.data.augment import normalize
-from selconv_jax.data.catalog import KNOWN
-from selconv_jax.data.png import encode_png
-from selconv_jax.data.prepare import prepare
+from selconv_jax.data import StreamedData, load, open_data
+from selconv_jax.data import _loading as loading
+from selconv_jax.data._augment import normalize
+from selconv_jax.data._catalog import KNOWN
+from selconv_jax.data._png import encode_png
+from selconv_jax.data._preparation.prepare import prepare
 from selconv_jax.errors import DataError
 
 CIFAR = tiny_sets.splits(32, 32, 3)

@@ -10,9 +10,9 @@ import pytest
 import tiny_sets
 
 from selconv_jax.data import Split
-from selconv_jax.data.cifar import decode_cifar, read_cifar
-from selconv_jax.data.idx import decode_idx, find_idx_files, read_idx_files
-from selconv_jax.data.originals import verify
+from selconv_jax.data._preparation.cifar import decode_cifar, read_cifar
+from selconv_jax.data._preparation.idx import decode_idx, find_idx_files, read_idx_files
+from selconv_jax.data._preparation.originals import verify
 from selconv_jax.errors import DataError
 
 FASHION = tiny_sets.splits(28, 28, 1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from selconv_jax.data.resize import random_box, random_resized_crop, resized_center_crop
+from selconv_jax.data._resize import random_box, random_resized_crop, resized_center_crop
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (64, 64)])

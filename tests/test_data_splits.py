@@ -9,9 +9,9 @@ import tensorflow_datasets as tfds
 from prepared_sets import examples, images, write_set
 
 from selconv_jax.data import load, open_data
-from selconv_jax.data.dataset import ImageData
-from selconv_jax.data.hollow import hollow_data
-from selconv_jax.data.splits import SplitChoice, hold_out, resolve_splits, slices_of
+from selconv_jax.data._dataset import ImageData
+from selconv_jax.data._hollow import hollow_data
+from selconv_jax.data._splits import SplitChoice, hold_out, resolve_splits, slices_of
 from selconv_jax.errors import DataError
 
 COUNTS = {"train": 53, "test": 20, "validation": 7}

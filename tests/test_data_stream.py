@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from selconv_jax.data import DatasetInfo, Split, StreamedData, load, open_data
-from selconv_jax.data.stream import NO_IMAGE, ImageReader, stream_batches
+from selconv_jax.data._stream import NO_IMAGE, ImageReader, stream_batches
 from selconv_jax.errors import DataError
 
 INFO = DatasetInfo("toy", (8, 8, 3), 4, None, (0.5,) * 3, (0.25,) * 3, 0, True)
@@ -160,7 +160,7 @@ _KILLED = """
 import multiprocessing, sys, time
 import numpy as np
 from selconv_jax.data import load
-from selconv_jax.data.stream import ImageReader, stream_batches
+from selconv_jax.data._stream import ImageReader, stream_batches
 
 if __name__ == "__main__":
     data = load("fashion_mnist_sample")

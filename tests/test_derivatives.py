@@ -12,8 +12,8 @@ from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import PlainConv, SelectiveConv
-from selconv_jax.compaction.gather import take_channels, take_repeated
-from selconv_jax.platforms import tracing_for
+from selconv_jax._xla.platforms import tracing_for
+from selconv_jax.compaction._gather import take_channels, take_repeated
 
 LAYERS = {
     "plain 1x1": PlainConv(4, (1, 1)),

@@ -16,13 +16,13 @@ import pytest
 from flax import traverse_util
 
 from selconv_jax import ConfigError
-from selconv_jax.data.catalog import KNOWN
-from selconv_jax.data.dataset import ImageData, Split
+from selconv_jax.data._catalog import KNOWN
+from selconv_jax.data._dataset import ImageData, Split
 from selconv_jax.models import MODELS
-from selconv_jax.report.experiment_table import experiment_table, write_experiment_table
-from selconv_jax.train.config import load_config, parse_config
-from selconv_jax.train.step import train_step
-from selconv_jax.train.trainer import Trainer
+from selconv_jax.report._experiment_table import experiment_table, write_experiment_table
+from selconv_jax.train._config import load_config, parse_config
+from selconv_jax.train._step import train_step
+from selconv_jax.train._trainer import Trainer
 
 pytestmark = pytest.mark.optimized
 

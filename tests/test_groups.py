@@ -10,7 +10,7 @@ from states import perturbed_variables
 import selconv_jax
 from selconv_jax import Allocation, SelectiveConv
 from selconv_jax.functional import deallocate, expected_channel_damage, normalize_damage
-from selconv_jax.groups import group_count, kernel_rows
+from selconv_jax.functional._groups import group_count, kernel_rows
 
 
 def test_rows_of_a_kernel():

@@ -14,7 +14,7 @@ from states import perturbed_variables
 from test_models_recorded import NETWORKS, section
 
 from selconv_jax import CheckpointError, ConfigError
-from selconv_jax.interop.shift_units import ShiftUnits
+from selconv_jax.interop._shift_units import ShiftUnits
 from selconv_jax.interop.torch import load_state_dict, save_state_dict, state_dict
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
 

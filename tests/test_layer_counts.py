@@ -10,11 +10,11 @@ from compiled_products import compiled_multiply_adds
 
 import selconv_jax
 from selconv_jax import SelectiveConv, plan_compaction
-from selconv_jax.counting import count_multiply_adds, count_parameters
+from selconv_jax._xla.platforms import tracing_for
+from selconv_jax.analysis._counting import count_multiply_adds, count_parameters
+from selconv_jax.analysis._layer_counts import Count, count_layers, total_counts
 from selconv_jax.errors import ConfigError
-from selconv_jax.layer_counts import Count, count_layers, total_counts
 from selconv_jax.models import DenseNet, PreResNet, ResNeXt
-from selconv_jax.platforms import tracing_for
 
 TINY = DenseNet(10, blocks=(1, 1), growth=2, slots=0.25)
 

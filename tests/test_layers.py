@@ -8,8 +8,8 @@ from flax.errors import ModifyScopeVariableError
 from states import perturbed_variables
 
 from selconv_jax import ConfigError, PlainConv, SelectiveConv
+from selconv_jax._xla.platforms import tracing_for
 from selconv_jax.functional import channel_shift, select
-from selconv_jax.platforms import tracing_for
 
 
 def variables_of(layer, shape):

@@ -8,10 +8,10 @@ from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import Allocation, ConfigError
-from selconv_jax.counting import count_parameters
+from selconv_jax._xla.platforms import tracing_for
+from selconv_jax.analysis._counting import count_parameters
 from selconv_jax.models import MODELS, CondenseNet, PreResNet, ResNeXt, create_model, stem_for
-from selconv_jax.models.parts import average_pool
-from selconv_jax.platforms import tracing_for
+from selconv_jax.models._parts import average_pool
 
 SMALL = {
     "preresnet": lambda **more: PreResNet(10, (1, 1), width=4, **more),

@@ -9,10 +9,10 @@ from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import ConfigError
-from selconv_jax.counting import count_multiply_adds, count_parameters
+from selconv_jax.analysis._counting import count_multiply_adds, count_parameters
 from selconv_jax.models import Pointwise, create_model
-from selconv_jax.train.config import OptimizerConfig
-from selconv_jax.train.optimizer import make_optimizer
+from selconv_jax.train._config import OptimizerConfig
+from selconv_jax.train._optimizer import make_optimizer
 
 IMAGE = (16, 16, 3)
 SMALL = {"blocks": (1, 1), "widths": (6, 8)}

@@ -11,10 +11,10 @@ from recorded import MODEL_CASES, assert_close, read
 
 from selconv_jax import Allocation, functional, layer_states
 from selconv_jax.interop.torch import load_state_dict, state_dict
-from selconv_jax.layer_tree import merge_layers
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
-from selconv_jax.train.config import OptimizerConfig
-from selconv_jax.train.optimizer import make_optimizer
+from selconv_jax.train._config import OptimizerConfig
+from selconv_jax.train._optimizer import make_optimizer
+from selconv_jax.transforms._layer_tree import merge_layers
 
 NETWORKS = {
     "densenet_sconv_cifar10": lambda **more: DenseNet(10, (2, 2, 2), growth=4, **more),

@@ -10,7 +10,7 @@ from flax.core import meta
 
 import selconv_jax
 from selconv_jax import Allocation, SelectiveConv
-from selconv_jax.nnx_bridge import linen_variables, update_module
+from selconv_jax.nnx._bridge import linen_variables, update_module
 
 
 class Network(nnx.Module):

@@ -11,8 +11,8 @@ from states import perturbed_variables
 import selconv_jax
 from selconv_jax import Allocation
 from selconv_jax.models import DenseNet
-from selconv_jax.train.config import OptimizerConfig
-from selconv_jax.train.optimizer import make_optimizer
+from selconv_jax.train._config import OptimizerConfig
+from selconv_jax.train._optimizer import make_optimizer
 
 
 def is_wide(leaf):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import selconv_jax
-from selconv_jax.report.method_picture import method_picture
-from selconv_jax.report.save import save_figure
-from selconv_jax.train.config import load_config
+from selconv_jax.report._method_picture import method_picture
+from selconv_jax.report._save import save_figure
+from selconv_jax.train._config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,6 +5,9 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import selconv_jax
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,10 +27,10 @@ def test_reference_has_every_public_name(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "Warn" not in done.stderr
-    modules = [argument for argument in arguments if argument.startswith("selconv_jax")]
-    assert {"selconv_jax", "selconv_jax.models"} <= set(modules)
-    for name in [*modules, "selconv_jax.functional"]:
+    public = [name for name in selconv_jax.__all__ if isinstance(getattr(selconv_jax, name), ModuleType)]
+    assert {"functional", "models", "nn", "train"} <= set(public)
+    for name in ["selconv_jax", *(f"selconv_jax.{name}" for name in public), "selconv_jax.interop.torch"]:
         page = (tmp_path / f"{name.replace('.', '/')}.html").read_text(encoding="utf-8")
-        for public in importlib.import_module(name).__all__:
-            link = f'href="{name.rpartition(".")[2]}/{public}.html"'  # a module with a page of its own
-            assert f'id="{public}"' in page or link in page, f"{public} is not on the page of {name}"
+        for export in importlib.import_module(name).__all__:
+            link = f'href="{name.rpartition(".")[2]}/{export}.html"'  # a module with a page of its own
+            assert f'id="{export}"' in page or link in page, f"{export} is not on the page of {name}"

@@ -7,7 +7,8 @@ import pytest
 from matplotlib.text import Annotation
 
 from selconv_jax.errors import SelconvError
-from selconv_jax.report import LayerAllocation, allocation_overview, channel_map
+from selconv_jax.report import LayerAllocation, allocation_overview
+from selconv_jax.report import _channel_map as channel_map
 
 
 def hand_made() -> LayerAllocation:

@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 
 from selconv_jax.errors import SelconvError
-from selconv_jax.report.comparison import ConfigurationResults, comparison_table, run_numbers
-from selconv_jax.report.comparison_differences import difference_table, number_differences
-from selconv_jax.report.comparison_picture import comparison_picture
-from selconv_jax.report.statistics import PairedDifference, Spread
+from selconv_jax.report._comparison import ConfigurationResults, comparison_table, run_numbers
+from selconv_jax.report._comparison_differences import difference_table, number_differences
+from selconv_jax.report._comparison_picture import comparison_picture
+from selconv_jax.report._statistics import PairedDifference, Spread
 
 
 def run(*accuracies: float, closed: int = 2, speed: float | None = 1000.0) -> list[dict[str, float | None]]:

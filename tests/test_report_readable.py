@@ -8,16 +8,11 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from selconv_jax.report import (
-    LayerAllocation,
-    allocation_overview,
-    channel_map,
-    learning_curves,
-    method_picture,
-    save_figure,
-)
-from selconv_jax.report.comparison import ConfigurationResults
-from selconv_jax.report.comparison_picture import comparison_picture
+from selconv_jax.report import LayerAllocation, allocation_overview, learning_curves, save_figure
+from selconv_jax.report import _channel_map as channel_map
+from selconv_jax.report import _method_picture as method_picture
+from selconv_jax.report._comparison import ConfigurationResults
+from selconv_jax.report._comparison_picture import comparison_picture
 
 
 def layer(

@@ -7,7 +7,7 @@ from PIL import Image
 
 from selconv_jax.errors import ConfigError
 from selconv_jax.report import learning_curves, save_figure
-from selconv_jax.report.style import new_figure
+from selconv_jax.report._style import new_figure
 
 
 def curve() -> Figure:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from selconv_jax.errors import SelconvError
-from selconv_jax.report.statistics import PairedDifference, Spread, paired_difference, spread, t_quantile
+from selconv_jax.report._statistics import PairedDifference, Spread, paired_difference, spread, t_quantile
 
 
 def test_spread_by_hand():

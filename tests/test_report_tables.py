@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from selconv_jax.analysis._layer_counts import Count, LayerCounts
 from selconv_jax.errors import SelconvError
-from selconv_jax.layer_counts import Count, LayerCounts
 from selconv_jax.report import LayerAllocation, count_table, layer_table, run_table
 
 

@@ -7,9 +7,9 @@ from runs import StopAfter, assert_same_end, compiled_once, quiet_console, tiny_
 
 from selconv_jax import ReallocationSchedule
 from selconv_jax.errors import ConfigError
-from selconv_jax.train import loop
-from selconv_jax.train.loop import resume_run, train_run
-from selconv_jax.train.metrics import read_metrics
+from selconv_jax.train import _loop as loop
+from selconv_jax.train._loop import resume_run, train_run
+from selconv_jax.train._metrics import read_metrics
 
 pytestmark = pytest.mark.optimized
 

@@ -5,10 +5,11 @@ import shutil
 import pytest
 from runs import compiled_once, final_arrays, quiet_console, tiny_config
 
-from selconv_jax.cli.main import main
-from selconv_jax.cli.pictures import print_run
-from selconv_jax.train import loop, opening
-from selconv_jax.train.compacting import compact_run
+from selconv_jax._cli.main import main
+from selconv_jax._cli.pictures import print_run
+from selconv_jax.train import _loop as loop
+from selconv_jax.train import _opening as opening
+from selconv_jax.train._compacting import compact_run
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tensorboardX import SummaryWriter
 
-from selconv_jax.train.config import dump_config, load_config
+from selconv_jax.train._config import dump_config, load_config
 
 STUDIES = Path(__file__).resolve().parent.parent / "experiments" / "studies"
 LOOKING = STUDIES / "looking_around"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import selconv_jax
-from selconv_jax.layer_tree import layer_states
+from selconv_jax.transforms._layer_tree import layer_states
 
 STUDY = Path(__file__).resolve().parent.parent / "experiments" / "studies" / "which_channel"
 CRITERIA = runpy.run_path(str(STUDY / "criteria.py"))

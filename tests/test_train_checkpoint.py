@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.experimental import v1 as ocp
 
 from selconv_jax.errors import CheckpointError
-from selconv_jax.train.checkpoint import CheckpointStore
+from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "rest"], meta_fields=["name"])

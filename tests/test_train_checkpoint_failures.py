@@ -21,14 +21,14 @@ from checkpoints import assert_same, names, saved, tiny
 from orbax.checkpoint.experimental import v1 as ocp
 
 from selconv_jax.errors import CheckpointError
-from selconv_jax.train.checkpoint import CheckpointStore
-from selconv_jax.train.checkpoint_arrays import check_written, is_plain, write_arrays
-from selconv_jax.train.checkpoint_manifest import write_manifest
+from selconv_jax.train._checkpoints.arrays import check_written, is_plain, write_arrays
+from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
+from selconv_jax.train._checkpoints.manifest import write_manifest
 
 KILLED = """
 import sys
 import numpy as np
-from selconv_jax.train.checkpoint import CheckpointStore
+from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 
 store = CheckpointStore(sys.argv[1], keep=2)
 for number in range(1000):

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from selconv_jax import CheckpointError, ConfigError
-from selconv_jax.train.config import Config, dump_config, load_config, parse_config
-from selconv_jax.train.config_changes import check_origin, origin_of, with_changes
+from selconv_jax.train._config import Config, dump_config, load_config, parse_config
+from selconv_jax.train._config_changes import check_origin, origin_of, with_changes
 
 
 def test_defaults_are_the_published_ones():

@@ -11,14 +11,15 @@ from runs import StopAfter, assert_same_end, compiled_once, final_arrays, quiet_
 
 from selconv_jax import ConfigError
 from selconv_jax.data import Split, StreamedData, load, open_data
-from selconv_jax.data.dataset import DatasetInfo
-from selconv_jax.data.stream import NO_IMAGE
-from selconv_jax.train import loop, opening
-from selconv_jax.train.feed import ResidentFeed, StreamedFeed
-from selconv_jax.train.loop import resume_run, train_run
-from selconv_jax.train.metrics import read_metrics
-from selconv_jax.train.sharding import Placement
-from selconv_jax.train.trainer import Trainer
+from selconv_jax.data._dataset import DatasetInfo
+from selconv_jax.data._stream import NO_IMAGE
+from selconv_jax.train import _loop as loop
+from selconv_jax.train import _opening as opening
+from selconv_jax.train._distributed.sharding import Placement
+from selconv_jax.train._feed import ResidentFeed, StreamedFeed
+from selconv_jax.train._loop import resume_run, train_run
+from selconv_jax.train._metrics import read_metrics
+from selconv_jax.train._trainer import Trainer
 
 pytestmark = pytest.mark.optimized
 

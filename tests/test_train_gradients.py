@@ -11,9 +11,9 @@ import pytest
 from runs import QUICK
 
 from selconv_jax import SelectiveConv
-from selconv_jax.train.gradients import Examples, Mixture, Seen, of_batch
-from selconv_jax.train.sharding import Placement
-from selconv_jax.train.state import Totals
+from selconv_jax.train._distributed.sharding import Placement
+from selconv_jax.train._gradients import Examples, Mixture, Seen, of_batch
+from selconv_jax.train._state import Totals
 
 BATCH = 16
 

@@ -22,13 +22,14 @@ from runs import (
 from tensorboardX.proto import event_pb2
 
 from selconv_jax import CheckpointError, ConfigError, DataError
-from selconv_jax.data.loading import load
-from selconv_jax.train import loop, trainer
-from selconv_jax.train.loop import NonFiniteLossError, evaluate_run, resume_run, train_run
-from selconv_jax.train.metrics import read_metrics
-from selconv_jax.train.opening import find_checkpoint
-from selconv_jax.train.trainer import Trainer
-from selconv_jax.train.workdir import create_workdir, default_workdir, lock
+from selconv_jax.data._loading import load
+from selconv_jax.train import _loop as loop
+from selconv_jax.train import _trainer as trainer
+from selconv_jax.train._loop import NonFiniteLossError, evaluate_run, resume_run, train_run
+from selconv_jax.train._metrics import read_metrics
+from selconv_jax.train._opening import find_checkpoint
+from selconv_jax.train._trainer import Trainer
+from selconv_jax.train._workdir import create_workdir, default_workdir, lock
 
 pytestmark = pytest.mark.optimized
 
@@ -368,7 +369,7 @@ def test_a_file_system_without_locks(finished, monkeypatch):
 def test_disk_full_is_an_error_and_keeps_what_is_there(tmp_path, monkeypatch):
     workdir = tmp_path / "full"
     console, _ = quiet_console()
-    from selconv_jax.train import checkpoint
+    from selconv_jax.train._checkpoints import checkpoint
 
     original, saves = checkpoint.write_arrays, []
 

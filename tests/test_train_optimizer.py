@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from selconv_jax.errors import ConfigError
-from selconv_jax.train.config import OptimizerConfig, parse_config
-from selconv_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from selconv_jax.train._config import OptimizerConfig, parse_config
+from selconv_jax.train._optimizer import learning_rate_schedule, make_optimizer
 
 PARAMS = {
     "conv": {"kernel": jnp.full((2, 3), 2.0), "scale": jnp.ones(3), "shift": jnp.full((2, 2), 0.5)},

@@ -9,9 +9,9 @@ import pytest
 from runs import quiet_console, tiny_config
 
 from selconv_jax.errors import ConfigError
-from selconv_jax.train.loop import train_run
-from selconv_jax.train.metrics import read_metrics
-from selconv_jax.train.sharding import Placement
+from selconv_jax.train._distributed.sharding import Placement
+from selconv_jax.train._loop import train_run
+from selconv_jax.train._metrics import read_metrics
 
 pytestmark = pytest.mark.optimized
 

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from selconv_jax.train.signals import SharedStopRequest, StopRequest
+from selconv_jax.train._signals import SharedStopRequest, StopRequest
 
 ANNOUNCING = [signal.SIGHUP, signal.SIGUSR1]
 

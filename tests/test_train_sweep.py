@@ -13,15 +13,16 @@ import pytest
 from runs import TINY, StopAfter, assert_same_end, quiet_console, tiny_config
 
 from selconv_jax import ConfigError, DataError
-from selconv_jax.cli import sweep as sweep_command
-from selconv_jax.data.loading import open_data
-from selconv_jax.train import loop, opening
-from selconv_jax.train.config import dump_config, parse_config
-from selconv_jax.train.loop import NonFiniteLossError, train_run
-from selconv_jax.train.metrics import read_metrics
-from selconv_jax.train.sweep import check_sweep, plan_sweep, split_values
-from selconv_jax.train.sweep_runs import run_sweep
-from selconv_jax.train.trainer import Trainer
+from selconv_jax._cli import sweep as sweep_command
+from selconv_jax.data._loading import open_data
+from selconv_jax.train import _loop as loop
+from selconv_jax.train import _opening as opening
+from selconv_jax.train._config import dump_config, parse_config
+from selconv_jax.train._loop import NonFiniteLossError, train_run
+from selconv_jax.train._metrics import read_metrics
+from selconv_jax.train._sweeps.configurations import check_sweep, plan_sweep, split_values
+from selconv_jax.train._sweeps.runs import run_sweep
+from selconv_jax.train._trainer import Trainer
 
 pytestmark = pytest.mark.optimized
 
@@ -262,7 +263,7 @@ def test_failed_runs_are_reported_and_the_others_are_made(tiny, tmp_path, monkey
 
     console, text = quiet_console()
     runs = plan_sweep([tiny], tmp_path / "sweep", seeds=[1, 2, 0])
-    monkeypatch.setattr("selconv_jax.train.sweep_runs.train_run", failing)
+    monkeypatch.setattr("selconv_jax.train._sweeps.runs.train_run", failing)
     end = run_sweep(runs, console)
     assert end.code == 1
     assert end.failures == {

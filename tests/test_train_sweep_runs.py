@@ -13,12 +13,12 @@ import time
 import pytest
 from runs import TINY, assert_same_end, quiet_console, tiny_config
 
-from selconv_jax.train import sweep_runs
-from selconv_jax.train.config import dump_config, parse_config
-from selconv_jax.train.loop import train_run
-from selconv_jax.train.sweep import plan_sweep
-from selconv_jax.train.sweep_runs import run_sweep
-from selconv_jax.train.sweep_time import Pace, SweepClock, seconds_left
+from selconv_jax.train._config import dump_config, parse_config
+from selconv_jax.train._loop import train_run
+from selconv_jax.train._sweeps import runs as sweep_runs
+from selconv_jax.train._sweeps.configurations import plan_sweep
+from selconv_jax.train._sweeps.runs import run_sweep
+from selconv_jax.train._sweeps.time_left import Pace, SweepClock, seconds_left
 
 pytestmark = pytest.mark.optimized
 

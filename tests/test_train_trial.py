@@ -10,12 +10,12 @@ import pytest
 from runs import quiet_console, tiny_config
 
 from selconv_jax.errors import ConfigError
-from selconv_jax.train.config import ModelConfig
-from selconv_jax.train.loop import train_run
-from selconv_jax.train.network import make_network
-from selconv_jax.train.optimizer import make_optimizer
-from selconv_jax.train.state import initial_state
-from selconv_jax.train.trial import notes_on, try_on_shapes
+from selconv_jax.train._config import ModelConfig
+from selconv_jax.train._loop import train_run
+from selconv_jax.train._network import make_network
+from selconv_jax.train._optimizer import make_optimizer
+from selconv_jax.train._state import initial_state
+from selconv_jax.train._trial import notes_on, try_on_shapes
 
 SHAPE = (8, 8, 1)
 
@@ -141,7 +141,7 @@ def test_optimizers_that_remember_parameters_are_noted(changes, noted):
 
 
 def test_notes_are_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr("selconv_jax.train.trainer.notes_on", lambda *run: ("[not markup] of a kind.",))
+    monkeypatch.setattr("selconv_jax.train._trainer.notes_on", lambda *run: ("[not markup] of a kind.",))
     console, text = quiet_console()
     assert train_run(tiny_config(epochs=1), tmp_path / "run", console) == 0
     assert "note: [not markup] of a kind." in text.getvalue()

@@ -14,14 +14,15 @@ from runs import (
 )
 
 from selconv_jax import ConfigError, SelconvError
-from selconv_jax.cli.main import main
-from selconv_jax.train import loop, opening
-from selconv_jax.train.checkpoint import CheckpointStore
-from selconv_jax.train.compacting import compact_run
-from selconv_jax.train.loop import evaluate_run, resume_run, train_run
-from selconv_jax.train.metrics import read_metrics
-from selconv_jax.train.opening import find_checkpoint
-from selconv_jax.train.sweep import check_sweep, plan_sweep
+from selconv_jax._cli.main import main
+from selconv_jax.train import _loop as loop
+from selconv_jax.train import _opening as opening
+from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
+from selconv_jax.train._compacting import compact_run
+from selconv_jax.train._loop import evaluate_run, resume_run, train_run
+from selconv_jax.train._metrics import read_metrics
+from selconv_jax.train._opening import find_checkpoint
+from selconv_jax.train._sweeps.configurations import check_sweep, plan_sweep
 
 SPLITS = {"train_split": "train[:1200]", "validation_split": "train[1200:]", "test_split": "test[:700]"}
 

@@ -13,9 +13,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from states import perturbed_variables
 
 import selconv_jax
-from selconv_jax import Allocation, ConfigError, PlainConv, SelectiveConv, transform
+from selconv_jax import Allocation, ConfigError, PlainConv, SelectiveConv
 from selconv_jax.functional import expected_channel_damage
 from selconv_jax.models import DenseNet
+from selconv_jax.transforms import _reallocation as transform
 
 SHAPE = (2, 16, 16, 3)
 

@@ -10,10 +10,10 @@ import pytest
 from runs import compiled_once, quiet_console, tiny_config
 
 from selconv_jax import ConfigError
-from selconv_jax.train import opening
-from selconv_jax.train.loop import train_run
-from selconv_jax.train.trainer import Trainer
-from selconv_jax.train.workdir import create_workdir, free_workdir, lock, read_config
+from selconv_jax.train import _opening as opening
+from selconv_jax.train._loop import train_run
+from selconv_jax.train._trainer import Trainer
+from selconv_jax.train._workdir import create_workdir, free_workdir, lock, read_config
 
 pytestmark = pytest.mark.optimized
 

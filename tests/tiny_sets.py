@@ -12,8 +12,8 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from selconv_jax.data.catalog import KNOWN
-from selconv_jax.data.dataset import Split
+from selconv_jax.data._catalog import KNOWN
+from selconv_jax.data._dataset import Split
 
 TRAIN, TEST = 50, 20  # images in all; a tenth of each class
 

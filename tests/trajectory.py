@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from runs import CACHE, tiny_config
 
-from selconv_jax.data.dataset import ImageData, Split
-from selconv_jax.data.loading import open_data
-from selconv_jax.data.stream import StreamedData
-from selconv_jax.train import step as step_module
-from selconv_jax.train.agreement import check_same_state
-from selconv_jax.train.cluster import Cluster, join
-from selconv_jax.train.gradients import Seen, of_micro_batches
-from selconv_jax.train.trainer import Trainer
+from selconv_jax.data._dataset import ImageData, Split
+from selconv_jax.data._loading import open_data
+from selconv_jax.data._stream import StreamedData
+from selconv_jax.train import _step as step_module
+from selconv_jax.train._distributed.agreement import check_same_state
+from selconv_jax.train._distributed.cluster import Cluster, join
+from selconv_jax.train._gradients import Seen, of_micro_batches
+from selconv_jax.train._trainer import Trainer
 
 STEPS_PER_EPOCH = 15
 

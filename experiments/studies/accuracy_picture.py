@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from selconv_jax.report.style import INK, MUTED, new_figure, styled
+from selconv_jax.report._style import INK, MUTED, new_figure, styled
 
 __all__ = ["TITLES", "accuracy_picture", "by_data_set"]
 

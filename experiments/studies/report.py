@@ -24,15 +24,13 @@ import numpy as np
 from accuracy_picture import TITLES, accuracy_picture, by_data_set
 from tensorboardX.proto.event_pb2 import Event
 
-from selconv_jax.counting import count_multiply_adds, count_parameters
-from selconv_jax.data.catalog import KNOWN
+from selconv_jax.analysis import count_multiply_adds, count_parameters
+from selconv_jax.data._catalog import KNOWN
 from selconv_jax.errors import ConfigError, DataError, SelconvError
-from selconv_jax.report.save import save_figure
-from selconv_jax.report.statistics import paired_difference, spread
-from selconv_jax.train.config import Config, load_config
-from selconv_jax.train.metrics import read_metrics
-from selconv_jax.train.network import make_network
-from selconv_jax.train.workdir import CONFIG, ENVIRONMENT, METRICS, read_config
+from selconv_jax.report import paired_difference, save_figure, spread
+from selconv_jax.train import Config, load_config, read_metrics
+from selconv_jax.train._network import make_network
+from selconv_jax.train._workdir import CONFIG, ENVIRONMENT, METRICS, read_config
 
 RESULTS, TABLE, PICTURE = "results.json", "table.md", "accuracy.png"
 

@@ -1,7 +1,7 @@
 """Data sets in memory or streamed, their preparation, and augmentation inside the jitted step."""
 
-from selconv_jax.data.dataset import DatasetInfo, ImageData, Split
-from selconv_jax.data.loading import load, open_data
-from selconv_jax.data.stream import StreamedData
+from selconv_jax.data._dataset import DatasetInfo, ImageData, Split
+from selconv_jax.data._loading import load, open_data
+from selconv_jax.data._stream import StreamedData
 
 __all__ = ["DatasetInfo", "ImageData", "Split", "StreamedData", "load", "open_data"]

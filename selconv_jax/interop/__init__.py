@@ -1,1 +1,3 @@
 """Checkpoints of other implementations of the method."""
+
+__all__ = ["torch"]

@@ -1,7 +1,7 @@
 """The authors' PyTorch checkpoints: from their state dicts to our variables, and back.
 
-Their names and layouts are those of the authors' public code (see `selconv_jax.interop.names` and
-`selconv_jax.interop.arrays`); PyTorch itself is needed for its own pickle files only.
+Their names and layouts are those of the authors' public code (see `_names` and
+`_arrays`); PyTorch itself is needed for its own pickle files only.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from flax import traverse_util
 from numpy.typing import NDArray
 
 from selconv_jax.errors import CheckpointError, ConfigError
-from selconv_jax.interop.arrays import find_fault, from_torch, to_numpy, to_torch, torch_shape
-from selconv_jax.interop.files import check_writable, read_file, write_file
-from selconv_jax.interop.names import Entry, constants_of, entries_of
-from selconv_jax.interop.shift_units import ShiftUnits, init_shapes
-from selconv_jax.interop.wrappers import find_network
+from selconv_jax.interop._arrays import find_fault, from_torch, to_numpy, to_torch, torch_shape
+from selconv_jax.interop._files import check_writable, read_file, write_file
+from selconv_jax.interop._names import Entry, constants_of, entries_of
+from selconv_jax.interop._shift_units import ShiftUnits, init_shapes
+from selconv_jax.interop._wrappers import find_network
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
 
 __all__ = ["load_state_dict", "save_state_dict", "state_dict"]

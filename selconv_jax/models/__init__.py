@@ -1,11 +1,11 @@
 """The networks of the method's evaluation, and one that shows the mechanism by itself."""
 
-from selconv_jax.models.condensenet import CondenseNet
-from selconv_jax.models.densenet import DenseNet
-from selconv_jax.models.pointwise import Pointwise
-from selconv_jax.models.preresnet import PreResNet
-from selconv_jax.models.registry import MODELS, create_model, stem_for
-from selconv_jax.models.resnext import ResNeXt
+from selconv_jax.models._condensenet import CondenseNet
+from selconv_jax.models._densenet import DenseNet
+from selconv_jax.models._pointwise import Pointwise
+from selconv_jax.models._preresnet import PreResNet
+from selconv_jax.models._registry import MODELS, create_model, stem_for
+from selconv_jax.models._resnext import ResNeXt
 
 __all__ = [
     "MODELS",

@@ -1,1 +1,57 @@
-"""Training: configuration, state, step, loop, checkpoints, logs."""
+"""The training program as functions: configuration, trainer, runs, and what they wrote."""
+
+from typing import TYPE_CHECKING
+
+from selconv_jax._utils.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from selconv_jax.train._config import (
+        AllocationConfig,
+        Config,
+        DataConfig,
+        ModelConfig,
+        OptimizerConfig,
+        load_config,
+    )
+    from selconv_jax.train._loop import NonFiniteLossError, evaluate_run, resume_run, train_run
+    from selconv_jax.train._metrics import read_metrics
+    from selconv_jax.train._opening import restore_run
+    from selconv_jax.train._state import TrainState
+    from selconv_jax.train._trainer import Trainer
+
+__all__ = [
+    "AllocationConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "NonFiniteLossError",
+    "OptimizerConfig",
+    "TrainState",
+    "Trainer",
+    "evaluate_run",
+    "load_config",
+    "read_metrics",
+    "restore_run",
+    "resume_run",
+    "train_run",
+]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "AllocationConfig": "_config",
+        "Config": "_config",
+        "DataConfig": "_config",
+        "ModelConfig": "_config",
+        "NonFiniteLossError": "_loop",
+        "OptimizerConfig": "_config",
+        "TrainState": "_state",
+        "Trainer": "_trainer",
+        "evaluate_run": "_loop",
+        "load_config": "_config",
+        "read_metrics": "_metrics",
+        "restore_run": "_opening",
+        "resume_run": "_loop",
+        "train_run": "_loop",
+    },
+)

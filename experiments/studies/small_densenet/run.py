@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selconv_jax.cli.allocator import keep_memory
-from selconv_jax.cli.main import main as selconv
+from selconv_jax._cli.allocator import keep_memory
+from selconv_jax._cli.main import main as selconv
 
 STUDY = Path(__file__).resolve().parent
 THRESHOLDS = ("1e-3", "1e-2", "5e-2")

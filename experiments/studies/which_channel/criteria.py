@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selconv_jax.allocation import LayerState
-from selconv_jax.damage import expected_channel_damage, normalize_damage
+from selconv_jax.functional import LayerState, expected_channel_damage, normalize_damage
 
 __all__ = ["CRITERIA", "close", "rankings"]
 
@@ -18,7 +17,7 @@ def rankings(states: Mapping[str, LayerState], criterion: str, seed: int) -> dic
     """Scores of the channels of every layer, comparable between layers; low ones are closed first.
 
     Args:
-        states: The layers, from `selconv_jax.layer_tree.layer_states`, all gates open.
+        states: The layers, from `selconv_jax.transforms._layer_tree.layer_states`, all gates open.
         criterion: One of `CRITERIA`. By the method, a channel counts as much as its largest share in the
             expected damage of an output. The L1 norm of a channel's kernel is divided by that of the whole
             layer, as kernels of several sizes are ranked together; a batch norm's scale is taken as it is.

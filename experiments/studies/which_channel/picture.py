@@ -15,9 +15,8 @@ from criteria import CRITERIA
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selconv_jax.report.save import save_figure
-from selconv_jax.report.statistics import spread
-from selconv_jax.report.style import INK, new_figure, styled
+from selconv_jax.report import save_figure, spread
+from selconv_jax.report._style import INK, new_figure, styled
 
 _COLOURS = dict(zip(CRITERIA, ("#D55E00", "#0072B2", "#009E73", INK), strict=True))
 _AXES = {

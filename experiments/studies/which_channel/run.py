@@ -20,16 +20,14 @@ import jax.numpy as jnp
 from criteria import CRITERIA, close, rankings
 from flax import traverse_util
 
-from selconv_jax.cli.allocator import keep_memory
-from selconv_jax.cli.main import main as selconv
+from selconv_jax import layer_states, selectivize
+from selconv_jax._cli.allocator import keep_memory
+from selconv_jax._cli.main import main as selconv
+from selconv_jax.analysis import count_multiply_adds, count_parameters
 from selconv_jax.compaction import CompactionPlan
-from selconv_jax.counting import count_multiply_adds, count_parameters
-from selconv_jax.layer_tree import layer_states
-from selconv_jax.train.opening import prepare_again, restore_run
-from selconv_jax.train.state import TrainState
-from selconv_jax.train.trainer import Trainer
-from selconv_jax.train.workdir import CONFIG, read_config
-from selconv_jax.twin import selectivize
+from selconv_jax.train import Trainer, TrainState
+from selconv_jax.train._opening import prepare_again, restore_run
+from selconv_jax.train._workdir import CONFIG, read_config
 
 STUDY = Path(__file__).resolve().parent
 SEEDS = "0,1,2"

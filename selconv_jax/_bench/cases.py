@@ -1,0 +1,107 @@
+"""What is looked at of a network: training steps in all their forms, re-allocation, evaluation, the input."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from selconv_jax._bench.states import without_allocation
+from selconv_jax._bench.workbench import Prepared, Workbench, has_compaction
+
+__all__ = ["PLAIN", "Case", "plan_cases", "step_name", "torch_name"]
+
+PLAIN = "plain"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Something to look at.
+
+    Attributes:
+        name: In reports; unique for a network.
+        group: What reports put it under: ``"training step"``, ``"re-allocation"``, ``"evaluation"``,
+            ``"input"``.
+        base: Name of the case that it is compared with; None: with none.
+        rival: Name of the same in PyTorch; None: there is none.
+        images: Images of a step, or of a call that makes no steps; 0: it has none.
+        prepare: Compiles it and calls it for the first time.
+        timed: Whether it is to be timed, not just compiled.
+        steps: Steps that one call makes; times are given for one of them.
+    """
+
+    name: str
+    group: str
+    base: str | None
+    rival: str | None
+    images: int
+    prepare: Callable[[], Prepared]
+    timed: bool = True
+    steps: int = 1
+
+
+def step_name(slots: float) -> str:
+    """What the step of a selective network with a share of slots is called."""
+    return f"selective, slots {slots:g}"
+
+
+def plan_cases(bench: Workbench) -> list[Case]:
+    """The cases of a network that the settings ask for, all but those in PyTorch.
+
+    Args:
+        bench: The network.
+
+    Returns:
+        The cases, the base of each before it.
+    """
+    settings = bench.settings
+    what, batch, share = set(settings.what), settings.batch, settings.share
+    timed = "step" in what
+    group = "training step"
+    cases = []
+    # Everything else is compared with the plain step.
+    timed_base = bool(what & {"step", "frozen", "compact", "reallocate"}) or settings.torch
+    if timed_base or what & {"compile", "memory"}:
+        rival = torch_name(None) if settings.torch else None
+        plain = Case(PLAIN, group, None, rival, batch, bench.prepare_plain, timed_base, bench.steps)
+        cases.append(plain)
+    if what & {"step", "compile", "memory"}:
+        for slots in settings.slots:
+            rival = torch_name(slots) if settings.torch else None
+            prepare = functools.partial(bench.prepare_slots, slots)
+            cases.append(Case(step_name(slots), group, PLAIN, rival, batch, prepare, timed, bench.steps))
+    if has_compaction():
+        rival = torch_name(share) if settings.torch else None
+        if "frozen" in what:
+            name = f"frozen, {share:g} re-allocated"
+            cases.append(Case(name, group, PLAIN, rival, batch, bench.prepare_frozen, steps=bench.steps))
+        if "compact" in what:
+            name = f"compact, {share:g} closed"
+            cases.append(Case(name, group, PLAIN, None, batch, bench.prepare_compact, steps=bench.steps))
+    if "reallocate" in what:
+        cases.append(
+            Case("one round, whole network", "re-allocation", PLAIN, None, 0, bench.prepare_reallocate)
+        )
+    if "eval" in what:
+        cases += _eval_cases(bench)
+    if "input" in what:
+        cases.append(Case("gather and augment", "input", None, None, batch, bench.prepare_input))
+    return cases
+
+
+def torch_name(slots: float | None) -> str:
+    """What the PyTorch step of a share of copies is called; None: of the plain network."""
+    return "torch plain" if slots is None else f"torch selective, {slots:g} re-allocated"
+
+
+def _eval_cases(bench: Workbench) -> list[Case]:
+    share, batch, group = bench.settings.share, bench.settings.batch, "evaluation"
+
+    def prepare_plain() -> Prepared:
+        return bench.prepare_eval(bench.plain, without_allocation(bench.initial.variables))
+
+    def prepare_selective() -> Prepared:
+        return bench.prepare_eval(bench.selective.clone(slots=share), bench.copied(share))
+
+    return [
+        Case("eval plain", group, None, None, batch, prepare_plain),
+        Case(f"eval selective, slots {share:g}", group, "eval plain", None, batch, prepare_selective),
+    ]

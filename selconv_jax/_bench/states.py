@@ -1,0 +1,126 @@
+"""Variables with as many channels re-allocated or closed as a benchmark asks for."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from numpy.typing import NDArray
+
+from selconv_jax.functional._allocation import LayerState
+from selconv_jax.functional._allocation import reallocate as fill_slots
+from selconv_jax.functional._groups import group_count
+from selconv_jax.transforms._layer_tree import layer_states, merge_layers
+
+__all__ = ["with_closed", "with_copies", "without_allocation"]
+
+_SHIFT_RANGE = 1.5  # pixels; method, "Re-allocation"
+
+
+def with_copies(variables: Mapping[str, Any], share: float, seed: int) -> Any:
+    """Re-allocates a share of the channels of every selective layer, as rounds of re-allocation would.
+
+    The channels are chosen at random, closed, and filled with shifted copies of random open ones (method,
+    "Re-allocation": their kernel rows are 0, their batch norm is that of the source). Gate-only layers stay.
+
+    Args:
+        variables: A model's variables, nothing of which is closed.
+        share: Of the channels, in [0, 1]; rounded down to whole channels. At 1 each half of the channels is
+            filled from the other.
+        seed: Everything random follows from it.
+
+    Returns:
+        Variables of the same structure.
+
+    Example:
+        >>> import selconv_jax
+        >>> layer = selconv_jax.SelectiveConv(features=2, kernel_size=(1, 1))
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 8)), train=False)
+        >>> selconv_jax.required_slots(with_copies(variables, 0.25, seed=0))
+        0.25
+    """
+    rng = np.random.default_rng(seed)
+    states = {name: state for name, state in layer_states(variables).items() if state.source is not None}
+    halves: dict[str, list[NDArray[np.bool_]]] = {}
+    for name, state in states.items():
+        channels = state.gate.shape[0]
+        slots = rng.permutation(channels)[: _count(share, channels)]
+        parts = np.array_split(slots, 2) if channels == len(slots) > 1 else [slots, slots[:0]]
+        halves[name] = [np.isin(np.arange(channels), part) for part in parts]
+    for half in range(2):
+        drawn, shifts = {}, {}
+        for name, state in states.items():
+            is_slot = halves[name][half]
+            channels, rank = state.shift.shape  # type: ignore[union-attr]
+            # The only channel there is copies itself.
+            sources = np.flatnonzero(~is_slot) if not is_slot.all() else np.arange(channels)
+            drawn[name] = np.where(is_slot, rng.choice(sources, channels), -1).astype(np.int32)
+            shifts[name] = rng.uniform(-_SHIFT_RANGE, _SHIFT_RANGE, (channels, rank)).astype(np.float32)
+        states = _close_and_fill(states, drawn, shifts)
+    return merge_layers(variables, states)
+
+
+def with_closed(variables: Mapping[str, Any], share: float, seed: int) -> Any:
+    """Closes a share of the channels of every selective and gate-only layer, chosen at random.
+
+    Args:
+        variables: A model's variables, nothing of which is closed.
+        share: Of the channels, in [0, 1]; rounded down to whole channels. An open one is left in every
+            group of a convolution.
+        seed: Everything random follows from it.
+
+    Returns:
+        Variables of the same structure.
+
+    Example:
+        >>> import selconv_jax
+        >>> layer = selconv_jax.SelectiveConv(features=2, kernel_size=(1, 1))
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 8)), train=False)
+        >>> int(with_closed(variables, 0.25, seed=0)["selectivity"]["gate"].sum())
+        6
+    """
+    rng = np.random.default_rng(seed)
+    states = {}
+    for name, state in layer_states(variables).items():
+        channels = state.gate.shape[0]
+        groups = group_count(channels, state.kernel.shape)
+        order = rng.permutation(channels)
+        # The last of each group in that order stays.
+        group_of = order // (channels // groups)
+        stays = {int(np.flatnonzero(group_of == group)[-1]) for group in range(groups)}
+        may_close = np.array([channel for place, channel in enumerate(order) if place not in stays], int)
+        gate = np.ones(channels, bool)
+        gate[may_close[: _count(share, channels)]] = False
+        states[name] = dataclasses.replace(state, gate=jnp.asarray(gate))
+    return merge_layers(variables, states)
+
+
+def without_allocation(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of the plain network with the same parameters: without shifts, gates and sources."""
+    params = traverse_util.flatten_dict(variables["params"])
+    kept = {path: leaf for path, leaf in params.items() if path[-1] != "shift"}
+    return {"params": traverse_util.unflatten_dict(kept), "batch_stats": variables["batch_stats"]}
+
+
+def _count(share: float, channels: int) -> int:
+    # 0.3 of 10 channels are 3, whatever becomes of 0.3 * 10 in binary.
+    return math.floor(share * channels + 1e-9)
+
+
+@jax.jit
+def _close_and_fill(
+    states: dict[str, LayerState], drawn: dict[str, jax.Array], shifts: dict[str, jax.Array]
+) -> dict[str, LayerState]:
+    """All layers with some channels closed and opened again as copies of the drawn ones."""
+    new = {}
+    for name, state in states.items():
+        assert state.source is not None
+        is_slot = drawn[name] >= 0
+        source = jnp.where(is_slot, -1, state.source)
+        closed = dataclasses.replace(state, gate=state.gate & ~is_slot, source=source)
+        new[name] = fill_slots(closed, drawn[name], shifts[name])
+    return new

@@ -1,0 +1,236 @@
+"""The networks, images and states that a benchmark works with, and the calls that it times."""
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from selconv_jax._bench.compilation import Program, compile_program
+from selconv_jax._bench.settings import BenchSettings
+from selconv_jax._bench.states import with_closed, with_copies, without_allocation
+from selconv_jax.data._augment import augment, normalize
+from selconv_jax.data._dataset import DatasetInfo, ImageData, Split
+from selconv_jax.errors import SelconvError
+from selconv_jax.train._config import OptimizerConfig
+from selconv_jax.train._distributed.sharding import Placement
+from selconv_jax.train._feed import ResidentFeed
+from selconv_jax.train._optimizer import make_optimizer
+from selconv_jax.train._state import TrainState, initial_state
+from selconv_jax.train._step import eval_batch, train_step
+from selconv_jax.transforms._reallocation import Allocation, reallocate
+
+__all__ = ["Prepared", "Workbench", "has_compaction"]
+
+_COMPACTION = "selconv_jax.compaction"
+
+# The speed does not depend on the rate; with a small one a network stays finite on images of noise.
+_OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
+_STEPS = 10**6
+_THRESHOLD = 0.1  # of the timed re-allocation
+_STEPS_ELSEWHERE = 50  # per call, as in training runs on accelerators
+_BATCHES = 16  # that the images of the input are
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A case that is compiled and warm.
+
+    Attributes:
+        call: Does it once and returns when it is done.
+        program: What was compiled; None: not known.
+    """
+
+    call: Callable[[], object]
+    program: Program | None = None
+
+
+def has_compaction() -> bool:
+    """Whether this version can compile frozen allocations and smaller networks."""
+    return importlib.util.find_spec(_COMPACTION) is not None
+
+
+class Workbench:
+    """The networks, images and states of one network's cases, made when they are first needed.
+
+    All of it lies on one device. Steps are the library's own `train_step`, with
+    augmentation and a donated state, all on the same batch.
+
+    Args:
+        name: Of the network.
+        settings: The benchmark.
+    """
+
+    def __init__(self, name: str, settings: BenchSettings) -> None:
+        self.settings = settings
+        self.plain = settings.model(name, "plain")
+        self.selective = settings.model(name, "selective")
+        self.optimizer_config = _OPTIMIZER
+        self.optimizer = make_optimizer(_OPTIMIZER, _STEPS)
+        channels = settings.image[2]
+        self.info = DatasetInfo(
+            "noise",
+            settings.image,
+            self.plain.num_classes,
+            None,
+            (0.5,) * channels,
+            (0.25,) * channels,
+            crop_padding=4,
+            flip=True,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Training steps per call of a compiled program."""
+        return self.settings.steps or (1 if jax.default_backend() == "cpu" else _STEPS_ELSEWHERE)
+
+    @functools.cached_property
+    def batch(self) -> tuple[jax.Array, jax.Array]:
+        """Images ``[B, H, W, C]`` uint8 of noise, and labels ``[B]`` int32."""
+        images, labels = self.noise(self.settings.batch)
+        return jnp.asarray(images), jnp.asarray(labels)
+
+    @functools.cached_property
+    def initial(self) -> TrainState:
+        """The selective network's state at the start; never donated."""
+        make = functools.partial(
+            initial_state, self.selective, self.optimizer, self.settings.image, self.settings.seed
+        )
+        # A huge program that runs once: on CPU, where optimizing it takes minutes, it is not optimized.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        return jax.jit(make, compiler_options=options)()
+
+    def noise(self, count: int) -> tuple[Any, Any]:
+        """As many images and labels, as NumPy arrays."""
+        rng = np.random.default_rng(self.settings.seed)
+        images = rng.integers(0, 256, (count, *self.settings.image), np.uint8)
+        return images, rng.integers(0, self.plain.num_classes, count).astype(np.int32)
+
+    def copied(self, share: float) -> dict[str, Any]:
+        """Variables of the selective network with a share of the channels re-allocated."""
+        return with_copies(self.initial.variables, share, self.settings.seed)
+
+    def closed(self, share: float) -> dict[str, Any]:
+        """Variables of the selective network with a share of the channels closed, none re-allocated."""
+        return with_closed(self.initial.variables, share, self.settings.seed)
+
+    def state(self, variables: dict[str, Any]) -> TrainState:
+        """A state with these variables and a fresh optimizer, in memory of its own: it may be donated."""
+        filled = {"params": {}, "batch_stats": {}, "selectivity": {}, **variables}
+        state = self.initial.with_variables(filled)
+        state = dataclasses.replace(state, opt_state=self.optimizer.init(filled["params"]))
+        return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+
+    def step(
+        self, model: Any, placement: Placement | None = None
+    ) -> Callable[[TrainState, jax.Array, jax.Array], TrainState]:
+        """The training step of a network, a pure function; see `train_step`."""
+        return functools.partial(
+            train_step,
+            model=model,
+            optimizer=self.optimizer,
+            info=self.info,
+            steps_per_epoch=_STEPS,
+            placement=placement,
+        )
+
+    def prepare_step(self, model: Any, variables: dict[str, Any]) -> Prepared:
+        """Compiles the step of a network, for a state with these variables."""
+        state = self.state(variables)
+        one, count = self.step(model), self.steps
+
+        def steps(state: TrainState, *batch: jax.Array) -> TrainState:
+            return jax.lax.scan(lambda state, _: (one(state, *batch), None), state, length=count)[0]
+
+        program = compile_program(one if count == 1 else steps, state, *self.batch, donate_argnums=0)
+        step = program.run
+
+        def call() -> None:
+            nonlocal state
+            state = jax.block_until_ready(step(state, *self.batch))
+
+        call()
+        if int(state.failed_step) >= 0:
+            raise SelconvError("the loss of the first step is not finite: take other options of the network.")
+        return Prepared(call, program)
+
+    def prepare_plain(self) -> Prepared:
+        """The step of the plain network."""
+        return self.prepare_step(self.plain, without_allocation(self.initial.variables))
+
+    def prepare_slots(self, slots: float) -> Prepared:
+        """The step of the selective network with as many copies as it has slots."""
+        return self.prepare_step(self.selective.clone(slots=slots), self.copied(slots))
+
+    def frozen(self) -> tuple[Any, dict[str, Any]]:
+        """The network for exactly the allocation there is, ``share`` re-allocated, and its variables."""
+        plan_compaction = importlib.import_module(_COMPACTION).plan_compaction
+        variables = self.copied(self.settings.share)
+        model = self.selective.clone(slots=self.settings.share)
+        return plan_compaction(model, variables, compare=False).frozen_model(), variables
+
+    def compact(self) -> tuple[Any, dict[str, Any]]:
+        """The smaller network that is left when ``share`` of the channels are closed, and its variables."""
+        plan_compaction = importlib.import_module(_COMPACTION).plan_compaction
+        variables = self.closed(self.settings.share)
+        plan = plan_compaction(self.selective, variables, compare=False)
+        return plan.model, plan.take(variables)
+
+    def prepare_frozen(self) -> Prepared:
+        """The step of `frozen`."""
+        return self.prepare_step(*self.frozen())
+
+    def prepare_compact(self) -> Prepared:
+        """The step of `compact`."""
+        return self.prepare_step(*self.compact())
+
+    def prepare_reallocate(self) -> Prepared:
+        """One round for the whole network, as a training program calls it between epochs."""
+        variables, key = self.initial.variables, jax.random.key(self.settings.seed)
+        allocation = Allocation(threshold=_THRESHOLD)
+
+        def call() -> None:
+            jax.block_until_ready(reallocate(variables, key, allocation))
+
+        call()
+        return Prepared(call)
+
+    def prepare_eval(self, model: nn.Module, variables: dict[str, Any]) -> Prepared:
+        """The evaluation of one batch."""
+        evaluate = functools.partial(eval_batch, model=model, info=self.info)
+        program = compile_program(evaluate, variables, *self.batch)
+
+        def call() -> None:
+            jax.block_until_ready(program.run(variables, *self.batch))
+
+        call()
+        return Prepared(call, program)
+
+    def prepare_input(self) -> Prepared:
+        """A batch cut out of images that lie on the device, augmented and normalized."""
+        size = self.settings.batch
+        split = Split(*self.noise(_BATCHES * size))
+        placement = Placement.over(1, size)
+        feed = ResidentFeed(ImageData(self.info, split, split), placement, size, size)
+        arguments = next(feed.train(self.initial.key, 0, 0))
+
+        def make(step: jax.Array, *arguments: Any) -> tuple[jax.Array, jax.Array]:
+            images, labels = feed.take(step, *arguments)
+            key = jax.random.fold_in(jax.random.key(0), step)
+            batch = augment(key, images, crop_padding=self.info.crop_padding, flip=self.info.flip)
+            return normalize(batch, self.info.mean, self.info.std, self.settings.dtype), labels
+
+        program = compile_program(make, jnp.zeros((), jnp.int32), *arguments)
+        steps = itertools.cycle([jnp.asarray(step, jnp.int32) for step in range(_BATCHES)])
+
+        def call() -> None:
+            jax.block_until_ready(program.run(next(steps), *arguments))
+
+        call()
+        return Prepared(call, program)

@@ -1,0 +1,229 @@
+"""``selconv bench``."""
+
+import argparse
+import contextlib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from selconv_jax._bench.compilation import without_compilation_cache
+from selconv_jax._bench.environment import environment, load_average
+from selconv_jax._bench.picture import Panel, bar_picture, panels_of
+from selconv_jax._bench.progress import BenchProgress
+from selconv_jax._bench.report import compile_table, describe, memory_table, report_of, time_table
+from selconv_jax._bench.rows import rows_of
+from selconv_jax._bench.run import NetworkResult, bench_network
+from selconv_jax._bench.settings import BenchSettings
+from selconv_jax._bench.topology import TopologyResult, bench_topology, prepare_process, topology_devices
+from selconv_jax._bench.topology_report import costs_table, cycles_panel, largest_table, topology_report
+from selconv_jax._cli.runs import share_compilations
+from selconv_jax._utils.console import progress_console
+from selconv_jax.errors import ConfigError
+from selconv_jax.report._save import save_figure
+from selconv_jax.train._signals import StopRequest
+from selconv_jax.train._workdir import default_workdir
+
+__all__ = ["run"]
+
+_REPORT = "bench.json"
+_PICTURE = "bench.png"
+_BUSY = 0.5  # load average
+_PLAIN_OPTIONS = ("batch", "dtype", "share", "repeats", "steps", "torch", "topology", "seed")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Times or compiles what was asked for; leaves tables, a file of every number, and a picture."""
+    settings = _settings(options)
+    output = (
+        Path(options.output) if options.output else default_workdir("-".join(settings.models), "runs/bench")
+    )
+    console = progress_console()
+    if settings.topology is None:
+        _create(output)
+        return _measure(settings, output, console)
+    prepare_process()
+    devices = topology_devices(settings.topology)
+    _create(output)
+    return _compile(settings, devices, output, console)
+
+
+def _measure(settings: BenchSettings, output: Path, console: Console) -> int:
+    cache: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if "compile" in settings.what:
+        cache = without_compilation_cache()
+    else:
+        share_compilations()
+    results: list[NetworkResult] = []
+    with StopRequest() as stop, cache:
+        machine = environment()
+        _warn_if_busy(console, machine, settings)
+        for model in settings.models:
+            with _progress(console, model) as progress:
+                result = bench_network(model, settings, progress, lambda: bool(stop))
+            results.append(result)
+            _print(console, settings, result)
+            # After every network, so that little is lost if a later one fails.
+            machine["load_average_after"] = load_average()
+            _write(output, settings, machine, results)
+            if stop:
+                break
+    return _end(console, output, stop)
+
+
+def _compile(settings: BenchSettings, devices: Sequence[Any], output: Path, console: Console) -> int:
+    results: list[TopologyResult] = []
+    # What is compiled for chips that are not there cannot be read back from the cache.
+    with StopRequest() as stop, without_compilation_cache():
+        machine = environment()
+        for model in settings.models:
+            with _progress(console, model) as progress:
+                result = bench_topology(model, settings, devices, progress, lambda: bool(stop))
+            results.append(result)
+            title = f"{model} for {settings.topology} ({describe(settings)})"
+            for note in result.notes:
+                _say(console, f"{model}: {note}")
+            console.print(largest_table(result, title))
+            console.print(costs_table(result, title))
+            report = report_of(settings, machine, [])
+            report["topology"] = [topology_report(result) for result in results]
+            _write_json(output / _REPORT, report)
+            panels = [cycles_panel(result, str(settings.topology)) for result in results if result.steps]
+            if panels:
+                versions = machine["versions"]
+                caption = f"libtpu {versions['libtpu']}, jax {versions['jax']}; nothing was run"
+                save_figure(
+                    bar_picture(panels, f"Compiled for {settings.topology}: {describe(settings)}", caption),
+                    output / _PICTURE,
+                )
+            if stop:
+                break
+    return _end(console, output, stop)
+
+
+@contextlib.contextmanager
+def _progress(console: Console, network: str) -> Iterator[BenchProgress]:
+    progress = BenchProgress(console, network)
+    try:
+        yield progress
+    finally:
+        progress.close()
+
+
+def _end(console: Console, output: Path, stop: StopRequest) -> int:
+    _say(console, f"every number: {output / _REPORT}")
+    if stop:
+        _say(console, "stopped: these are the numbers so far.")
+    return stop.exit_code
+
+
+def _print(console: Console, settings: BenchSettings, result: NetworkResult) -> None:
+    title = f"{result.model} ({describe(settings)})"
+    for note in result.notes:
+        _say(console, f"{result.model}: {note}")
+    if result.rounds:
+        console.print(time_table(result, title))
+    if "memory" in settings.what:
+        console.print(memory_table(result, f"memory, {title}"))
+    if "compile" in settings.what:
+        console.print(compile_table(result, f"compilation, {title}"))
+
+
+def _write(
+    output: Path, settings: BenchSettings, machine: Mapping[str, Any], results: Sequence[NetworkResult]
+) -> None:
+    _write_json(output / _REPORT, report_of(settings, machine, results))
+    panels: list[Panel] = [panel for result in results for panel in panels_of(result)]
+    if panels:
+        versions = machine["versions"]
+        caption = (
+            f"medians and quartiles of {_rounds(results)}; {machine['processor']}, {machine['cores']} "
+            f"cores, {machine['device']}; jax {versions['jax']}, torch {versions['torch']}; load average "
+            f"{machine['load_average']:.1f} before, {machine['load_average_after']:.1f} after"
+        )
+        save_figure(bar_picture(panels, f"Benchmark: {describe(settings)}", caption), output / _PICTURE)
+
+
+def _rounds(results: Sequence[NetworkResult]) -> str:
+    """How many rounds were taken; fewer than asked for where the benchmark was stopped."""
+    counts = {len(row.seconds) for result in results for row in rows_of(result) if row.summary is not None}
+    few, many = min(counts), max(counts)
+    count = f"{many}" if few == many else f"{few} to {many}"
+    return f"{count} round{'' if many == 1 else 's'}"
+
+
+def _write_json(path: Path, report: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _create(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        content = sorted(entry.name for entry in output.iterdir())
+    except OSError as error:
+        raise ConfigError(f"the directory {output} cannot be written: {error.strerror}.") from None
+    if content:
+        raise ConfigError(
+            f"{output} is not empty (it holds {content[0]!r}). Choose another --output: a benchmark is never "
+            "written over other files."
+        )
+
+
+def _warn_if_busy(console: Console, machine: Mapping[str, Any], settings: BenchSettings) -> None:
+    load = machine["load_average"]
+    if load is None or load < _BUSY:
+        return
+    text = (
+        f"the machine is busy (load average {load:.1f} on {machine['cores']} cores): times will be too long "
+        "and noisy; compare the ratios within rounds, or wait."
+    )
+    if settings.torch:
+        text += (
+            " PyTorch's threads wait for one another and lose the most by it: do not trust the ratios to "
+            "PyTorch, which come out in our favour."
+        )
+    _say(console, text)
+
+
+def _settings(options: argparse.Namespace) -> BenchSettings:
+    # As in a sweep: what looks like KEY=VALUE is one.
+    overrides = [word for word in options.words if re.match(r"\w+\s*=", word)]
+    models = [word for word in options.words if word not in overrides]
+    chosen: dict[str, Any] = {
+        "models": tuple(dict.fromkeys(models)),
+        "options": dict(map(_option, overrides)),
+        "image": _numbers("--image", options.image, "x", int, "32x32x3"),
+        "what": tuple(dict.fromkeys(options.what.split(","))) if options.what else None,
+        "slots": _shares(options.slots) if options.slots else None,
+    }
+    plain = {key: getattr(options, key) for key in _PLAIN_OPTIONS}
+    return BenchSettings(**plain, **{key: value for key, value in chosen.items() if value})
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(dict.fromkeys(_numbers("--slots", text, ",", float, "0,0.25")))
+
+
+def _numbers(name: str, text: str, separator: str, kind: type, example: str) -> tuple[Any, ...]:
+    try:
+        return tuple(map(kind, text.split(separator)))
+    except ValueError:
+        raise ConfigError(f"{name} is {text!r}; it must be of the form {example}.") from None
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,70 @@
+"""``selconv compile``."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from selconv_jax._bench.compilation import without_compilation_cache
+from selconv_jax._bench.environment import environment
+from selconv_jax._bench.pod import PodPlan, compile_for_pod, largest_batch
+from selconv_jax._bench.pod_report import messages_table, pod_table, scaling_line
+from selconv_jax._bench.topology import prepare_process, topology_devices
+from selconv_jax._utils.console import terminal_or_lines
+from selconv_jax.errors import ConfigError
+from selconv_jax.train._config import Config, load_config
+
+__all__ = ["run"]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compiles a run for chips that are not there; prints tables, writes JSON."""
+    config = load_config(options.config, options.words)
+    if not 0.0 <= options.slots <= 1.0:
+        raise ConfigError(f"--slots is {options.slots}; it must be a share of the channels in [0, 1].")
+    if options.batch not in (None, "search"):
+        if not options.batch.isdecimal() or int(options.batch) < 1:
+            raise ConfigError(f"--batch is {options.batch!r}; it must be a number of images, or search.")
+        config = dataclasses.replace(config, batch_size=int(options.batch))
+    output = Path(options.output) if options.output else None
+    if output is not None and output.exists():
+        raise ConfigError(f"{output} is there already. Choose another --output: nothing is written over.")
+    prepare_process()
+    devices = topology_devices(options.topology)
+    console = terminal_or_lines()
+    # What is compiled for chips that are not there cannot be read back from the cache.
+    with without_compilation_cache():
+        plan = _plan(config, options, devices, console)
+    _print(plan, options.config, console)
+    if output is not None:
+        report = {"config": options.config, "environment": environment(), **dataclasses.asdict(plan)}
+        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        console.print(f"every number: {output}", highlight=False, markup=False, soft_wrap=True)
+    return 0 if all(program.fits is not False for program in plan.programs) else 1
+
+
+def _plan(config: Config, options: argparse.Namespace, devices: Any, console: Console) -> PodPlan:
+    def tell(what: str) -> None:
+        console.print(
+            f"compiling for {options.topology}: {what}", highlight=False, markup=False, soft_wrap=True
+        )
+
+    if options.batch != "search":
+        return compile_for_pod(config, options.topology, devices, slots=options.slots, tell=tell)
+    plan = largest_batch(config, options.topology, devices, slots=options.slots, tell=tell)
+    if plan is None:
+        raise ConfigError(
+            f"not even {len(devices) * config.micro_batches} images per step fit on {options.topology}. Take "
+            "more micro_batches, parameter_shards, or another topology."
+        )
+    return plan
+
+
+def _print(plan: PodPlan, name: str, console: Console) -> None:
+    title = f"{name} on {plan.topology}: {plan.chips} chips, {plan.batch_size:,} images per step"
+    console.print(pod_table(plan, title))
+    console.print(messages_table(plan))
+    console.print(scaling_line(plan), highlight=False, markup=False, soft_wrap=True)

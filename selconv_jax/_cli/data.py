@@ -1,0 +1,46 @@
+"""``selconv data prepare | list``."""
+
+import argparse
+
+from rich.table import Table
+
+from selconv_jax._utils.console import terminal_or_lines
+from selconv_jax.data._catalog import resolve_data_dir, status
+from selconv_jax.data._preparation.prepare import prepare
+
+__all__ = ["run"]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the chosen action."""
+    return _prepare(options) if options.action == "prepare" else _list(options)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    print(prepare(options.name, options.source, options.data_dir))
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    rows = status(options.data_dir)
+    table = Table("name", "state", "images", "size", "classes", title="data sets", title_justify="left")
+    for row in rows:
+        table.add_row(
+            row.name,
+            row.state,
+            ", ".join(f"{count:,} {split}" for split, count in row.counts.items()),
+            "x".join(map(str, row.image_shape)) if row.image_shape else "",
+            str(row.num_classes or ""),
+        )
+    console = terminal_or_lines()
+    console.print(table)
+    console.print(f"prepared sets are looked for in {resolve_data_dir(options.data_dir)}", soft_wrap=True)
+    for row in rows:
+        if row.state == "not prepared":
+            console.print(
+                f"\n{row.name}: `selconv data prepare {row.name} --from PATH`, where PATH holds the files of "
+                f"{row.origin}.",
+                soft_wrap=True,
+                highlight=False,
+            )
+    return 0

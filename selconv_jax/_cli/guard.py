@@ -1,0 +1,133 @@
+"""How a command ends: results written out or not, errors in one line, an interruption without noise."""
+
+import contextlib
+import io
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+
+from selconv_jax._utils.console import discard
+from selconv_jax.errors import SelconvError
+
+__all__ = ["DEBUG", "described", "guarded", "prepare_process"]
+
+DEBUG = "SELCONV_DEBUG"
+"""The environment variable that asks for tracebacks, unless it is empty or 0."""
+
+# What the compilers of XLA and the TPU write past Python: pages on the features of the processor where a
+# program comes from the cache, warnings of TPUs that are not there. What matters comes as an exception; what
+# ends the process is written all the same.
+_QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+
+_LETTERS = 300  # of a message that is not ours; some hold whole specifications
+
+
+def is_debugging() -> bool:
+    """Whether tracebacks are asked for."""
+    return os.environ.get(DEBUG, "0") not in ("", "0")
+
+
+def prepare_process(*, debug: bool) -> None:
+    """Makes streams, messages and failures of this process such that nothing but our lines is seen.
+
+    Args:
+        debug: Whether tracebacks, and what the compilers say, are asked for; handed on to processes that this
+            one starts.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # A file opened later would take the number, and get what is written to the stream.
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if debug:
+        os.environ[DEBUG] = "1"
+    if is_debugging():
+        return
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":
+        # JAX sets this in every process that imports it, and what such a process starts inherits it.
+        del os.environ["TF_CPP_MIN_LOG_LEVEL"]
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    threading.excepthook = lambda failure: _say(f"error in {failure.thread}: {described(failure.exc_value)}")
+    sys.unraisablehook = lambda failure: None
+
+
+def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
+    """Runs a command; says what ended it in one line.
+
+    Args:
+        action: The command; returns its exit code.
+        keeps_results: Whether the results are in files, so that what it prints may be lost.
+
+    Returns:
+        The command's code; 1 for an error, 130 for Ctrl-C, 141 where nobody reads the results any more.
+    """
+    try:
+        code = action()
+        if keeps_results:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+        else:
+            sys.stdout.flush()
+    except SelconvError as error:
+        _show(error)
+        _say(f"error: {error}")
+        code = 1
+    except BrokenPipeError:
+        # Whoever read the output has enough of it.
+        code = 141
+    except KeyboardInterrupt:
+        _say("interrupted")
+        code = 130
+    except Exception as error:
+        if any(isinstance(each, KeyboardInterrupt) for each in _chain(error)):
+            _say("interrupted")
+            return 130
+        _show(error)
+        _say(f"error: {described(error)} (`--debug` or {DEBUG}=1 shows where it comes from)")
+        code = 1
+    finally:
+        # What the streams still hold back must not fail while the interpreter ends.
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                discard(stream)
+    return code
+
+
+def described(error: BaseException | None) -> str:
+    """An exception in a line: ours as it is, of others the kind and the beginning of the first line."""
+    if isinstance(error, SelconvError):
+        return str(error)
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if len(line) > _LETTERS:
+        line = line[:_LETTERS] + "..."
+    return f"{type(error).__name__}{': ' if line else ''}{line}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _show(error: BaseException) -> None:
+    if is_debugging():
+        with contextlib.suppress(OSError, ValueError):
+            traceback.print_exception(error)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"selconv: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,137 @@
+"""The tables and pictures of a run, from the files in its directory alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+from rich.console import Console
+
+from selconv_jax._cli.counts import run_counts
+from selconv_jax.functional._damage import channel_scores, expected_channel_damage, normalize_damage
+from selconv_jax.report._channel_map import channel_map
+from selconv_jax.report._curves import learning_curves
+from selconv_jax.report._layer_allocation import LayerAllocation
+from selconv_jax.report._overview import allocation_overview
+from selconv_jax.report._save import save_figure
+from selconv_jax.report._tables import layer_table, run_table
+from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
+from selconv_jax.train._config import Config
+from selconv_jax.train._metrics import read_metrics
+from selconv_jax.train._workdir import CHECKPOINTS, METRICS, read_config
+from selconv_jax.transforms._layer_tree import layer_states
+
+__all__ = ["draw_run", "print_run"]
+
+
+def print_run(workdir: Path, console: Console) -> None:
+    """Prints the tables of a run: its epochs, its layers, their parameters and multiply-adds.
+
+    Args:
+        workdir: The directory of the run.
+        console: Where to print.
+
+    Raises:
+        SelconvError: There is no run, or its files are damaged.
+    """
+    config = read_config(workdir)
+    records = read_metrics(workdir / METRICS)
+    if not records:
+        console.print(f"{workdir}: no epoch has ended yet", highlight=False, soft_wrap=True)
+        return
+    console.print(run_table(records, _summary(workdir, config)))
+    with console.status("reading the checkpoint"):
+        _, variables = _variables(workdir)
+        layers = _layers(variables)
+    if layers:
+        console.print(layer_table(layers))
+    with console.status("counting parameters and multiply-adds"):
+        counts = run_counts(config, variables)
+    console.print(counts, highlight=False)
+
+
+def draw_run(workdir: Path, output: Path, console: Console) -> None:
+    """Draws learning curves and channel maps as PNG files.
+
+    Args:
+        workdir: The directory of the run.
+        output: Where the pictures go.
+        console: Where to say so.
+
+    Raises:
+        SelconvError: There is no run, or its files are damaged.
+    """
+    config = read_config(workdir)
+    records = read_metrics(workdir / METRICS)
+    if not records:
+        return
+    title = f"{config.model.name} ({config.model.variant}) on {config.data.name}"
+    console.print("drawing pictures")
+    output.mkdir(parents=True, exist_ok=True)
+    with console.status("learning curves") as status:
+        save_figure(learning_curves(records, title), output / "learning_curves.png")
+        step, variables = _variables(workdir)
+        layers = _layers(variables)
+        if layers:
+            save_figure(allocation_overview(layers, f"{title}, step {step:,}"), output / "allocation.png")
+        for number, layer in enumerate(layers, 1):
+            status.update(f"channel map {number} of {len(layers)}")
+            picture = channel_map(layer, f"{workdir.resolve().name}: {title}, step {step:,}")
+            save_figure(picture, output / f"channels_{layer.name.replace('/', '_')}.png")
+    what = "learning curves" + (f", allocation and {len(layers)} channel maps" if layers else "")
+    console.print(f"pictures in {output}: {what}", highlight=False, soft_wrap=True)
+
+
+def _summary(workdir: Path, config: Config) -> dict[str, str]:
+    return {
+        "run": str(workdir),
+        "model": f"{config.model.name}, {config.model.variant}, {config.model.dtype}",
+        "data": ", ".join([config.data.name, *_splits(config)]),
+        "epochs": str(config.epochs),
+        "batch size": str(config.batch_size),
+        "seed": str(config.seed),
+        "threshold": f"{config.allocation.threshold:g}",
+    }
+
+
+def _splits(config: Config) -> list[str]:
+    """What is not as the set has it by default."""
+    keys = ("train_split", "validation_split", "test_split", "validation")
+    named = {key.replace("_", " "): getattr(config.data, key) for key in keys}
+    return [f"{key} {value}" for key, value in named.items() if value is not None]
+
+
+def _variables(workdir: Path) -> tuple[int, dict[str, Any]]:
+    """Step and variables of the newest good checkpoint; 0 and empty if there is none yet."""
+    with CheckpointStore(workdir / CHECKPOINTS) as store:
+        if not store.steps():
+            return 0, {}
+        step, arrays = store.read()
+    tree = traverse_util.unflatten_dict({tuple(name.split("/")): leaf for name, leaf in arrays.items()})
+    return step, {name: tree[name] for name in ("params", "batch_stats", "selectivity") if name in tree}
+
+
+def _layers(variables: dict[str, Any]) -> list[LayerAllocation]:
+    """The selective and gate-only layers."""
+    if not variables.get("selectivity"):
+        return []
+    layers = []
+    for name, state in sorted(layer_states(variables).items(), key=lambda item: _natural(item[0])):
+        damage = expected_channel_damage(state.kernel, state.scale, state.bias, state.gate)
+        layers.append(
+            LayerAllocation(
+                name=name,
+                gate=np.asarray(state.gate),
+                source=None if state.source is None else np.asarray(state.source),
+                shift=None if state.shift is None else np.asarray(state.shift),
+                score=np.asarray(channel_scores(normalize_damage(damage), None)),
+                features=state.kernel.shape[-1],
+            )
+        )
+    return layers
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts ``layer2`` before ``layer10``."""
+    words = "".join(character if character.isdigit() else f" {character} " for character in name).split()
+    return [(int(word), "") if word.isdigit() else (0, word) for word in words]

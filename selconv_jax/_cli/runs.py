@@ -1,0 +1,153 @@
+"""``selconv train | resume | eval | compact | show``."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+
+import jax
+import platformdirs
+from rich.console import Console
+
+from selconv_jax._cli.guard import described
+from selconv_jax._cli.pictures import draw_run, print_run
+from selconv_jax._utils.console import progress_console, terminal_or_lines
+from selconv_jax.errors import ConfigError
+from selconv_jax.train._compacting import CompactedRun, compact_run
+from selconv_jax.train._config import load_config
+from selconv_jax.train._distributed.agreement import exchange, is_first, together
+from selconv_jax.train._distributed.cluster import Cluster, join
+from selconv_jax.train._loop import evaluate_run, resume_run, train_run
+from selconv_jax.train._opening import (
+    best_meaning,
+    find_checkpoint,
+    refuse_skipped,
+    skipped_checkpoints,
+)
+from selconv_jax.train._workdir import free_workdir
+
+__all__ = ["compact", "evaluate", "resume", "share_compilations", "show", "train"]
+
+
+def train(options: argparse.Namespace) -> int:
+    """Trains in a new directory, then draws the pictures of the run."""
+    share_compilations()
+    with _joined(options):
+        config = together(lambda: load_config(options.config, options.words))
+        with ExitStack() as stack:
+            if options.workdir:
+                workdir = Path(options.workdir)
+            else:
+                made = together(
+                    lambda: stack.enter_context(free_workdir(options.config)) if is_first() else Path()
+                )
+                workdir = Path(exchange(os.fspath(made))[0])
+            return _finish(train_run(config, workdir, _console()), workdir)
+
+
+def resume(options: argparse.Namespace) -> int:
+    """Goes on with a run, then draws its pictures."""
+    share_compilations()
+    workdir = Path(options.workdir)
+    with _joined(options):
+        return _finish(resume_run(workdir, _console(), options.words), workdir)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Prints loss and accuracy of a checkpoint."""
+    share_compilations()
+    workdir = Path(options.workdir)
+    with _joined(options, shares_stops=False):
+        checkpoint = together(lambda: find_checkpoint(workdir, options.checkpoint))
+        if is_first():
+            _print_skipped(checkpoint.skipped)
+        if options.compact:
+            compacted = compact_run(workdir, checkpoint.step, evaluate=True, overrides=options.words)
+            step, metrics, note = compacted.step, compacted.metrics, ", compacted"
+        else:
+            step, metrics = evaluate_run(workdir, checkpoint.step, options.words)
+            note = ""
+        if not is_first():
+            return 0
+        if options.checkpoint == "best":
+            note += f" ({best_meaning(workdir)})"
+        print(f"{workdir}, checkpoint of step {step}{note}")
+        if options.compact:
+            _print_sizes(compacted)
+        for name, value in metrics.items():
+            print(f"  {name:<19} " + (f"{value:.4f}" if name.endswith("_loss") else f"{value:.2%}"))
+        return 0
+
+
+def compact(options: argparse.Namespace) -> int:
+    """Writes the network of a checkpoint, without what it does not use, into a file."""
+    workdir = Path(options.workdir)
+    output = Path(options.output) if options.output else workdir / "compact.npz"
+    checkpoint = find_checkpoint(workdir, options.checkpoint)
+    refuse_skipped(checkpoint.step, checkpoint.skipped)
+    compacted = compact_run(
+        workdir, checkpoint.step, multiple=options.multiple, output=output, overrides=options.words
+    )
+    note = f" ({best_meaning(workdir)})" if options.checkpoint == "best" else ""
+    print(f"{workdir}, checkpoint of step {compacted.step}{note}: compacted network in {output}")
+    _print_sizes(compacted)
+    return 0
+
+
+def _print_sizes(compacted: CompactedRun) -> None:
+    for name, (before, after) in compacted.sizes.items():
+        share = f" ({after / before:.1%})" if before else ""
+        print(f"  {name:<14} {before:,} -> {after:,}{share}")
+
+
+def show(options: argparse.Namespace) -> int:
+    """Prints the tables of a run and draws its pictures."""
+    workdir = Path(options.workdir)
+    output = Path(options.output) if options.output else workdir / "pictures"
+    console = terminal_or_lines()
+    _print_skipped(skipped_checkpoints(workdir))
+    print_run(workdir, console)
+    try:
+        draw_run(workdir, output, console)
+    except OSError as error:
+        raise ConfigError(
+            f"the pictures cannot be written to {output}: {error.strerror}. Choose a folder by --output."
+        ) from None
+    return 0
+
+
+def _print_skipped(skipped: Sequence[str]) -> None:
+    for problem in skipped:
+        print(f"skipped: {problem}", file=sys.stderr)
+
+
+def _joined(options: argparse.Namespace, *, shares_stops: bool = True) -> AbstractContextManager[None]:
+    cluster = Cluster(options.coordinator, options.process, options.processes, options.join_timeout)
+    return join(cluster, shares_stops=shares_stops)
+
+
+def _console() -> Console:
+    """Of several processes the first one speaks for all."""
+    return progress_console() if is_first() else Console(quiet=True)
+
+
+def _finish(code: int, workdir: Path) -> int:
+    if code == 0 and is_first():
+        try:
+            draw_run(workdir, workdir / "pictures", progress_console())
+        except Exception as error:  # the run is complete all the same
+            problem = described(error).rstrip(".")
+            print(
+                f"selconv: no pictures: {problem}. Draw them later by `selconv show {workdir}`.",
+                file=sys.stderr,
+            )
+    return code
+
+
+def share_compilations() -> None:
+    """Keeps compiled programs in a folder of the user's, unless JAX has been told where."""
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = platformdirs.user_cache_path("selconv_jax") / "compiled"
+        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))

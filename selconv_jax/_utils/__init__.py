@@ -1,0 +1,1 @@
+"""Helpers of all rings: argument checks, the console, lazy imports, versions."""

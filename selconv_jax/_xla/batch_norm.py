@@ -1,0 +1,231 @@
+"""Batch norm over every dimension but the last, with the method's running statistics."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+
+from selconv_jax._xla.platforms import target_platform
+from selconv_jax._xla.stored import stored
+
+__all__ = [
+    "Statistics",
+    "batch_norm",
+    "batch_norm_relu",
+    "batch_statistics",
+    "join_statistics",
+    "statistics_dtype",
+    "update_running_statistics",
+]
+
+
+def statistics_dtype(dtype: DTypeLike) -> np.dtype:
+    """The type statistics are taken in: float32, or ``dtype`` itself where that is wider."""
+    return np.dtype(dtype if np.dtype(dtype).itemsize > 4 else np.float32)
+
+
+class Statistics(NamedTuple):
+    """Mean and biased variance of each channel of a batch.
+
+    Attributes:
+        mean: ``[C]``, float32 or wider.
+        var: ``[C]``, likewise.
+    """
+
+    mean: jax.Array
+    var: jax.Array
+
+
+@jax.custom_jvp
+def batch_statistics(x: jax.Array) -> Statistics:
+    """Mean and biased variance of each channel of a batch.
+
+    Under ``jit`` with a sharded batch these are the statistics of the global batch.
+
+    Args:
+        x: ``[N, ..., C]`` floating.
+
+    Returns:
+        Mean and variance ``[C]``, in float32 or wider; differentiable.
+    """
+    x = x.astype(statistics_dtype(x.dtype))
+    # One pass: of every image, the sums of its differences from its first pixel and of their squares. The
+    # difference of squares does not cancel then: the pixel is one of the values, so its distance from
+    # their mean is at most the root of their number times their standard deviation, however far from 0.
+    pixels = tuple(range(1, x.ndim - 1))
+    pivot = lax.slice_in_dim(x, 0, 1, axis=1) if pixels else x
+    for axis in pixels[1:]:
+        pivot = lax.slice_in_dim(pivot, 0, 1, axis=axis)
+    deviation = x - pivot
+    zero = np.zeros((), x.dtype)
+    sums = lax.reduce(
+        (deviation, jnp.square(deviation)),
+        (zero, zero),
+        lambda one, other: (one[0] + other[0], one[1] + other[1]),
+        pixels,
+    )
+    count = math.prod(x.shape[1:-1])
+    offset, square = (total / count for total in lax.optimization_barrier(sums))
+    of_image = jnp.squeeze(pivot, pixels) + offset
+    mean = jnp.mean(of_image, axis=0)
+    within = jnp.maximum(square - jnp.square(offset), 0)
+    return Statistics(mean, jnp.mean(within + jnp.square(of_image - mean[None]), axis=0))
+
+
+@batch_statistics.defjvp
+def _batch_statistics_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[Statistics, Statistics]:
+    # The deviations sum to 0, so the variance does not change with the mean: by the chain rule the
+    # gradient would take one more pass to find that out.
+    (x,), (change,) = primals, tangents
+    statistics = batch_statistics(x)
+    x, change = (array.astype(statistics.mean.dtype) for array in (x, change))
+    deviation = x - lax.expand_dims(stored(statistics.mean), _leading(x))
+    return statistics, Statistics(
+        jnp.mean(change, axis=_leading(x)), 2 * jnp.mean(deviation * change, axis=_leading(x))
+    )
+
+
+def join_statistics(*parts: Statistics) -> Statistics:
+    """The statistics of arrays that are concatenated along their channels.
+
+    Args:
+        parts: Those of the arrays, in order.
+
+    Returns:
+        Those of the concatenation.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x, y = jnp.ones((2, 3)), jnp.zeros((2, 1))
+        >>> join_statistics(batch_statistics(x), batch_statistics(y)).mean.tolist()
+        [1.0, 1.0, 1.0, 0.0]
+    """
+    return Statistics(*(jnp.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def batch_norm(
+    x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> jax.Array:
+    """Normalizes each channel and applies scale and bias.
+
+    Args:
+        x: ``[..., C]`` floating.
+        mean: ``[C]``.
+        var: ``[C]``, biased.
+        scale: ``[C]``.
+        bias: ``[C]``.
+        epsilon: Added to the variance.
+
+    Returns:
+        ``[..., C]`` in the dtype of ``x``; computed in that of ``mean``.
+    """
+    wide, leading = x.astype(mean.dtype), _leading(x)
+    factor = _factor(var, scale, epsilon)
+    normalized = (wide - lax.expand_dims(mean, leading)) * lax.expand_dims(factor, leading)
+    return (normalized + lax.expand_dims(bias.astype(mean.dtype), leading)).astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def batch_norm_relu(
+    x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> jax.Array:
+    """Normalizes each channel, applies scale and bias, and clips at 0, for training.
+
+    The same as ``relu(batch_norm(...))``, with a gradient that reads ``x`` once: two sums over the batch and
+    one product. What of it goes through the statistics follows from them, see `batch_statistics`; where
+    several layers read the same channels, it is so computed once for all.
+
+    Args:
+        x: ``[..., C]`` floating.
+        mean: ``[C]``.
+        var: ``[C]``, biased.
+        scale: ``[C]``.
+        bias: ``[C]``.
+        epsilon: Added to the variance.
+
+    Returns:
+        ``[..., C]`` in the dtype of ``x``.
+    """
+    return jax.nn.relu(batch_norm(x, mean, var, scale, bias, epsilon))
+
+
+@batch_norm_relu.defjvp
+def _batch_norm_relu_jvp(
+    epsilon: float, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    x, mean, var, scale, bias = primals
+    change, of_mean, of_var, of_scale, of_bias = tangents
+    y = batch_norm_relu(x, mean, var, scale, bias, epsilon)
+
+    def each(values: jax.Array) -> jax.Array:
+        return lax.expand_dims(values, _leading(x))
+
+    def each_image(values: jax.Array) -> jax.Array:
+        # Transposed, a sum over the pixels of each image and then one over the images: enough parts for
+        # all cores of a GPU, where the compiler makes too few of a sum over all at once.
+        if target_platform() != "gpu":
+            return each(values)
+        values = lax.optimization_barrier(jnp.broadcast_to(values, (x.shape[0], *values.shape)))
+        return lax.expand_dims(values, tuple(range(1, x.ndim - 1)))
+
+    factor = functools.partial(_factor, epsilon=epsilon)
+    times, of_times = jax.jvp(factor, (var, scale), (of_var, of_scale))
+    plus = bias.astype(mean.dtype)
+    # What does not depend on the pixel is gathered first: transposed, it is one sum.
+    of_plus = of_bias.astype(mean.dtype) - times * of_mean
+
+    # Computed anew from the input: its deviations are not kept from the forward pass.
+    wide, mean, times, plus = lax.optimization_barrier((x, mean, times, plus))
+    deviation = wide.astype(mean.dtype) - each(mean)
+    passes = deviation * each(times) + each(plus) > 0
+    moved = each(times) * change.astype(mean.dtype) + deviation * each_image(of_times) + each_image(of_plus)
+    return y, jnp.where(passes, stored(moved), 0).astype(x.dtype)
+
+
+def _factor(var: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """What deviations from the mean are multiplied by, ``[C]``."""
+    # A variance that has overflowed would divide its channel to 0 and go unnoticed.
+    inverse = jnp.where(jnp.isinf(var), jnp.nan, lax.rsqrt(var + epsilon))
+    return inverse * scale.astype(var.dtype)
+
+
+def _leading(x: jax.Array) -> tuple[int, ...]:
+    """All axes but that of the channels."""
+    return tuple(range(x.ndim - 1))
+
+
+def update_running_statistics(
+    running_mean: jax.Array,
+    running_var: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    count: int,
+    momentum: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Moves the running statistics towards those of a batch.
+
+    The running variance takes the unbiased estimate, ``count / (count - 1)`` times the biased one
+    (method, "One selective layer", step 2).
+
+    Args:
+        running_mean: ``[C]``.
+        running_var: ``[C]``.
+        mean: ``[C]`` of the batch.
+        var: ``[C]`` of the batch, biased.
+        count: Number of values per channel in the batch. With one value the variance is left biased.
+        momentum: Share of the running statistics that stays.
+
+    Returns:
+        The new running mean and variance, in their old dtypes.
+    """
+    unbiased = var * (count / max(count - 1, 1))
+    new_mean = momentum * running_mean + (1 - momentum) * mean.astype(running_mean.dtype)
+    new_var = momentum * running_var + (1 - momentum) * unbiased.astype(running_var.dtype)
+    return lax.stop_gradient(new_mean), lax.stop_gradient(new_var)

@@ -1,0 +1,191 @@
+"""Convolutions in NHWC, 1x1 ones as matrix products, and the forms their arguments may take."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
+
+from selconv_jax._utils.arguments import is_whole
+from selconv_jax._xla.platforms import target_platform
+from selconv_jax._xla.stored import stored
+from selconv_jax.errors import ConfigError, nearest
+
+__all__ = ["PADDINGS", "canonical_padding", "canonical_window", "convolve"]
+
+Padding = str | Sequence[tuple[int, int]]
+
+# The paddings that have a name, as in `flax.linen.Conv`. "CAUSAL" is for one spatial dimension.
+PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
+
+
+# Channels of a group from which a dense convolution of its own pays on CPU.
+_LEAST_GROUP_TO_SPLIT = 8
+
+
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: Sequence[int],
+    padding: Padding,
+    kernel_dilation: Sequence[int],
+    groups: int = 1,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """Cross-correlates ``x`` with ``kernel``, as neural networks do.
+
+    A kernel of one tap without padding or groups is a matrix product over channels; compilers make
+    better code of that than of a convolution.
+
+    Args:
+        x: ``[N, *S, C]``.
+        kernel: ``[*K, C / groups, O]`` in the dtype of ``x``.
+        strides: One per spatial dimension.
+        padding: One of `PADDINGS`, or ``(low, high)`` per spatial dimension.
+        kernel_dilation: One per spatial dimension.
+        groups: Number of channel groups.
+        precision: See `jax.lax.Precision`.
+
+    Returns:
+        ``[N, *S', O]``.
+    """
+    taps = kernel.shape[:-2]
+    x, padding = _pad(
+        x, padding, [(size - 1) * step for size, step in zip(taps, kernel_dilation, strict=True)]
+    )
+    unpadded = isinstance(padding, str) or all(pair == (0, 0) for pair in padding)
+    if groups == 1 and all(size == 1 for size in taps) and unpadded:
+        if any(stride != 1 for stride in strides):
+            x = x[(slice(None), *(slice(None, None, stride) for stride in strides))]
+        kernel = kernel.reshape(kernel.shape[-2:])
+        if not _is_matrix(x):
+            return jnp.dot(x, kernel, precision=precision)
+        rows = stored(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+        return stored(jnp.dot(rows, kernel, precision=precision)).reshape(*x.shape[:-1], kernel.shape[-1])
+    window = _Window(
+        tuple(strides), padding if isinstance(padding, str) else tuple(padding), tuple(kernel_dilation)
+    )
+    if groups == 1:
+        return stored(_convolution(stored(x), kernel, window, precision))
+    unit = all(step == 1 for step in (*window.strides, *window.kernel_dilation))
+    if unit and kernel.shape[-2] >= _LEAST_GROUP_TO_SPLIT and target_platform() == "cpu":
+        # One dense convolution per group: the compiler's own gradients of groups are many times slower.
+        parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
+        results = [stored(_convolution(stored(part), rows, window, precision)) for part, rows in parts]
+        return jnp.concatenate(results, axis=-1)
+    return _convolution(x, kernel, window, precision, groups)
+
+
+def _pad(x: jax.Array, padding: Padding, reach: Sequence[int]) -> tuple[jax.Array, Padding]:
+    """Takes care of the paddings that the compiler's convolution does not have.
+
+    Args:
+        x: ``[N, *S, C]``.
+        padding: As in `convolve`.
+        reach: Distance of a kernel's first tap from its last, per spatial dimension.
+
+    Returns:
+        The input, padded where the margin is not zero, and the padding that is left to do.
+    """
+    if padding == "CAUSAL":
+        return x, [(distance, 0) for distance in reach]
+    if padding not in ("CIRCULAR", "REFLECT"):
+        return x, padding
+    margins = [(distance // 2, distance - distance // 2) for distance in reach]
+    mode = "wrap" if padding == "CIRCULAR" else "reflect"
+    return jnp.pad(x, [(0, 0), *margins, (0, 0)], mode=mode), "VALID"
+
+
+def _is_matrix(x: jax.Array) -> bool:
+    """Whether pixels shall be the rows of one matrix: on CPU, and where the compiler places arrays.
+
+    Of a product of more axes the CPU compiler transposes the cotangent before it takes the kernel's gradient.
+    Axes of an explicit mesh cannot be joined.
+    """
+    explicit = any(kind == AxisType.Explicit for kind in jax.typeof(x).sharding.mesh.axis_types)
+    return target_platform() == "cpu" and not explicit
+
+
+class _Window(NamedTuple):
+    """How a kernel moves over the input; hashable."""
+
+    strides: tuple[int, ...]
+    padding: Padding
+    kernel_dilation: tuple[int, ...]
+
+
+def _convolution(
+    x: jax.Array, kernel: jax.Array, window: _Window, precision: Any, groups: int = 1
+) -> jax.Array:
+    rank = kernel.ndim - 2
+    spatial = "DHW"[-rank:] if rank <= 3 else "".join(map(str, range(rank)))
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=window.strides,
+        padding=window.padding,
+        rhs_dilation=window.kernel_dilation,
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+        feature_group_count=groups,
+        precision=precision,
+    )
+
+
+def canonical_window(value: int | Sequence[int] | None, rank: int, name: str) -> tuple[int, ...]:
+    """One positive number per spatial dimension, from one for all or one each.
+
+    Args:
+        value: A number or a sequence of ``rank`` numbers; None: 1.
+        rank: Number of spatial dimensions.
+        name: What the value is called in errors.
+
+    Returns:
+        A tuple of length ``rank``.
+
+    Raises:
+        ConfigError: There are not ``rank`` values, or one is below 1.
+    """
+    numbers: Any = 1 if value is None else value
+    values = tuple(numbers) if isinstance(numbers, Iterable) else (numbers,) * rank
+    if len(values) != rank or not all(is_whole(number) and number >= 1 for number in values):
+        raise ConfigError(
+            f"{name} is {value!r}; it must be a positive integer or {rank} of them, one per spatial "
+            "dimension."
+        )
+    return tuple(map(int, values))
+
+
+def canonical_padding(padding: str | int | Sequence[int | tuple[int, int]], rank: int) -> Padding:
+    """One of `PADDINGS` or one pair per spatial dimension, from any of the accepted forms.
+
+    Args:
+        padding: One of `PADDINGS`, a number of pixels, or one number or ``(low, high)`` pair per dimension.
+        rank: Number of spatial dimensions.
+
+    Returns:
+        A string or ``rank`` pairs.
+
+    Raises:
+        ConfigError: The padding has none of these forms.
+    """
+    if isinstance(padding, str):
+        if padding not in PADDINGS:
+            raise ConfigError(f"padding is {padding!r}. {nearest(padding, PADDINGS)}")
+        if padding == "CAUSAL" and rank != 1:
+            raise ConfigError(
+                f"padding is 'CAUSAL', which is for one spatial dimension; the kernel has {rank}. Give a "
+                "(low, high) pair for each."
+            )
+        return padding
+    items: Any = padding if isinstance(padding, Iterable) else (padding,) * rank
+    pairs = tuple(tuple(item) if isinstance(item, Iterable) else (item, item) for item in items)
+    if len(pairs) != rank or not all(len(pair) == 2 and all(map(is_whole, pair)) for pair in pairs):
+        raise ConfigError(
+            f"padding is {padding!r}; a kernel of {rank} spatial dimensions needs {rank} numbers or "
+            "(low, high) pairs."
+        )
+    return tuple((int(low), int(high)) for low, high in pairs)

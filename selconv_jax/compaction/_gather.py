@@ -1,0 +1,153 @@
+"""Reading some of an array's channels, which ones being known when the program is compiled."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from numpy.typing import NDArray
+
+from selconv_jax._xla.stored import stored
+
+__all__ = ["spread_channels", "take_channels", "take_repeated"]
+
+Index = tuple[int, ...]
+
+
+def take_channels(x: jax.Array, index: Index, axis: int = -1) -> jax.Array:
+    """Some of the channels, none twice.
+
+    All of them in their order are the array itself, neighbours in their order are a slice. The gradient of
+    anything else is again a gather, the inverse one with zeros for what was not read: compilers make
+    scatters of their own transpose of a gather, which are slow.
+
+    Args:
+        x: ``[..., C, ...]``, any type.
+        index: Positions in ``0 .. C - 1``, all different.
+        axis: The axis of the channels.
+
+    Returns:
+        ``[..., len(index), ...]``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> take_channels(jnp.array([[10, 11, 12]]), (2, 0)).tolist()
+        [[12, 10]]
+    """
+    axis %= x.ndim
+    start = index[0] if index else 0
+    if index == tuple(range(start, start + len(index))):
+        return x if len(index) == x.shape[axis] else lax.slice_in_dim(x, start, start + len(index), axis=axis)
+    return _gather(x, index, x.shape[axis], axis)
+
+
+def spread_channels(x: jax.Array, index: Index, size: int, axis: int = -1) -> jax.Array:
+    """The transpose of `take_channels`: channels put into their places, zeros elsewhere.
+
+    Args:
+        x: ``[..., len(index), ...]``, any type.
+        index: Places in ``0 .. size - 1``, all different.
+        size: Number of channels of the result.
+        axis: The axis of the channels.
+
+    Returns:
+        ``[..., size, ...]``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> spread_channels(jnp.array([1, 2]), (2, 0), 4).tolist()
+        [2, 0, 1, 0]
+    """
+    axis %= x.ndim
+    if index == tuple(range(size)):
+        return x
+    if not index:
+        return jnp.zeros((*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype)
+    inverse, mask = _inverse(index, size, axis, x.ndim)
+    taken = _taken(x, inverse, axis)
+    # The CPU compiler would gather anew for each reader.
+    return stored(jnp.where(mask, taken, jnp.zeros((), x.dtype)))
+
+
+def take_repeated(x: jax.Array, index: Index) -> jax.Array:
+    """Channels of the last axis, some perhaps several times.
+
+    The gradient sums over the repetitions in one product with a constant matrix.
+
+    Args:
+        x: ``[..., C]`` floating.
+        index: Positions in ``0 .. C - 1``.
+
+    Returns:
+        ``[..., len(index)]``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> jax.grad(lambda x: take_repeated(x, (1, 1, 0)).sum())(jnp.ones(3)).tolist()
+        [1.0, 2.0, 0.0]
+    """
+    if len(set(index)) == len(index):
+        return take_channels(x, index)
+    return _gather_repeated(x, index, x.shape[-1])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _gather(x: jax.Array, index: Index, size: int, axis: int) -> jax.Array:
+    del size
+    return stored(_taken(x, np.array(index, np.int32), axis))
+
+
+@_gather.defjvp
+def _gather_jvp(
+    index: Index, size: int, axis: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    # A scatter whose transpose is `spread_channels`.
+    inverse, mask = _inverse(index, size, axis, tangents[0].ndim)
+    read = jnp.where(mask, stored(tangents[0]), jnp.zeros((), tangents[0].dtype))
+    return _gather(*primals, index, size, axis), _put(read, inverse, len(index), axis)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _gather_repeated(x: jax.Array, index: Index, size: int) -> jax.Array:
+    del size
+    return stored(_taken(x, np.array(index, np.int32), x.ndim - 1))
+
+
+@_gather_repeated.defjvp
+def _gather_repeated_jvp(
+    index: Index, size: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    read = jax.nn.one_hot(np.array(index, np.int32), size, dtype=tangents[0].dtype)  # [copies, C]
+    tangent = jnp.dot(tangents[0], read.T, precision=lax.Precision.HIGHEST)
+    return _gather_repeated(*primals, index, size), tangent
+
+
+def _inverse(index: Index, size: int, axis: int, rank: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Where each channel of the whole array is among some; which are among them, to be broadcast."""
+    inverse = np.zeros(size, np.int32)
+    filled = np.zeros(size, bool)
+    inverse[list(index)] = np.arange(len(index))
+    filled[list(index)] = True
+    return inverse, np.expand_dims(filled, tuple(other for other in range(rank) if other != axis))
+
+
+def _taken(x: jax.Array, index: NDArray[np.int32], axis: int) -> jax.Array:
+    """Entries along an axis; as rows of a matrix if it is the last, which is the faster gather on CPU."""
+    if axis < x.ndim - 1 or x.ndim < 3:
+        return jnp.take(x, index, axis=axis, mode="clip")
+    return jnp.take(_rows(x), index, axis=1, mode="clip").reshape(*x.shape[:-1], len(index))
+
+
+def _put(x: jax.Array, index: NDArray[np.int32], size: int, axis: int) -> jax.Array:
+    """Sums of entries along an axis; the transpose of `_taken`."""
+    shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+    if axis == x.ndim - 1 and x.ndim >= 3:
+        x, axis = _rows(x), 1
+    zeros = jnp.zeros((*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype)
+    return zeros.at[(*(slice(None),) * axis, index)].add(x, mode="clip").reshape(shape)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

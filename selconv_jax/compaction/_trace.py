@@ -1,0 +1,231 @@
+"""A network's program with each of its layers as one opaque step."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from flax.core import unfreeze
+from flax.linen.dtypes import canonicalize_dtype
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive  # type: ignore[attr-defined]
+from jax.interpreters import batching
+
+from selconv_jax.compaction._calling import NetworkCall
+from selconv_jax.compaction._module import Compact, intercept_calls, is_layer, is_producer, relative_path
+from selconv_jax.compaction._static_layer import StaticConv, output_shape
+from selconv_jax.nn._layers import PlainConv
+
+__all__ = [
+    "LAYER",
+    "LAYER_VARIABLES",
+    "PRODUCER",
+    "STACKED",
+    "Field",
+    "Trace",
+    "coarsest_step",
+    "inner_programs",
+    "trace_network",
+    "without_dropout",
+]
+
+Field = tuple[str, ...]  # a variable: collection, path of the module, name
+
+# The variables of a layer, and of another convolution, by collection.
+LAYER_VARIABLES = {
+    "params": ("kernel", "scale", "bias", "shift"),
+    "batch_stats": ("mean", "var"),
+    "selectivity": ("gate", "source"),
+}
+
+# A layer, and another convolution, as one step to its output from its input (and, of a layer, the statistics
+# of the input, where they are known) and its variables. The other arguments are its path, the names of its
+# variables, its attributes, and the output's shape and type.
+LAYER = Primitive("selconv_layer")
+PRODUCER = Primitive("selconv_producer")
+# Either of them under a transformation, such as ``nn.vmap``, that makes one step of several layers.
+STACKED = Primitive("selconv_stacked")
+
+# Attributes that do not say how an output is computed from its inputs, or that compaction replaces.
+_NOT_COMPARED = ("features", "feature_group_count", "kernel_init", "bias_init", "name", "parent", "layout")
+
+
+def _output_type(*operands: Any, shape: tuple[int, ...], dtype: Any, **names: Any) -> Any:
+    del operands, names
+    return jax.core.ShapedArray(shape, dtype)
+
+
+def _stack(arguments: Any, axes: Any, *, shape: tuple[int, ...], **names: Any) -> tuple[Any, int]:
+    size = next(
+        argument.shape[axis] for argument, axis in zip(arguments, axes, strict=True) if isinstance(axis, int)
+    )
+    return STACKED.bind(*arguments, shape=(size, *shape), **names), 0
+
+
+for _step in (LAYER, PRODUCER, STACKED):
+    _step.def_abstract_eval(_output_type)
+    batching.primitive_batchers[_step] = _stack
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A traced network.
+
+    Attributes:
+        program: The program; its layers are steps `LAYER` and `PRODUCER`.
+        arguments: The variable that each argument of the program is; None: an input.
+        results: The variable that each result of the program is in the end; None: an output.
+        groups: Groups of the layers, by path.
+        output: Shapes and dtypes of what the network returns.
+    """
+
+    program: ClosedJaxpr
+    arguments: tuple[Field | None, ...]
+    results: tuple[Field | None, ...]
+    groups: dict[str, int]
+    output: Any
+
+
+def trace_network(
+    model: Compact, variables: Mapping[str, Any], call: NetworkCall, train: bool | None
+) -> Trace:
+    """Traces a call of a network; nothing is computed. Dropout drops nothing.
+
+    Args:
+        model: The network, whole or smaller.
+        variables: Its variables, or their shapes.
+        call: How it is called.
+        train: One of the modes of the call.
+
+    Returns:
+        The program and its layers.
+    """
+    groups: dict[str, int] = {}
+    layouts, widths = dict(model.layouts), dict(model.widths)
+    is_inside = False  # of another convolution, whose output's shape is being asked for
+
+    def step(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal is_inside
+        if isinstance(module, nn.Dropout):
+            return without_dropout(module, call, *args, **kwargs)
+        path = relative_path(module, ())
+        # A layer of a compacted network becomes a `StaticConv` first, or nothing if it has no outputs.
+        layout = layouts.get(path)
+        if type(module) is StaticConv or (is_layer(module) and (layout is None or not layout.outputs)):
+            groups[path] = module.feature_group_count
+            features = module.features if layout is None else layout.outputs
+            return _layer_step(module, path, features, *args, **kwargs)
+        if is_inside or not is_producer(module) or widths.get(path, module.features) != module.features:
+            return call(*args, **kwargs)
+        is_inside = True
+        try:
+            return _producer_step(module, path, *args, **kwargs)
+        finally:
+            is_inside = False
+
+    def run(variables: Any, inputs: Any) -> Any:
+        with intercept_calls(step):
+            return call.run(model, variables, inputs, train)
+
+    variables = unfreeze(dict(variables))
+    program, (output, changed) = jax.make_jaxpr(run, return_shape=True)(variables, call.inputs)
+    return Trace(
+        program,
+        (*_fields(variables), *(None for _ in jax.tree.leaves(call.inputs))),
+        (*(None for _ in jax.tree.leaves(output)), *_fields(unfreeze(changed))),
+        groups,
+        output,
+    )
+
+
+def inner_programs(equation: Any) -> Iterator[Jaxpr]:
+    """The programs inside of an operation, such as the body of a loop."""
+    for parameter in equation.params.values():
+        for item in parameter if isinstance(parameter, tuple | list) else (parameter,):
+            jaxpr = item.jaxpr if isinstance(item, ClosedJaxpr) else item
+            if isinstance(jaxpr, Jaxpr):
+                yield jaxpr
+
+
+def coarsest_step(traces: Iterable[Trace]) -> float:
+    """The largest relative step between neighbouring numbers of the types that a network computes in."""
+    largest, programs = 0.0, [trace.program.jaxpr for trace in traces]
+    while programs:
+        for equation in programs.pop().eqns:
+            programs.extend(inner_programs(equation))
+            types = (getattr(variable.aval, "dtype", None) for variable in equation.outvars)
+            floating = [each for each in types if each is not None and jnp.issubdtype(each, jnp.floating)]
+            largest = max([largest, *(float(jnp.finfo(each).eps) for each in floating)])
+    return largest
+
+
+def without_dropout(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a module returns if dropout drops nothing; for `module.intercept_calls`."""
+    if isinstance(module, nn.Dropout):
+        return args[0] if args else kwargs["inputs"]
+    return call(*args, **kwargs)
+
+
+def _fields(variables: Any) -> list[Field]:
+    """The variables in the order of the leaves of their tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    return [tuple(str(getattr(key, "key", key)) for key in path) for path, _ in leaves]
+
+
+def _layer_step(
+    layer: PlainConv, path: str, features: int, x: jax.Array, train: bool, statistics: Any = None
+) -> jax.Array:
+    del train
+    dtype = canonicalize_dtype(x, np.zeros((), layer.param_dtype), dtype=layer.dtype)
+    shape = (*output_shape(layer, x)[:-1], features)
+    if type(layer) is not StaticConv and features:
+        kernel = (layer.variables.get("params") or {}).get("kernel")
+        expected = (*layer._window(), x.shape[-1] // layer.feature_group_count, features)
+        if kernel is None or kernel.shape != expected:
+            found = "there is none" if kernel is None else f"it has shape {kernel.shape}"
+            raise ValueError(
+                f"layer {path!r} takes a kernel of shape {expected}, but {found}. Pass the variables of this "
+                "model and an example of the shape that it was made for."
+            )
+    return _bound(LAYER, layer, path, (x, *(statistics or ())), shape, dtype)
+
+
+def _producer_step(module: Any, path: str, inputs: jax.Array) -> jax.Array:
+    alone = module.clone(parent=None, name=None)
+
+    def apply(x: jax.Array) -> Any:
+        return alone.init_with_output(jax.random.key(0), x)[0]
+
+    y = jax.eval_shape(apply, jax.ShapeDtypeStruct(inputs.shape, inputs.dtype))
+    return _bound(PRODUCER, module, path, (inputs,), y.shape, y.dtype)
+
+
+def _bound(
+    step: Any, module: Any, path: str, inputs: tuple[jax.Array, ...], shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
+    flat = traverse_util.flatten_dict(unfreeze(dict(module.variables)))
+    names = tuple(
+        (collection, name)
+        for collection, known in LAYER_VARIABLES.items()
+        for name in known
+        if (collection, name) in flat
+    )
+    # Compared as text: numbers that the network's own code works out from its widths are among them.
+    attributes = tuple(
+        (field.name, str(getattr(module, field.name)))
+        for field in dataclasses.fields(PlainConv if isinstance(module, PlainConv) else module)
+        if field.name not in _NOT_COMPARED
+    )
+    y: jax.Array = step.bind(
+        *inputs,
+        *(flat[name] for name in names),
+        path=path,
+        names=names,
+        attributes=attributes,
+        shape=shape,
+        dtype=np.dtype(dtype),
+    )
+    return y

@@ -1,0 +1,91 @@
+"""Data sets of the right size without their images, for what only needs shapes."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selconv_jax.data._catalog import find_known
+from selconv_jax.data._dataset import DatasetInfo, ImageData, Split
+from selconv_jax.data._loading import MOST_RESIDENT_BYTES, open_data
+from selconv_jax.data._splits import SplitChoice, held_out_count, resolve_splits
+from selconv_jax.data._stream import StreamedData
+from selconv_jax.errors import DataError
+
+__all__ = ["hollow_data"]
+
+_DEFAULT = SplitChoice()
+
+
+@dataclasses.dataclass(frozen=True)
+class _NoImages:
+    """So many images, none of which can be read."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        raise DataError(f"image {index} is asked for, of a set that was opened without images.")
+
+
+def hollow_data(
+    name: str,
+    data_dir: str | None = None,
+    streaming: bool | None = None,
+    splits: SplitChoice = _DEFAULT,
+) -> ImageData | StreamedData:
+    """A data set as `open_data` would open it, but black, and taking no memory.
+
+    A set of the catalog need not be prepared; another one must be, for its facts.
+
+    Args:
+        name: See `open_data`.
+        data_dir: See `open_data`.
+        streaming: See `open_data`.
+        splits: See `open_data`.
+
+    Returns:
+        The set.
+
+    Raises:
+        DataError: The name is none of the catalog, and no prepared set has it.
+
+    Example:
+        >>> len(hollow_data("imagenet2012").train)
+        1281167
+    """
+    known = find_known(name)
+    if known is None:
+        data = open_data(name, data_dir, streaming, splits)
+        if isinstance(data, StreamedData):
+            return data
+        held = 0 if data.validation is None else len(data.validation)
+        return _resident(data.info, {"train": len(data.train), "test": len(data.test), "validation": held})
+    info = known.info(tuple(f"class {number}" for number in range(known.num_classes)))
+    parts = resolve_splits(name, splits, known.counts, tuple(set(known.counts) - {"train"}))
+    counts = {key: sum(map(len, slices)) for key, slices in parts.items()}
+    if splits.held_out is not None:
+        counts["validation"] = held_out_count(splits.held_out, counts["train"])
+        if not 0 < counts["validation"] < counts["train"]:
+            raise DataError(
+                f"{name}: data.validation is {splits.held_out}, which is {counts['validation']} of "
+                f"{counts['train']} training images. Hold out some of them, but not all."
+            )
+        counts["train"] -= counts["validation"]
+    if streaming is None:
+        size = sum(counts.values()) * int(np.prod(info.image_shape))
+        streaming = info.eval_resize is not None or size > MOST_RESIDENT_BYTES
+    if streaming:
+        return StreamedData(info, **{key: _NoImages(count) for key, count in counts.items()})
+    return _resident(info, counts)
+
+
+def _resident(info: DatasetInfo, counts: Mapping[str, int]) -> ImageData:
+    def split(count: int) -> Split:
+        images = np.broadcast_to(np.zeros((), np.uint8), (count, *info.image_shape))
+        return Split(images, np.broadcast_to(np.zeros((), np.int32), count))
+
+    return ImageData(info, **{key: split(count) for key, count in counts.items() if count})

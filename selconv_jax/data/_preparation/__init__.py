@@ -1,0 +1,1 @@
+"""Downloaded originals into the files that training reads."""

@@ -1,0 +1,110 @@
+"""Fetch the official files of a data set, and find out quickly when that cannot work."""
+
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from selconv_jax.data._catalog import Download, KnownSet, prepare_command
+from selconv_jax.data._preparation.progress import Progress
+from selconv_jax.data._quiet import quiet_tfds
+from selconv_jax.errors import DataError
+
+__all__ = ["download", "unreachable"]
+
+
+def download(known: KnownSet, data_dir: Path, progress: Progress) -> dict[str, Path]:
+    """Fetch the official files with the download manager of tensorflow-datasets.
+
+    The files stay in ``data_dir/downloads``, where that library looks for them.
+
+    Args:
+        known: The catalog's entry.
+        data_dir: The directory of the prepared sets.
+        progress: Told which file is being fetched.
+
+    Returns:
+        The fetched files, by the last part of their address.
+
+    Raises:
+        DataError: If an address does not answer within seconds, a download fails, or a file's size
+            or checksum is not the published one. The message says how to do without a download.
+    """
+    remedy = (
+        f"Get it from {known.origin}, then run: {prepare_command(known.name, data_dir)} "
+        "(PATH: the folder or archive)."
+    )
+    for item in known.downloads:
+        reason = unreachable(item.url)
+        if reason is not None:
+            raise DataError(
+                f"{known.name} is not on this machine, and {item.url} cannot be reached ({reason}). {remedy}"
+            )
+
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download.checksums import UrlInfo
+
+    fetched = {}
+    with quiet_tfds():
+        try:
+            manager = tfds.download.DownloadManager(
+                download_dir=data_dir / "downloads",
+                dataset_name=known.name,
+                url_infos={
+                    item.url: UrlInfo(size=item.size, checksum=item.sha256, filename=item.file_name)
+                    for item in known.downloads
+                },
+                force_checksums_validation=True,
+            )
+        except OSError as error:
+            raise DataError(
+                f"{data_dir}: cannot be written ({error}). Choose another directory for the prepared sets."
+            ) from error
+        for item in known.downloads:
+            progress(_task(item), 0, 1)
+            try:
+                fetched[item.file_name] = Path(manager.download(item.url))
+            except Exception as error:  # whatever its HTTP library or checksum test raises
+                raise DataError(f"{item.url}: the download failed ({error}). {remedy}") from error
+            progress(_task(item), 1, 1)
+    return fetched
+
+
+def unreachable(url: str, timeout: float = 4.0) -> str | None:
+    """Ask whether an address answers, without ever waiting long.
+
+    Args:
+        url: The address; proxies set in the environment are used.
+        timeout: Seconds for everything, the look-up of the name included.
+
+    Returns:
+        ``None`` if it answers, else why not.
+
+    Example:
+        >>> unreachable("http://localhost:1/file") is None
+        False
+    """
+    answer: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=timeout).close()
+        except urllib.error.HTTPError as error:
+            # Some servers serve a file and yet refuse to describe it.
+            answer.append(None if error.code in (405, 501) else f"HTTP status {error.code}")
+        except Exception as error:
+            answer.append(str(getattr(error, "reason", error)))
+        else:
+            answer.append(None)
+
+    # A thread, because looking up a name obeys no timeout.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return answer[0] if answer else f"no answer within {timeout:g} seconds"
+
+
+def _task(item: Download) -> str:
+    """What the progress report calls a download."""
+    return f"Fetching {item.file_name} ({item.size / 1e6:.1f} MB)"

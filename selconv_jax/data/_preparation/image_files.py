@@ -1,0 +1,125 @@
+"""Image files with labels, read one after the other: sets too large to hold in memory."""
+
+import dataclasses
+import io
+import struct
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+from PIL import Image
+
+from selconv_jax.data._catalog import KnownSet
+from selconv_jax.data._pixels import to_8_bits
+from selconv_jax.data._preparation.progress import Progress
+from selconv_jax.errors import DataError
+
+__all__ = ["ImageFile", "ImageFiles", "as_color_jpeg", "verify_files"]
+
+_REPORT_EVERY = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFile:
+    """One file; its content is not read before it is asked for.
+
+    Attributes:
+        name: Its name, unique within the split.
+        label: Its class, counted from 0.
+        path: Where it is, for messages: a file, or an archive and a member of it.
+        read: Returns its content; valid until the next file is asked for.
+    """
+
+    name: str
+    label: int
+    path: str
+    read: Callable[[], bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFiles:
+    """The files of a data set.
+
+    Attributes:
+        class_names: In the order of the labels.
+        splits: By split, a function that starts a pass over its files.
+    """
+
+    class_names: tuple[str, ...]
+    splits: Mapping[str, Callable[[], Iterator[ImageFile]]]
+
+
+def verify_files(known: KnownSet, files: ImageFiles, progress: Progress) -> None:
+    """Check the number of files against the catalog, without reading their content.
+
+    Args:
+        known: The catalog's entry.
+        files: The files.
+        progress: Told how many files of each split have been found.
+
+    Raises:
+        DataError: If the number of classes, of files of a split, or (where the catalog says that the
+            set is balanced) of files per class is another than the published one.
+    """
+    if len(files.class_names) != known.num_classes:
+        raise DataError(
+            f"{known.name}: {len(files.class_names)} classes; expected {known.num_classes}. "
+            f"Get it again from {known.origin}."
+        )
+    for key, expected in known.counts.items():
+        per_class = np.zeros(known.num_classes, np.int64)
+        task = f"Counting {key} images of {known.name}"
+        for number, file in enumerate(files.splits[key]()):
+            per_class[file.label] += 1
+            if number % _REPORT_EVERY == 0 and number < expected:
+                progress(task, number, expected)
+        found = int(per_class.sum())
+        if found != expected or (known.balanced and per_class.min() != per_class.max()):
+            raise DataError(
+                f"{known.name}, {key} split: {found} images, {per_class.min()} to {per_class.max()} "
+                f"per class; expected {expected}"
+                + (", the same number of each class. " if known.balanced else ". ")
+                + f"Get it again from {known.origin}."
+            )
+        progress(task, expected, expected)
+
+
+def as_color_jpeg(content: bytes, size: tuple[int, int] | None = None) -> bytes:
+    """Check that an image file can be read, and convert what is not a JPEG in colour.
+
+    Files of differing numbers of channels would be read as arrays of differing ranks and meanings.
+    Those in grey, of whatever number of bits, or for print (CMYK), and files of other formats, are
+    written anew as JPEG files of quality 100 without subsampling; all others stay as they are, byte
+    for byte.
+
+    Args:
+        content: The content of the file.
+        size: ``(height, width)`` that the image must have; ``None``: any.
+
+    Returns:
+        The content of a JPEG file with three channels.
+
+    Raises:
+        ValueError: If the file is damaged, no image, or of another size; a `PixelError` if it is whole,
+            but does not state what its numbers mean.
+
+    Example:
+        >>> buffer = io.BytesIO()
+        >>> Image.new("L", (8, 8)).save(buffer, "JPEG")
+        >>> Image.open(io.BytesIO(as_color_jpeg(buffer.getvalue()))).mode
+        'RGB'
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if size is not None and (image.height, image.width) != size:
+                raise ValueError(f"an image of {image.height}x{image.width}, expected {size[0]}x{size[1]}")
+            if image.format == "JPEG" and image.mode == "RGB":
+                # Reads the file to its end, yet computes only an eighth of the rows and columns.
+                image.draft("RGB", (1, 1))
+                image.load()
+                return content
+            converted = to_8_bits(image, "RGB")
+    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
+    buffer = io.BytesIO()
+    converted.save(buffer, "JPEG", quality=100, subsampling=0)
+    return buffer.getvalue()

@@ -1,0 +1,221 @@
+"""Stream the batches of a set that does not fit on the device: read and decode them ahead.
+
+What a batch holds follows from its place in the order of the epoch alone: not from the number of
+threads or processes that decode, nor from where reading started. So the number of training steps
+done is the position in the data, and a resumed run reads the batches that an unbroken one would
+have read.
+"""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Generator
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selconv_jax.data._dataset import DatasetInfo
+from selconv_jax.data._resize import random_resized_crop, resized_center_crop
+from selconv_jax.errors import DataError
+
+__all__ = ["NO_IMAGE", "ImageReader", "ImageSource", "SourcePart", "StreamedData", "stream_batches"]
+
+NO_IMAGE = -1
+"""Place and label of what fills up the last batch."""
+
+_MOST_THREADS = 16
+_BATCHES_PER_WORKER = 2
+
+
+class ImageSource(Protocol):
+    """Images with labels that are read one at a time; pickled when other processes read them."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        """The image uint8 ``[H, W, C]`` and the label at a place."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourcePart:
+    """Some of the images of a source.
+
+    Attributes:
+        source: The source.
+        places: int64 ``[N]``, where in it the images are.
+    """
+
+    source: ImageSource
+    places: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        """The image uint8 ``[H, W, C]`` and the label at a place of the part."""
+        return self.source[int(self.places[index])]
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedData:
+    """A data set that is read while it is used: its facts and its splits.
+
+    Attributes:
+        info: The facts.
+        train: The training split.
+        test: The test split.
+        validation: The images that the best epoch is chosen on, none of them in another split; or None.
+
+    Raises:
+        DataError: If a split is empty.
+    """
+
+    info: DatasetInfo
+    train: ImageSource
+    test: ImageSource
+    validation: ImageSource | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("train", "test", "validation"):
+            split: ImageSource | None = getattr(self, key)
+            if split is not None and not len(split):
+                raise DataError(f"{self.info.name}, {key} split: there are no images.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageReader:
+    """Reads the image of a place as a step takes it: all images of one shape.
+
+    Images of a set with ``info.eval_resize`` are cropped, resized and, in training, mirrored here.
+    What is drawn for an image follows from the seed and its place alone. Those of other sets are
+    cropped and mirrored in the compiled step.
+
+    Attributes:
+        source: The images.
+        info: Their facts.
+        seed: Seed of the augmentation, another one for each epoch; ``None`` to test.
+    """
+
+    source: ImageSource
+    info: DatasetInfo
+    seed: tuple[int, ...] | None = None
+
+    def __call__(self, index: int) -> tuple[NDArray[np.uint8], np.int32]:
+        """Read an image.
+
+        Args:
+            index: Its place in the split, or `NO_IMAGE` for a black one.
+
+        Returns:
+            The image uint8 ``info.image_shape``, and its label.
+
+        Raises:
+            DataError: If it cannot be read, has another shape, or its label is no class.
+        """
+        index, shape = int(index), self.info.image_shape
+        if index == NO_IMAGE:
+            return np.zeros(shape, np.uint8), np.int32(NO_IMAGE)
+        image, label = self.source[index]
+        if not 0 <= label < self.info.num_classes:
+            raise DataError(
+                f"{self.info.name}: image {index} has the label {label}; expected 0 to "
+                f"{self.info.num_classes - 1}."
+            )
+        if self.info.eval_resize is not None and image.shape[2] == shape[2]:
+            image = self._resized(image, index, self.info.eval_resize)
+        if image.shape != shape:
+            raise DataError(
+                f"{self.info.name}: image {index} is {list(image.shape)}; expected {list(shape)}. "
+                "Images of differing sizes cannot be used; resize them when preparing the set."
+            )
+        return image, np.int32(label)
+
+    def _resized(self, image: NDArray[np.uint8], index: int, shorter_side: int) -> NDArray[np.uint8]:
+        size = self.info.image_shape[:2]
+        if self.seed is None:
+            return resized_center_crop(image, size, shorter_side)
+        generator = np.random.default_rng((*self.seed, index))
+        image = random_resized_crop(image, size, generator)
+        return image[:, ::-1] if self.info.flip and generator.random() < 0.5 else image
+
+
+def stream_batches(
+    reader: ImageReader,
+    order: NDArray[np.int32],
+    batch_size: int,
+    *,
+    start: int = 0,
+    workers: int = 0,
+    rows: NDArray[np.integer[Any]] | None = None,
+) -> Generator[tuple[NDArray[np.uint8], NDArray[np.int32]]]:
+    """Read this process's share of each batch, some batches ahead.
+
+    Close the iterator to end the reading; it holds threads or processes until then.
+
+    Args:
+        reader: Reads an image.
+        order: int32 ``[N]``, places of images in the order in which batches take them, the same in
+            every process. What does not fill a batch is left out.
+        batch_size: Images per batch, over all processes.
+        start: Number of batches to leave out at the beginning, without reading them.
+        workers: Processes that read; 0: threads of this process.
+        rows: ``[rows]``, which images of each batch to read, the share of this process; None: all.
+
+    Yields:
+        Images uint8 ``[rows, H, W, C]`` and labels int32 of the same length.
+
+    Raises:
+        DataError: If an image cannot be read.
+
+    Example:
+        >>> from selconv_jax.data import load
+        >>> data = load("fashion_mnist_sample")
+        >>> batches = stream_batches(ImageReader(data.test, data.info), np.arange(9, dtype=np.int32), 4)
+        >>> [labels.tolist() for _, labels in batches] == data.test.labels[:8].reshape(2, 4).tolist()
+        True
+    """
+    # Here, as sets on the device need none of it.
+    import absl.flags
+    import grain
+
+    batched = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)[start:]
+    places = batched if rows is None else batched[:, rows]
+    if not places.size:
+        return
+    batches = grain.MapDataset.source(places.reshape(-1)).map(reader).batch(places.shape[1])
+    # Each thread reads a whole batch. Workers share the batches out among them, in turn.
+    threads = 1 if workers else min(_MOST_THREADS, os.cpu_count() or 1)
+    ahead = _BATCHES_PER_WORKER if workers else threads + 1
+    pipeline = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
+    if workers:
+        if not absl.flags.FLAGS.is_parsed():
+            absl.flags.FLAGS.mark_as_parsed()  # grain asks for a flag of its own; the default will do
+        pipeline = pipeline.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BATCHES_PER_WORKER),
+            worker_init_fn=_live_and_die_with_the_parent,
+        )
+    with contextlib.closing(iter(pipeline)) as iterator:
+        for images, labels in iterator:
+            # What workers send lies in shared memory, which is taken back from under a JAX array.
+            yield (np.array(images), np.array(labels)) if workers else (images, labels)
+
+
+def _live_and_die_with_the_parent(worker: int, workers: int) -> None:
+    """Signals may reach every process of a run; the one that trains decides what happens."""
+    del worker, workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    # A parent that was killed cannot stop its workers.
+    threading.Thread(target=follow, daemon=True).start()

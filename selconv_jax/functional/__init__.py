@@ -1,0 +1,17 @@
+"""The mathematics of one layer as pure array functions, usable without Flax."""
+
+from selconv_jax.functional._allocation import LayerState, deallocate, draw_sources, reallocate
+from selconv_jax.functional._damage import channel_scores, expected_channel_damage, normalize_damage
+from selconv_jax.functional._shift import channel_shift, select
+
+__all__ = [
+    "LayerState",
+    "channel_scores",
+    "channel_shift",
+    "deallocate",
+    "draw_sources",
+    "expected_channel_damage",
+    "normalize_damage",
+    "reallocate",
+    "select",
+]

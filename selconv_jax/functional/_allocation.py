@@ -1,0 +1,214 @@
+"""De-allocation and re-allocation of the input channels of one layer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from selconv_jax._utils.arguments import check_whole
+from selconv_jax.functional._groups import kernel_rows
+
+__all__ = ["LayerState", "deallocate", "draw_sources", "reallocate", "sources_from_uniform"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerState:
+    """Everything re-allocation reads or rewrites in one layer with ``C`` inputs and ``O`` outputs.
+
+    ``source`` and ``shift`` are None in a gate-only layer, whose closed channels are never filled again.
+
+    Layers with ``G`` groups are an extension of the method, which has none. Their input is one tensor of
+    ``C`` channels for gates, sources and scores alike: a slot may copy a channel of any group. Only the
+    kernel knows of groups: the row of channel ``d`` is ``kernel[..., d % (C / G), o]`` for the outputs
+    ``o`` of its group ``d // (C / G)``.
+
+    Attributes:
+        kernel: ``[*K, C / G, O]`` floating, ``[*K, C, O]`` without groups.
+        scale: ``[C]`` batch norm scale.
+        bias: ``[C]`` batch norm bias.
+        mean: ``[C]`` batch norm running mean.
+        var: ``[C]`` batch norm running variance.
+        gate: ``[C]`` bool, false where the channel is closed.
+        source: ``[C]`` int32, the channel that is read instead, -1 for "its own, unshifted"; or None.
+        shift: ``[C, len(S)]`` floating, in pixels; or None.
+    """
+
+    kernel: jax.Array
+    scale: jax.Array
+    bias: jax.Array
+    mean: jax.Array
+    var: jax.Array
+    gate: jax.Array
+    source: jax.Array | None = None
+    shift: jax.Array | None = None
+
+
+def deallocate(
+    normalized: jax.Array,
+    gate: jax.Array,
+    source: jax.Array | None,
+    threshold: float | jax.Array,
+    groups: int = 1,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Closes the channels whose joint damage stays below a threshold (method, "De-allocation").
+
+    Channels are taken in ascending order of their largest damage to any output. The longest run of
+    them whose summed damage exceeds ``threshold`` for no output is closed. If not even all channels
+    together exceed it (all damage 0, or a threshold of 1 and more) nothing is closed.
+
+    With groups, an extension of the method, the channels of all groups stand in one order and are held
+    to one sum per output. Beyond that, each group that had an open channel keeps the last of them in that
+    order: without one the outputs of the group would be constant, and no gradient would reach its kernel.
+    In a depthwise convolution (one channel per group) nothing is ever closed.
+
+    Args:
+        normalized: ``[O, C]`` normalized damage of the layer as it stands.
+        gate: ``[C]`` bool.
+        source: ``[C]`` int32, or None for a gate-only layer.
+        threshold: Damage, as a share of the whole, that may be lost; 0 closes what has no damage.
+        groups: Number of groups of the convolution.
+
+    Returns:
+        The new gate and source: closed channels have gate false and source -1. Channels that were
+        closed before stay closed; a layer, and each of its groups, that had an open channel keeps one.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> normalized = jnp.array([[0.70, 0.02, 0.28], [0.90, 0.03, 0.07]])
+        >>> gate, source = deallocate(
+        ...     normalized, jnp.ones(3, bool), jnp.array([-1, 0, -1]), threshold=0.1)
+        >>> gate.tolist(), source.tolist()
+        ([True, False, True], [-1, -1, -1])
+    """
+    # A stable sort: of channels with equal damage the one with the lower index is closed first.
+    order = jnp.argsort(jnp.max(normalized, axis=0), stable=True)
+    largest = jnp.max(jnp.cumsum(normalized[:, order], axis=1), axis=0)
+    # The sums never fall, as no damage is negative; a parallel cumsum may round otherwise.
+    threshold = jnp.asarray(threshold, largest.dtype)
+    exceeded = jax.lax.cummax(largest) > threshold
+    # Rows sum to less than 1; rounding may carry a sum over it.
+    closes_some = exceeded[-1] & (threshold < 1)
+    # The first sum that exceeds belongs to the n-th channel, which stays open: n - 1 are closed.
+    closed = jnp.zeros_like(gate).at[order].set(~exceeded & closes_some)
+    new_gate = gate & ~closed
+    if groups > 1:
+        new_gate = new_gate | _kept_by_groups(order, gate, new_gate, groups)
+    if source is None:
+        return new_gate, None
+    return new_gate, jnp.where(new_gate, source, -1)
+
+
+def _kept_by_groups(order: jax.Array, gate: jax.Array, new_gate: jax.Array, groups: int) -> jax.Array:
+    """``[C]`` bool: of each group whose channels would all be closed, the open one that comes last."""
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
+    places = jnp.where(gate, place, -1).reshape(groups, -1)
+    lost = jnp.any(gate.reshape(places.shape), axis=1) & ~jnp.any(new_gate.reshape(places.shape), axis=1)
+    last = jnp.arange(places.shape[1])[None, :] == jnp.argmax(places, axis=1)[:, None]
+    return (last & lost[:, None]).reshape(-1)
+
+
+def draw_sources(key: jax.Array, scores: jax.Array, gate: jax.Array, top_k: int) -> jax.Array:
+    """Draws for every closed channel the open one it shall copy (method, "Re-allocation" 3, 4).
+
+    Each slot takes, independently and uniformly, one of the ``top_k`` open channels of highest score.
+    Only scores above 0 count; where there are fewer than ``top_k``, those are all.
+
+    Args:
+        key: A PRNG key.
+        scores: ``[C]`` from `channel_scores`.
+        gate: ``[C]`` bool.
+        top_k: Number of candidates, at least 1.
+
+    Returns:
+        ``[C]`` int32: the drawn channel, -1 where nothing is to be drawn (the channel is open, or
+        there is no candidate).
+
+    Raises:
+        ValueError: ``top_k`` is below 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> draw_sources(jax.random.key(0), jnp.array([0.1, 0.0, 0.9]),
+        ...              jnp.array([True, False, True]), top_k=1).tolist()
+        [-1, 2, -1]
+    """
+    return sources_from_uniform(jax.random.uniform(key, scores.shape), scores, gate, top_k)
+
+
+def sources_from_uniform(uniform: jax.Array, scores: jax.Array, gate: jax.Array, top_k: int) -> jax.Array:
+    """`draw_sources` with the random numbers as an argument.
+
+    Args:
+        uniform: ``[C]`` floating in [0, 1).
+        scores: ``[C]`` from `channel_scores`.
+        gate: ``[C]`` bool.
+        top_k: Number of candidates, at least 1.
+
+    Returns:
+        ``[C]`` int32.
+
+    Raises:
+        ValueError: ``top_k`` is below 1.
+    """
+    check_whole("top_k", top_k, 1)
+    # Equal scores: lax.top_k puts the lower index first.
+    # A score that is NaN is no candidate.
+    best, candidates = jax.lax.top_k(jnp.where(gate & (scores > 0), scores, 0), min(top_k, scores.shape[0]))
+    number = jnp.sum(best > 0, dtype=jnp.int32)
+    # Rounding may carry the product up to `number` itself.
+    pick = jnp.minimum(jnp.floor(uniform * number.astype(uniform.dtype)).astype(jnp.int32), number - 1)
+    return jnp.where(gate | (number == 0), -1, candidates[pick]).astype(jnp.int32)
+
+
+def reallocate(state: LayerState, drawn: jax.Array, drawn_shift: jax.Array) -> LayerState:
+    """Fills closed channels with shifted copies of the drawn ones (method, "Re-allocation" 4).
+
+    A filled slot opens with an all-zero kernel row, so the layer computes what it computed before,
+    and with the batch norm of the channel it copies. A copy of a copy reads the original. All slots
+    are filled from the state before the fill.
+
+    In a layer with groups a slot may copy a channel of another group: its kernel row stays in its own.
+
+    Args:
+        state: The layer after de-allocation; it has a ``source`` and a ``shift``.
+        drawn: ``[C]`` int32 from `draw_sources`; -1 leaves the channel as it is.
+        drawn_shift: ``[C, len(S)]`` floating, the shifts in pixels that the filled slots start with.
+
+    Returns:
+        The state with the slots filled; the shapes and dtypes are unchanged.
+
+    Raises:
+        ValueError: The layer is gate-only.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> ones = jnp.ones(2)
+        >>> state = LayerState(kernel=jnp.ones((1, 2, 1)), scale=jnp.array([3.0, 1.0]), bias=ones,
+        ...     mean=ones, var=ones, gate=jnp.array([True, False]),
+        ...     source=jnp.array([-1, -1]), shift=jnp.zeros((2, 1)))
+        >>> new = reallocate(state, jnp.array([-1, 0]), jnp.array([[0.0], [1.5]]))
+        >>> new.gate.tolist(), new.source.tolist(), new.scale.tolist(), new.kernel.ravel().tolist()
+        ([True, True], [-1, 0], [3.0, 3.0], [1.0, 0.0])
+    """
+    if state.source is None or state.shift is None:
+        raise ValueError(
+            "the layer is gate-only (source or shift is None): its closed channels cannot be filled."
+        )
+    filled = drawn >= 0
+    origin = jnp.maximum(drawn, 0)
+
+    def copy(values: jax.Array) -> jax.Array:
+        return jnp.where(filled, values[origin], values)
+
+    parent = state.source[origin]
+    return LayerState(
+        kernel=jnp.where(kernel_rows(filled, state.kernel.shape), 0, state.kernel),
+        scale=copy(state.scale),
+        bias=copy(state.bias),
+        mean=copy(state.mean),
+        var=copy(state.var),
+        gate=state.gate | filled,
+        source=jnp.where(filled, jnp.where(parent >= 0, parent, origin), state.source),
+        shift=jnp.where(filled[:, None], drawn_shift.astype(state.shift.dtype), state.shift),
+    )

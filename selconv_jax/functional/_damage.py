@@ -1,0 +1,130 @@
+"""Expected channel damage: how much a layer's output changes when an input channel is removed."""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.stats import norm
+
+from selconv_jax._utils.arguments import check_whole
+from selconv_jax._xla.batch_norm import statistics_dtype
+from selconv_jax.functional._groups import group_count
+
+__all__ = ["channel_scores", "expected_channel_damage", "normalize_damage"]
+
+
+def expected_channel_damage(
+    kernel: jax.Array, scale: jax.Array, bias: jax.Array, gate: jax.Array
+) -> jax.Array:
+    r"""Expected channel damage matrix (ECDM) of a batch norm, ReLU, convolution layer.
+
+    After batch norm, channel :math:`i` is about normal with mean :math:`\beta_i` and deviation
+    :math:`|\gamma_i|`, so that behind the ReLU its mean is
+
+    .. math:: E_i = |\gamma_i| \phi(\beta_i / |\gamma_i|) + \beta_i \Phi(\beta_i / |\gamma_i|)
+
+    with :math:`E_i = \max(\beta_i, 0)` in the limit :math:`\gamma_i \to 0`. Removing the channel changes
+    the expected output :math:`o` by :math:`g_i E_i \sum_k W_{k, i, o}` (method, "Expected channel damage
+    matrix").
+
+    The published method has no grouped selective layer. Here the matrix of a layer with ``G`` groups
+    stays ``[O, C]``: an output is damaged by the channels of its own group alone, so all other pairs are
+    0, and a row's shares (`normalize_damage`) are shares among the channels of one group.
+
+    Args:
+        kernel: ``[*K, C / G, O]`` floating, any number of spatial dimensions ``K``; the number of groups
+            ``G`` follows from the shapes.
+        scale: ``[C]`` batch norm scale :math:`\gamma`, of any sign.
+        bias: ``[C]`` batch norm bias :math:`\beta`.
+        gate: ``[C]`` bool, false where the channel is closed.
+
+    Returns:
+        ``[O, C]`` in the dtype of ``kernel``, at least float32; columns of closed channels are 0, and
+        of open ones with a parameter that is NaN, NaN.
+
+    Raises:
+        ValueError: The kernel does not belong to so many channels.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kernel = jnp.array([[2.0], [3.0]])[None]  # [1, C=2, O=1]
+        >>> damage = expected_channel_damage(
+        ...     kernel, jnp.zeros(2), jnp.array([1.0, -1.0]), jnp.array([True, True]))
+        >>> damage.tolist()
+        [[2.0, 0.0]]
+        >>> kernel = jnp.array([[2.0, 3.0]])[None]  # [1, C/G=1, O=2]: two groups
+        >>> expected_channel_damage(kernel, jnp.zeros(2), jnp.ones(2), jnp.array([True, True])).tolist()
+        [[2.0, 0.0], [0.0, 3.0]]
+    """
+    channels, outputs = gate.shape[0], kernel.shape[-1]
+    groups = group_count(channels, kernel.shape)
+    dtype = statistics_dtype(kernel.dtype)
+    scale, bias = scale.astype(dtype), bias.astype(dtype)
+    deviation = jnp.abs(scale)
+    is_constant = deviation == 0  # not of NaN, which stays NaN
+    # Dividing by 1 instead of 0 keeps the branch that is not taken finite.
+    ratio = bias / jnp.where(is_constant, 1, deviation)
+    activation = jnp.where(
+        is_constant,
+        jnp.maximum(bias, 0),
+        deviation * norm.pdf(ratio) + bias * norm.cdf(ratio),
+    )
+    taps = jnp.sum(kernel.astype(dtype), axis=tuple(range(kernel.ndim - 2)))
+    if groups > 1:
+        group_of_channel = jnp.arange(channels) // (channels // groups)
+        group_of_output = jnp.arange(outputs) // (outputs // groups)
+        same_group = group_of_channel[:, None] == group_of_output[None, :]
+        taps = jnp.where(same_group, jnp.tile(taps, (groups, 1)), 0)  # [C, O]
+    return jnp.where(gate[:, None], activation[:, None] * taps, 0).T
+
+
+def normalize_damage(damage: jax.Array) -> jax.Array:
+    """Shares of each output in the damage of all channels (nECDM): absolute values, rows sum to about 1.
+
+    Args:
+        damage: ``[O, C]`` floating, from `expected_channel_damage`.
+
+    Returns:
+        ``[O, C]``, not negative. A row without any damage stays 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> normalize_damage(jnp.array([[3.0, -1.0]])).tolist()
+        [[0.75, 0.25]]
+    """
+    magnitude = jnp.abs(damage)
+    return magnitude / (jnp.sum(magnitude, axis=-1, keepdims=True) + 1e-8)
+
+
+def channel_scores(
+    normalized: jax.Array, source: jax.Array | None, max_copies: int | None = None
+) -> jax.Array:
+    """How worthwhile a copy of each channel is: the 2-norm of its column (method, "Re-allocation" 1, 2).
+
+    Args:
+        normalized: ``[O, C]`` normalized damage, taken after de-allocation.
+        source: ``[C]`` int32, -1 where a channel reads itself. May be None without ``max_copies``.
+        max_copies: Where more than this many channels read the same source, the source and all its
+            copies score 0, so that no further copy of it is made. None: no limit.
+
+    Returns:
+        ``[C]``, not negative; 0 for closed channels, whose damage is 0.
+
+    Raises:
+        ValueError: ``max_copies`` is negative or given without ``source``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> normalized = jnp.array([[0.6, 0.4], [0.8, 0.2]])
+        >>> channel_scores(normalized, jnp.array([-1, 0]), max_copies=0).tolist()
+        [0.0, 0.0]
+    """
+    scores = jnp.sqrt(jnp.sum(jnp.square(normalized), axis=0))
+    if max_copies is None:
+        return scores
+    check_whole("max_copies", max_copies, 0, "a whole number, at least 0, or None for no limit")
+    if source is None:
+        raise ValueError("max_copies needs source, which says who copies whom; it is None.")
+    channels = jnp.arange(source.shape[0], dtype=source.dtype)
+    reads = source[:, None] == channels[None, :]  # reads[j, s]: channel j is a copy of s
+    exhausted = jnp.sum(reads, axis=0) > max_copies
+    copies_exhausted = jnp.any(reads & exhausted[None, :], axis=1)
+    return jnp.where(exhausted | copies_exhausted, 0, scores)

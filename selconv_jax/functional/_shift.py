@@ -1,0 +1,254 @@
+"""Spatial shift of channels by fractions of a pixel, and the selection that reads through it."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from selconv_jax._utils.arguments import check_whole
+from selconv_jax._xla.batch_norm import Statistics, batch_statistics, statistics_dtype
+from selconv_jax._xla.platforms import target_platform
+from selconv_jax._xla.stored import stored
+
+__all__ = ["channel_shift", "select", "select_with_statistics"]
+
+
+def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
+    """Reads every channel at a position of its own, displaced by ``shift``.
+
+    Multilinear interpolation (method, "One selective layer"): the output at pixel ``(h, w)`` is ``x``
+    at ``(h + shift[c, 0], w + shift[c, 1])``, each coordinate clamped to the image. The displacement is
+    constant over a channel, so the interpolation separates into one small matrix per axis and channel;
+    products with these are exact for any shift, near or far, and differentiate into products again
+    instead of scatters.
+
+    Where a coordinate is clamped (on the border itself too) its gradient is 0; at a whole-pixel
+    displacement, where the interpolation has a kink, the gradient is the one from above.
+
+    Args:
+        x: ``[N, *S, C]`` floating, any number of spatial dimensions ``S``.
+        shift: ``[C, len(S)]`` floating, in pixels, in the order of the spatial dimensions (row first).
+
+    Returns:
+        ``[N, *S, C]`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: The shape of ``shift`` does not belong to ``x``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.arange(4.0).reshape(1, 4, 1)
+        >>> channel_shift(x, jnp.array([[0.5]]))[0, :, 0].tolist()
+        [0.5, 1.5, 2.5, 3.0]
+    """
+    expected = (x.shape[-1], x.ndim - 2)
+    if shift.shape != expected:
+        raise ValueError(
+            f"shift has shape {shift.shape}; an input of shape {x.shape} needs {expected}: "
+            "one row per channel, one column per spatial dimension."
+        )
+    # Channels first, so that every channel is one product with its own matrix. The weights are
+    # fractions: without full precision an accelerator would round them to 8 bits.
+    product = functools.partial(lax.dot_general, precision=lax.Precision.HIGHEST)
+    spatial = list(range(1, x.ndim - 1))
+    order = [x.ndim - 1, 0, *spatial]  # the dimensions of x in those of y
+    y = jnp.transpose(x, order)
+    matrices = _interpolation_matrices(shift, x.shape[1:-1], x.dtype)
+    for axis, matrix in zip(spatial, matrices, strict=True):
+        at = order.index(axis)
+        if at == y.ndim - 1:
+            y = product(y, matrix, (((at,), (2,)), ((0,), (0,))))
+        else:
+            # The dimension goes before all others and stays there, instead of forth and back.
+            order.insert(1, order.pop(at))
+            y = product(matrix, jnp.moveaxis(y, at, 1), (((2,), (1,)), ((0,), (0,))))
+    return jnp.transpose(y, [order.index(axis) for axis in range(x.ndim)])
+
+
+def _interpolation_matrices(shift: jax.Array, sizes: Sequence[int], dtype: jnp.dtype) -> list[jax.Array]:
+    """Weights ``[C, out, in]`` of the linear interpolation along each dimension, for all shifts."""
+    if len(set(sizes)) == 1:
+        # Dimensions of equal size at once: a smaller program.
+        return list(jax.vmap(_interpolation_matrix, in_axes=(1, None, None))(shift, sizes[0], dtype))
+    return [_interpolation_matrix(shift[:, axis], size, dtype) for axis, size in enumerate(sizes)]
+
+
+def _interpolation_matrix(shift: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
+    """Weights ``[C, out, in]`` of the linear interpolation along one dimension, for shifts ``[C]``."""
+    # A narrow type cannot even count the pixels of a large image.
+    shift = shift.astype(statistics_dtype(shift.dtype))
+    column = jnp.arange(size, dtype=shift.dtype)[None, None, :]
+    position = column.swapaxes(1, 2) + shift[:, None, None]  # [C, out, 1]
+    inside = (position > 0) & (position < size - 1)
+    clamped = jnp.clip(lax.stop_gradient(position), 0, size - 1)
+    position = jnp.where(inside, position, clamped)
+    below = jnp.floor(lax.stop_gradient(position))
+    fraction = position - below
+    # On the last pixel the fraction is 0 and "below + 1" meets no column.
+    zero = jnp.zeros((), shift.dtype)
+    # NaN meets none at all, and stays NaN.
+    lower = jnp.where(column == below, 1 - fraction, 0 * lax.stop_gradient(fraction))
+    upper = jnp.where(column == below + 1, fraction, zero)
+    return (lower + upper).astype(dtype)
+
+
+def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None = None) -> jax.Array:
+    """The input as a selective layer sees it (method, "One selective layer", step 1).
+
+    Channel ``j`` of the result is ``x_j`` where ``source[j] = -1``, else the channel ``source[j]`` shifted
+    by ``shift[j]``. A channel may be a shifted copy of itself: ``source[j] = j`` differs from -1.
+
+    The cost grows with the number of copies that are provided for, not with the channels. ``slots``
+    fixes that number when the program is compiled; the result does not depend on it as long as it suffices.
+
+    Args:
+        x: ``[N, *S, C]`` floating.
+        source: ``[C]`` int32 in ``-1 .. C - 1``.
+        shift: ``[C, len(S)]`` floating, in pixels; without effect and without gradient where
+            ``source`` is -1.
+        slots: Upper bound of the number of copies (entries of ``source`` other than -1); None: ``C``.
+            Where there are more, every copy is NaN.
+
+    Returns:
+        ``[N, *S, C]`` in the dtype of ``x``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.array([[[1.0, 10.0], [2.0, 20.0]]])
+        >>> select(x, jnp.array([-1, 0]), jnp.array([[0.0], [1.0]]))[0].tolist()
+        [[1.0, 2.0], [2.0, 2.0]]
+    """
+    slots = _bound(slots, x)
+    if slots == 0:
+        return _replaced(x, source >= 0, jnp.nan)
+    return _selected(x, source, shift, slots)[0]
+
+
+def select_with_statistics(
+    x: jax.Array, statistics: Statistics, source: jax.Array, shift: jax.Array, slots: int | None = None
+) -> tuple[jax.Array, Statistics]:
+    """Selects, and tells the statistics of what is selected without reading all of it.
+
+    Args:
+        x: ``[N, *S, C]`` floating.
+        statistics: Those of ``x``, from `selconv_jax.nn.batch_statistics`.
+        source: See `select`.
+        shift: See `select`.
+        slots: See `select`.
+
+    Returns:
+        What `select` returns, and its statistics.
+    """
+    slots = _bound(slots, x)
+    if slots == 0:
+        selected, *new = (_replaced(values, source >= 0, jnp.nan) for values in (x, *statistics))
+        return selected, Statistics(*new)
+    selected, copies, slot = _selected(x, source, shift, slots)
+
+    def placed(of_x: jax.Array, of_copies: jax.Array) -> jax.Array:
+        # Products with 1 and 0, one 1 per channel: exact where the precision is.
+        moved = jnp.dot(of_copies, slot.astype(of_copies.dtype), precision=lax.Precision.HIGHEST)
+        return jnp.where(source >= 0, moved, of_x)
+
+    return selected, Statistics(*map(placed, statistics, batch_statistics(copies)))
+
+
+def _bound(slots: int | None, x: jax.Array) -> int:
+    """The number of copies that a program provides for."""
+    if slots is None:
+        return x.shape[-1]
+    check_whole("slots", slots, 0, "a whole number of channels, at least 0, or None")
+    return min(slots, x.shape[-1])
+
+
+def _replaced(x: jax.Array, channels: jax.Array, value: float) -> jax.Array:
+    """``x`` ``[..., C]`` with one value in the channels that are true in ``channels`` ``[C]``."""
+    return jnp.where(lax.expand_dims(channels, range(x.ndim - 1)), jnp.asarray(value, x.dtype), x)
+
+
+def _selected(
+    x: jax.Array, source: jax.Array, shift: jax.Array, slots: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The selected channels; the copies ``[N, *S, slots]``; ``[slots, C]`` bool: which channel each is."""
+    channels = x.shape[-1]
+    is_copy = source >= 0
+    number = _numbers_of_copies(is_copy)
+    slot = is_copy[None, :] & (number[None, :] == jnp.arange(slots)[:, None])
+    # Places that are not used read channel 0 and are written nowhere.
+    # Indices are computed once, not for every pixel that a gather reads.
+    origin = lax.optimization_barrier(jnp.sum(jnp.where(slot, source[None, :], 0), axis=1))
+    if slots < channels:
+        # One copy too many makes the displacement of all slots NaN: none is wrong, at no cost per pixel.
+        shift = jnp.where((number < slots)[:, None], shift, jnp.asarray(jnp.nan, shift.dtype))
+    read = jnp.where(is_copy[:, None], shift, jnp.zeros((), shift.dtype))
+    displacement = jnp.dot(slot.astype(shift.dtype), read, precision=lax.Precision.HIGHEST)
+    if target_platform() != "tpu":
+        copies = channel_shift(_gather(x, origin), displacement)
+        return _replace(x, copies, source, slot), copies, slot
+    one_hot = jax.nn.one_hot(origin, channels, dtype=x.dtype, axis=0)
+    copies = channel_shift(jnp.dot(x, one_hot, precision=lax.Precision.HIGHEST), displacement)
+    selected = _replaced(x, is_copy, 0) + jnp.dot(
+        copies, slot.astype(x.dtype), precision=lax.Precision.HIGHEST
+    )
+    return selected, copies, slot
+
+
+def _numbers_of_copies(is_copy: jax.Array) -> jax.Array:
+    """``[C]`` int32: how many of the channels before each one are copies."""
+    channel = jnp.arange(is_copy.shape[0])
+    # Comparing all pairs compiles to less than a cumulative sum and its inverse.
+    return jnp.sum(is_copy[None, :] & (channel[None, :] < channel[:, None]), axis=1)
+
+
+@jax.custom_jvp
+def _gather(x: jax.Array, origin: jax.Array) -> jax.Array:
+    """The channels ``origin`` ``[slots]`` of ``x``; the gradient is a product and not a scatter."""
+    return _taken(x, origin)
+
+
+@_gather.defjvp
+def _gather_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]
+) -> tuple[jax.Array, jax.Array]:
+    x, origin = primals
+    one_hot = jax.nn.one_hot(origin, x.shape[-1], dtype=x.dtype)
+    return _gather(x, origin), jnp.dot(tangents[0], one_hot.T, precision=lax.Precision.HIGHEST)
+
+
+@jax.custom_jvp
+def _replace(x: jax.Array, copies: jax.Array, source: jax.Array, slot: jax.Array) -> jax.Array:
+    """``x`` with the copies in their slots; forward and back only channels are gathered."""
+    place = jnp.sum(jnp.where(slot, jnp.arange(slot.shape[0])[:, None], 0), axis=0)  # [C]
+    place = lax.optimization_barrier(place)
+    is_copy = lax.expand_dims(source >= 0, range(x.ndim - 1))
+    return jnp.where(is_copy, jnp.take(stored(copies), place, axis=-1, mode="clip"), x)
+
+
+@_replace.defjvp
+def _replace_jvp(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    _, _, source, slot = primals
+    of_x, of_copies, *_ = tangents
+    channel = jnp.sum(jnp.where(slot, jnp.arange(slot.shape[1])[None, :], 0), axis=1)  # [slots]
+    channel = lax.optimization_barrier(channel)
+    # Places that are not used have read channel 0. A scatter, whose transpose is a gather.
+    added = _replaced(of_copies, ~jnp.any(slot, axis=1), 0)
+    return _replace(*primals), _added(_replaced(of_x, source >= 0, 0), added, channel)
+
+
+def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Channels of ``x``; as columns of a matrix, which is the faster gather on CPU."""
+    return stored(jnp.take(_rows(x), index, axis=1, mode="clip")).reshape(*x.shape[:-1], index.shape[0])
+
+
+def _added(x: jax.Array, changes: jax.Array, index: jax.Array) -> jax.Array:
+    """``x`` with ``changes`` added to channels; its transpose is `_taken`."""
+    return _rows(x).at[:, index].add(stored(_rows(changes)), mode="clip").reshape(x.shape)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """``[..., C]`` as a matrix."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

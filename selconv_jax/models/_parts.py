@@ -1,0 +1,215 @@
+"""What the networks have in common: the first convolution, pooling, the classifier, the choice of layer."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.dtypes import promote_dtype
+
+from selconv_jax._xla.batch_norm import Statistics, batch_statistics, join_statistics, statistics_dtype
+from selconv_jax._xla.convolution import convolve
+from selconv_jax._xla.platforms import target_platform
+from selconv_jax._xla.stored import stored
+from selconv_jax.errors import ConfigError, nearest
+from selconv_jax.nn._layers import BatchNormReLU, PlainConv, SelectiveConv, fan_out_normal
+
+__all__ = [
+    "STEMS",
+    "VARIANTS",
+    "Classifier",
+    "Stem",
+    "append_channels",
+    "append_features",
+    "average_pool",
+    "check_choice",
+    "check_network",
+    "check_whole",
+    "gated_conv",
+    "is_real",
+    "selective_conv",
+]
+
+VARIANTS = ("plain", "selective", "gate_only")
+
+# Kernel size and stride of the first convolution, and whether a 3x3 max pool of stride 2 follows.
+STEMS = {
+    "cifar": (3, 1, False),
+    "tiny_imagenet": (3, 2, False),
+    "imagenet": (7, 2, True),
+}
+
+
+class Stem(nn.Module):
+    """The first convolution of a network, on the raw image (experiments, "Stem").
+
+    Attributes:
+        features: Number of output channels.
+        kind: ``"cifar"`` (3x3, stride 1; also for Fashion-MNIST), ``"tiny_imagenet"`` (3x3, stride 2) or
+            ``"imagenet"`` (7x7, stride 2, then a 3x3 max pool of stride 2).
+        kernel_size: Size of the kernel, odd, instead of that of the kind; None: that of the kind.
+        dtype: Type of the computation.
+        param_dtype: Type of the kernel.
+    """
+
+    features: int
+    kind: str = "cifar"
+    kernel_size: int | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images ``[N, H, W, C]`` to ``[N, H', W', features]``."""
+        size, stride, pool = STEMS[self.kind]
+        size = self.kernel_size or size
+        # Padding is symmetric: "SAME" would pad strided windows on one side only.
+        shape = (size, size, images.shape[-1], self.features)
+        kernel = self.param("kernel", fan_out_normal, shape, self.param_dtype)
+        images, kernel = promote_dtype(images, kernel, dtype=self.dtype)
+        x = convolve(
+            images,
+            kernel,
+            strides=(stride, stride),
+            padding=((size // 2, size // 2),) * 2,
+            kernel_dilation=(1, 1),
+        )
+        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if pool else x
+
+
+class Classifier(nn.Module):
+    """The end of a network: batch norm, ReLU, global average pool, linear layer.
+
+    Attributes:
+        num_classes: Number of outputs.
+        zero_bias: Start the linear bias at 0 (DenseNets) instead of uniformly in ``+-1/sqrt(fan_in)``.
+        dtype: Type of the computation; logits come in float32 or wider.
+        param_dtype: Type of the parameters.
+    """
+
+    num_classes: int
+    zero_bias: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, statistics: Statistics | None = None) -> jax.Array:
+        """Maps features ``[N, H, W, C]``, and their statistics if known, to logits ``[N, num_classes]``."""
+        x = BatchNormReLU(param_dtype=self.param_dtype, name="norm")(x, train, statistics)
+        x = jnp.mean(x, axis=(1, 2))
+        uniform = _uniform(1 / math.sqrt(x.shape[-1]))
+        logits = nn.Dense(
+            self.num_classes,
+            kernel_init=uniform,
+            bias_init=nn.initializers.zeros if self.zero_bias else uniform,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="linear",
+        )(x)
+        return logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)
+
+
+def selective_conv(variant: str, slots: float, **arguments: Any) -> PlainConv:
+    """A layer that the method makes selective, in the given variant of a network."""
+    if variant == "plain":
+        return PlainConv(**arguments)
+    return SelectiveConv(gate_only=variant == "gate_only", slots=slots, **arguments)
+
+
+def gated_conv(variant: str, **arguments: Any) -> PlainConv:
+    """A layer that the method makes gate-only, in the given variant of a network."""
+    return PlainConv(**arguments) if variant == "plain" else SelectiveConv(gate_only=True, **arguments)
+
+
+def average_pool(x: jax.Array) -> jax.Array:
+    """2x2 average pool of ``[N, H, W, C]``; an odd last row or column is left out.
+
+    Raises:
+        ConfigError: There are not even 2 rows and columns.
+    """
+    batch, height, width, channels = x.shape
+    if min(height, width) < 2:
+        raise ConfigError(
+            f"the images are too small for the network: nothing is left of {height}x{width} pixels after the "
+            "next 2x2 pool. Take larger images, fewer blocks, or a stem without stride."
+        )
+    rows, columns = height // 2, width // 2
+    x = x[:, : 2 * rows, : 2 * columns]
+    if target_platform() == "tpu":
+        # The gradient of a mean over parts of dimensions is a broadcast there, three times as slow.
+        wide = x.astype(statistics_dtype(x.dtype))
+        window = (1, 2, 2, 1)
+        total = jax.lax.reduce_window(wide, np.zeros((), wide.dtype), jax.lax.add, window, window, "VALID")
+        return (total / 4).astype(x.dtype)
+    return jnp.mean(x.reshape(batch, rows, 2, columns, 2, channels), axis=(2, 4))
+
+
+def append_features(
+    x: jax.Array, statistics: Statistics | None, y: jax.Array
+) -> tuple[jax.Array, Statistics | None]:
+    """Joins features ``[N, H, W, C]`` of known statistics with new ones ``[N, H, W, k]``.
+
+    Every later layer of a dense block reads the features, so their statistics are taken once, here.
+
+    Args:
+        x: The features so far.
+        statistics: Theirs; None: not wanted.
+        y: The new ones.
+
+    Returns:
+        All of them, ``[N, H, W, C + k]``, and their statistics.
+    """
+    if statistics is not None:
+        statistics = join_statistics(statistics, batch_statistics(y))
+    return append_channels(x, y), statistics
+
+
+def append_channels(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Joins ``[N, H, W, C]`` and ``[N, H, W, k]`` to ``[N, H, W, C + k]``, computed once."""
+    # As rows of channels: the CPU compiler joins arrays of more dimensions in one thread.
+    rows = [part.reshape(math.prod(part.shape[:-1]), part.shape[-1]) for part in (x, y)]
+    joined = jnp.concatenate(rows, axis=-1)
+    return stored(joined.reshape(*x.shape[:-1], joined.shape[-1]))
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Raises a `ConfigError` unless ``value`` is one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{name} is {value!r}. {nearest(str(value), choices)}")
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raises a `ConfigError` unless ``value`` is a whole number of at least 1."""
+    if not _is_whole(value):
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+
+
+def check_network(network: Any) -> None:
+    """Raises a `ConfigError` unless what networks share is in bounds: stem, variant, classes, blocks, ..."""
+    check_choice("stem", network.stem, STEMS)
+    check_choice("variant", network.variant, VARIANTS)
+    check_whole("num_classes", network.num_classes)
+    blocks = network.blocks
+    if not isinstance(blocks, tuple | list) or not blocks or not all(map(_is_whole, blocks)):
+        raise ConfigError(f"blocks is {blocks!r}; it must be a list of whole numbers, all at least 1.")
+    rate = getattr(network, "dropout_rate", 0.0)
+    if not is_real(rate) or not 0 <= rate < 1:
+        raise ConfigError(f"dropout_rate is {rate!r}; it must be a number in [0, 1).")
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a real number; true and false are none."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _uniform(limit: float) -> Any:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init

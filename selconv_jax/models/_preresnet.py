@@ -1,0 +1,74 @@
+"""Pre-activation ResNet with bottlenecks, plain or selective."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from selconv_jax.models._parts import Classifier, Stem, check_network, check_whole
+from selconv_jax.models._residual import residual_blocks
+
+__all__ = ["PreResNet"]
+
+
+class PreResNet(nn.Module):
+    """Pre-activation ResNet: 1x1 (selective), 3x3 (gate-only) and 1x1 (selective) around a shortcut.
+
+    Block ``i`` (from 0) has ``p = width * 2 ** i`` channels inside its bottlenecks and ``4 p`` between them;
+    the stem has ``width`` (experiments, "Models").
+
+    Attributes:
+        num_classes: Number of outputs.
+        blocks: Bottlenecks per block; 164 layers are ``(18, 18, 18)``.
+        width: Channels of the stem; None: 64 on ImageNet's stem, 16 on the others.
+        stem: First convolution, see `parts.STEMS`.
+        variant: ``"plain"``, ``"selective"``, or ``"gate_only"`` (de-allocation without re-allocation).
+        slots: See `selconv_jax.SelectiveConv`.
+        dtype: Type of the computation; None: that of the input.
+        param_dtype: Type of the parameters.
+
+    Raises:
+        ConfigError: A value is out of bounds or not one of the choices.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> model = PreResNet(num_classes=10, blocks=(1, 1), width=4)
+        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), train=False)
+        >>> variables["params"]["block2_layer1"]["conv3"]["kernel"].shape
+        (1, 1, 8, 32)
+    """
+
+    num_classes: int
+    blocks: Sequence[int] = (18, 18, 18)
+    width: int | None = None
+    stem: str = "cifar"
+    variant: str = "selective"
+    slots: float = 1.0
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        check_network(self)
+        if self.width is not None:
+            check_whole("width", self.width)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Maps images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        width = self.width or (64 if self.stem == "imagenet" else 16)
+        widths = [width * 2**index for index in range(len(self.blocks))]
+        x = residual_blocks(
+            Stem(width, self.stem, **types, name="stem")(images),
+            train,
+            blocks=self.blocks,
+            widths=widths,
+            features=[4 * width for width in widths],
+            variant=self.variant,
+            slots=self.slots,
+            **types,
+        )
+        return Classifier(self.num_classes, **types, name="classifier")(x, train)

@@ -1,0 +1,154 @@
+"""Configurations compared in one picture: test error over the epochs and at the end."""
+
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+
+from selconv_jax.errors import SelconvError
+from selconv_jax.report._comparison import ConfigurationResults
+from selconv_jax.report._comparison_differences import MARK, number_differences
+from selconv_jax.report._records import series
+from selconv_jax.report._statistics import spread
+from selconv_jax.report._style import INK, heading, new_figure, styled
+
+__all__ = ["comparison_picture"]
+
+# Okabe and Ito without yellow, which is lost on white; the line style tells the further ones apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
+_STYLES: tuple[str, ...] = ("-", "--", ":", "-.")
+_FEW = 40  # up to this many epochs each one gets a marker
+_LETTERS = 40  # of a line of a name
+_WIDE = 4.0  # from this ratio of the highest to the lowest error on, the curves' axis is logarithmic
+
+
+@styled
+def comparison_picture(configurations: Sequence[ConfigurationResults], title: str) -> Figure:
+    """Draws the test error per epoch, and that of the last epoch with every seed as a point.
+
+    Args:
+        configurations: In the order of the rows.
+        title: Of the picture.
+
+    Returns:
+        The figure; its first axes are the curves, its second the final errors, whose rows name the
+        lines.
+
+    Raises:
+        SelconvError: There is no configuration.
+
+    Example:
+        >>> results = ConfigurationResults("plain", {0: [{"epoch": 1, "test_accuracy": 0.5}]})
+        >>> figure = comparison_picture([results], "quickstart")
+    """
+    if not configurations:
+        raise SelconvError("there is no finished run, so there is nothing to compare.")
+    labels = ["\n".join(textwrap.wrap(configuration.name, _LETTERS)) for configuration in configurations]
+    figure = new_figure(11.0, 1.3 + max(2.2, sum(0.24 + 0.14 * (1 + label.count("\n")) for label in labels)))
+    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    curves, finals = figure.subplots(1, 2, width_ratios=[1.2, 1.0])
+    for row, configuration in enumerate(configurations):
+        colour = _COLOURS[row % len(_COLOURS)]
+        style = _STYLES[row // len(_COLOURS) % len(_STYLES)]
+        _draw_curve(curves, configuration, colour, style)
+        _draw_final(
+            finals, row, configuration, colour, style, mark=_differs(configuration, configurations[0])
+        )
+    several = any(len(configuration.runs) > 1 for configuration in configurations)
+    _finish_curves(curves, several)
+    _finish_finals(finals, labels, several)
+    if any(MARK in text.get_text() for text in finals.texts):
+        note = f"{MARK}: other than the first row by more than chance (95%, paired by seed)"
+        finals.set_xlabel(f"{finals.get_xlabel()}\n{note}")
+    return figure
+
+
+def _errors(configuration: ConfigurationResults) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Epochs ``[E]`` and test errors in per cent ``[seeds, E]``; NaN where a seed has none."""
+    by_seed = [
+        dict(zip(series(records, "epoch"), 100 * (1 - series(records, "test_accuracy")), strict=True))
+        for records in configuration.runs.values()
+    ]
+    epochs = sorted(set().union(*by_seed))
+    errors = [[run.get(epoch, np.nan) for epoch in epochs] for run in by_seed]
+    return np.array(epochs), np.array(errors)
+
+
+def _draw_curve(axes: Axes, configuration: ConfigurationResults, colour: str, style: str) -> None:
+    """The mean where every seed has a value, and the standard deviation around it."""
+    epochs, errors = _errors(configuration)
+    marker, mean = "o" if len(epochs) <= _FEW else "", errors.mean(axis=0)
+    axes.plot(epochs, mean, style, color=colour, marker=marker, markersize=3.5, linewidth=1.4)
+    if len(errors) > 1:
+        deviation = errors.std(axis=0, ddof=1)
+        axes.fill_between(epochs, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
+
+
+def _differs(configuration: ConfigurationResults, first: ConfigurationResults) -> bool:
+    difference = number_differences(configuration, first).get("test_error")
+    return difference is not None and difference.excludes_zero
+
+
+def _draw_final(
+    axes: Axes, row: int, configuration: ConfigurationResults, colour: str, style: str, *, mark: bool
+) -> None:
+    """One row: a piece of its line, the seeds, mean and deviation below them, both in numbers."""
+    outside = axes.get_yaxis_transform()
+    axes.plot([-0.125, -0.02], [row, row], style, color=colour, lw=1.6, transform=outside, clip_on=False)
+    errors = [100 * value for value in configuration.by_seed.get("test_error", {}).values()]
+    if not errors:
+        return
+    end = spread(errors)
+    places = [row if end.std is None else row - 0.14] * len(errors)
+    axes.plot(errors, places, "o", color=colour, markersize=6, alpha=0.6, markeredgewidth=0)
+    text = f"{end.mean:.2f}"
+    if end.std is not None:
+        axes.errorbar(end.mean, row + 0.18, xerr=end.std, fmt="|", color=colour, ms=8, mew=2, capsize=3)
+        text += f" ± {end.std:.2f}{f' {MARK}' * mark}"
+    axes.annotate(
+        text,
+        (1.0, row),
+        (6, 0),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        va="center",
+        annotation_clip=False,
+    )
+
+
+def _finish_curves(axes: Axes, several: bool) -> None:
+    axes.set_xlabel("epoch" + (" (line: mean of the seeds; band: ± standard deviation)" * several))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    means = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.get_lines()])
+    means = means[np.isfinite(means)]
+    # A band that reaches 0 has no place on a logarithmic axis.
+    if means.size and axes.dataLim.ymin > 0 and _WIDE * means.min() < means.max():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylabel("test error (%), logarithmic")
+    else:
+        axes.set_ylabel("test error (%)")
+    axes.grid(True, axis="y")
+    axes.set_axisbelow(True)
+    heading(axes, "After each epoch (the names of the lines are at the right)", [])
+
+
+def _finish_finals(axes: Axes, labels: Sequence[str], several: bool) -> None:
+    axes.set_yticks(range(len(labels)), labels)
+    axes.tick_params(axis="y", length=0, pad=42)  # beside the pieces of the lines
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    low, high = axes.dataLim.intervalx
+    if np.isfinite([low, high]).all():
+        room = 0.08 * (high - low) or 0.5
+        axes.set_xlim(low - room, high + room)
+    axes.set_xlabel("test error (%)" + ("; points: seeds, bars: mean ± standard deviation" * several))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.grid(True, axis="x")
+    axes.set_axisbelow(True)
+    heading(axes, "After the last epoch", [])

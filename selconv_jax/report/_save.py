@@ -1,0 +1,45 @@
+"""Write a picture so that a reader never meets half of one."""
+
+import io
+import os
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from selconv_jax.errors import ConfigError
+from selconv_jax.report._style import styled
+
+__all__ = ["save_figure"]
+
+
+@styled
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as PNG, atomically; equal figures give equal bytes.
+
+    The picture is drawn in memory, written beside its destination and moved there, so that an
+    interrupted or failed call leaves the file that was there before. The metadata is fixed: neither
+    the date nor the version of the drawing library gets into the file.
+
+    Args:
+        figure: What to draw.
+        path: Where to, ending in ``.png``; missing folders are made.
+
+    Raises:
+        ConfigError: The path does not end in ``.png``.
+
+    Example:
+        >>> from selconv_jax.report import method_picture, save_figure
+        >>> save_figure(method_picture(), "method.png")
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"pictures are written as PNG, but {str(path)!r} ends otherwise: name it *.png.")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": "selconv_jax"})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(picture.getvalue())
+        beside.replace(path)  # os.replace: atomic within one folder
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,243 @@
+"""The arrays of one checkpoint, which Orbax writes and reads.
+
+`orbax.checkpoint.experimental.v1.load(FOLDER)` gives a flat dictionary from the path of each leaf,
+`params/Dense_0/kernel`, to its array. Of a run with several processes each writes its share; whatever
+their number, the arrays come back whole on any other number.
+"""
+
+import json
+import logging
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore
+from orbax.checkpoint.experimental import v1 as ocp
+
+from selconv_jax.errors import CheckpointError
+from selconv_jax.train._checkpoints.manifest import describe
+
+__all__ = [
+    "check_leaves",
+    "check_written",
+    "is_plain",
+    "named_leaves",
+    "placed",
+    "read_arrays",
+    "start_writing",
+    "write_arrays",
+]
+
+PyTree: TypeAlias = Any
+
+_DESCRIPTION = re.compile(r"(\w+)(\[.*\])")
+_SHOWN_LEAVES = 5
+_PLAIN = re.compile(r"[\w /.,:;=+@~-]*")
+
+# Orbax reports every phase of every save; what matters is raised.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether Orbax takes the name of a folder as it is.
+
+    It looks for files by patterns that begin with the folder's name, in which ``[``, ``*`` and ``?`` stand
+    for other characters, and Tensorstore takes a backslash for a slash: what is written under such names is
+    incomplete or lies elsewhere.
+    """
+    return _PLAIN.fullmatch(str(folder)) is not None
+
+
+@contextmanager
+def _under_plain_name(folder: Path) -> Iterator[Path]:
+    """The folder, under another name if its own is not plain."""
+    if is_plain(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="selconv-") as names:
+        link = Path(names) / "checkpoints"
+        link.symlink_to(folder.parent, target_is_directory=True)
+        yield link / folder.name
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves by path, e.g. `opt_state/0/trace/Dense_0/kernel`, in the order of the tree.
+
+    Args:
+        tree: Any pytree.
+
+    Raises:
+        ValueError: Two leaves would have the same path.
+    """
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+    if len(named) < len(paths):
+        raise ValueError("Two leaves have the same path: rename the keys that contain '/'.")
+    return named
+
+
+def write_arrays(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
+    """Writes the arrays of a process that is alone, and keeps the terminal clean when that fails.
+
+    Orbax closes its event loop at the first write that fails. Each of the others, still under way,
+    then ends in an exception that nobody can catch, and Python prints every one of them.
+
+    Args:
+        folder: A new one.
+        leaves: By path.
+    """
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda report: (
+        None if str(report.exc_value) == "Event loop is closed" else hook(report)
+    )
+    try:
+        with _under_plain_name(folder) as plain:
+            ocp.save(plain, _storable(leaves))
+    except BaseException:
+        time.sleep(1.0)  # for the others to end
+        raise
+    finally:
+        sys.unraisablehook = hook
+
+
+def start_writing(folder: Path, leaves: Mapping[str, Any]) -> Any:
+    """Starts to write the arrays of all processes, which all call this.
+
+    Args:
+        folder: A new one, which all processes see; its name `is_plain`.
+        leaves: By path, wherever they lie. On return there is a copy of this process's share.
+
+    Returns:
+        Its ``result()`` waits until all processes have written.
+    """
+    return ocp.save_async(folder, _storable(leaves))
+
+
+def read_arrays(folder: Path, leaves: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Reads arrays whole, whoever wrote them; a process does so without the others.
+
+    Args:
+        folder: Of a verified checkpoint.
+        leaves: `describe` of each array, by path.
+
+    Returns:
+        The arrays by path.
+
+    Raises:
+        CheckpointError: One is missing or cannot be read.
+    """
+    described = {name: _DESCRIPTION.fullmatch(text) for name, text in leaves.items()}
+    like = {
+        name: np.empty(json.loads(found[2]), jnp.dtype(found[1]))
+        for name, found in described.items()
+        if found
+    }
+    context = ocp.Context()
+    if jax.process_count() > 1:
+        # Each process reads by itself: it may be the only one that needs to.
+        alone = jax.process_index()
+        context.multiprocessing.primary_host = alone
+        context.multiprocessing.active_processes = {alone}
+        context.multiprocessing.barrier_sync_key_prefix = f"process{alone}"
+    try:
+        with context, _under_plain_name(folder) as plain:
+            arrays = ocp.load(plain, _storable(like))
+    except MemoryError:
+        raise
+    except Exception as error:  # of many kinds, as Orbax and Tensorstore read
+        reason = str(error).partition(" [tensorstore_spec")[0].strip().partition("\n")[0]
+        raise CheckpointError(f"{folder} is damaged: its arrays cannot be read: {reason}.") from error
+    return {**like, **{name: np.asarray(array) for name, array in arrays.items()}}
+
+
+def check_written(folder: Path, leaves: Mapping[str, Any]) -> None:
+    """Sees that the arrays that several processes have written can be read; a process does so alone.
+
+    Orbax would have it wait for the others, or send to them, in the middle of their steps; so this reads
+    the store of Tensorstore that Orbax leaves.
+
+    Args:
+        folder: Of the checkpoint.
+        leaves: What was written, by path.
+
+    Raises:
+        CheckpointError: An array is missing, cannot be read, or is of another dtype or shape.
+    """
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{(folder / 'state').absolute()}/"}}
+    for name, leaf in _storable(leaves).items():
+        try:
+            found = tensorstore.open({"driver": "zarr3", "kvstore": {**store, "path": f"{name}/"}}).result()
+            array = found.read().result()
+        except ValueError as error:
+            raise CheckpointError(f"{name} cannot be read back: {str(error).partition(' [')[0]}.") from error
+        if describe(array) != describe(leaf):
+            raise CheckpointError(f"{name} was read back as {describe(array)}, written as {describe(leaf)}.")
+
+
+def check_leaves(folder: Path, leaves: Mapping[str, str], template: PyTree) -> None:
+    """Sees that a checkpoint is of the model at hand.
+
+    Args:
+        folder: Of the checkpoint.
+        leaves: `describe` of each array in it, by path.
+        template: What is to be restored: arrays or `jax.ShapeDtypeStruct`.
+
+    Raises:
+        CheckpointError: A leaf is missing, extra, or of another dtype or shape.
+    """
+    expected = {name: describe(like) for name, like in named_leaves(template).items()}
+    names = [*expected, *(name for name in leaves if name not in expected)]
+    differences = [
+        f"{name}: expected {expected.get(name, 'none')}, found {leaves.get(name, 'none')}"
+        for name in names
+        if expected.get(name) != leaves.get(name)
+    ]
+    if not differences:
+        return
+    shown = differences[:_SHOWN_LEAVES]
+    if len(differences) > len(shown):
+        shown.append(f"... and {len(differences) - len(shown)} more")
+    raise CheckpointError(
+        f"{folder} is a checkpoint of another model: {len(differences)} of {len(names)} leaves "
+        "are missing, extra, or of another dtype or shape:\n  " + "\n  ".join(shown) + "\n"
+        "Restore it with the model and the optimizer that it was saved with."
+    )
+
+
+def placed(arrays: Mapping[str, np.ndarray], template: PyTree) -> PyTree:
+    """The arrays where a template has them.
+
+    Args:
+        arrays: By path.
+        template: Arrays or `jax.ShapeDtypeStruct`, with shardings if any, of the same paths.
+
+    Returns:
+        A pytree of the template's structure: NumPy arrays where it has some, else JAX arrays.
+    """
+    leaves = [_place(arrays[name], like) for name, like in named_leaves(template).items()]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _place(array: np.ndarray, like: Any) -> Any:
+    """One leaf where the template has it; a dtype that JAX would narrow stays in NumPy."""
+    narrowed = jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
+    if narrowed or isinstance(like, np.ndarray | np.generic):
+        return array
+    sharding = getattr(like, "sharding", None)
+    if sharding is not None and not sharding.is_fully_addressable:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    # An array that was not committed to a device stays so: it may join others on any mesh.
+    return jax.device_put(array, like.sharding if getattr(like, "committed", True) else None)
+
+
+def _storable(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Without arrays of size 0, which Orbax refuses; all there is to store of them is in the manifest."""
+    return {name: leaf for name, leaf in leaves.items() if leaf.size}

@@ -1,0 +1,354 @@
+"""Checkpoints of a run: atomic, verified when they are read, pruned to the last few and the best.
+
+The folder of a checkpoint holds what `checkpoint_arrays` writes, and beside it the `manifest.json` of
+`checkpoint_manifest`: the score, dtype and shape of every leaf, and a BLAKE2b digest of every file. It gets
+its name once the arrays have been read back.
+
+Of a run with several processes, each writes its share of the arrays; the first one completes what they
+have written. Whatever the number of processes and devices, a checkpoint restores on any other.
+
+Orbax's `training.Checkpointer` deletes what it overwrites before the new data is written, and
+forgets which checkpoints were to be pruned when a save fails; so it is not used.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Self, TypeAlias
+
+import jax
+import numpy as np
+
+from selconv_jax.errors import CheckpointError
+from selconv_jax.train._checkpoints.arrays import (
+    check_leaves,
+    check_written,
+    is_plain,
+    named_leaves,
+    placed,
+    read_arrays,
+    start_writing,
+    write_arrays,
+)
+from selconv_jax.train._checkpoints.failure import told
+from selconv_jax.train._checkpoints.folders import step_folders, sweep
+from selconv_jax.train._checkpoints.manifest import (
+    describe,
+    read_manifest,
+    verified_manifest,
+    write_manifest,
+)
+from selconv_jax.train._config_changes import check_origin
+
+__all__ = ["CheckpointStore", "Restored"]
+
+PyTree: TypeAlias = Any
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What `CheckpointStore.restore` found.
+
+    Attributes:
+        step: The step of the checkpoint.
+        state: The pytree, with the structure, shapes, dtypes and shardings of the template.
+        skipped: One sentence for each newer checkpoint found damaged: its folder and file, and
+            what is wrong with it.
+    """
+
+    step: int
+    state: PyTree
+    skipped: tuple[str, ...]
+
+
+class CheckpointStore:
+    """The checkpoints of one run: `DIR/<step>/`, of which the last `keep` and the best stay.
+
+    A background thread writes one save at a time; every method first waits for it, and raises its
+    error if it failed. Close the store, or use it as a context manager: a save that the end of the
+    interpreter cuts short is lost. Opening a store changes nothing on the disk, so that a run may
+    be evaluated while it trains; the leftovers of a killed process are removed by the next save.
+
+    Args:
+        directory: The folder of the checkpoints, created by the first save.
+        keep: How many of the last checkpoints stay, beside the best one; at least 1.
+        origin: What of the configuration the checkpoints follow from, see `config_changes.origin_of`; kept
+            in each, and none of another is read. Empty: not known.
+
+    Raises:
+        ValueError: `keep` is below 1.
+        CheckpointError: Several processes cannot write under this name.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> state = {"step": np.array(7), "kernel": np.ones((3, 3), np.float32)}
+        >>> with CheckpointStore(tempfile.mkdtemp(), keep=2) as store:
+        ...     store.save(7, state, score=0.91)
+        ...     restored = store.restore(state)
+        >>> restored.step, restored.state["kernel"].shape
+        (7, (3, 3))
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        keep: int = 3,
+        origin: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep = {keep}: at least 1 checkpoint has to stay.")
+        self.directory = Path(directory).absolute()
+        if jax.process_count() > 1 and not is_plain(self.directory):
+            raise CheckpointError(
+                f"Several processes cannot write checkpoints to {self.directory}. Choose a directory whose "
+                "path is of letters, digits, spaces and - _ . , : ; = + @ ~ alone."
+            )
+        self.keep = keep
+        self._origin = dict(origin)
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, state: PyTree, score: float | None = None) -> None:
+        """Copies a state to the host and starts to write it; a checkpoint of the step is replaced.
+
+        Once it is complete, all but the best and the last `keep` up to `step` are removed. Those
+        after `step` (the run went back to an earlier one) stay until they are replaced.
+
+        Args:
+            step: The number of the checkpoint.
+            state: Any pytree of arrays, those of several processes wherever they lie; random keys as
+                their raw uint32 data.
+            score: Higher is better, e.g. the validation accuracy. None or NaN: never the best.
+
+        Raises:
+            CheckpointError: The save *before* this one could not be written.
+        """
+        self._wait()
+        score = None if score is None or math.isnan(score) else float(score)
+        if jax.process_count() == 1:
+            # A true copy: the training step may reuse the buffers that are donated to it.
+            leaves = {name: np.array(leaf) for name, leaf in named_leaves(jax.device_get(state)).items()}
+            self._pending = self._writer.submit(self._write, step, leaves, score)
+            return
+        arrays = named_leaves(state)
+        partial = self.directory / f"{step}.partial"
+        if jax.process_index() == 0:
+            with told(step, self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                sweep(self.directory)
+        # On return every process has a copy in its memory, and goes on to write its share of it.
+        with told(step, self.directory):
+            written = start_writing(partial, arrays)
+        self._pending = self._writer.submit(self._complete_together, step, arrays, score, written)
+
+    def restore(self, template: PyTree, step: int | None = None) -> Restored:
+        """Verifies a checkpoint and reads it back, bit for bit.
+
+        Args:
+            template: Arrays or `jax.ShapeDtypeStruct`, with shardings if any. NumPy leaves come
+                back as NumPy arrays, the others as JAX arrays.
+            step: Which one; None: the newest that is not damaged.
+
+        Returns:
+            The state and its step. Damaged checkpoints that were passed over stay on the disk.
+
+        Raises:
+            CheckpointError: There is no such checkpoint, it is damaged (with None: all are), or it
+                is one of another model or origin.
+        """
+        found = self._find(step)
+        check_leaves(found.folder, found.manifest["leaves"], template)
+        state = placed(found.arrays, template)
+        return Restored(found.step, state, found.damaged)
+
+    def find(self, step: int | None = None) -> Restored:
+        """Verifies a checkpoint; what it returns has no state.
+
+        Args:
+            step: Which one; None: the newest that is not damaged.
+
+        Raises:
+            CheckpointError: As `restore`.
+        """
+        found = self._find(step)
+        return Restored(found.step, None, found.damaged)
+
+    def read(self, step: int | None = None) -> tuple[int, dict[str, np.ndarray]]:
+        """Verifies a checkpoint and reads its arrays without a template, as tables and pictures need.
+
+        Args:
+            step: Which one; None: the newest that is not damaged.
+
+        Returns:
+            Its step, and the arrays by path, e.g. `params/Dense_0/kernel`.
+
+        Raises:
+            CheckpointError: There is no such checkpoint, or it is damaged (with None: all are).
+        """
+        found = self._find(step)
+        return found.step, {name: array for name, array in found.arrays.items() if array.size}
+
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, damaged ones included, in ascending order."""
+        self._wait()
+        return sorted(self._folders())
+
+    @property
+    def latest_step(self) -> int | None:
+        """The last of `steps`; None without any."""
+        return max(self.steps(), default=None)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the highest score, the earliest of equal ones; None without any score."""
+        self._wait()
+        return self._best(self._folders())
+
+    def unscored(self) -> tuple[str, ...]:
+        """One sentence for each checkpoint whose score is not known as it is damaged, see `best_step`."""
+        self._wait()
+        problems = []
+        for _, folder in sorted(self._folders().items(), reverse=True):
+            try:
+                read_manifest(folder)
+            except CheckpointError as error:
+                problems.append(str(error))
+        return tuple(problems)
+
+    def check(self) -> None:
+        """Looks at the save in progress without waiting for it.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        if self._pending is not None and self._pending.done():
+            self._wait()
+
+    def close(self) -> None:
+        """Waits for the save in progress.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        try:
+            self._wait()
+        finally:
+            self._writer.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _folders(self) -> dict[int, Path]:
+        return step_folders(self.directory)
+
+    def _find(self, step: int | None) -> "_Found":
+        """A good checkpoint, and what is wrong with the newer ones."""
+        self._wait()
+        folders = self._folders()
+        if not folders or (step is not None and step not in folders):
+            wanted = "" if step is None else f" of step {step}"
+            found = ", ".join(map(str, sorted(folders))) or "none"
+            raise CheckpointError(f"There is no checkpoint{wanted} in {self.directory}; found: {found}.")
+        damaged: list[str] = []
+        for candidate in sorted(folders, reverse=True) if step is None else [step]:
+            try:
+                folder = folders[candidate]
+                manifest = verified_manifest(folder)
+                arrays = read_arrays(folder, manifest["leaves"])
+            except CheckpointError as error:
+                damaged.append(str(error))
+            else:
+                check_origin(folder, manifest.get("origin", {}), self._origin)
+                return _Found(candidate, folder, manifest, arrays, tuple(damaged))
+        remedy = "Start the run anew." if step is None else "Restore another step, or the newest."
+        raise CheckpointError("\n".join([*damaged, remedy]))
+
+    def _best(self, folders: Mapping[int, Path]) -> int | None:
+        scores: dict[int, float] = {}
+        for step in sorted(folders):
+            with suppress(CheckpointError):  # a damaged manifest: its score is not known
+                score = read_manifest(folders[step])["score"]
+                if score is not None:
+                    scores[step] = score
+        return max(scores, key=scores.__getitem__, default=None)  # the first of equal ones
+
+    def _write(self, step: int, leaves: Mapping[str, np.ndarray], score: float | None) -> None:
+        """Writes, completes and publishes one checkpoint, then prunes (in the thread)."""
+        with told(step, self.directory):
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                sweep(self.directory)
+                write_arrays(self.directory / f"{step}.partial", leaves)
+                self._complete(step, leaves, score)
+            except Exception:
+                with suppress(OSError):
+                    sweep(self.directory)
+                raise
+
+    def _complete_together(
+        self, step: int, leaves: Mapping[str, Any], score: float | None, written: Any
+    ) -> None:
+        """Waits until all processes have written their shares; the first one completes (in the thread)."""
+        with told(step, self.directory):
+            written.result()
+            if jax.process_index() == 0:
+                self._complete(step, leaves, score)
+
+    def _complete(self, step: int, leaves: Mapping[str, Any], score: float | None) -> None:
+        """Reads the arrays that are written, adds the manifest, and gives the folder its name."""
+        partial = self.directory / f"{step}.partial"
+        final, replaced = self.directory / f"{step}", self.directory / f"{step}.replaced"
+        if jax.process_count() == 1:
+            _prove(partial, leaves)
+        else:
+            check_written(partial, leaves)
+        write_manifest(partial, leaves, score, self._origin)
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._prune(step)
+
+    def _prune(self, step: int) -> None:
+        folders = self._folders()
+        overtaken = sorted(other for other in folders if other <= step)
+        for other in set(overtaken[: -self.keep]) - {self._best(folders)}:
+            removed = self.directory / f"{other}.removed"
+            folders[other].rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Found:
+    step: int
+    folder: Path
+    manifest: Mapping[str, Any]
+    arrays: dict[str, np.ndarray]
+    damaged: tuple[str, ...]
+
+
+def _prove(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
+    """Reads back what was written, as a reader does."""
+    arrays = read_arrays(folder, {name: describe(leaf) for name, leaf in leaves.items()})
+    for name, leaf in leaves.items():
+        if arrays[name].tobytes() != leaf.tobytes():
+            raise CheckpointError(f"{name} was read back with other values than were written.")

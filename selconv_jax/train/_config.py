@@ -1,0 +1,344 @@
+"""The configuration of a run: frozen dataclasses, read from TOML, checked when constructed."""
+
+import dataclasses
+import inspect
+import math
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import tomli_w
+
+from selconv_jax.errors import ConfigError, check_value, nearest
+from selconv_jax.models import MODELS
+from selconv_jax.train._config_text import apply_override, hint, remedy
+from selconv_jax.train._data_config import DataConfig
+from selconv_jax.transforms._reallocation import Allocation
+from selconv_jax.transforms._schedule import ReallocationSchedule
+
+__all__ = [
+    "AllocationConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "dump_config",
+    "load_config",
+    "override_config",
+    "parse_config",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """``[model]``: which network, and in which variant.
+
+    Attributes:
+        name: A name of `selconv_jax.models.MODELS`.
+        variant: ``"selective"``, ``"plain"``, or ``"gate_only"`` (channels are closed, never filled again).
+        dtype: Type of the computation; parameters, statistics and the loss stay float32.
+        options: Arguments of the network that replace those of its name, such as ``blocks`` or ``growth``.
+    """
+
+    name: str = "densenet40"
+    variant: Literal["selective", "plain", "gate_only"] = "selective"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class AllocationConfig:
+    """``[allocation]``: see `selconv_jax.Allocation` and `selconv_jax.ReallocationSchedule`.
+
+    Attributes:
+        threshold: Share of the damage that a round may lose by closing channels, in [0, 1].
+        top_k: Number of channels that compete for the free slots.
+        max_copies: No further copies of a channel that more than this many read; None: no limit.
+        shift_range: New copies start at shifts in ``[-shift_range, shift_range]`` pixels.
+        random_sources: Sources are drawn from all open channels instead of the top K: an ablation.
+        until: Share of the epochs after which the allocation is frozen.
+        every: Epochs from one round to the next.
+        every_steps: Steps from one round to the next, instead of epochs; None: epochs.
+        reset_momentum: Reset the optimizer's state of the rewritten entries; the published method does not.
+        compile_frozen: Once the allocation is frozen, compile the steps for just what it uses. The results
+            agree but for rounding; statistics of closed channels, which nothing reads, are no longer moved.
+    """
+
+    threshold: float = 1e-3
+    top_k: int = 3
+    max_copies: int | None = None
+    shift_range: float = 1.5
+    random_sources: bool = False
+    until: float = 0.5
+    every: int = 1
+    every_steps: int | None = None
+    reset_momentum: bool = False
+    compile_frozen: bool = True
+
+    def __post_init__(self) -> None:
+        _ = self.allocation, self.schedule  # their constructors check the values
+
+    @property
+    def allocation(self) -> Allocation:
+        """How a round decides."""
+        return Allocation(
+            threshold=self.threshold,
+            top_k=self.top_k,
+            max_copies=self.max_copies,
+            shift_range=self.shift_range,
+            random_sources=self.random_sources,
+        )
+
+    @property
+    def schedule(self) -> ReallocationSchedule:
+        """After which epochs there is a round."""
+        return ReallocationSchedule(self.until, self.every, self.every_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """``[optimizer]``: by default SGD as published (method, "Schedule and training").
+
+    Attributes:
+        name: A function of optax or optax.contrib that makes an optimizer of a learning rate, such as
+            ``"lars"``.
+        options: Further arguments of it.
+        learning_rate: At the first step, or after the warm-up; falls to 0 by a cosine over the run's steps.
+        reference_batch_size: Size of the batch for which that rate is meant, scaled in proportion to that of
+            the run; None: it is that of the run. The method has none.
+        warmup_epochs: Epochs over which the rate rises from 0. The method has none.
+        momentum: Nesterov momentum, of ``"sgd"`` and ``"lars"``.
+        weight_decay: Added to the gradient of every parameter but the shifts, times the parameter; where the
+            optimizer has a ``weight_decay`` of its own, as adamw has, it is that instead.
+        shift_weight_decay: The same for the shifts.
+        train_shift: Whether shifts are trained; false leaves them as drawn.
+    """
+
+    name: str = "sgd"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    learning_rate: float = 0.1
+    reference_batch_size: int | None = None
+    warmup_epochs: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    shift_weight_decay: float = 1e-5
+    train_shift: bool = True
+
+    def __post_init__(self) -> None:
+        check_value("optimizer.learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        if self.reference_batch_size is not None:
+            check_value(
+                "optimizer.reference_batch_size",
+                self.reference_batch_size,
+                self.reference_batch_size >= 1,
+                "at least 1",
+            )
+        check_value(
+            "optimizer.warmup_epochs",
+            self.warmup_epochs,
+            0 <= self.warmup_epochs < float("inf"),
+            "at least 0",
+        )
+        check_value("optimizer.momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
+        for name in ("weight_decay", "shift_weight_decay"):
+            value = getattr(self, name)
+            check_value(f"optimizer.{name}", value, 0 <= value < float("inf"), "at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run.
+
+    Attributes:
+        description: What the run is for, in a sentence.
+        epochs: Passes over the training images.
+        batch_size: Images per step, over all devices.
+        eval_batch_size: Images per evaluation step, over all devices.
+        seed: Everything random follows from it.
+        checkpoint_minutes: A checkpoint is written after each epoch, and within an epoch after this many
+            minutes without one.
+        keep_checkpoints: Number of latest checkpoints that are kept beside the best.
+        steps_per_dispatch: Training steps per call of the compiled program; 0: chosen by the backend.
+        devices: Number of devices to use, over all processes; 0: all.
+        batch_norm: ``"global"``: statistics of the whole batch; ``"per_device"``: each device normalizes with
+            those of its own images, which saves messages in every layer.
+        micro_batches: Parts that a batch is computed in, one after the other, each with statistics of its
+            own: for batches that do not fit in memory at once.
+        parameter_shards: Parts that kernels, and what the optimizer keeps of them, are split into, over
+            devices of one process: for networks that do not fit in the memory of one device.
+        model: ``[model]``.
+        data: ``[data]``.
+        allocation: ``[allocation]``.
+        optimizer: ``[optimizer]``.
+    """
+
+    description: str = ""
+    epochs: int = 300
+    batch_size: int = 64
+    eval_batch_size: int = 500
+    seed: int = 0
+    checkpoint_minutes: float = 10.0
+    keep_checkpoints: int = 3
+    steps_per_dispatch: int = 0
+    devices: int = 0
+    batch_norm: Literal["global", "per_device"] = "global"
+    micro_batches: int = 1
+    parameter_shards: int = 1
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    allocation: AllocationConfig = dataclasses.field(default_factory=AllocationConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        for key, value in _numbers(self):
+            check_value(key, value, math.isfinite(value), "finite")
+        for name in (
+            "epochs",
+            "batch_size",
+            "eval_batch_size",
+            "keep_checkpoints",
+            "micro_batches",
+            "parameter_shards",
+        ):
+            check_value(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("steps_per_dispatch", "devices"):
+            check_value(name, getattr(self, name), getattr(self, name) >= 0, "at least 0 (0: chosen for you)")
+        warmup, epochs = self.optimizer.warmup_epochs, self.epochs
+        check_value(
+            "optimizer.warmup_epochs", warmup, warmup < epochs, f"below the {epochs} epochs of the run"
+        )
+        check_value("seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2**32)")
+        check_value("checkpoint_minutes", self.checkpoint_minutes, self.checkpoint_minutes > 0, "above 0")
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML file and applies overrides.
+
+    Args:
+        path: The file.
+        overrides: ``"key=value"`` with dots between the parts of the key and the value in TOML; a value
+            that is no TOML is taken as a number or a truth value as Python writes them, else as text, and
+            ``none`` removes the key.
+
+    Returns:
+        The checked configuration; ``data.directory`` is absolute.
+
+    Raises:
+        ConfigError: The file is missing or no TOML, or a key or value is wrong; the message names it.
+    """
+    text = ""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tree = tomllib.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration file {os.fspath(path)}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{os.fspath(path)} is not a TOML file: {error}.{hint(text, error)}") from None
+    except OSError as error:
+        raise ConfigError(f"{os.fspath(path)} cannot be read: {error.strerror}.") from None
+    return _overridden(tree, overrides)
+
+
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """Applies overrides as `load_config` does.
+
+    Args:
+        config: A configuration.
+        overrides: ``"key=value"``.
+
+    Returns:
+        The changed configuration.
+
+    Raises:
+        ConfigError: A key or value is wrong; the message names it.
+    """
+    return _overridden(_without_none(dataclasses.asdict(config)), overrides)
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """Checks a nested mapping, as TOML gives it, and makes a `Config` of it.
+
+    Args:
+        tree: Keys and values; missing keys take their defaults.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: A key is unknown, or a value has the wrong type or is out of bounds.
+
+    Example:
+        >>> parse_config({"epoch": 3})
+        Traceback (most recent call last):
+        ...
+        selconv_jax.errors.ConfigError: unknown configuration key 'epoch'. Did you mean 'epochs'?
+    """
+    _check_keys(tree, Config, ())
+    try:
+        return msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).rpartition(" - at ")
+        where = path.strip("`").removeprefix("$.") if message else ""
+        text = f"configuration key {where!r}: {message}" if where else str(error)
+        raise ConfigError(f"{text.rstrip('.')}.{remedy(text)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as TOML, every key written out; keys that are None are left out."""
+    return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
+
+
+def _without_none(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _without_none(value) for key, value in tree.items() if value is not None}
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
+    for override in overrides:
+        apply_override(tree, override)
+    config = parse_config(tree)
+    directory = config.data.directory
+    if directory is None or "://" in directory:
+        return config
+    # The run may be gone on with from any other directory.
+    data = dataclasses.replace(config.data, directory=os.fspath(Path(directory).expanduser().absolute()))
+    return dataclasses.replace(config, data=data)
+
+
+def _numbers(section: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a configuration, after its key."""
+    for field in dataclasses.fields(section):
+        value, key = getattr(section, field.name), f"{path}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value, f"{key}.")
+        elif isinstance(value, float):
+            yield key, value
+
+
+def _check_keys(tree: Mapping[str, Any], kind: Any, path: tuple[str, ...]) -> None:
+    """Every key is a field of the dataclass ``kind``; keys of ``model.options`` are the model's affair."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key, value in tree.items():
+        if key not in fields:
+            raise ConfigError(
+                f"unknown configuration key {'.'.join((*path, key))!r}. {_nearest_key(key, path, fields)}"
+            )
+        if dataclasses.is_dataclass(fields[key].type) and isinstance(value, Mapping):
+            _check_keys(value, fields[key].type, (*path, key))
+
+
+def _nearest_key(key: str, path: tuple[str, ...], fields: Mapping[str, Any]) -> str:
+    """Suggests a key of the same section, or the section a known key belongs to."""
+    for section in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(section.type) and section.name not in path:
+            names = [field.name for field in dataclasses.fields(section.type)]
+            if key in names:
+                return f"Did you mean '{section.name}.{key}'?"
+    options = (inspect.signature(network).parameters for network, _ in MODELS.values())
+    if key not in ("parent", "num_classes") and any(key in names for names in options):
+        return f"Did you mean 'model.options.{key}'?"
+    return nearest(key, fields)

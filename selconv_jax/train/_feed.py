@@ -1,0 +1,231 @@
+"""How batches reach a compiled step: cut out of arrays on the devices, or streamed to them.
+
+A feed yields the arguments that a call of the compiled program takes beside the state, and has the
+pure functions that make a batch of them inside of it. Either feed takes the images of an epoch in
+the same order.
+"""
+
+import collections
+import contextlib
+import math
+from collections.abc import Generator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from selconv_jax.data._dataset import DatasetInfo, ImageData, Split
+from selconv_jax.data._stream import NO_IMAGE, ImageReader, StreamedData, stream_batches
+from selconv_jax.train._distributed.sharding import Placement
+from selconv_jax.train._step import Purpose, epoch_order, fold
+
+__all__ = ["Arguments", "Feed", "ResidentFeed", "StreamedFeed"]
+
+Array = jax.Array
+Arguments = tuple[Any, ...]
+
+# Batches that are on the devices, or on their way, while a step is computed.
+_BATCHES_ON_DEVICE = 2
+
+
+class Feed(Protocol):
+    """Batches of a data set.
+
+    Attributes:
+        one_step: Whether the arguments are those of one step; else they serve for the whole epoch.
+    """
+
+    one_step: bool
+
+    def train(self, key: Array, epoch: int, start: int) -> Generator[Arguments]:
+        """The arguments of the training steps of an epoch; closed when no more are needed.
+
+        Args:
+            key: ``[2]`` uint32, the run's key.
+            epoch: The epoch, counted from 0.
+            start: Steps of the epoch that have been done.
+        """
+
+    def take(self, step: Array, *arguments: Array) -> tuple[Array, Array]:
+        """Inside of ``jit``: images ``[B, H, W, C]`` uint8 and labels ``[B]`` int32 of a training step."""
+
+    def evaluation(self, split: str) -> Generator[Arguments]:
+        """The arguments of all evaluation steps; closed when no more are needed.
+
+        Args:
+            split: ``"test"``, or ``"validation"`` where there is one.
+        """
+
+    def take_evaluation(self, *arguments: Array) -> tuple[Array, Array]:
+        """Inside of ``jit``: as `take`; a label of `NO_IMAGE` marks what is no image."""
+
+    def shapes(self, *, evaluation: bool) -> Arguments:
+        """Shapes, dtypes and shardings of the arguments, without any image."""
+
+
+class ResidentFeed:
+    """Batches of a set that lies whole on every device.
+
+    Each image lies there as one row: arrays with few channels last would be padded on TPU to many times their
+    size, and laid out anew by every call of the program.
+
+    Args:
+        data: The set.
+        placement: The devices.
+        batch_size: Images per training step.
+        eval_batch_size: Images per evaluation step.
+    """
+
+    one_step = False
+
+    def __init__(self, data: ImageData, placement: Placement, batch_size: int, eval_batch_size: int) -> None:
+        self._data, self._placement = data, placement
+        self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
+        self._train: Arguments | None = None
+        self._evaluated: Arguments | None = None
+        self._order = jax.jit(epoch_order, static_argnums=2, out_shardings=placement.replicated)
+
+    def train(self, key: Array, epoch: int, start: int) -> Generator[Arguments]:
+        """All images and their order, again and again."""
+        del start  # follows from the step
+        if self._train is None:
+            self._train = self._placement.replicate(_rows(self._data.train))
+        order = self._order(key, epoch, len(self._data.train))
+        while True:
+            yield (*self._train, order)
+
+    def take(self, step: Array, *arguments: Array) -> tuple[Array, Array]:
+        """The images that the order has for the step."""
+        images, labels, order = arguments
+        position = step % (order.shape[0] // self._batch_size)
+        index = jax.lax.dynamic_slice_in_dim(order, position * self._batch_size, self._batch_size)
+        return self._images(images, index), jnp.take(labels, index, axis=0)
+
+    def evaluation(self, split: str) -> Generator[Arguments]:
+        """All images that are evaluated, where each batch begins and where the split ends."""
+        if self._evaluated is None:
+            parts = [_rows(part) for part in self._evaluation_parts.values()]
+            self._evaluated = self._placement.replicate(tuple(map(np.concatenate, zip(*parts, strict=True))))
+        begin = 0
+        for key, part in self._evaluation_parts.items():
+            end = begin + len(part)
+            if key == split:
+                for start in range(begin, end, self._eval_batch_size):
+                    yield (*self._evaluated, start, end)
+            begin = end
+
+    @property
+    def _evaluation_parts(self) -> dict[str, Split]:
+        """Test and validation images lie in one array, so that one program evaluates both."""
+        parts = {"test": self._data.test}
+        return parts if self._data.validation is None else {**parts, "validation": self._data.validation}
+
+    def take_evaluation(self, *arguments: Array) -> tuple[Array, Array]:
+        """The images from the beginning of the batch; past the end the last one, as no image."""
+        images, labels, start, end = arguments
+        index = start + jnp.arange(self._eval_batch_size, dtype=jnp.int32)
+        exists = index < end
+        index = jnp.minimum(index, end - 1)
+        return self._images(images, index), jnp.where(exists, jnp.take(labels, index, axis=0), NO_IMAGE)
+
+    def _images(self, rows: Array, index: Array) -> Array:
+        taken = jnp.take(rows, index, axis=0, mode="clip")
+        return taken.reshape(index.shape[0], *self._data.info.image_shape)
+
+    def shapes(self, *, evaluation: bool) -> Arguments:
+        """All images, and their order, or where the batch begins and the split ends."""
+        parts = self._evaluation_parts.values() if evaluation else (self._data.train,)
+        count, whole = sum(map(len, parts)), self._placement.replicated
+        rows = (count, math.prod(self._data.train.images.shape[1:]))
+        images = jax.ShapeDtypeStruct(rows, jnp.uint8, sharding=whole)
+        labels = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=whole)
+        place = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        return images, labels, *((place, place) if evaluation else (labels,))
+
+
+def _rows(split: Split) -> Arguments:
+    """Images ``[N, H W C]`` and labels ``[N]``."""
+    return split.images.reshape(len(split), -1), split.labels
+
+
+class StreamedFeed:
+    """Batches that are read and decoded ahead, each process of the run its share.
+
+    Args:
+        data: The set.
+        info: Its facts, with the augmentation that the run asks for.
+        placement: The devices.
+        batch_size: Images per training step, over all processes.
+        eval_batch_size: Images per evaluation step, over all processes.
+        workers: Processes that decode; 0: threads of this one.
+    """
+
+    one_step = True
+
+    def __init__(
+        self,
+        data: StreamedData,
+        info: DatasetInfo,
+        placement: Placement,
+        batch_size: int,
+        eval_batch_size: int,
+        workers: int,
+    ) -> None:
+        self._data, self._info, self._placement, self._workers = data, info, placement, workers
+        self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
+        self._order = jax.jit(epoch_order, static_argnums=2)
+
+    def train(self, key: Array, epoch: int, start: int) -> Generator[Arguments]:
+        """Images and labels of one step after the other."""
+        # Every process computes these by itself: they must not wait for one another here.
+        local = jnp.asarray(jax.device_get(key))
+        order = np.asarray(self._order(local, epoch, len(self._data.train)))
+        seed = tuple(map(int, jax.random.key_data(fold(local, Purpose.CROP, epoch))))
+        reader = ImageReader(self._data.train, self._info, seed)
+        return self._stream(reader, order, self._batch_size, start)
+
+    def take(self, step: Array, *arguments: Array) -> tuple[Array, Array]:
+        """The arguments are the batch."""
+        del step
+        return self.take_evaluation(*arguments)
+
+    def evaluation(self, split: str) -> Generator[Arguments]:
+        """Images and labels of one batch after the other, the last one filled up."""
+        source = self._data.test if split == "test" else self._data.validation
+        assert source is not None  # asked for only where there is one
+        count, size = len(source), self._eval_batch_size
+        order = np.full(-(-count // size) * size, NO_IMAGE, np.int32)
+        order[:count] = np.arange(count)
+        return self._stream(ImageReader(source, self._info), order, size, 0)
+
+    def take_evaluation(self, *arguments: Array) -> tuple[Array, Array]:
+        """The arguments are the batch."""
+        images, labels = arguments
+        return images, labels
+
+    def shapes(self, *, evaluation: bool) -> Arguments:
+        """A batch."""
+        size, split = self._eval_batch_size if evaluation else self._batch_size, self._placement.split
+        images = jax.ShapeDtypeStruct((size, *self._info.image_shape), jnp.uint8, sharding=split)
+        return images, jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
+
+    def _stream(
+        self, reader: ImageReader, order: NDArray[np.int32], batch_size: int, start: int
+    ) -> Generator[Arguments]:
+        batches = stream_batches(
+            reader,
+            order,
+            batch_size,
+            start=start,
+            workers=self._workers,
+            rows=self._placement.rows_of_process(batch_size),
+        )
+        queue: collections.deque[Arguments] = collections.deque()
+        with contextlib.closing(batches):
+            for batch in batches:
+                queue.append(self._placement.from_processes(batch))
+                if len(queue) == _BATCHES_ON_DEVICE:
+                    yield queue.popleft()
+            yield from queue

@@ -1,0 +1,202 @@
+"""The gradient of a batch, over devices and in parts; batch norm over all devices or over each."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jax.sharding import PartitionSpec
+
+from selconv_jax._xla.platforms import target_platform
+from selconv_jax.train._classification import classification_totals
+from selconv_jax.train._distributed.sharding import BATCH_AXES, Placement
+from selconv_jax.train._state import Totals
+
+__all__ = ["BatchNormScope", "Examples", "Mixture", "Seen", "of_batch", "of_micro_batches"]
+
+Array = jax.Array
+BatchNormScope: TypeAlias = Literal["global", "per_device"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """What mixup mixed each image with.
+
+    Attributes:
+        others: ``[B]`` int32, the other label.
+        weight: ``[B]`` floating, the share of the first one.
+    """
+
+    others: Array
+    weight: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """A batch as a network takes it.
+
+    Attributes:
+        images: ``[B, H, W, C]`` floating, normalized.
+        labels: ``[B]`` int32.
+        mixture: With mixup, what the images are mixtures of.
+    """
+
+    images: Array
+    labels: Array
+    mixture: Mixture | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a network leaves behind of a batch.
+
+    Attributes:
+        batch_stats: Its running statistics, moved.
+        totals: Losses and right guesses.
+    """
+
+    batch_stats: Any
+    totals: Totals
+
+
+def of_batch(
+    model: nn.Module,
+    variables: Any,
+    examples: Examples,
+    dropout_key: Array,
+    *,
+    micro_batches: int = 1,
+    placement: Placement | None = None,
+    batch_norm: BatchNormScope = "global",
+) -> tuple[Any, Seen]:
+    """The gradient of the mean loss of a batch that is split over devices.
+
+    Args:
+        model: The network.
+        variables: Its variables.
+        examples: The batch.
+        dropout_key: A PRNG key.
+        micro_batches: See `of_micro_batches`.
+        placement: The devices; None: one.
+        batch_norm: ``"global"``: the statistics are those of the whole (micro-)batch, wherever its examples
+            lie, which takes messages between devices in every layer, forward and back. ``"per_device"``: each
+            device normalizes with the statistics of its own examples; running statistics move by the mean
+            of what all devices see. Then two messages make a step, one for the gradient and one for the rest.
+
+    Returns:
+        The gradient, in the tree of the parameters, and what else is known afterwards.
+    """
+
+    def local(variables: Any, examples: Examples, dropout_key: Array) -> tuple[Any, Seen]:
+        return of_micro_batches(model, variables, examples, dropout_key, micro_batches, placement)
+
+    if batch_norm == "global" or placement is None or placement.mesh.size == 1:
+        return local(variables, examples, dropout_key)
+
+    devices = placement.mesh.size
+
+    def of_device(variables: Any, examples: Examples, key_data: Array) -> tuple[Any, Seen]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key_data), jax.lax.axis_index(BATCH_AXES))
+        grads, seen = of_micro_batches(model, variables, examples, key, micro_batches)
+        grads, batch_stats = jax.tree.map(lambda leaf: leaf / devices, (grads, seen.batch_stats))
+        return _sum_of_devices(grads), _sum_of_devices(Seen(batch_stats, seen.totals))
+
+    whole, split = PartitionSpec(), PartitionSpec(BATCH_AXES)
+    # With its checks shard_map would itself sum the gradient of what all devices share, array by array.
+    return jax.shard_map(
+        of_device, mesh=placement.mesh, in_specs=(whole, split, whole), out_specs=whole, check_vma=False
+    )(variables, examples, jax.random.key_data(dropout_key))
+
+
+def of_micro_batches(
+    model: nn.Module,
+    variables: Any,
+    examples: Examples,
+    dropout_key: Array,
+    micro_batches: int,
+    placement: Placement | None = None,
+) -> tuple[Any, Seen]:
+    """The gradient of the mean loss of a batch, computed in parts one after the other.
+
+    Micro-batch ``i`` holds every ``micro_batches``-th example, from the ``i``-th on: whatever the devices,
+    each has its share of every one. Batch norm normalizes each with its own statistics, and the running ones
+    move once for each.
+
+    Args:
+        model: The network.
+        variables: Its variables.
+        examples: The batch.
+        dropout_key: A PRNG key.
+        micro_batches: Number of parts.
+        placement: The devices over which each part is split; None: one.
+
+    Returns:
+        The gradient, in the tree of the parameters, and what else is known afterwards.
+    """
+    if micro_batches == 1:
+        return _gradient(model, variables, examples, dropout_key)
+
+    def part(x: Array, number: Array) -> Array:
+        rows = x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:])
+        taken = jax.lax.dynamic_index_in_dim(rows, number, axis=1, keepdims=False)
+        return placement.shard_batch(taken) if placement else taken
+
+    def body(done: tuple[Any, Seen], number: Array) -> tuple[tuple[Any, Seen], None]:
+        grads, seen = done
+        more, then = _gradient(
+            model,
+            {**variables, "batch_stats": seen.batch_stats},
+            jax.tree.map(lambda x: part(x, number), examples),
+            jax.random.fold_in(dropout_key, number),
+        )
+        grads = jax.tree.map(lambda total, grad: total + grad / micro_batches, grads, more)
+        return (grads, Seen(then.batch_stats, seen.totals + then.totals)), None
+
+    start = jax.tree.map(jnp.zeros_like, variables["params"]), Seen(variables["batch_stats"], Totals.zero())
+    # A loop of convolutions inside of a program is slow on CPU.
+    unroll = micro_batches if target_platform() == "cpu" else 1
+    return jax.lax.scan(body, start, jnp.arange(micro_batches), unroll=unroll)[0]
+
+
+def _gradient(model: nn.Module, variables: Any, examples: Examples, dropout_key: Array) -> tuple[Any, Seen]:
+    apply: Callable[..., Any] = model.apply
+    labels, mixture = examples.labels, examples.mixture
+
+    def loss_of(params: Any) -> tuple[Array, tuple[Array, Any]]:
+        logits, changed = apply(
+            {**variables, "params": params},
+            examples.images,
+            train=True,
+            rngs={"dropout": dropout_key},
+            mutable=["batch_stats"],
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        if mixture is not None:
+            others = optax.softmax_cross_entropy_with_integer_labels(logits, mixture.others)
+            losses = mixture.weight * losses + (1 - mixture.weight) * others
+        return jnp.mean(losses), (logits, changed["batch_stats"])
+
+    (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
+    counted = labels if mixture is None else jnp.where(mixture.weight >= 0.5, labels, mixture.others)
+    totals = classification_totals(logits, counted, jnp.ones_like(labels, bool))
+    if mixture is not None:
+        totals = dataclasses.replace(totals, loss=(loss * labels.shape[0]).astype(jnp.float32))
+    return grads, Seen(batch_stats, totals)
+
+
+def _sum_of_devices(tree: Any) -> Any:
+    """The sum over all devices, in one message; whole numbers are exact below 2^24."""
+    dtypes = [jnp.dtype(jnp.float32), *(leaf.dtype for leaf in jax.tree.leaves(tree))]
+    widest = max(
+        (each for each in dtypes if jnp.issubdtype(each, jnp.floating)), key=lambda each: each.itemsize
+    )
+    flat, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(widest), tree))
+    summed = unravel(jax.lax.psum(flat, BATCH_AXES))
+    return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), summed, tree)

@@ -1,0 +1,290 @@
+"""The course of a run: epochs, evaluation, re-allocation, checkpoints, records."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from selconv_jax.data._dataset import DatasetInfo
+from selconv_jax.errors import SelconvError
+from selconv_jax.train import _opening as opening
+from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
+from selconv_jax.train._config import Config
+from selconv_jax.train._distributed.agreement import check_same_state, first_decides, is_first, together
+from selconv_jax.train._metrics import MetricsLog, read_metrics
+from selconv_jax.train._program import Program
+from selconv_jax.train._progress import ProgressDisplay
+from selconv_jax.train._record import channel_counts, evaluation_metrics, sentence
+from selconv_jax.train._signals import stop_request
+from selconv_jax.train._state import TrainState
+from selconv_jax.train._trainer import Trainer
+from selconv_jax.train._workdir import METRICS, check_free, create_workdir
+
+__all__ = ["NonFiniteLossError", "evaluate_run", "resume_run", "train_run"]
+
+_REFRESH_SECONDS = 0.5
+_DISPATCHES_BETWEEN_LOOKS = 20  # at the clock, which takes a message to all processes
+
+
+class NonFiniteLossError(SelconvError):
+    """The training loss became infinite or not a number."""
+
+
+def train_run(config: Config, workdir: Path, console: Console) -> int:
+    """Trains from the start in a new directory.
+
+    Args:
+        config: The run.
+        workdir: A directory that does not exist or is empty.
+        console: Where progress is shown.
+
+    Returns:
+        0 when the run is complete, 128 plus the signal's number when it was asked to stop.
+
+    Raises:
+        SelconvError: Something the user can mend; nothing was overwritten.
+    """
+    trainer, data = opening.prepare(config)
+    together(lambda: check_free(workdir) if is_first() else None)
+    with opening.claimed(workdir, make=True), opening.open_store(config, workdir) as store:
+        # Not before: another job may have been about to make its run here.
+        together(lambda: create_workdir(workdir, config) if is_first() else None)
+        console.print(f"run in {workdir}", highlight=False, markup=False, soft_wrap=True)
+        return _Run(trainer, data.info, workdir, store, console).go_on(trainer.initial_state())
+
+
+def resume_run(workdir: Path, console: Console, overrides: Sequence[str] = ()) -> int:
+    """Goes on with a run from its newest good checkpoint, exactly as it would have gone on by itself.
+
+    Args:
+        workdir: The directory of the run.
+        console: Where progress is shown.
+        overrides: ``"key=value"``, of keys that do not change the result, for this time only.
+
+    Returns:
+        As `train_run`.
+
+    Raises:
+        SelconvError: Something the user can mend.
+    """
+    config = opening.read_again(workdir, overrides)
+    trainer, data = opening.prepare_again(config)
+    with opening.claimed(workdir), opening.open_store(config, workdir) as store:
+        if first_decides(bool(store.steps())):
+            restored = opening.restore(store, trainer)
+            for note in restored.skipped:
+                console.print(f"skipped: {note}", highlight=False, markup=False, soft_wrap=True)
+            state = restored.state
+            console.print(f"going on from step {restored.step} of {trainer.steps}", highlight=False)
+        else:
+            state = trainer.initial_state()
+            console.print("there is no checkpoint yet: starting from the beginning", highlight=False)
+        return _Run(trainer, data.info, workdir, store, console).go_on(state)
+
+
+def evaluate_run(
+    workdir: Path, step: int | None = None, overrides: Sequence[str] = ()
+) -> tuple[int, dict[str, float]]:
+    """Evaluates a checkpoint on all validation images, if the run has any, and on all test images.
+
+    Args:
+        workdir: The directory of the run.
+        step: The checkpoint; None: the newest, which must not be damaged.
+        overrides: As for `resume_run`.
+
+    Returns:
+        The step of the checkpoint, and the numbers of `record.evaluation_metrics`.
+
+    Raises:
+        SelconvError: Something the user can mend.
+    """
+    trainer, info, step, state = opening.restore_run(workdir, step, overrides)
+    # As after the epoch that the checkpoint belongs to.
+    epoch = max(step - 1, 0) // trainer.steps_per_epoch
+    metrics = evaluation_metrics(trainer, state, trainer.program(state, epoch), info)
+    assert metrics is not None  # nobody asked it to stop
+    return step, metrics
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run in progress in this process."""
+
+    trainer: Trainer
+    info: DatasetInfo
+    workdir: Path
+    store: CheckpointStore
+    console: Console
+
+    def go_on(self, state: TrainState) -> int:
+        trainer, step = self.trainer, int(state.step)
+        for note in trainer.notes:
+            self._say(note)
+        # A checkpoint at the end of an epoch was taken before the epoch's record and re-allocation.
+        ended = step > 0 and step % trainer.steps_per_epoch == 0
+        epoch = step // trainer.steps_per_epoch - ended
+        # What the record of that epoch knew and a repetition of it does not.
+        metrics = self.workdir / METRICS
+        recorded = [record for record in read_metrics(metrics) if record["epoch"] == epoch + 1]
+        speed: float | None = recorded[0].get("images_per_second") if ended and recorded else None
+        self._log: MetricsLog | None = None
+        if is_first():
+            self._log = MetricsLog(metrics, self.workdir / "tensorboard", epoch, self._say)
+        self._display = ProgressDisplay(trainer.steps, step, trainer.steps_per_epoch, self.console)
+        self._last_save = time.monotonic()
+        self._saved_step = step
+        self._dispatches = 0
+        try:
+            with stop_request() as self._stop:
+                while epoch < trainer.config.epochs:
+                    complete = False
+                    if not ended:
+                        state, speed = self._train_epoch(state, epoch)
+                    if not self._stop:
+                        state, complete = self._end_epoch(state, epoch, speed)
+                    if self._stop and not (complete and epoch + 1 == trainer.config.epochs):
+                        return self._leave(state)
+                    epoch, ended = epoch + 1, False
+        finally:
+            self._display.close()
+            if self._log is not None:
+                self._log.close()
+        return 0
+
+    def _say(self, note: str) -> None:
+        self.console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+
+    def _train_epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, float | None]:
+        """Trains to the end of the epoch or until asked to stop; returns images per second too."""
+        trainer, config = self.trainer, self.trainer.config
+        program = self._program(state, epoch)
+        step = int(state.step)
+        end = (epoch + 1) * trainer.steps_per_epoch
+        started: float | None = None
+        measured = shown = 0.0
+        waiting: jax.Array | None = None
+        with contextlib.closing(trainer.batches(state, epoch)) as batches:
+            while step < end and not self._stop.check():
+                due = trainer.next_round(step + 1) or end
+                count = min(trainer.steps_per_dispatch, min(due, end) - step)
+                state, numbers = trainer.run_steps(state, batches, program, count)
+                if started is None:
+                    # The first call compiles; the speed is that of the others.
+                    jax.block_until_ready(numbers)
+                    started = time.monotonic()
+                else:
+                    measured += count * config.batch_size
+                step += count
+                if waiting is not None:
+                    # The device is never more than a call ahead, so that a request to stop is soon heard, and
+                    # never idle: these are the numbers of the call before.
+                    loss, accuracy, failed = jax.device_get(waiting)
+                    if failed:
+                        break
+                    now = time.monotonic()
+                    done = measured - count * config.batch_size
+                    if done > 0 and now - shown >= _REFRESH_SECONDS:
+                        speed = done / (now - started)
+                        self._display.update(step - count, float(loss), float(accuracy), speed)
+                        shown = now
+                waiting = numbers
+                if step == due < end and state.selectivity:
+                    state = self._reallocate(state)
+                    program = self._program(state, epoch)
+                self.store.check()
+                if step < end and self._is_save_due():
+                    self._save(state)
+        self._check(state)
+        if started is None or not measured:
+            return state, None
+        return state, measured / (time.monotonic() - started)
+
+    def _program(self, state: TrainState, epoch: int) -> Program:
+        """What the next steps are compiled for; says so if they have to be."""
+        program = self.trainer.program(state, epoch)
+        if not self.trainer.is_compiled(program):
+            self._display.line(f"compiling the training step{program.note}")
+        return program
+
+    def _reallocate(self, state: TrainState) -> TrainState:
+        state, _ = self.trainer.reallocate(state)
+        check_same_state(state.selectivity, f"after step {int(state.step)}")
+        return state
+
+    def _end_epoch(self, state: TrainState, epoch: int, speed: float | None) -> tuple[TrainState, bool]:
+        """Evaluates, saves, re-allocates and records, in this order; false if asked to stop before."""
+        trainer, config = self.trainer, self.trainer.config
+        program = trainer.program(state, epoch)
+        metrics = evaluation_metrics(trainer, state, program, self.info, self._stop.check)
+        if metrics is None:
+            return state, False
+        # Never chosen by the test images, whose accuracy would then no longer be a fair estimate.
+        self._save(state, score=metrics.get("validation_accuracy"))
+        train = jax.device_get(state.totals)
+        step = int(state.step)
+        if state.selectivity and trainer.next_round(step) == step:
+            state = self._reallocate(state)
+        closed, reallocated = jax.device_get(state.changed).tolist()
+        record: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "train_loss": float(train.loss) / int(train.count),
+            "train_accuracy": int(train.correct) / int(train.count),
+            **metrics,
+            "learning_rate": trainer.learning_rate(step - 1),
+            "images_per_second": speed,
+            "closed": closed,
+            "reallocated": reallocated,
+            **channel_counts(state),
+        }
+        if epoch + 1 == config.epochs:
+            self.store.steps()  # waits for the disk: who reads the last record may take the run for complete
+        if self._log is not None:
+            self._log.write(record)
+        self._display.line(sentence(record, config.epochs))
+        return state, True
+
+    def _leave(self, state: TrainState) -> int:
+        # The end of an epoch is saved before its re-allocation, which resuming repeats: not saved again.
+        if int(state.step) != self._saved_step:
+            self._save(state)
+        self.store.steps()  # waits for the disk
+        self._display.line(
+            f"stopped after step {int(state.step)} of {self.trainer.steps}; go on by "
+            f"`selconv resume {self.workdir}`"
+        )
+        return self._stop.exit_code
+
+    def _is_save_due(self) -> bool:
+        """Whether the last checkpoint is old; of several processes the first one's clock decides."""
+        self._dispatches += 1
+        if jax.process_count() > 1 and self._dispatches % _DISPATCHES_BETWEEN_LOOKS:
+            return False
+        age = time.monotonic() - self._last_save
+        return first_decides(age >= 60 * self.trainer.config.checkpoint_minutes)
+
+    def _save(self, state: TrainState, score: float | None = None) -> None:
+        self._check(state)
+        if not self.trainer.is_finite(state):
+            self._refuse(f"the parameters after step {int(state.step)} are not finite")
+        self._saved_step = int(state.step)
+        self.store.save(self._saved_step, state, score)
+        self._last_save = time.monotonic()
+
+    def _check(self, state: TrainState) -> None:
+        failed = int(state.failed_step)
+        if failed >= 0:
+            epoch = failed // self.trainer.steps_per_epoch + 1
+            self._refuse(f"the loss of step {failed + 1} (epoch {epoch}) is not finite")
+
+    def _refuse(self, problem: str) -> None:
+        latest = self.store.latest_step
+        kept = "there is no checkpoint yet" if latest is None else f"the checkpoint of step {latest} is kept"
+        raise NonFiniteLossError(
+            f"{problem}; {kept}. Train anew with a lower optimizer.learning_rate, or with "
+            'model.dtype = "float32".'
+        )

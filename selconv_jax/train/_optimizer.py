@@ -1,0 +1,165 @@
+"""The published optimizer, or another of optax, as an optax chain."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from selconv_jax.errors import ConfigError, nearest
+from selconv_jax.train._config import OptimizerConfig
+
+__all__ = ["learning_rate_schedule", "make_optimizer"]
+
+_KINDS = {bool: "true or false", int: "a number", float: "a number", str: "a text"}
+
+
+def learning_rate_schedule(
+    config: OptimizerConfig, steps: int, *, steps_per_epoch: int = 1, batch_size: int | None = None
+) -> optax.Schedule:
+    """The learning rate of every step: a rise in proportion to the step, then a cosine that ends at 0.
+
+    Args:
+        config: Rates.
+        steps: Steps of the run.
+        steps_per_epoch: Steps of an epoch, the unit of the warm-up.
+        batch_size: Images per step, to which a rate for another size is scaled; None: not scaled.
+
+    Returns:
+        From the number of a step to its rate.
+    """
+    peak = config.learning_rate
+    if config.reference_batch_size is not None and batch_size is not None:
+        peak *= batch_size / config.reference_batch_size
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    cosine = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
+
+    def rate(step: Any) -> jax.Array:
+        step = jnp.asarray(step, float)  # as wide as jax_enable_x64 allows
+        if not warmup:
+            return cosine(step)
+        return jnp.where(step < warmup, peak * (step + 1) / (warmup + 1), cosine(step - warmup))
+
+    return rate
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, schedule: optax.Schedule | None = None
+) -> optax.GradientTransformation:
+    """SGD with Nesterov momentum and two weight decays (method, "Schedule and training"), or another.
+
+    Weight decay is added to the gradient before anything else; on shifts it is a weaker one. An optimizer
+    with a decay of its own (an argument ``weight_decay``, as of ``"adamw"``, ``"lion"`` or ``"lamb"``) gets
+    these numbers for that instead, and nothing is added: it decays once. Shifts then have one of these
+    optimizers to themselves; without an argument for a mask, there is one for all, which decays shifts like
+    the rest. Of ``"lars"``, kernels alone are scaled by the ratio of norms, as is usual.
+
+    Args:
+        config: Name and rates.
+        steps: Steps of the whole run, over which the learning rate falls to 0.
+        schedule: The learning rate; None: that of `learning_rate_schedule`.
+
+    Returns:
+        An optax optimizer for the ``params`` of a model.
+
+    Raises:
+        ConfigError: There is no optimizer of that name, it has no such option, or an option is of another
+            kind.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> optimizer = make_optimizer(OptimizerConfig(), steps=100)
+        >>> state = optimizer.init({"kernel": jnp.ones(2), "shift": jnp.zeros((2, 2))})
+    """
+    schedule = schedule or learning_rate_schedule(config, steps)
+    maker = _maker(config.name)
+    parameters = inspect.signature(maker).parameters
+    options = _options(config, parameters)
+    decays = [key for key in parameters if key.endswith("weight_decay")]
+
+    def make(**options: Any) -> optax.GradientTransformation:
+        try:
+            return maker(schedule, **options)
+        except Exception as error:  # optax raises nearly anything of a value of another kind
+            raise ConfigError(f"optimizer.options do not suit {config.name}: {error}") from None
+
+    links = [make(**{**dict.fromkeys(decays, config.weight_decay), **options})]
+    if decays and {"mask", "weight_decay_mask"} & parameters.keys():
+        of_shifts = make(**{**options, **dict.fromkeys(decays, config.shift_weight_decay)})
+        links = [optax.partition({"shift": of_shifts, "other": links[0]}, _groups)]
+    elif not decays and "weight_decay_rate" not in options:  # the decay of adafactor, off unless it is set
+        links = [
+            optax.add_decayed_weights(config.weight_decay, mask=_is_not_shift),
+            optax.add_decayed_weights(config.shift_weight_decay, mask=_is_shift),
+            *links,
+        ]
+    if not config.train_shift:
+        links.append(optax.masked(optax.set_to_zero(), _is_shift))
+    return optax.chain(*links)
+
+
+def _maker(name: str) -> Callable[..., optax.GradientTransformation]:
+    """The function of optax or optax.contrib that makes an optimizer of a learning rate."""
+    makers: dict[str, Callable[..., optax.GradientTransformation]] = {}
+    for module in (optax.contrib, optax):
+        for key, value in vars(module).items():
+            # The others are parts of optimizers, or deprecated aliases.
+            offered = not key.startswith(("_", "scale_by_")) and not hasattr(module, f"{key}_v2")
+            parameters = inspect.signature(value).parameters if inspect.isfunction(value) else ()
+            if offered and next(iter(parameters), "") == "learning_rate":
+                makers[key] = value
+    key = name.removeprefix("optax.")
+    if key.startswith("contrib.") and hasattr(optax.contrib, key.removeprefix("contrib.")):
+        key = key.removeprefix("contrib.")
+    if key not in makers:
+        raise ConfigError(
+            f"optimizer.name is {name!r}, which is no optimizer of optax. {nearest(key, makers)}"
+        )
+    return makers[key]
+
+
+def _options(config: OptimizerConfig, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """The arguments of the optimizer but its rate and decays, each of the kind of its default."""
+    known = parameters.keys() - {"learning_rate"}
+    for key, value in config.options.items():
+        where = f"optimizer.options.{key}"
+        if key not in known:
+            raise ConfigError(f"{where}: {config.name} has no such option. {nearest(key, known)}")
+        kind = type(parameters[key].default)
+        kinds = (int, float) if kind in (int, float) else (kind,) if kind in (bool, str) else None
+        if kinds is not None and type(value) not in kinds:
+            raise ConfigError(
+                f"{where} is {value!r}; it must be {_KINDS[kind]}, such as {parameters[key].default!r}."
+            )
+    defaults: dict[str, Any] = {}
+    if config.name in ("sgd", "lars"):
+        defaults = {"momentum": config.momentum, "nesterov": True}
+    if config.name == "lars":
+        defaults |= {"trust_ratio_mask": _is_kernel}
+    return {**defaults, **config.options}
+
+
+def _is_shift(params: Any) -> Any:
+    return _by_name(params, lambda name: name == "shift")
+
+
+def _is_not_shift(params: Any) -> Any:
+    return _by_name(params, lambda name: name != "shift")
+
+
+def _is_kernel(params: Any) -> Any:
+    return _by_name(params, lambda name: name == "kernel")
+
+
+def _groups(params: Any) -> Any:
+    return _by_name(params, lambda name: "shift" if name == "shift" else "other")
+
+
+def _by_name(params: Any, function: Callable[[str], Any]) -> Any:
+    """A tree like the parameters; `optax.tree.map_params` gives a single value in place of all of them."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: function(getattr(path[-1], "key", "") if path else ""), params
+    )

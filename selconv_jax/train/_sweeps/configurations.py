@@ -1,0 +1,258 @@
+"""Which runs a sweep has: every configuration of a grid with every seed.
+
+Each is an ordinary run, as `train_run` makes it, in a directory of its own: nothing
+is known of a sweep but its runs, so that calling it again goes on with it.
+
+Runs of one seed start from the same values of the variables that their networks have in common, and take
+the images of each epoch in the same order with the same augmentation, whatever the variant of the network:
+keys are folded from the seed, the path of a variable and the step. Differences between configurations can
+therefore be paired by seed.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import traverse_util
+
+from selconv_jax.data._loading import open_data
+from selconv_jax.errors import ConfigError, SelconvError
+from selconv_jax.train._config import Config, load_config
+from selconv_jax.train._metrics import read_metrics
+from selconv_jax.train._trainer import Trainer
+from selconv_jax.train._workdir import CONFIG, METRICS, read_config
+
+__all__ = ["SweepRun", "check_sweep", "plan_sweep", "split_values"]
+
+_LONGEST_NAME = 120  # characters of a directory's name
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep.
+
+    Attributes:
+        configuration: What it shares with the runs of other seeds: the name of the file and the point of
+            the grid as it was given, such as ``"quickstart/model.variant=plain"``.
+        config: The resolved configuration, with its seed.
+        workdir: The directory of the run.
+    """
+
+    configuration: str
+    config: Config
+    workdir: Path
+
+    @property
+    def name(self) -> str:
+        """The run in a message."""
+        return f"{self.configuration}, seed {self.config.seed}"
+
+    @property
+    def has_started(self) -> bool:
+        """Whether the directory holds a run."""
+        return (self.workdir / CONFIG).is_file()
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs that have been recorded."""
+        records = read_metrics(self.workdir / METRICS) if self.has_started else []
+        return records[-1]["epoch"] if records else 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last epoch has been recorded."""
+        return self.epochs_done == self.config.epochs
+
+    @property
+    def log(self) -> Path:
+        """Where the run's output goes that is not shown: beside its directory."""
+        return self.workdir.with_name(f"{self.workdir.name}.log")
+
+
+def plan_sweep(
+    files: Sequence[Path],
+    workdir: Path,
+    *,
+    seeds: Sequence[int],
+    own_seeds: Mapping[Path, Sequence[int]] | None = None,
+    vary: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> list[SweepRun]:
+    """The runs of a sweep, in order: by file, then by point of the grid, then by seed.
+
+    Args:
+        files: Configuration files.
+        workdir: Directory of the sweep.
+        seeds: Seeds, each used with every configuration.
+        own_seeds: Files with other seeds than those.
+        vary: ``"key=value1,value2"``: every value is tried, in all combinations with the other keys.
+        overrides: ``"key=value"``, for all runs.
+
+    Returns:
+        At least one run; nothing is read but the files, and nothing is written.
+
+    Raises:
+        ConfigError: A file, key or value is wrong, or two runs would share a directory.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "tiny.toml")
+        ...     _ = file.write_text("epochs = 3")
+        ...     runs = plan_sweep([file], Path("runs"), seeds=[0, 1], vary=["model.variant=plain,selective"])
+        >>> len(runs), str(runs[1].workdir)
+        (4, 'runs/tiny/model.variant=plain/seed1')
+    """
+    if not files:
+        raise ConfigError("a sweep needs at least one configuration file.")
+    own_seeds = own_seeds or {}
+    for some in (seeds, *own_seeds.values()):
+        if not some or len(set(some)) < len(some):
+            raise ConfigError(f"the seeds are {list(some)}; name at least one, and each once.")
+    grid = [split_values(text) for text in vary]
+    _check_keys([key for key, _ in grid], overrides)
+    runs = []
+    for file, name in zip(files, _names(files), strict=True):
+        for values in itertools.product(*(values for _, values in grid)):
+            point = [f"{key}={value}" for (key, _), value in zip(grid, values, strict=True)]
+            text = ",".join(point)
+            configuration = f"{name}/{text}" if point else name
+            directory = workdir / name / _file_name(text)
+            for seed in own_seeds.get(file, seeds):
+                try:
+                    config = load_config(file, [*overrides, *point, f"seed={seed}"])
+                except ConfigError as error:
+                    raise ConfigError(f"{file}: {error}") from None
+                runs.append(SweepRun(configuration, config, directory / f"seed{seed}"))
+    _check_directories(runs)
+    return runs
+
+
+def split_values(text: str) -> tuple[str, list[str]]:
+    """The key and the values of ``"key=value1,value2"``.
+
+    Args:
+        text: Commas within brackets, braces or quotation marks do not separate.
+
+    Returns:
+        The key, and its values as text.
+
+    Raises:
+        ConfigError: The text has another form.
+
+    Example:
+        >>> split_values("model.options.blocks=[1, 1],[2, 2]")
+        ('model.options.blocks', ['[1, 1]', '[2, 2]'])
+    """
+    key, _, rest = text.partition("=")
+    values, part = [], ""
+    for piece in rest.split(","):
+        part = f"{part},{piece}" if part else piece
+        closed = part.count("[") == part.count("]") and part.count("{") == part.count("}")
+        if closed and part.count('"') % 2 == part.count("'") % 2 == 0:
+            values.append(part.strip())
+            part = ""
+    if part or not key.strip() or not all(values):
+        raise ConfigError(
+            f"{text!r} is not of the form key=value1,value2, such as model.variant=plain,selective."
+        )
+    return key.strip(), values
+
+
+def check_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> None:
+    """Refuses what would fail later: foreign runs in the way, missing data, networks that do not fit.
+
+    Args:
+        runs: From `plan_sweep`.
+        jobs: Runs at once.
+
+    Raises:
+        SelconvError: A run cannot be made or gone on with, and the message names it; or runs cannot be made
+            at once.
+    """
+    if jobs < 1:
+        raise ConfigError(f"--jobs is {jobs}; it must be at least 1.")
+    for run in runs:
+        if run.has_started and (there := read_config(run.workdir)) != run.config:
+            raise ConfigError(
+                f"{run.workdir} holds a run of another configuration: {_difference(there, run.config)}. "
+                "Choose another --workdir, or remove that run."
+            )
+    checked = set()
+    load = functools.cache(open_data)
+    for run in runs:
+        kind = repr(dataclasses.replace(run.config, seed=0))
+        if kind not in checked and not run.is_complete:
+            checked.add(kind)
+            try:
+                data = run.config.data
+                Trainer(run.config, load(*data.source))
+            except SelconvError as error:
+                raise type(error)(f"{run.configuration}: {error}") from None
+    if jobs > 1 and jax.default_backend() == "tpu":
+        raise ConfigError("--jobs: a TPU serves one process at a time; leave it out.")
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """The stem of every file, preceded by as many folders as tell it from the others."""
+    paths = [file.resolve().with_suffix("").parts[1:] for file in files]
+    names = []
+    for file, path in zip(files, paths, strict=True):
+        if paths.count(path) > 1:
+            raise ConfigError(f"{file} is named twice, or another file differs from it by its ending alone.")
+        length = 1
+        while sum(other[-length:] == path[-length:] for other in paths) > 1:
+            length += 1
+        names.append("/".join(path[-length:]))
+    return names
+
+
+def _file_name(text: str) -> str:
+    """The text without what file systems and shells take for something else; then a digest of what it was."""
+    name = re.sub(r"[^\w.=,+-]", "_", re.sub(r"[\s\"'\[\]{}]", "", text))
+    if name == text and len(name) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return f"{name[:_LONGEST_NAME]}-{digest}"
+
+
+def _check_keys(varied: Sequence[str], overrides: Sequence[str]) -> None:
+    keys = [*varied, *(override.partition("=")[0].strip() for override in overrides)]
+    for key in keys:
+        if key == "seed":
+            raise ConfigError("seed cannot be set in a sweep: use --seeds.")
+        if key in varied and keys.count(key) > 1:
+            raise ConfigError(f"{key} is varied, and varied or set once more. Name it once.")
+
+
+def _check_directories(runs: Sequence[SweepRun]) -> None:
+    """No run lies in the directory of another."""
+    taken: dict[Path, SweepRun] = {}
+    for run in runs:
+        if run.workdir in taken:
+            raise ConfigError(f"two runs would share the directory {run.workdir}. Name every value once.")
+        taken[run.workdir] = run
+    for run in runs:
+        for parent in run.workdir.parents:
+            if parent in taken:
+                raise ConfigError(
+                    f"the run {run.name} would lie in the directory {parent} of another. Rename its file."
+                )
+
+
+def _difference(there: Config, here: Config) -> str:
+    """The first keys with different values, as a sentence without its end."""
+
+    def flat(config: Config) -> dict[str, Any]:
+        return traverse_util.flatten_dict(dataclasses.asdict(config), sep=".")
+
+    old, new = flat(there), flat(here)
+    keys = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+    parts = [f"{key} is {old.get(key)!r} there and {new.get(key)!r} here" for key in keys[:3]]
+    return "; ".join(parts) + ("; and more" if len(keys) > 3 else "")

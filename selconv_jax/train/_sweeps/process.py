@@ -1,0 +1,46 @@
+"""One run of a sweep in a process of its own: ``python -m selconv_jax.train._sweeps.process``.
+
+The run comes as a line of JSON on standard input, which stays open as long as the sweep lives.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import tomllib
+from pathlib import Path
+
+from selconv_jax._utils.console import progress_console
+from selconv_jax.train._config import parse_config
+from selconv_jax.train._sweeps.configurations import SweepRun
+from selconv_jax.train._sweeps.runs import make_run
+
+__all__ = ["main"]
+
+
+def main() -> int:
+    """Makes the run; returns as `make_run`, having printed a failure as the last line."""
+    order = json.loads(sys.stdin.readline())
+    run = SweepRun(
+        order["configuration"], parse_config(tomllib.loads(order["config"])), Path(order["workdir"])
+    )
+    threading.Thread(target=_stop_with_sweep, daemon=True).start()
+    code, error = make_run(run, progress_console())
+    if error:
+        with contextlib.suppress(OSError):  # the disk may be what has failed
+            print(f"failed: {error}", flush=True)
+    return code
+
+
+def _stop_with_sweep() -> None:
+    """A sweep that was killed leaves no run at work behind: the run is saved, as after a signal."""
+    # Not through `sys.stdin`, whose lock would be held while the interpreter ends.
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,337 @@
+"""A configuration turned into compiled functions on devices: steps, evaluation, re-allocation."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from selconv_jax.compaction import CompactionPlan, plan_compaction
+from selconv_jax.data._dataset import DatasetInfo, ImageData
+from selconv_jax.data._stream import StreamedData
+from selconv_jax.errors import ConfigError
+from selconv_jax.train._config import Config, DataConfig
+from selconv_jax.train._distributed.sharding import Placement
+from selconv_jax.train._feed import Arguments, Feed, ResidentFeed, StreamedFeed
+from selconv_jax.train._network import make_network
+from selconv_jax.train._optimizer import learning_rate_schedule, make_optimizer
+from selconv_jax.train._program import Program, bucket_program, frozen_program
+from selconv_jax.train._state import Totals, TrainState, initial_state
+from selconv_jax.train._step import Purpose, eval_batch, fold, train_step
+from selconv_jax.train._trial import notes_on, try_on_shapes
+from selconv_jax.transforms._optimizer_state import reset_rewritten
+from selconv_jax.transforms._reallocation import reallocate, required_slots
+from selconv_jax.transforms._report import Report
+
+__all__ = ["Trainer"]
+
+# A loop of convolutions inside one program is slow on CPU, which also gains nothing from it.
+_STEPS_PER_DISPATCH = {"cpu": 1}
+_STEPS_PER_DISPATCH_ELSEWHERE = 50
+
+
+class Trainer:
+    """The compiled functions of a run; holds its images, or reads them, but has no state.
+
+    Args:
+        config: The run.
+        data: Its images, in memory or to be streamed.
+        placement: The devices; None: those that the configuration asks for.
+
+    Raises:
+        ConfigError: Configuration, data and devices do not go together.
+
+    Attributes:
+        config: The run.
+        steps_per_epoch: Steps of an epoch.
+        steps: Steps of the run.
+        model: The network, compiled for no particular number of slots.
+        optimizer: The optimizer.
+        notes: Sentences on what the configuration allows, yet is probably not meant.
+    """
+
+    def __init__(
+        self, config: Config, data: ImageData | StreamedData, placement: Placement | None = None
+    ) -> None:
+        count = len(data.train)
+        if config.batch_size > count:
+            held = f" besides the {len(data.validation)} to validate on" if data.validation else ""
+            raise ConfigError(
+                f"batch_size is {config.batch_size}; {data.info.name} has {count} training images{held}. "
+                "Choose a smaller one."
+            )
+        self.config = config
+        self.steps_per_epoch = count // config.batch_size
+        self.steps = self.steps_per_epoch * config.epochs
+        self._info = _with_augmentation(data.info, config.data)
+        self.model = make_network(config.model, data.info.image_shape, data.info.num_classes)
+        self._learning_rate = learning_rate_schedule(
+            config.optimizer, self.steps, steps_per_epoch=self.steps_per_epoch, batch_size=config.batch_size
+        )
+        self.optimizer = make_optimizer(config.optimizer, self.steps, self._learning_rate)
+        self._placement = placement or Placement.over(
+            config.devices,
+            config.batch_size,
+            parameter_shards=config.parameter_shards,
+            micro_batches=config.micro_batches,
+        )
+        run = config, self.model, self.optimizer, data.info.image_shape
+        self._state_shape = try_on_shapes(*run)
+        self.notes = notes_on(*run, self._placement.mesh.size)
+        # Rounded up to a multiple of the devices: what is past the last image is not counted.
+        devices = self._placement.mesh.size
+        sizes = config.batch_size, -(-config.eval_batch_size // devices) * devices
+        self._feed: Feed
+        if isinstance(data, StreamedData):
+            self._feed = StreamedFeed(data, self._info, self._placement, *sizes, config.data.workers)
+        else:
+            self._feed = ResidentFeed(data, self._placement, *sizes)
+        self._compiled: dict[tuple[str, Program, int], Callable[..., Any]] = {}
+        self._frozen: tuple[bytes, Program] | None = None
+
+    @property
+    def steps_per_dispatch(self) -> int:
+        """Steps that one call of the compiled program makes; one where images are streamed."""
+        if self._feed.one_step:
+            return 1
+        backend = _STEPS_PER_DISPATCH.get(jax.default_backend(), _STEPS_PER_DISPATCH_ELSEWHERE)
+        return self.config.steps_per_dispatch or backend
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, on all devices."""
+        make = functools.partial(
+            initial_state, self.model, self.optimizer, self._info.image_shape, self.config.seed
+        )
+        # Drawing many small arrays is a huge program that runs once: on CPU, where optimizing it takes
+        # minutes, it is not optimized.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        sharding = self._placement.state_sharding(self._state_shape)
+        return jax.jit(make, out_shardings=sharding, compiler_options=options)()
+
+    def state_shape(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state, without computing it."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            self._state_shape,
+            self._placement.state_sharding(self._state_shape),
+        )
+
+    def program(self, state: TrainState, epoch: int) -> Program:
+        """What the steps of an epoch, and the evaluation after it, are compiled for.
+
+        Args:
+            state: The state before the epoch, or within it.
+            epoch: The epoch, counted from 0.
+
+        Returns:
+            While re-allocations are to come, the program that has room for the copies there are. Then, unless
+            ``allocation.compile_frozen`` is false, that of the allocation which remains.
+        """
+        settings = self.config.allocation
+        # All rounds that were due have been made, but for one at the end of this epoch.
+        done = max(int(state.step), epoch * self.steps_per_epoch)
+        frozen = self.next_round(min(done + 1, (epoch + 1) * self.steps_per_epoch)) is None
+        if frozen and settings.compile_frozen and state.selectivity:
+            return self._frozen_program(state)
+        return self._bucket_program(state)
+
+    def _bucket_program(self, state: TrainState) -> Program:
+        return bucket_program(self.model, required_slots(state.variables) if state.selectivity else 0.0)
+
+    def _frozen_program(self, state: TrainState) -> Program:
+        allocation = b"".join(leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(state.selectivity)))
+        if self._frozen is None or self._frozen[0] != allocation:
+            program = frozen_program(self.model, state.variables, self._example)
+            self._frozen = (allocation, program)
+        return self._frozen[1]
+
+    def batches(self, state: TrainState, epoch: int) -> Generator[Arguments]:
+        """The batches of the rest of an epoch, for `run_steps`; to be closed when no more are needed."""
+        return self._feed.train(state.key, epoch, int(state.step) - epoch * self.steps_per_epoch)
+
+    def is_compiled(self, program: Program) -> bool:
+        """Whether training steps have been compiled for this program."""
+        return any(kind == "train" and known == program for kind, known, _ in self._compiled)
+
+    def run_steps(
+        self, state: TrainState, batches: Iterator[Arguments], program: Program, count: int
+    ) -> tuple[TrainState, jax.Array]:
+        """Makes ``count`` training steps; the given state is used up.
+
+        Args:
+            state: The state before.
+            batches: From `batches`, for the epoch of the state.
+            program: From `program`, for the epoch of the state.
+            count: Number of steps, within the epoch.
+
+        Returns:
+            The state after, and ``[3]`` float32: mean loss and accuracy of the epoch so far, and 1 if a
+            loss has not been finite, else 0.
+        """
+        function = self._function("train", program, count, self._make_steps)
+        return function(state, *next(batches))
+
+    def lower_step(self, program: Program) -> jax.stages.Lowered:
+        """A training step as it is handed to the compiler; reads no image and needs no device."""
+        arguments = self._feed.shapes(evaluation=False)
+        return self._make_steps(program.model, 1).lower(self.state_shape(), *arguments)
+
+    def lower_evaluation(self, program: Program) -> jax.stages.Lowered:
+        """The evaluation of a batch, likewise."""
+        return self._make_eval(program.model, 1).lower(
+            self.state_shape().variables, *self._feed.shapes(evaluation=True)
+        )
+
+    def plan_compaction(self, state: TrainState, multiple: int = 1) -> CompactionPlan:
+        """Plans the network without what the state's allocation does not use, see `selconv_jax.compact`."""
+        model = self._bucket_program(state).model
+        return plan_compaction(model, state.variables, example=self._example, multiple=multiple)
+
+    def evaluate(
+        self,
+        state: TrainState,
+        should_stop: Callable[[], bool] = lambda: False,
+        program: Program | None = None,
+        split: str = "test",
+    ) -> Totals | None:
+        """Loss and accuracy on all images of a split.
+
+        Args:
+            state: The state to evaluate.
+            should_stop: Asked between batches.
+            program: What computes; None: the one with room for the copies there are.
+            split: ``"test"``, or ``"validation"`` where the run has one.
+
+        Returns:
+            Sums on the host, or None if it was asked to stop.
+        """
+        function = self._function("eval", program or self._bucket_program(state), 1, self._make_eval)
+        totals = []
+        with contextlib.closing(self._feed.evaluation(split)) as batches:
+            for arguments in batches:
+                if should_stop():
+                    return None
+                totals.append(function(state.variables, *arguments))
+                if len(totals) > 2:
+                    # Keeps the queue short, so that a request to stop is soon heard.
+                    totals[-3] = jax.device_get(totals[-3])
+        return functools.reduce(Totals.__add__, jax.device_get(totals))
+
+    def next_round(self, first: int) -> int | None:
+        """The number of steps done, ``first`` or more, at which a round is due; None: no more are."""
+        schedule = self.config.allocation.schedule
+        return schedule.next_round(first, self.steps_per_epoch, self.config.epochs)
+
+    def reallocate(self, state: TrainState) -> tuple[TrainState, Report]:
+        """A round of re-allocation.
+
+        Args:
+            state: The state when the round is due.
+
+        Returns:
+            The state after, and what changed.
+        """
+        settings = self.config.allocation
+        step = int(state.step)
+        number = step if settings.every_steps else step // self.steps_per_epoch - 1
+        key = fold(state.key, Purpose.REALLOCATION, number)
+        variables, report = reallocate(state.variables, key, settings.allocation)
+        if settings.reset_momentum:
+            opt_state = reset_rewritten(self.optimizer, state.opt_state, variables["params"], report)
+            state = dataclasses.replace(state, opt_state=opt_state)
+        changed = np.asarray([report.closed, report.reallocated], np.int32)
+        state = dataclasses.replace(state.with_variables(variables), changed=state.changed + changed)
+        if self.config.parameter_shards > 1:
+            state = jax.device_put(state, self._placement.state_sharding(state))
+        return state, report
+
+    def is_finite(self, state: TrainState) -> bool:
+        """Whether all parameters and running statistics are finite."""
+        return bool(_all_finite((state.params, state.batch_stats)))
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return float(self._learning_rate(step))
+
+    def _function(
+        self, kind: str, program: Program, count: int, make: Callable[[Any, int], Callable[..., Any]]
+    ) -> Callable[..., Any]:
+        key = (kind, program, count)
+        if key not in self._compiled:
+            self._compiled[key] = make(program.model, count)
+        return self._compiled[key]
+
+    def _make_steps(self, model: Any, count: int) -> Any:
+        def step(state: TrainState, arguments: Arguments) -> TrainState:
+            return train_step(
+                state,
+                *self._feed.take(state.step, *arguments),
+                model=model,
+                optimizer=self.optimizer,
+                info=self._step_info,
+                steps_per_epoch=self.steps_per_epoch,
+                mixup=self.config.data.mixup,
+                micro_batches=self.config.micro_batches,
+                placement=self._placement,
+                batch_norm=self.config.batch_norm,
+            )
+
+        def steps(state: TrainState, *arguments: Any) -> tuple[TrainState, Any]:
+            if count == 1:
+                state = step(state, arguments)
+            else:
+                state, _ = jax.lax.scan(lambda carry, _: (step(carry, arguments), None), state, length=count)
+            seen = state.totals.count.astype(jnp.float32)
+            correct = state.totals.correct.astype(jnp.float32)
+            failed = (state.failed_step >= 0).astype(jnp.float32)
+            return state, jnp.stack([state.totals.loss / seen, correct / seen, failed])
+
+        sharding = self._placement.state_sharding(self.state_shape()), self._placement.replicated
+        return jax.jit(steps, donate_argnums=0, out_shardings=sharding)
+
+    def _make_eval(self, model: Any, count: int) -> Any:
+        del count
+
+        def evaluate(variables: Any, *arguments: Any) -> Totals:
+            return eval_batch(
+                variables,
+                *self._feed.take_evaluation(*arguments),
+                model=model,
+                info=self._info,
+                placement=self._placement,
+            )
+
+        return jax.jit(evaluate, out_shardings=self._placement.replicated)
+
+    @property
+    def _example(self) -> jax.ShapeDtypeStruct:
+        """An image in a batch of its own, as the network takes it."""
+        return jax.ShapeDtypeStruct((1, *self._info.image_shape), self.model.dtype)
+
+    @property
+    def _step_info(self) -> DatasetInfo:
+        """The facts with the augmentation that is left to the compiled step."""
+        if self._info.eval_resize is None:
+            return self._info
+        return dataclasses.replace(self._info, crop_padding=0, flip=False)
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _with_augmentation(info: DatasetInfo, config: DataConfig) -> DatasetInfo:
+    """The facts of the data set with the augmentation that the configuration asks for."""
+    if config.crop_padding and info.eval_resize is not None:
+        raise ConfigError(
+            f"data.crop_padding does not apply to {info.name}: its training images are random parts of "
+            "images of differing sizes. Leave it out."
+        )
+    padding = info.crop_padding if config.crop_padding is None else config.crop_padding
+    flip = info.flip if config.flip is None else config.flip
+    return dataclasses.replace(info, crop_padding=padding, flip=flip)

@@ -1,0 +1,145 @@
+"""A run tried on shapes: what would fail in its first step or round fails before anything is made."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from selconv_jax.errors import ConfigError, SelconvError
+from selconv_jax.train._config import Config
+from selconv_jax.train._state import TrainState, initial_state
+from selconv_jax.transforms._optimizer_state import reset_rewritten
+from selconv_jax.transforms._reallocation import reallocate
+
+__all__ = ["notes_on", "try_on_shapes"]
+
+
+def try_on_shapes(
+    config: Config, model: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...]
+) -> TrainState:
+    """Makes the state of a run, a step of its optimizer and a reset after a round, of shapes alone.
+
+    Args:
+        config: The run.
+        model: Its network.
+        optimizer: Its optimizer.
+        image_shape: ``(H, W, C)``.
+
+    Returns:
+        The state before the first step as `jax.ShapeDtypeStruct`. Nothing is computed.
+
+    Raises:
+        ConfigError: The network cannot be made, or the optimizer cannot be used.
+    """
+    name, reset = config.optimizer.name, config.allocation.reset_momentum
+
+    def step(params: Any, opt_state: Any) -> tuple[Any, Any]:
+        updates, opt_state = optimizer.update(params, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    with _refused("the network cannot be made ({}). Choose other model.options."):
+        make = functools.partial(initial_state, model, optax.identity(), image_shape, config.seed)
+        state = jax.eval_shape(make)
+    with _refused(f"optimizer.options do not suit {name} ({{}})."):
+        opt_state = jax.eval_shape(optimizer.init, state.params)
+    with _refused(
+        f"optimizer.name is {name!r}, which cannot make a step of gradients and parameters alone, or not "
+        "with these optimizer.options ({}). Choose another optimizer, or other options."
+    ):
+        after = jax.eval_shape(step, state.params, opt_state)
+        if _types(after) != _types((state.params, opt_state)):
+            raise TypeError("a step changes the types of its state")
+
+    def reset_after_round(variables: Any, opt_state: Any) -> Any:
+        new, report = reallocate(variables, jax.random.key(0), config.allocation.allocation)
+        return reset_rewritten(optimizer, opt_state, new["params"], report)
+
+    with _refused(
+        f"allocation.reset_momentum is true, but what {name} keeps cannot be reset ({{}}). Leave it out, or "
+        "choose another optimizer.name."
+    ):
+        if reset and state.selectivity:
+            jax.eval_shape(reset_after_round, state.variables, opt_state)
+    return dataclasses.replace(state, opt_state=opt_state)
+
+
+def notes_on(
+    config: Config,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    devices: int,
+) -> tuple[str, ...]:
+    """What a run may do, yet is probably not meant to.
+
+    Args:
+        config: The run.
+        model: Its network.
+        optimizer: Its optimizer.
+        image_shape: ``(H, W, C)``.
+        devices: Number of devices over which a batch is split.
+
+    Returns:
+        A sentence for each.
+    """
+    notes = []
+    parts = config.micro_batches * (devices if config.batch_norm == "per_device" else 1)
+    if config.batch_size == parts and (layers := _layers_on_one_pixel(model, image_shape)):
+        notes.append(
+            f"in {len(layers)} layers, from {layers[0]} on, batch norm in training sees one pixel at a time, "
+            "whose variance is 0: the result does not depend on the image. Choose a larger batch_size."
+        )
+    rounds = config.model.variant != "plain" and config.allocation.until > 0
+    if rounds and not config.allocation.reset_momentum and _keeps_parameters(optimizer):
+        notes.append(
+            f"{config.optimizer.name} remembers what parameters were, also after re-allocation has rewritten "
+            "them. With allocation.reset_momentum=true it forgets those."
+        )
+    return tuple(notes)
+
+
+def _layers_on_one_pixel(model: nn.Module, image_shape: tuple[int, ...]) -> list[str]:
+    """The layers with batch norm that read a single pixel of each image."""
+    found = []
+
+    def look(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        result, module = call(*args, **kwargs), context.module
+        if module.has_variable("batch_stats", "mean") and args and args[0].shape[:-1] == (1, 1, 1):
+            found.append("/".join(module.path))
+        return result
+
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with nn.intercept_methods(look):
+        jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
+    return found
+
+
+def _keeps_parameters(optimizer: optax.GradientTransformation) -> bool:
+    """Whether the optimizer's state depends on the values that parameters start from."""
+    params = {"kernel": jnp.ones((1, 1, 2, 2)), "scale": jnp.ones(2), "shift": jnp.ones((2, 2))}
+    states = [optimizer.init(jax.tree.map(lambda leaf: leaf * factor, params)) for factor in (1, 2)]  # noqa: B023
+    pairs = zip(*map(jax.tree.leaves, states), strict=True)
+    return any(jnp.issubdtype(a.dtype, jnp.floating) and not np.array_equal(a, b) for a, b in pairs)
+
+
+@contextlib.contextmanager
+def _refused(message: str) -> Iterator[None]:
+    """Turns whatever is raised into an error of one line, in which it takes the place of ``{}``."""
+    try:
+        yield
+    except SelconvError:
+        raise
+    except Exception as error:  # optax, flax and jax raise nearly anything
+        reason = str(error).partition("\n")[0].rstrip(". ")
+        raise ConfigError(message.format(reason or type(error).__name__)) from error
+
+
+def _types(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)

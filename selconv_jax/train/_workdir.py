@@ -1,0 +1,206 @@
+"""The directory of a run: made once, never overwritten, used by one process at a time."""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from selconv_jax._utils.versions import version_of
+from selconv_jax.errors import ConfigError
+from selconv_jax.train._config import Config, dump_config, load_config
+
+__all__ = [
+    "CHECKPOINTS",
+    "CONFIG",
+    "METRICS",
+    "check_free",
+    "create_workdir",
+    "default_workdir",
+    "free_workdir",
+    "lock",
+    "lock_mark",
+    "read_config",
+]
+
+CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+ENVIRONMENT = "environment.json"
+CHECKPOINTS = "checkpoints"
+_LOCK = ".lock"
+
+
+def default_workdir(config_path: str | os.PathLike[str], parent: str | os.PathLike[str] = "runs") -> Path:
+    """The first free directory ``runs/NAME``, ``runs/NAME-2``, ... for a configuration file."""
+    base = Path(parent) / Path(config_path).stem
+    candidate, number = base, 1
+    while candidate.exists():
+        number += 1
+        candidate = base.with_name(f"{base.name}-{number}")
+    return candidate
+
+
+@contextlib.contextmanager
+def free_workdir(config_path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Makes the `default_workdir`, which no other process then gets; an empty one goes in the end.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    while True:
+        workdir = default_workdir(config_path)
+        try:
+            workdir.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _unwritable(workdir, error) from None
+        break
+    try:
+        yield workdir
+    finally:
+        with contextlib.suppress(OSError):
+            workdir.rmdir()
+            workdir.parent.rmdir()
+
+
+def check_free(workdir: Path) -> None:
+    """Sees that a directory may become that of a new run.
+
+    Args:
+        workdir: The directory; it may be missing or empty.
+
+    Raises:
+        ConfigError: It holds something, or cannot be read.
+    """
+    # What a process leaves that was killed before its run had begun is in nobody's way.
+    unfinished = {ENVIRONMENT, f".{CONFIG}.new", _LOCK}
+    try:
+        content = sorted({entry.name for entry in workdir.iterdir()} - unfinished)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _unwritable(workdir, error) from None
+    if CONFIG in content:
+        raise ConfigError(
+            f"{workdir} already holds a run. Go on with it by `selconv resume {workdir}`, or choose "
+            "another --workdir."
+        )
+    if content:
+        raise ConfigError(
+            f"{workdir} is not empty (it holds {content[0]!r}). Choose another --workdir: a run is never "
+            "written over other files."
+        )
+
+
+def create_workdir(workdir: Path, config: Config) -> None:
+    """Writes what determines a new run into its directory.
+
+    Args:
+        workdir: The directory, which this process holds, see `lock`.
+        config: The resolved configuration.
+
+    Raises:
+        ConfigError: The directory holds something, or cannot be written.
+    """
+    check_free(workdir)
+    try:
+        (workdir / ENVIRONMENT).write_text(json.dumps(_environment(config), indent=2) + "\n")
+        # Last and at once: a directory with a configuration is a run that can be resumed.
+        temporary = workdir / f".{CONFIG}.new"
+        temporary.write_text(dump_config(config), encoding="utf-8")
+        temporary.replace(workdir / CONFIG)
+    except OSError as error:
+        raise _unwritable(workdir, error) from None
+
+
+def _unwritable(workdir: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"the work directory {workdir} cannot be written: {error.strerror}. Choose another --workdir."
+    )
+
+
+def read_config(workdir: Path) -> Config:
+    """The configuration of the run in a directory.
+
+    Raises:
+        ConfigError: The directory does not hold a run.
+    """
+    if not (workdir / CONFIG).is_file():
+        raise ConfigError(
+            f"{workdir} does not hold a run (there is no {CONFIG} in it). Start one by `selconv train CONFIG "
+            f"--workdir {workdir}`."
+        )
+    return load_config(workdir / CONFIG)
+
+
+@contextlib.contextmanager
+def lock(workdir: Path, *, make: bool = False) -> Iterator[str]:
+    """Holds the run for this process; the system lets go of it however the process ends.
+
+    Args:
+        workdir: The directory of the run.
+        make: Whether to make it.
+
+    Yields:
+        A mark that this process leaves in the directory, see `lock_mark`.
+
+    Raises:
+        ConfigError: Another process holds it, or it cannot be held.
+    """
+    try:
+        if make:
+            workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / _LOCK).open("a")
+    except OSError as error:
+        raise _unwritable(workdir, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is working on {workdir}. Wait for it or stop it first."
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"the file system of {workdir} cannot lock files ({error.strerror}). Choose a --workdir on "
+                "one that does, so that two jobs do not work on one run."
+            ) from None
+        mark = uuid.uuid4().hex
+        try:
+            file.truncate(0)
+            file.write(mark)
+            file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.close()  # which tries to write once more
+            raise _unwritable(workdir, error) from None
+        yield mark
+
+
+def lock_mark(workdir: Path) -> str:
+    """The mark of the process that holds, or held, the run; empty without any."""
+    try:
+        return (workdir / _LOCK).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _environment(config: Config) -> dict[str, object]:
+    packages = ("selconv-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    devices = jax.devices()
+    return {
+        "seed": config.seed,
+        "versions": {name: version_of(name) for name in packages} | {"python": platform.python_version()},
+        "backend": jax.default_backend(),
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+    }

@@ -1,0 +1,21 @@
+"""Pure functions of a model's variables: re-allocation, its schedule, and optimizer state that follows it."""
+
+from selconv_jax.transforms._layer_tree import layer_states
+from selconv_jax.transforms._optimizer_state import reset_rewritten, rewritten_mask
+from selconv_jax.transforms._reallocation import Allocation, reallocate, required_slots
+from selconv_jax.transforms._report import LayerReport, Report
+from selconv_jax.transforms._schedule import ReallocationSchedule
+from selconv_jax.transforms._selectivize import selectivize
+
+__all__ = [
+    "Allocation",
+    "LayerReport",
+    "ReallocationSchedule",
+    "Report",
+    "layer_states",
+    "reallocate",
+    "required_slots",
+    "reset_rewritten",
+    "rewritten_mask",
+    "selectivize",
+]

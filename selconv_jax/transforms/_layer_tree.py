@@ -1,0 +1,175 @@
+"""The selective layers in a model's variables: found, checked, and put back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from flax.core import FrozenDict, unfreeze
+
+from selconv_jax.functional._allocation import LayerState
+from selconv_jax.functional._groups import group_count
+
+__all__ = ["are_replicas", "layer_states", "merge_layers", "refuse_replicas"]
+
+Path = tuple[str, ...]
+Variables = Mapping[str, Any]
+
+# Where a layer of path p keeps each field: variables[collection][p][field].
+_COLLECTION = {
+    "kernel": "params",
+    "scale": "params",
+    "bias": "params",
+    "shift": "params",
+    "mean": "batch_stats",
+    "var": "batch_stats",
+    "gate": "selectivity",
+    "source": "selectivity",
+}
+_OPTIONAL = ("source", "shift")
+
+
+def layer_states(variables: Variables) -> dict[str, LayerState]:
+    """The selective and gate-only layers of a model, by path.
+
+    Layers that ``nn.scan`` or ``nn.vmap`` stacked are one `LayerState` whose arrays have the stack's axes
+    before their own: gate ``[*L, C]``, kernel ``[*L, *K, C / G, O]``, and so on.
+
+    Args:
+        variables: The model's variables: ``params``, ``batch_stats``, ``selectivity``.
+
+    Returns:
+        `LayerState` by the path of the layer, parts joined by ``/`` (``""`` for a model that is one layer).
+
+    Raises:
+        ValueError: There is no selective layer, a part of one is missing, or the shapes of its parts
+            contradict each other.
+    """
+    flat = {
+        collection: traverse_util.flatten_dict(unfreeze(variables.get(collection, {})))
+        for collection in ("params", "batch_stats", "selectivity")
+    }
+    paths = [path[:-1] for path in flat["selectivity"] if path[-1] == "gate"]
+    if not paths:
+        raise ValueError(
+            "no selective layer found: looked for 'gate' in variables['selectivity'], among the "
+            f"collections {sorted(variables)}. Use selconv_jax.SelectiveConv and pass all its variables."
+        )
+    for path in paths:
+        if any("/" in part for part in path):
+            raise ValueError(f"selective layer {path}: rename the module, its name must not contain '/'.")
+    return {"/".join(path): _layer_state(path, flat) for path in paths}
+
+
+def merge_layers(variables: Variables, states: Mapping[str, LayerState]) -> Any:
+    """The variables with the fields of the layers put in their places.
+
+    Args:
+        variables: The model's variables.
+        states: Layers by path, as from `layer_states`.
+
+    Returns:
+        Variables of the same structure; what belongs to none of the layers is the same object.
+    """
+    new: dict[Path, Any] = {}
+    for name, state in states.items():
+        path = tuple(name.split("/")) if name else ()
+        for field, collection in _COLLECTION.items():
+            if (value := getattr(state, field)) is not None:
+                new[collection, *path, field] = value
+    return _replaced(variables, new, ())
+
+
+def are_replicas(states: Mapping[str, LayerState]) -> jax.Array | None:
+    """Whether layers are copies of a model, one for each device, rather than stacks of layers.
+
+    Such copies have an axis before all others, along which all that is trained is alike. Layers of a real
+    stack start from numbers of their own.
+
+    Args:
+        states: Layers by path, as from `layer_states`.
+
+    Returns:
+        ``[]`` bool; None where the shapes already say no.
+    """
+    counts = {state.gate.shape[0] if state.gate.ndim > 1 else 1 for state in states.values()}
+    if len(counts) > 1 or counts == {1}:
+        return None
+    trained = [leaf for state in states.values() for leaf in (state.kernel, state.scale, state.bias)]
+    return jnp.stack([jnp.all(jnp.max(leaf, axis=0) == jnp.min(leaf, axis=0)) for leaf in trained]).all()
+
+
+def refuse_replicas(states: Mapping[str, LayerState]) -> None:
+    """Raises a ValueError if layers, whose values are known, are `are_replicas`."""
+    replicas = jax.jit(are_replicas)(states)
+    if replicas is not None and replicas:
+        count = next(iter(states.values())).gate.shape[0]
+        raise ValueError(
+            f"the variables are {count} replicas of one model: along axis 0 every selective layer holds the "
+            "same parameters, and each replica would draw for itself. Re-allocate one and replicate it again "
+            "(variables = flax.jax_utils.unreplicate(variables)), or call reallocate inside of jax.pmap. In "
+            "a stack of layers give each its own numbers: split_rngs={'params': True}."
+        )
+
+
+def _replaced(tree: Any, new: Mapping[Path, Any], path: Path) -> Any:
+    """The tree with other leaves at some paths; mappings keep their types, empty ones stay."""
+    if isinstance(tree, Mapping):
+        kind = FrozenDict if isinstance(tree, FrozenDict) else dict
+        return kind({key: _replaced(child, new, (*path, key)) for key, child in tree.items()})
+    return new.get(path, tree)
+
+
+def _layer_state(path: Path, flat: dict[str, dict[Path, Any]]) -> LayerState:
+    name = "/".join(path)
+    fields: dict[str, Any] = {}
+    for field, collection in _COLLECTION.items():
+        value = flat[collection].get((*path, field))
+        if value is None and field not in _OPTIONAL:
+            raise ValueError(
+                f"selective layer {name!r}: variables[{collection!r}] has no {field!r} for it. "
+                "Pass params, batch_stats and selectivity of the same model."
+            )
+        if value is not None and not hasattr(value, "shape"):
+            raise ValueError(
+                f"selective layer {name!r}: {field} is a {type(value).__name__}, expected an array. Unbox "
+                "partitioned parameters with flax.linen.meta.unbox."
+            )
+        fields[field] = value
+    if (fields["source"] is None) != (fields["shift"] is None):
+        raise ValueError(
+            f"selective layer {name!r}: it must have both 'source' (selectivity) and 'shift' "
+            "(params), or, if it is gate-only, neither."
+        )
+    state = LayerState(**fields)
+    _check_shapes(name, state)
+    return state
+
+
+def _check_shapes(name: str, state: LayerState) -> None:
+    """Refuses arrays that are not those of one layer, or of layers stacked on their first axes."""
+    channels, kernel = state.gate.shape, state.kernel.shape
+    if not channels:
+        raise ValueError(f"selective layer {name!r}: gate has shape (), expected [C].")
+    stack = channels[:-1]
+    if kernel[: len(stack)] != stack or len(kernel) < len(stack) + 2:
+        problem = f"kernel has shape {kernel}, expected {(*stack, '*K', 'C / groups', 'O')}"
+    else:
+        expected = dict.fromkeys(("scale", "bias", "mean", "var", "source"), channels)
+        expected["shift"] = (*channels, len(kernel) - len(stack) - 2)
+        problem = "; ".join(
+            f"{field} has shape {value.shape}, expected {shape}"
+            for field, shape in expected.items()
+            if (value := getattr(state, field)) is not None and value.shape != shape
+        )
+    if problem:
+        raise ValueError(
+            f"selective layer {name!r}, whose gate has shape {channels}: {problem}. Layers of nn.scan and "
+            "nn.vmap must be stacked on axis 0 of every collection: variable_axes={'params': 0, "
+            "'batch_stats': 0, 'selectivity': 0}."
+        )
+    try:
+        group_count(channels[-1], kernel)
+    except ValueError as error:
+        raise ValueError(f"selective layer {name!r}: {error}") from error

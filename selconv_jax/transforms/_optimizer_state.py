@@ -1,0 +1,138 @@
+"""What becomes of the optimizer's memory of the entries that re-allocation rewrote."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from selconv_jax.functional._groups import kernel_rows
+from selconv_jax.transforms._report import Report
+
+__all__ = ["reset_rewritten", "rewritten_mask"]
+
+
+def rewritten_mask(params: Mapping[str, Any], report: Report) -> Any:
+    """Which entries of the parameters a round of re-allocation rewrote.
+
+    Args:
+        params: The model's ``params``.
+        report: What `selconv_jax.reallocate` returned.
+
+    Returns:
+        A tree like ``params`` of bool arrays that broadcast against them: kernel ``[*1, C, 1]`` (with
+        groups ``[*1, C / G, O]``), scale and bias ``[C]``, shift ``[C, 1]`` of the re-allocated channels,
+        all after the axes of a stack of layers; a scalar false for everything else.
+
+    Raises:
+        ValueError: ``params`` has no kernel for a layer of the report: they belong to different models.
+    """
+    kernels = set()
+
+    def mask(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        *layer_path, name = _names(path)
+        layer = report.layers.get("/".join(layer_path))
+        if layer is None or name not in ("kernel", "scale", "bias", "shift"):
+            return jnp.zeros((), jnp.bool_)
+        if name == "kernel":
+            kernels.add("/".join(layer_path))
+            return kernel_rows(layer.reallocated, leaf.shape)
+        return jax.lax.expand_dims(layer.reallocated, range(layer.reallocated.ndim, leaf.ndim))
+
+    masks = jax.tree_util.tree_map_with_path(mask, params)
+    if missing := sorted(set(report.layers) - kernels):
+        raise ValueError(
+            f"params has no kernel for selective layer {missing[0]!r}, which the report is about. Pass the "
+            "'params' of the model that was re-allocated."
+        )
+    return masks
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A leaf's path without attributes: boxes around leaves (as in Flax NNX), fields of named tuples."""
+    return tuple(key for key in path if not isinstance(key, jax.tree_util.GetAttrKey))
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return jax.tree_util.keystr(_keys(path), simple=True, separator="/").split("/")
+
+
+def reset_rewritten(
+    optimizer: optax.GradientTransformation, opt_state: Any, params: Mapping[str, Any], report: Report
+) -> Any:
+    """Starts the optimizer's state anew for the parameter entries that re-allocation rewrote.
+
+    The published method leaves the momentum of a filled slot as it was under the channel's old
+    meaning; not calling this function does the same. Calling it makes a slot start from rest.
+
+    Everything that the state keeps for each entry of the parameters (momentum, moments, accumulated
+    gradients, averages and iterates of the parameters themselves) becomes, at the rewritten entries, what
+    ``optimizer.init(params)`` sets: 0 for most, another number for some, the new parameters for averages of
+    them. It is found by the parameters' paths, which optimizers keep in their states.
+
+    Args:
+        optimizer: The optax optimizer that made ``opt_state``.
+        opt_state: Its state.
+        params: The model's ``params``.
+        report: What `selconv_jax.reallocate` returned.
+
+    Returns:
+        The state with the same structure, shapes and dtypes.
+
+    Raises:
+        ValueError: The state is not of this optimizer and these parameters, or a part of it is not shaped
+            like a parameter (such as factored second moments), so that entries cannot be told apart.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, selconv_jax
+        >>> layer = selconv_jax.SelectiveConv(features=4, kernel_size=(3, 3))
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 16)), train=False)
+        >>> optimizer = optax.sgd(0.1, momentum=0.9)
+        >>> opt_state = optimizer.init(variables["params"])
+        >>> variables, report = selconv_jax.reallocate(variables, jax.random.key(1))
+        >>> opt_state = selconv_jax.reset_rewritten(optimizer, opt_state, variables["params"], report)
+    """
+    masks = {
+        _keys(path): (mask, jnp.shape(parameter), "/".join(_names(path)))
+        for (path, parameter), mask in zip(
+            jax.tree_util.tree_leaves_with_path(params),
+            jax.tree.leaves(rewritten_mask(params, report)),
+            strict=True,
+        )
+    }
+    longest = max(map(len, masks))
+    start = optimizer.init(params)
+    structure: Any = jax.tree.structure(start)
+    if structure != jax.tree.structure(opt_state):
+        raise ValueError(
+            "the optimizer's state is not one of this optimizer and these parameters: optimizer.init(params) "
+            "makes another structure. Pass the optimizer that made it and the 'params' it was made for."
+        )
+
+    # What keeps entries of parameters in another way grows with them.
+    grown = jax.eval_shape(optimizer.init, jax.tree.map(_longer, params))
+
+    def reset(path: tuple[Any, ...], value: Any, first: Any, longer: Any) -> Any:
+        keys = _keys(path)
+        ends = (keys[-length:] for length in range(min(longest, len(keys)), 0, -1))
+        owner = next((masks[end] for end in ends if end in masks), (jnp.zeros((), bool), None, ""))
+        mask, shape, name = owner
+        if jnp.shape(value) == shape:
+            return jnp.where(mask, jnp.asarray(first, value.dtype), value)
+        if name or jnp.shape(value) != longer.shape:
+            raise ValueError(
+                f"the optimizer's state for {name or jax.tree_util.keystr(path)} has shape "
+                f"{jnp.shape(value)}{f', the parameter {shape}' if name else ''}: it cannot be reset by "
+                "channel. Leave the state as it is, or use an optimizer whose state is shaped like the "
+                "parameters."
+            )
+        return value
+
+    return jax.tree_util.tree_map_with_path(reset, opt_state, start, grown)
+
+
+def _longer(parameter: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a parameter with one more entry along its first axis."""
+    first, *rest = jnp.shape(parameter) or (0,)
+    return jax.ShapeDtypeStruct((first + 1, *rest), parameter.dtype)

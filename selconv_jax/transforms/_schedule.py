@@ -1,0 +1,83 @@
+"""When a run re-allocates."""
+
+import dataclasses
+import math
+
+from selconv_jax._utils.arguments import check_number, check_whole
+from selconv_jax.errors import ConfigError
+
+__all__ = ["ReallocationSchedule"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReallocationSchedule:
+    """Re-allocation after the epochs of the first part of a run (method, "Schedule and training").
+
+    Attributes:
+        until: Share of the run's epochs after which the allocation is frozen, in [0, 1]; 0: never
+            re-allocate.
+        every: Epochs from one round to the next.
+        every_steps: Steps from one round to the next, instead of epochs, for runs of few long epochs; None:
+            the rounds follow on epochs, as published.
+
+    Raises:
+        ConfigError: A value is out of bounds.
+
+    Example:
+        >>> schedule = ReallocationSchedule(until=0.5)
+        >>> [schedule.is_due(epoch, epochs=5) for epoch in range(5)]
+        [True, True, True, False, False]
+    """
+
+    until: float = 0.5
+    every: int = 1
+    every_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("until", self.until, lambda share: 0 <= share <= 1, "a share of the epochs in [0, 1]")
+        check_whole("every", self.every, 1, "a whole number of epochs, at least 1")
+        if self.every_steps is not None:
+            check_whole("every_steps", self.every_steps, 1, "a whole number of steps, at least 1")
+        if self.every_steps is not None and self.every != 1:
+            raise ConfigError("every and every_steps do not go together: leave one out.")
+
+    def is_due(self, epoch: int, epochs: int) -> bool:
+        """Whether a round follows on an epoch, where rounds follow on epochs.
+
+        Args:
+            epoch: The epoch that has just ended, counted from 0.
+            epochs: Number of epochs of the run.
+        """
+        return epoch < self._end(epochs) and (epoch + 1) % self.every == 0
+
+    def next_round(self, first: int, steps_per_epoch: int, epochs: int) -> int | None:
+        """When the next round is due. None follows on the last step of a run.
+
+        Args:
+            first: Number of steps that will have been done at least.
+            steps_per_epoch: Steps of an epoch.
+            epochs: Number of epochs of the run.
+
+        Returns:
+            The number of steps done when it is due; None: there are no more rounds.
+
+        Example:
+            >>> schedule = ReallocationSchedule(every_steps=30)
+            >>> [schedule.next_round(first, steps_per_epoch=50, epochs=4) for first in (1, 31, 91)]
+            [30, 60, None]
+        """
+        steps = steps_per_epoch * epochs
+        if self.every_steps is None:
+            ends = ((epoch, (epoch + 1) * steps_per_epoch) for epoch in range(epochs - 1))
+            due = (end for epoch, end in ends if end >= first and self.is_due(epoch, epochs))
+            return next(due, None)
+        candidate = -(-max(first, 1) // self.every_steps) * self.every_steps
+        return candidate if candidate <= self._end(steps) and candidate < steps else None
+
+    def _end(self, count: int) -> float:
+        """The part of so many epochs or steps in which rounds follow; a whole number wherever one is meant.
+
+        In floating point 0.28 of 50 is more than 14, and 0.29 of 100 is less than 29.
+        """
+        end = self.until * count
+        return round(end) if math.isclose(end, round(end), rel_tol=1e-12) else end
