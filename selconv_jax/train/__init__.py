@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     )
     from selconv_jax.train._loop import NonFiniteLossError, evaluate_run, resume_run, train_run
     from selconv_jax.train._metrics import read_metrics
-    from selconv_jax.train._opening import restore_run
+    from selconv_jax.train._run_setup import restore_run
     from selconv_jax.train._state import TrainState
     from selconv_jax.train._trainer import Trainer
 
@@ -50,7 +50,7 @@ __getattr__, __dir__ = lazy_exports(
         "evaluate_run": "_loop",
         "load_config": "_config",
         "read_metrics": "_metrics",
-        "restore_run": "_opening",
+        "restore_run": "_run_setup",
         "resume_run": "_loop",
         "train_run": "_loop",
     },
