@@ -79,7 +79,7 @@ class TopologyResult:
 
 
 def prepare_process() -> None:
-    """Keeps JAX on the CPU and the TPU compiler from looking for TPUs; before JAX first uses a device."""
+    """Keep JAX on the CPU and the TPU compiler from looking for TPUs; before JAX first uses a device."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
