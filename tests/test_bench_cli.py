@@ -45,18 +45,17 @@ def test_leaves_every_number_and_a_picture(finished):
     (network,) = report["networks"]
     assert network["complete"] is True
     cases = {case["name"]: case for case in network["cases"]}
-    names = ["plain", "selective, slots 0", "selective, slots 0.5", "one round, whole network"]
-    names += ["eval plain", "eval selective, slots 0.25", "gather and augment"]
-    if importlib.util.find_spec("selconv_jax.compaction"):
-        names[3:3] = ["frozen, 0.25 re-allocated", "compact, 0.25 closed"]
-        assert network["notes"] == []
+    names = ["plain", "selective, capacity 0", "selective, capacity 0.5", "one round, whole network"]
+    names += ["eval plain", "eval selective, capacity 0.25", "gather and augment"]
+    names[3:3] = ["frozen, 0.25 re-allocated", "compact, 0.25 closed"]
+    assert network["notes"] == []
     assert list(cases) == names
     for name, case in cases.items():
         assert len(case["seconds"]) == case["summary"]["count"] == 3, name
         assert min(case["seconds"]) == case["summary"]["minimum"] > 0
     assert all(sorted(seconds) == sorted(names) for seconds in network["rounds"])
-    assert cases["selective, slots 0"]["ratio"]["to"] == "plain"
-    assert cases["eval selective, slots 0.25"]["ratio"]["to"] == "eval plain"
+    assert cases["selective, capacity 0"]["ratio"]["to"] == "plain"
+    assert cases["eval selective, capacity 0.25"]["ratio"]["to"] == "eval plain"
     assert cases["gather and augment"]["images_per_second"] > 0
     memory = cases["plain"]["memory"]
     total = memory["arguments"] + memory["outputs"] + memory["temporary"] - memory["in_place"]
@@ -103,7 +102,7 @@ def test_against_torch(tmp_path):
     cases = {case["name"]: case for case in network["cases"]}
     assert "augmented" in network["notes"][0]
     assert cases["plain"]["torch_ratio"]["to"] == "torch plain"
-    assert cases["selective, slots 0.5"]["torch_ratio"]["to"] == "torch selective, 0.5 re-allocated"
+    assert cases["selective, capacity 0.5"]["torch_ratio"]["to"] == "torch selective, 0.5 re-allocated"
 
 
 @pytest.mark.parametrize(

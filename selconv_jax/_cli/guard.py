@@ -30,7 +30,7 @@ def is_debugging() -> bool:
 
 
 def prepare_process(*, debug: bool) -> None:
-    """Makes streams, messages and failures of this process such that nothing but our lines is seen.
+    """Make streams, messages and failures of this process such that nothing but our lines is seen.
 
     Args:
         debug: Whether tracebacks, and what the compilers say, are asked for; handed on to processes that this
@@ -61,7 +61,7 @@ def prepare_process(*, debug: bool) -> None:
 
 
 def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
-    """Runs a command; says what ended it in one line.
+    """Run a command; say what ended it in one line.
 
     Args:
         action: The command; returns its exit code.

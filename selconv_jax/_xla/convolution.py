@@ -85,7 +85,7 @@ def convolve(
 
 
 def _pad(x: jax.Array, padding: Padding, reach: Sequence[int]) -> tuple[jax.Array, Padding]:
-    """Takes care of the paddings that the compiler's convolution does not have.
+    """Take care of the paddings that the compiler's convolution does not have.
 
     Args:
         x: ``[N, *S, C]``.

@@ -90,7 +90,7 @@ def resume_run(workdir: Path, console: Console, overrides: Sequence[str] = ()) -
 def evaluate_run(
     workdir: Path, step: int | None = None, overrides: Sequence[str] = ()
 ) -> tuple[int, dict[str, float]]:
-    """Evaluates a checkpoint on all validation images, if the run has any, and on all test images.
+    """Evaluate a checkpoint on all validation images, if the run has any, and on all test images.
 
     Args:
         workdir: The directory of the run.
@@ -217,7 +217,7 @@ class _Run:
         return state
 
     def _end_epoch(self, state: TrainState, epoch: int, speed: float | None) -> tuple[TrainState, bool]:
-        """Evaluates, saves, re-allocates and records, in this order; false if asked to stop before."""
+        """Evaluate, save, re-allocate and record, in this order; false if asked to stop before."""
         trainer, config = self.trainer, self.trainer.config
         program = trainer.program(state, epoch)
         metrics = evaluation_metrics(trainer, state, program, self.info, self._stop.check)

@@ -108,7 +108,7 @@ def restore(store: CheckpointStore, trainer: Trainer, step: int | None = None) -
 
 @contextlib.contextmanager
 def claimed(workdir: Path, *, make: bool = False) -> Iterator[None]:
-    """Holds the run for the processes of this job; the first one stands for all.
+    """Hold the run for the processes of this job; the first one stands for all.
 
     Args:
         workdir: The directory of the run, the same one for all processes.
@@ -126,7 +126,7 @@ def claimed(workdir: Path, *, make: bool = False) -> Iterator[None]:
 
 
 def _await_mark(workdir: Path, mark: str) -> None:
-    """Waits until what the first process left in its directory is seen in this process's."""
+    """Wait until what the first process left in its directory is seen in this process's."""
     end = time.monotonic() + _SHARING_SECONDS
     while lock_mark(workdir) != mark:
         if time.monotonic() > end:

@@ -160,7 +160,7 @@ class Trainer:
     def run_steps(
         self, state: TrainState, batches: Iterator[Arguments], program: Program, count: int
     ) -> tuple[TrainState, jax.Array]:
-        """Makes ``count`` training steps; the given state is used up.
+        """Make ``count`` training steps; the given state is used up.
 
         Args:
             state: The state before.

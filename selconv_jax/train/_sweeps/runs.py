@@ -48,7 +48,7 @@ class SweepEnd:
 
 
 def run_sweep(runs: Sequence[SweepRun], console: Console, jobs: int = 1) -> SweepEnd:
-    """Makes the runs; complete ones are kept, begun ones gone on with.
+    """Make the runs; complete ones are kept, begun ones gone on with.
 
     A run that fails leaves the others as they are. A signal ends the sweep as it ends a run: saved.
 
@@ -65,7 +65,7 @@ def run_sweep(runs: Sequence[SweepRun], console: Console, jobs: int = 1) -> Swee
 
 
 def share_devices() -> None:
-    """Keeps this process, and those it starts, from taking most of a GPU's memory each for itself.
+    """Keep this process, and those it starts, from taking most of a GPU's memory each for itself.
 
     To be called before JAX sees to its devices; what the environment says of it already stays.
     """
@@ -73,7 +73,7 @@ def share_devices() -> None:
 
 
 def make_run(run: SweepRun, console: Console) -> tuple[int, str]:
-    """Makes a run, or goes on with it, in this process.
+    """Make a run, or go on with it, in this process.
 
     Args:
         run: The run.
@@ -140,7 +140,7 @@ class _Sweep:
         return 0
 
     def _at_once(self, waiting: collections.deque[tuple[int, SweepRun]]) -> int:
-        """Keeps as many processes busy as asked for; a request to stop is handed to each of them once."""
+        """Keep as many processes busy as asked for; a request to stop is handed to each of them once."""
         processes: dict[subprocess.Popen[str], tuple[int, SweepRun]] = {}
         shown, told = time.monotonic(), False
         with StopRequest() as stop:
@@ -235,7 +235,7 @@ def _start(run: SweepRun) -> subprocess.Popen[str]:
 
 
 def _end_now(processes: Sequence[subprocess.Popen[str]]) -> None:
-    """Ends what is left when somebody insists; runs go on from their last checkpoint."""
+    """End what is left when somebody insists; runs go on from their last checkpoint."""
     for process in processes:
         process.terminate()
     for process in processes:
