@@ -1,4 +1,4 @@
-"""Training steps compiled for TPUs that are not there: cycles and memory as the TPU compiler sees them.
+"""Training steps compiled ahead of time for a TPU topology: estimated cycles and memory.
 
 The compiler is the real one, of the package libtpu; nothing is run. Its cycles are estimates for one chip,
 of use to compare programs with each other. The programs are traced as on a TPU, see `_xla.platforms`.

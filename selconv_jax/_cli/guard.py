@@ -17,7 +17,7 @@ DEBUG = "SELCONV_DEBUG"
 """The environment variable that asks for tracebacks, unless it is empty or 0."""
 
 # What the compilers of XLA and the TPU write past Python: pages on the features of the processor where a
-# program comes from the cache, warnings of TPUs that are not there. What matters comes as an exception; what
+# program comes from the cache, warnings of missing TPUs. What matters comes as an exception; what
 # ends the process is written all the same.
 _QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
 

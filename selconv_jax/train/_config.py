@@ -304,7 +304,7 @@ def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
     directory = config.data.directory
     if directory is None or "://" in directory:
         return config
-    # The run may be gone on with from any other directory.
+    # The run may be resumed from any other directory.
     data = dataclasses.replace(config.data, directory=os.fspath(Path(directory).expanduser().absolute()))
     return dataclasses.replace(config, data=data)
 

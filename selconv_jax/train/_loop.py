@@ -47,7 +47,7 @@ def train_run(config: Config, workdir: Path, console: Console) -> int:
         0 when the run is complete, 128 plus the signal's number when it was asked to stop.
 
     Raises:
-        SelconvError: Something the user can mend; nothing was overwritten.
+        SelconvError: A user-fixable error; nothing was overwritten.
     """
     trainer, data = run_setup.prepare(config)
     together(lambda: check_free(workdir) if is_first() else None)
@@ -70,7 +70,7 @@ def resume_run(workdir: Path, console: Console, overrides: Sequence[str] = ()) -
         As `train_run`.
 
     Raises:
-        SelconvError: Something the user can mend.
+        SelconvError: A user-fixable error.
     """
     config = run_setup.read_again(workdir, overrides)
     trainer, data = run_setup.prepare_again(config)
@@ -101,7 +101,7 @@ def evaluate_run(
         The step of the checkpoint, and the numbers of `record.evaluation_metrics`.
 
     Raises:
-        SelconvError: Something the user can mend.
+        SelconvError: A user-fixable error.
     """
     trainer, info, step, state = run_setup.restore_run(workdir, step, overrides)
     # As after the epoch that the checkpoint belongs to.

@@ -53,7 +53,7 @@ def prepare(config: Config) -> tuple[Trainer, ImageData | StreamedData]:
         Its compiled functions, and its images.
 
     Raises:
-        SelconvError: Something the user can mend, on every process.
+        SelconvError: A user-fixable error, on every process.
     """
 
     def of_this_process() -> tuple[Trainer, ImageData | StreamedData]:
@@ -175,7 +175,7 @@ def restore_run(
         The run's compiled functions, the facts of its images, the step, the state.
 
     Raises:
-        SelconvError: Something the user can mend.
+        SelconvError: A user-fixable error.
     """
     config = read_again(workdir, overrides)
     trainer, data = prepare_again(_on_present_devices(config))

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other: that all are ready, alike, and of one mind.
+"""Consistency checks and decisions across the processes of a run.
 
 All of these are no-ops in a run of one process. Every process has to call them, in the same order, from the
 thread that also starts the computations.

@@ -48,7 +48,7 @@ class SweepEnd:
 
 
 def run_sweep(runs: Sequence[SweepRun], console: Console, jobs: int = 1) -> SweepEnd:
-    """Make the runs; complete ones are kept, begun ones gone on with.
+    """Make the runs; complete ones are kept, begun ones resumed.
 
     A run that fails leaves the others as they are. A signal ends the sweep as it ends a run: saved.
 
@@ -73,7 +73,7 @@ def share_devices() -> None:
 
 
 def make_run(run: SweepRun, console: Console) -> tuple[int, str]:
-    """Make a run, or go on with it, in this process.
+    """Make a run, or resume it, in this process.
 
     Args:
         run: The run.
