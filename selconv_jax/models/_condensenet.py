@@ -28,8 +28,8 @@ class CondenseNet(Network):
     """Densely connected network whose growth increases from block to block, with grouped 3x3 convolutions.
 
     Every layer is a 1x1 convolution to ``4 * growth`` channels (gate-only, with dropout) and a plain grouped
-    3x3 one to ``growth``, whose output is appended to the layer's input (experiments, "Models"). As published,
-    the variant is ``"gate_only"``; ``"selective"``, which also re-allocates closed channels, is an extension.
+    3x3 one to ``growth``, whose output is appended to the layer's input (experiments, "Models"). The variant
+    published is ``"gate_only"``; ``"selective"``, which also re-allocates closed channels, is an extension.
 
     Attributes:
         num_classes: Number of outputs.
