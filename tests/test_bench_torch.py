@@ -15,9 +15,9 @@ from selconv_jax.train._optimizer import make_optimizer
 
 torch = pytest.importorskip("torch")
 
-from selconv_jax._bench.torch_cases import TorchStep  # noqa: E402
-from selconv_jax._bench.torch_layers import SelectiveLayer  # noqa: E402
-from selconv_jax._bench.torch_networks import torch_network  # noqa: E402
+from pytorch_baseline.cases import TorchStep  # noqa: E402
+from pytorch_baseline.layers import SelectiveLayer  # noqa: E402
+from pytorch_baseline.networks import torch_network  # noqa: E402
 
 
 def nchw(array):

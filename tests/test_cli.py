@@ -200,16 +200,6 @@ def test_signal_stops_a_sweep_which_then_goes_on(config, tmp_path):
     assert f"every number: {workdir / 'sweep.json'}" in done.stdout
 
 
-def test_experiments_prints_and_writes_the_table(config, tmp_path, capsys):
-    (tmp_path / "tiny.toml").write_text(config.read_text())
-    assert main(["experiments", str(tmp_path)]) == 0
-    table = capsys.readouterr().out
-    assert table.splitlines()[0].startswith("| file")
-    assert "| tiny.toml | densenet40 | selective | fashion_mnist_sample | 4 " in table
-    assert main(["experiments", str(tmp_path), "--write"]) == 1
-    assert "README.md needs the lines" in capsys.readouterr().err
-
-
 def test_data_list_says_what_is_there(tmp_path, capsys):
     assert main(["data", "list", "--data-dir", str(tmp_path)]) == 0
     output = capsys.readouterr().out
@@ -235,7 +225,6 @@ def test_data_list_says_what_is_there(tmp_path, capsys):
         ),
         (["sweep", "none.toml", "--nice", "20"], 1, "--nice is 20; it must be in 0 .. 19"),
         (["sweep", "none.toml", "--vary", "epochs"], 1, "'epochs' is not of the form key=value1,value2"),
-        (["experiments", "nowhere"], 1, "there is no configuration (*.toml) in nowhere"),
         (["train", "none.toml"], 1, "there is no configuration file none.toml"),
         (["resume", "nowhere"], 1, "nowhere does not hold a run"),
         (["show", "nowhere"], 1, "nowhere does not hold a run"),

@@ -68,9 +68,9 @@ def test_debug_before_and_after_the_command(arguments):
     assert done.stderr.splitlines()[-1].startswith("selconv: error: there is no model 'nosuch'")
 
 
-def test_a_command_shows_no_traceback(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("selconv_jax._cli.experiments.run", fail(RecursionError("deep")))
-    assert main(["experiments", str(tmp_path)]) == 1
+def test_a_command_shows_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("selconv_jax._cli.models.run", fail(RecursionError("deep")))
+    assert main(["models"]) == 1
     assert capsys.readouterr().err.startswith("selconv: error: RecursionError: deep (`--debug`")
 
 
@@ -140,9 +140,9 @@ def test_interrupted_while_modules_are_imported():
         "from selconv_jax._cli.main import main\n"
         "class Finder:\n"
         "    def find_spec(name, *more):\n"
-        "        if name == 'selconv_jax._cli.experiments': os.kill(os.getpid(), signal.SIGINT)\n"
+        "        if name == 'selconv_jax._cli.models': os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Finder)\n"
-        "sys.argv = ['selconv', 'experiments']\n"
+        "sys.argv = ['selconv', 'models']\n"
         "main()\n"
     )
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from configuration_table import configuration_table, main, write_configuration_table
 from flax import traverse_util
 
 from selconv_jax import ConfigError
 from selconv_jax.data._catalog import KNOWN
 from selconv_jax.data._dataset import ImageData, Split
 from selconv_jax.models import MODELS
-from selconv_jax.report._experiment_table import experiment_table, write_experiment_table
 from selconv_jax.train._config import load_config, parse_config
 from selconv_jax.train._step import train_step
 from selconv_jax.train._trainer import Trainer
@@ -127,7 +127,7 @@ def test_every_network_of_the_registry_has_an_experiment():
 
 def test_the_readme_holds_the_current_table(tmp_path):
     text = (ROOT / "README.md").read_text()
-    assert experiment_table(ROOT) in text
+    assert configuration_table(ROOT) in text
     rows = [line for line in text.splitlines() if line.startswith("| ") and ".toml" in line]
     assert len(rows) == len(CONFIGS)
     row = next(row for row in rows if row.startswith("| densenet100_selective.toml") and " cifar10 " in row)
@@ -148,12 +148,12 @@ def test_the_readme_holds_the_current_table(tmp_path):
 def test_writing_the_table(tmp_path):
     (tmp_path / "a.toml").write_text('description = "this | that"\n[model]\nvariant = "plain"\n')
     with pytest.raises(ConfigError, match=r"README\.md needs the lines"):
-        write_experiment_table(tmp_path)
+        write_configuration_table(tmp_path)
     readme = tmp_path / "README.md"
     begin, end = (line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("<!--"))
     readme.write_text(f"before\n{begin}\nof before\n{end}\nafter\n")
     for _ in range(2):  # the second time changes nothing
-        assert write_experiment_table(tmp_path) == readme
+        assert write_configuration_table(tmp_path) == readme
         text = readme.read_text()
         assert text.startswith("before\n")
         assert text.endswith("after\n")
@@ -163,9 +163,19 @@ def test_writing_the_table(tmp_path):
         assert "this \\| that" in text
     (tmp_path / "b.toml").write_text("epoch = 3\n")
     with pytest.raises(ConfigError, match=r"b\.toml: unknown configuration key 'epoch'"):
-        experiment_table(tmp_path)
+        configuration_table(tmp_path)
     with pytest.raises(ConfigError, match="there is no configuration"):
-        experiment_table(tmp_path / "nowhere")
+        configuration_table(tmp_path / "nowhere")
+
+
+def test_the_table_as_a_script(tmp_path, capsys):
+    (tmp_path / "tiny.toml").write_text("epochs = 4\n")
+    assert main([str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    assert table.splitlines()[0].startswith("| file")
+    assert "| tiny.toml | densenet40 | selective | fashion_mnist_sample | 4 " in table
+    assert main([str(tmp_path), "--write"]) == 1
+    assert "README.md needs the lines" in capsys.readouterr().err
 
 
 STUDIES = ROOT / "studies"

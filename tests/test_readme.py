@@ -4,8 +4,9 @@ import re
 import tomllib
 from pathlib import Path
 
+from method_picture import method_picture
+
 import selconv_jax
-from selconv_jax.report._method_picture import method_picture
 from selconv_jax.report._save import save_figure
 from selconv_jax.train._config import load_config
 

@@ -2,9 +2,7 @@
 
 import numpy as np
 from matplotlib.text import Annotation
-
-from selconv_jax.report import method_picture
-from selconv_jax.report._method_picture import _COPIES, _COPY_KERNEL, _DAMAGE, _KERNEL, _footprint
+from method_picture import _COPIES, _COPY_KERNEL, _DAMAGE, _KERNEL, _footprint, method_picture
 
 
 def test_six_panels_in_order():

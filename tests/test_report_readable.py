@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from method_picture import method_picture
 from PIL import Image
 
 from selconv_jax.report import (
@@ -13,7 +14,6 @@ from selconv_jax.report import (
     allocation_overview,
     channel_map,
     learning_curves,
-    method_picture,
     save_figure,
 )
 from selconv_jax.report._comparison import ConfigurationResults

@@ -7,6 +7,7 @@ from typing import Protocol
 from selconv_jax._bench.cases import Case, plan_cases
 from selconv_jax._bench.measure import Round, take_rounds
 from selconv_jax._bench.settings import BenchSettings
+from selconv_jax._bench.torch_baseline import load_torch_baseline
 from selconv_jax._bench.workbench import Prepared, Workbench
 
 __all__ = ["Listener", "Measured", "NetworkResult", "bench_network", "measure"]
@@ -75,12 +76,11 @@ def bench_network(
     bench = Workbench(model, settings)
     cases, notes = plan_cases(bench), []
     if settings.torch:
-        from selconv_jax._bench.torch_cases import TORCH_NOTE, plan_torch_cases
-
+        baseline = load_torch_baseline()
         # After our steps, before what is not a step.
         at = sum(case.group == cases[0].group for case in cases)
-        cases[at:at] = plan_torch_cases(bench)
-        notes.append(TORCH_NOTE)
+        cases[at:at] = baseline.plan_torch_cases(bench)
+        notes.append(baseline.TORCH_NOTE)
     measured, rounds, complete = measure(cases, settings.repeats, settings.seed, listener, should_stop)
     return NetworkResult(model, measured, rounds, complete, notes)
 

@@ -1,7 +1,6 @@
 """What a benchmark is asked to do, checked before anything is computed."""
 
 import dataclasses
-import importlib.util
 import math
 import re
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from selconv_jax._bench.torch_baseline import check_torch_baseline
 from selconv_jax.errors import ConfigError, nearest
 from selconv_jax.models import create_model, stem_for
 
@@ -107,11 +107,8 @@ class BenchSettings:
             check_topology(self.topology)
         if self.torch and self.topology:
             raise ConfigError("--torch and --topology do not go together: nothing is timed. Leave one out.")
-        if self.torch and importlib.util.find_spec("torch") is None:
-            raise ConfigError(
-                "--torch needs PyTorch, which is not installed. Install it by "
-                "`pip install 'selconv-jax[torch]'`, or leave --torch out."
-            )
+        if self.torch:
+            check_torch_baseline()
         for name in self.models:
             self.model(name, "selective")
 

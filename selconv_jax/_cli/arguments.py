@@ -94,18 +94,6 @@ def make_parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_compile(commands)
 
-    experiments = commands.add_parser(
-        "experiments",
-        help="a table of configurations",
-        description="Prints a table of the configurations in a folder.",
-    )
-    experiments.add_argument(
-        "directory", nargs="?", default="experiments", metavar="DIR", help="the folder (default: experiments)"
-    )
-    experiments.add_argument(
-        "--write", action="store_true", help="write the table into DIR/README.md instead of printing it"
-    )
-
     models = commands.add_parser(
         "models",
         help="names, parameters and multiply-adds of the networks",

@@ -60,7 +60,6 @@ _HANDLERS = {
     "sweep": ("sweep", "run"),
     "bench": ("bench", "run"),
     "compile": ("compile", "run"),
-    "experiments": ("experiments", "run"),
     "models": ("models", "run"),
     "data": ("data", "run"),
 }

@@ -14,9 +14,9 @@ T = TypeVar("T")
 def materialize(x: T) -> T:
     """Return the same value, on CPU forced into memory; so are its derivatives, forward and backward.
 
-    The CPU compiler fuses cheap operations into every operation that reads them. Each residual block would
-    so recompute the sum of all blocks before it, and likewise the gradient along a chain of concatenations:
-    quadratic in depth. The compilers of other platforms do better without a barrier.
+    The CPU compiler fuses cheap operations into every operation that reads them. Without a
+    barrier, each residual block would recompute the sum of all blocks before it, and the gradient of a chain
+    of concatenations likewise: quadratic in depth. The compilers of other platforms do not need one.
 
     Args:
         x: Any array, or a pytree of arrays.

@@ -43,7 +43,7 @@ def open_prepared(name: str, data_dir: Path) -> Any:
     prepared = prepared_directories(data_dir)
     if not _NAME.fullmatch(name):
         raise DataError(
-            f"{name!r} is no name of a data set. {nearest(name, {*KNOWN, *prepared})} Others are "
+            f"{name!r} is not a name of a data set. {nearest(name, {*KNOWN, *prepared})} Others are "
             "named as in tensorflow-datasets: name, name/config or name:version."
         )
 

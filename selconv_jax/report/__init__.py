@@ -1,9 +1,8 @@
-"""Pictures and tables of runs: learning curves, channel maps, comparisons, and a picture of the method."""
+"""Pictures and tables of runs: learning curves, channel maps and comparisons."""
 
 from selconv_jax.report._channel_map import channel_map
 from selconv_jax.report._curves import learning_curves
 from selconv_jax.report._layer_allocation import LayerAllocation
-from selconv_jax.report._method_picture import method_picture
 from selconv_jax.report._overview import allocation_overview
 from selconv_jax.report._save import save_figure
 from selconv_jax.report._statistics import paired_difference, spread
@@ -16,7 +15,6 @@ __all__ = [
     "count_table",
     "layer_table",
     "learning_curves",
-    "method_picture",
     "paired_difference",
     "run_table",
     "save_figure",

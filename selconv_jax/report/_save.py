@@ -28,8 +28,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         ConfigError: The path does not end in ``.png``.
 
     Example:
-        >>> from selconv_jax.report import method_picture, save_figure
-        >>> save_figure(method_picture(), "method.png")
+        >>> from matplotlib.figure import Figure
+        >>> save_figure(Figure(), "empty.png")
     """
     path = Path(path)
     if path.suffix.lower() != ".png":

@@ -1,5 +1,10 @@
-"""Tables of the configurations in a folder, and their insertion into the folder's README."""
+"""Print the configurations of a folder as one table per subfolder, or write them into its README.
 
+python experiments/configuration_table.py [--write] [FOLDER]
+"""
+
+import argparse
+import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -7,9 +12,7 @@ from pathlib import Path
 from selconv_jax.errors import ConfigError
 from selconv_jax.train._config import load_config
 
-__all__ = ["experiment_table", "write_experiment_table"]
-
-_BEGIN = "<!-- begin of the tables: written by `selconv experiments --write` -->"
+_BEGIN = "<!-- begin of the tables: written by `configuration_table.py --write` -->"
 _END = "<!-- end of the tables -->"
 _HEADINGS = (
     "file",
@@ -25,7 +28,7 @@ _HEADINGS = (
 )
 
 
-def experiment_table(directory: Path) -> str:
+def configuration_table(directory: Path) -> str:
     """Tabulate all configurations below a folder in Markdown that is also readable as plain text.
 
     Args:
@@ -43,7 +46,7 @@ def experiment_table(directory: Path) -> str:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = Path(folder, "tiny.toml")
         ...     _ = file.write_text('model.variant = "plain"')
-        ...     print(experiment_table(Path(folder)).splitlines()[2][:32])
+        ...     print(configuration_table(Path(folder)).splitlines()[2][:32])
         | tiny.toml | densenet40 | plain
     """
     files = sorted(directory.rglob("*.toml"), key=lambda file: (file.parent, file.name))
@@ -57,7 +60,7 @@ def experiment_table(directory: Path) -> str:
     return "\n\n".join(tables) + "\n"
 
 
-def write_experiment_table(directory: Path) -> Path:
+def write_configuration_table(directory: Path) -> Path:
     """Write the tables of a folder into its ``README.md``, between the two marker comments.
 
     Args:
@@ -75,7 +78,9 @@ def write_experiment_table(directory: Path) -> Path:
     _, end, after = rest.partition(_END)
     if not begin or not end:
         raise ConfigError(f"{readme} needs the lines {_BEGIN!r} and {_END!r}: the tables go between them.")
-    readme.write_text(f"{before}{_BEGIN}\n\n{experiment_table(directory)}\n{_END}{after}", encoding="utf-8")
+    readme.write_text(
+        f"{before}{_BEGIN}\n\n{configuration_table(directory)}\n{_END}{after}", encoding="utf-8"
+    )
     return readme
 
 
@@ -105,3 +110,24 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     lines.insert(1, ["-" * max(width, 3) for width in widths])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables, or write them; an error is one line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).resolve().parent)
+    parser.add_argument("--write", action="store_true", help="write them into the folder's README.md")
+    options = parser.parse_args(arguments)
+    try:
+        if options.write:
+            print(f"written: {write_configuration_table(options.folder)}")
+        else:
+            print(configuration_table(options.folder), end="")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

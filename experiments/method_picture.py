@@ -1,4 +1,9 @@
-"""Picture that explains the method: measure, close, re-allocate, and the effect of a copy."""
+"""Draw the picture of the README that explains the method, into ``experiments/results/method.png``.
+
+python experiments/method_picture.py
+"""
+
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -6,9 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from numpy.typing import NDArray
 
+from selconv_jax.report import save_figure
 from selconv_jax.report._style import CLOSED, COPY, INK, MUTED, OWN, new_figure, styled
-
-__all__ = ["method_picture"]
 
 # The worked example: six channels; slots 1 and 4 are closed, then become copies of 0 and 3.
 _DAMAGE = (0.36, 0.006, 0.15, 0.30, 0.004, 0.18)
@@ -158,3 +162,7 @@ def _draw_kernel(
             (0, 0),
             arrowprops={"arrowstyle": "-|>", "color": COPY, "lw": 2, "shrinkA": 0, "shrinkB": 0},
         )
+
+
+if __name__ == "__main__":
+    save_figure(method_picture(), Path(__file__).resolve().parent / "results" / "method.png")

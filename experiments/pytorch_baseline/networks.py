@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from selconv_jax._bench.torch_layers import PlainLayer, SelectiveLayer
+from pytorch_baseline.layers import PlainLayer, SelectiveLayer
 from selconv_jax.errors import ConfigError
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
 from selconv_jax.models._parts import STEMS

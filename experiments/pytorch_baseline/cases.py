@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from pytorch_baseline.networks import torch_network
 from selconv_jax._bench.cases import Case, torch_name
 from selconv_jax._bench.environment import cores
 from selconv_jax._bench.states import without_allocation
-from selconv_jax._bench.torch_networks import torch_network
 from selconv_jax._bench.workbench import Prepared, Workbench
 from selconv_jax.interop.torch import state_dict
 from selconv_jax.train._config import OptimizerConfig
@@ -29,7 +29,7 @@ class TorchStep:
     """A training step in PyTorch, from the same parameters as one of ours: SGD as published.
 
     Args:
-        network: From `torch_networks.torch_network`.
+        network: From `networks.torch_network`.
         images: ``[N, C, H, W]`` floating.
         labels: ``[N]`` int64.
         config: Rates.
