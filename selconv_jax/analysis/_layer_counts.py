@@ -86,8 +86,7 @@ def count_layers(
     Args:
         model: The network, with the ``capacity`` that it will run with (``model.clone(capacity=...)``).
         variables: Its variables. The values of gates and sources are needed; the others may be shapes.
-        *inputs: Inputs of the network, see `plan_compaction`. Multiply-adds are those of the whole batch, so
-            use ``N = 1``.
+        *inputs: Inputs, see `plan_compaction`. Multiply-adds are those of the whole batch: use ``N = 1``.
         method: See `plan_compaction`.
         **options: See `plan_compaction`.
 

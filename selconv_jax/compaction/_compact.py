@@ -36,8 +36,7 @@ def compact(
     A closed channel is removed from the layer that reads it and, if nothing else reads it, from the layer
     that computes it, through concatenations, sums, pools and groups. A layer without remaining outputs is
     removed as a whole. The smaller network computes the same function in evaluation and, apart from dropout
-    masks, in training. Its allocation is fixed: the shifts of copies remain trainable, but it cannot be
-    re-allocated.
+    masks, in training. Its allocation is fixed, but the shifts of copies remain trainable.
 
     Any Flax model with `SelectiveConv` layers can be compacted if it is called as
     ``model.apply(variables, x, train=...)``, with one or more inputs, with or without ``train``. If the
@@ -106,8 +105,7 @@ def plan_compaction(
         **options: See `compact`.
 
     Returns:
-        The plan. If no channel is closed, copied or unused, its model has no layouts and takes the variables
-        unchanged.
+        The plan. If no channel is closed, copied or unused, its model takes the variables unchanged.
 
     Raises:
         ConfigError: See `compact`.

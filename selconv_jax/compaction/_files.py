@@ -99,8 +99,7 @@ def load_compact(
         The compacted network and its variables, as `selconv_jax.compact` returned them.
 
     Raises:
-        CheckpointError: The file is missing or damaged, was not written by `save_compact`, or is of another
-            network.
+        CheckpointError: The file is missing, damaged, not from `save_compact`, or of another network.
     """
     path = Path(path)
     if not path.is_file():

@@ -156,8 +156,7 @@ class RowsPlace:
 class KernelPlace:
     """Place of a smaller kernel in a whole one ``[*K, C / G, O]``: some of its rows and outputs.
 
-    Rows of idle channels are zeros in the smaller kernel, whatever the whole one holds, and are not written
-    back.
+    Rows of idle channels are zeros in the smaller kernel, and are not written back to the whole one.
 
     Attributes:
         channels: Number of input channels ``C``.

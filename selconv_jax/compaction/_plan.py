@@ -64,8 +64,7 @@ class CompactionPlan:
             Collections of the whole network, in the structure of ``variables``.
 
         Raises:
-            ValueError: A variable does not have the planned shape, or ``small`` has one that the whole
-                network lacks.
+            ValueError: A variable does not have the planned shape, or is not one of the whole network.
         """
         flat = traverse_util.flatten_dict(unfreeze(dict(variables)), keep_empty_nodes=True)
         values = traverse_util.flatten_dict(unfreeze(dict(small)))

@@ -19,8 +19,7 @@ __all__ = ["augment", "crop_and_flip", "normalize"]
 def augment(key: jax.Array, images: jax.Array, *, crop_padding: int, flip: bool) -> jax.Array:
     """Randomly crop every padded image, and mirror each with probability 1/2.
 
-    Offsets are drawn per image, uniformly over the ``(2 * crop_padding + 1) ** 2`` positions, and so is
-    the mirroring.
+    Each image has its own draws; offsets are uniform over ``(2 * crop_padding + 1) ** 2`` positions.
 
     Args:
         key: PRNG key; the same key gives the same crops.

@@ -23,8 +23,7 @@ def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
     Multilinear interpolation (method, "One selective layer"): the output at pixel ``(h, w)`` is ``x``
     at ``(h + shift[c, 0], w + shift[c, 1])``, each coordinate clamped to the image. The displacement is
     constant over a channel, so the interpolation separates into one small matrix per axis and channel.
-    The matrix products are exact for shifts of any size, and their gradients are matrix products too,
-    not scatters.
+    The products are exact for shifts of any size, and their gradients are products too, not scatters.
 
     The gradient is 0 where a coordinate is clamped or lies exactly on the border. At a whole-pixel
     displacement, where the interpolation has a kink, it is the right-hand derivative.

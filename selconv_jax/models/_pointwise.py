@@ -28,9 +28,8 @@ _SHIFT_RANGE = 1.5
 class Pointwise(Network):
     """A chain of 1x1 convolutions with average pools between the blocks and a global one at the end.
 
-    The plain network cannot tell apart the order of pixels within a pooling window, so whatever it learns
-    about neighbouring pixels comes from shifts. It is not part of the method's evaluation; it isolates the
-    mechanism.
+    The plain network ignores the order of pixels within a pooling window, so whatever it learns about
+    neighbouring pixels comes from shifts. It isolates the mechanism and is not part of the evaluation.
 
     Attributes:
         num_classes: Number of outputs.
@@ -38,10 +37,9 @@ class Pointwise(Network):
         widths: Input channels of every layer of a block, per block.
         kernel_size: Kernel size of all convolutions, including the stem. Above 1, the network is a control
             that sees neighbouring pixels.
-        shifted: Fraction of every layer's channels that are initialized as shifted copies of themselves, with
-            shifts drawn as the method draws those of new copies: a control without re-allocation. These
-            are the first channels, as those of a new network are interchangeable. Needs the selective
-            variant.
+        shifted: Fraction of every layer's channels that start as copies of themselves, with shifts drawn as
+            for new copies: a control without re-allocation. The first channels are taken, as those of a new
+            network are interchangeable. Needs the selective variant.
         stem: First convolution, see `parts.STEMS`; stride and pool are taken from there.
         variant: ``"plain"``, ``"selective"``, or ``"gate_only"`` (de-allocation without re-allocation).
         capacity: See `selconv_jax.SelectiveConv`.

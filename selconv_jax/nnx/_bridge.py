@@ -1,8 +1,7 @@
 """Selective layers in Flax NNX modules, with their variables as nested dictionaries.
 
-A layer enters an NNX module as ``nnx.bridge.ToNNX(SelectiveConv(...))``. Every function of this package
-that takes a model's variables then takes ``linen_variables(module)``; ``update_module`` puts rewritten
-variables back.
+A layer enters an NNX module as ``nnx.bridge.ToNNX(SelectiveConv(...))``. Functions of a model's variables
+then take ``linen_variables(module)``, and ``update_module`` writes their results back.
 """
 
 from collections.abc import Mapping

@@ -35,8 +35,7 @@ def comparison_picture(configurations: Sequence[ConfigurationResults], title: st
         title: Title of the picture.
 
     Returns:
-        The figure; its first axes show the curves, its second the final errors, whose row labels name
-        the curves.
+        The figure: curves in the first axes; final errors in the second, whose row labels name the curves.
 
     Raises:
         SelconvError: There is no configuration.

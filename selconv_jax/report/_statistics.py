@@ -85,8 +85,7 @@ def paired_difference(
 ) -> PairedDifference:
     """Compute the mean difference to a baseline, paired by seed, with its standard error and t-interval.
 
-    The interval is ``mean ± t * std_error`` with `t_quantile`; it assumes approximately normally
-    distributed differences.
+    The interval is ``mean ± t * std_error`` with `t_quantile`, for approximately normal differences.
 
     Args:
         values: A finite number by seed.

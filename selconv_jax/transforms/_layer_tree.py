@@ -43,8 +43,7 @@ def layer_states(variables: Variables) -> dict[str, LayerState]:
         `LayerState` by the path of the layer, parts joined by ``/`` (``""`` for a model that is one layer).
 
     Raises:
-        ValueError: There is no selective layer, an array of one is missing, or the shapes of its arrays are
-            inconsistent.
+        ValueError: There is no selective layer, or its arrays are missing or inconsistent in shape.
     """
     flat = {
         collection: traverse_util.flatten_dict(unfreeze(variables.get(collection, {})))

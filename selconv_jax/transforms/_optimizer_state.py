@@ -81,9 +81,8 @@ def reset_rewritten(
         The state with the same structure, shapes and dtypes.
 
     Raises:
-        ValueError: The state does not belong to this optimizer and these parameters, or a part of it is not
-            shaped like a parameter (such as factored second moments), so that it has no entry per parameter
-            entry.
+        ValueError: The state does not belong to this optimizer and these parameters, or a part of it does
+            not have one entry per parameter entry (such as factored second moments).
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, selconv_jax

@@ -34,9 +34,8 @@ class AllocationRule:
         top_k: Number of channels that compete for the closed slots; 0: channels are closed, none refilled.
         max_copies: A channel that more than this many read is not copied any further; None: no limit.
         shift_range: Shifts of new copies are drawn from ``[-shift_range, shift_range]`` pixels.
-        random_sources: Ablation with random sources instead of the top K: all open channels that
-            ``max_copies`` does not exclude are equally likely, whatever their scores and ``top_k`` (0 still
-            only closes).
+        random_sources: Ablation: instead of the top K, all open channels that ``max_copies`` does not
+            exclude are equally likely sources, whatever their scores (``top_k=0`` still only closes).
 
     Raises:
         ConfigError: A value is out of bounds.

@@ -14,8 +14,7 @@ class ReallocationSchedule:
     """Re-allocation after the epochs of the first part of a run (method, "Schedule and training").
 
     Attributes:
-        until: Fraction of the run's epochs after which the allocation is frozen, in [0, 1]; 0: never
-            re-allocate.
+        until: Fraction of the epochs after which the allocation is frozen, in [0, 1]; 0: no rounds.
         every: Epochs from one round to the next.
         every_steps: Steps from one round to the next, instead of epochs, for runs of few long epochs;
         None: rounds run at the ends of epochs, as published.

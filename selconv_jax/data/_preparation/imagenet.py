@@ -36,8 +36,7 @@ def open_imagenet(known: KnownSet, source: Path) -> Iterator[ImageFiles]:
         The splits ``train`` and ``validation``.
 
     Raises:
-        DataError: If a split is missing; while files are read, if an archive is damaged or a class
-            is not one of the 1,000.
+        DataError: If a split is missing; while files are read, if an archive is damaged or a class unknown.
     """
     from tensorflow_datasets.core import tfds_path
 

@@ -54,9 +54,8 @@ def verify(known: KnownSet, parts: Mapping[str, Part], splits: Mapping[str, Spli
         splits: The splits decoded from them, ``train`` and ``test``.
 
     Raises:
-        DataError: If a file's checksum, the number of images, their shape, the range of the labels or
-            the number of images per class is not the published one. The message names the file or the
-            split.
+        DataError: If a file's checksum, the number of images, in total or per class, their shape or the
+            range of the labels is not the published one. The message names the file or the split.
     """
     for name, digest in known.digests.items():
         found = hashlib.sha256(parts[name].content).hexdigest()

@@ -37,8 +37,7 @@ def open_tiny_imagenet(known: KnownSet, source: Path) -> Iterator[ImageFiles]:
         The splits ``train`` and ``validation``.
 
     Raises:
-        DataError: If the archive is damaged, or a file that lists classes or labels is missing or
-            malformed.
+        DataError: If the archive is damaged, or a list of classes or labels is missing or malformed.
     """
     with contextlib.ExitStack() as stack:
         tree = _open_tree(known, source, stack)
