@@ -122,7 +122,7 @@ def channel_scores(
         return scores
     check_whole("max_copies", max_copies, 0, "a whole number, at least 0, or None for no limit")
     if source is None:
-        raise ValueError("max_copies needs source, which says who copies whom; it is None.")
+        raise ValueError("max_copies counts the copies in source, which is None. Pass the layer's source.")
     channels = jnp.arange(source.shape[0], dtype=source.dtype)
     reads = source[:, None] == channels[None, :]  # reads[j, s]: channel j is a copy of s
     exhausted = jnp.sum(reads, axis=0) > max_copies

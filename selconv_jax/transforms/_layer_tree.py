@@ -92,6 +92,7 @@ def are_replicas(states: Mapping[str, LayerState]) -> jax.Array | None:
     Returns:
         ``[]`` bool; None if the shapes already rule it out.
     """
+    # Replication gives all layers a leading axis of the same size; one layer without it rules it out.
     counts = {state.gate.shape[0] if state.gate.ndim > 1 else 1 for state in states.values()}
     if len(counts) > 1 or counts == {1}:
         return None

@@ -21,7 +21,7 @@ def download(known: KnownSet, data_dir: Path, progress: Progress) -> dict[str, P
     Args:
         known: The catalog's entry.
         data_dir: The directory of the prepared sets.
-        progress: Told which file is being fetched.
+        progress: Called at the start and end of each download.
 
     Returns:
         The fetched files, by the last part of their address.

@@ -54,7 +54,7 @@ def verify_files(known: KnownSet, files: ImageFiles, progress: Progress) -> None
     Args:
         known: The catalog's entry.
         files: The files.
-        progress: Told how many files of each split have been found.
+        progress: Called with the number of files found in each split.
 
     Raises:
         DataError: If the number of classes, of files of a split, or (for a balanced set) of files per
@@ -98,8 +98,8 @@ def as_color_jpeg(content: bytes, size: tuple[int, int] | None = None) -> bytes:
         The content of a JPEG file with three channels.
 
     Raises:
-        ValueError: If the file is damaged, no image, or of another size; a `PixelError` if it is whole,
-            but does not state what its numbers mean.
+        ValueError: If the file is damaged, not an image, or of another size; a `PixelError` if it is
+            intact, but does not state the range of its values.
 
     Example:
         >>> buffer = io.BytesIO()

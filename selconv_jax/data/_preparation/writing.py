@@ -110,7 +110,7 @@ def write_tfds(
         class_names: In the order of the labels.
         splits: The examples by split; features that the builder does not have are left out.
         data_dir: Target directory, in which the set must not exist.
-        progress: Told how many images of each split are written.
+        progress: Called with the number of images written of each split.
 
     Returns:
         The prepared directory, ``data_dir/name/version``.
