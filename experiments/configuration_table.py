@@ -29,17 +29,17 @@ _HEADINGS = (
 
 
 def configuration_table(directory: Path) -> str:
-    """All configurations below a folder as Markdown that also reads well as plain text.
+    """Tabulate all configurations below a folder in Markdown that is also readable as plain text.
 
     Args:
         directory: The folder of the TOML files.
 
     Returns:
-        A table per folder, in the order of their names; what allocates no channels has ``-`` for the
-        keys of allocation, and so has a key that is not set.
+        A table per folder, sorted by name. Allocation keys are ``-`` if they are not set or if the
+        configuration never re-allocates.
 
     Raises:
-        ConfigError: There is no configuration, or one is wrong.
+        ConfigError: There is no configuration, or one is invalid.
 
     Example:
         >>> import tempfile
@@ -61,7 +61,7 @@ def configuration_table(directory: Path) -> str:
 
 
 def write_configuration_table(directory: Path) -> Path:
-    """Write the tables of a folder into its ``README.md``, between the two comments that mark the place.
+    """Write the tables of a folder into its ``README.md``, between the two marker comments.
 
     Args:
         directory: The folder of the TOML files.
@@ -70,7 +70,7 @@ def write_configuration_table(directory: Path) -> Path:
         The file.
 
     Raises:
-        ConfigError: There is no such file, the comments are missing, or a configuration is wrong.
+        ConfigError: There is no such file, the comments are missing, or a configuration is invalid.
     """
     readme = directory / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
@@ -106,7 +106,7 @@ def _row(file: Path) -> tuple[str, ...]:
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    widths[-1] = 0  # the last column is the widest; its end need not line up
+    widths[-1] = 0  # the last column is not padded
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     lines.insert(1, ["-" * max(width, 3) for width in widths])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

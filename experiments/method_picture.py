@@ -28,16 +28,16 @@ _HALF = 3  # the kernels are drawn on pixels -3..3
 
 @styled
 def method_picture() -> Figure:
-    """Explain selective allocation of channels in one schematic picture.
+    """Draw a schematic explanation of selective channel allocation.
 
     The upper row follows a layer of six channels through a round (method, ECDM, de-allocation,
     re-allocation): unequal damages, closed slots, slots that read the best channels through a shift.
-    The lower row adds the kernel of a copy, spread over the pixels by its bilinear shift, to that of
-    the slot it copies and shows the kernel the two amount to (batch norm and ReLU, which come between
-    the shift and the kernel, are left out).
+    The lower row adds the kernel of a copy, spread over pixels by its bilinear shift, to that of the slot
+    it copies, and shows the resulting larger kernel (batch norm and ReLU, which come between the shift
+    and the kernel, are left out).
 
     Returns:
-        The figure, six axes.
+        The figure, with six axes.
 
     Example:
         >>> figure = method_picture()
@@ -69,7 +69,7 @@ def method_picture() -> Figure:
 
 
 def _draw_layer(axes: Axes, title: str, about: str, stage: int) -> None:
-    """Channels on the left, slots on the right, a line for what reads what, bars of damage."""
+    """Draw channels on the left, slots on the right, a line from each slot to its channel, and damages."""
     axes.set(xlim=(-0.9, 6.3), ylim=(5.5, -1.7), aspect="equal")
     axes.set_axis_off()
     axes.set_title(title, fontsize=12, pad=35)
@@ -125,7 +125,7 @@ def _draw_link(axes: Axes, channel: float, slot: float, colour: str) -> None:
 
 
 def _footprint(kernel: NDArray[np.float64], down: float, right: float) -> NDArray[np.float64]:
-    """The weights a shifted 3 x 3 kernel puts on the pixels, by bilinear interpolation."""
+    """Compute the weights of the pixels under a shifted 3 x 3 kernel, by bilinear interpolation."""
     pixels = np.arange(-_HALF, _HALF + 1)
     taps = np.arange(-1, 2)
     rows = np.maximum(0, 1 - np.abs(pixels[:, None] - (taps + down)))
@@ -136,7 +136,7 @@ def _footprint(kernel: NDArray[np.float64], down: float, right: float) -> NDArra
 def _draw_kernel(
     axes: Axes, weights: NDArray[np.float64], title: str, about: str, own: bool = False, copy: bool = False
 ) -> None:
-    """The weights on the pixels of the channel, and the outlines of the kernels they come from."""
+    """Draw the weights of the channel's pixels, and the outlines of the kernels they result from."""
     edge = _HALF + 0.5
     axes.imshow(weights, cmap="Greys", vmin=0, vmax=1.8, extent=(-edge, edge, edge, -edge))
     axes.set_xticks(np.arange(-edge, edge + 1), minor=True)

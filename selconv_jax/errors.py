@@ -1,4 +1,4 @@
-"""User-fixable errors, and the parts of their messages: bounds of a value, the nearest known name."""
+"""User-fixable errors, and helpers for their messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -22,18 +22,18 @@ class DataError(SelconvError):
 
 
 class CheckpointError(SelconvError):
-    """A checkpoint is missing, damaged, of another model, or could not be written."""
+    """A checkpoint is missing or damaged, belongs to another model, or could not be written."""
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """A sentence that suggests what a misspelled name may have meant.
+    """Suggest a valid name for a misspelled one.
 
     Args:
         name: The unknown name as the user wrote it.
         options: The names that would have been valid.
 
     Returns:
-        ``"Did you mean 'epochs'?"`` where an option is close, else a list of all of them.
+        A sentence: ``"Did you mean 'epochs'?"`` if an option is close, else a list of all of them.
 
     Example:
         >>> nearest("epoch", ["epochs", "seed"])
@@ -47,16 +47,16 @@ def nearest(name: str, options: Iterable[str]) -> str:
 
 
 def check_value(key: str, value: object, valid: bool, bounds: str) -> None:
-    """Refuse a value of the configuration.
+    """Raise a `ConfigError` unless a value of the configuration is valid.
 
     Args:
         key: Its key, with dots between the parts.
         value: The value.
-        valid: Whether it may be used.
-        bounds: What it must be, as the end of a sentence.
+        valid: Whether it is valid.
+        bounds: What it must be, completing "it must be".
 
     Raises:
-        ConfigError: It may not be used.
+        ConfigError: It is not valid.
     """
     if not valid:
         raise ConfigError(f"{key} is {value}; it must be {bounds}.")

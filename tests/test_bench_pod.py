@@ -63,7 +63,7 @@ def test_data_without_images_has_the_facts_of_the_real_one(name):
     else:
         assert isinstance(abstract_data(name, streaming=True), StreamedData)
     if isinstance(data, StreamedData):
-        with pytest.raises(DataError, match="image 3 is asked for"):
+        with pytest.raises(DataError, match="image 3 cannot be read"):
             data.train[3]
 
 

@@ -204,7 +204,7 @@ def test_refusals():
     with pytest.raises(ConfigError, match="model is a function"):
         selconv_jax.compact(lambda x: x, variables)
     small_model, small = selconv_jax.compact(model, variables)
-    with pytest.raises(ConfigError, match="compacted already"):
+    with pytest.raises(ConfigError, match="already compacted"):
         selconv_jax.compact(small_model, small)
     layer = selconv_jax.SelectiveConv(4, (3, 3))
     with pytest.raises(ConfigError, match="pass its inputs"):

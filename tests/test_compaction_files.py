@@ -103,7 +103,7 @@ def test_foreign_files(saved, tmp_path):
     refused("the description in it is damaged", selconv_jax=np.zeros(3, np.uint8))
     refused("has no attribute 'depth'", {**entry, "attributes": {"depth": 3}})
     layouts = {**entry["layouts"], "transition1": {"inputs": 1, "own": [[4, 1]], "outputs": 2}}
-    refused("the layout of a compacted layer contradicts itself", {**entry, "layouts": layouts})
+    refused("the layout of a compacted layer is inconsistent", {**entry, "layouts": layouts})
     refused("such as params/stem/kernel", **{"params/stem/kernel": None})
 
 

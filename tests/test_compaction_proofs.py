@@ -296,7 +296,7 @@ def test_other_numbers_are_noticed(monkeypatch):
     model = Wide("ones")
     variables = close(perturbed_variables(model, SHAPE, seed=0), "second", [0, 3, 4])
     monkeypatch.setattr(planning, "joins_the_same", lambda *arguments: True)
-    with pytest.warns(UserWarning, match="computed other numbers, so less is removed"):
+    with pytest.warns(UserWarning, match="computed different outputs, so less is removed"):
         small_model, small = selconv_jax.compact(model, variables, images(SHAPE))
     assert dict(small_model.layouts)["first"].outputs == 8
     assert dict(small_model.layouts)["second"].reads == 5

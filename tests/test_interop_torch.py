@@ -202,8 +202,8 @@ def test_a_verdict_on_the_variant_needs_known_names(arrays):
         "classifier.weight": np.ones((3, 8)),
     }
     for given, remedy in (
-        ({"layer1.0.conv1.weight": np.ones(3)}, "None of its names is one of this network in the authors'"),
-        ({"layers": {"0": {"is_open": np.ones(3)}}}, "None of its names is one of this network"),
+        ({"layer1.0.conv1.weight": np.ones(3)}, "It has none of this network's names in the authors'"),
+        ({"layers": {"0": {"is_open": np.ones(3)}}}, "It has none of this network's names"),
         (torchvision, "Build the model with the arguments"),
     ):
         for variant in ("plain", "selective"):

@@ -114,7 +114,7 @@ def test_reallocation_leaves_the_function_as_deallocation_left_it(family):
         (ResNeXt, {"groups": 0}, "groups is 0"),
         (ResNeXt, {"stem": "imagnet"}, r"stem is 'imagnet'. Did you mean 'imagenet'\?"),
         (CondenseNet, {"growth": (12, 24)}, "growth is .* list of 3"),
-        (CondenseNet, {"growth": (12, 24, 46)}, "46 is no multiple of groups 4"),
+        (CondenseNet, {"growth": (12, 24, 46)}, "46 is not a multiple of groups 4"),
         (CondenseNet, {"variant": "gate-only"}, r"Did you mean 'gate_only'\?"),
     ],
 )

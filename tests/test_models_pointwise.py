@@ -169,7 +169,7 @@ def test_shifts_from_the_start_are_trained_or_stay(train_shift):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shifted": 1.5}, r"shifted is 1.5; it must be a share"),
+        ({"shifted": 1.5}, r"shifted is 1.5; it must be a fraction"),
         ({"shifted": "all"}, "shifted is 'all'"),
         ({"shifted": 0.5, "variant": "plain"}, 'layers of the variant "plain" have no shifts'),
         ({"shifted": 0.5, "variant": "gate_only"}, 'Set variant to "selective"'),

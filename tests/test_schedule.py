@@ -52,7 +52,7 @@ def test_rounds_of_a_run(schedule, expected):
         ({"every_steps": 0}, "every_steps is 0"),
         ({"every": 1.5}, "every is 1.5"),
         ({"until": "half"}, "until is 'half'"),
-        ({"every_steps": 5, "every": 2}, "do not go together"),
+        ({"every_steps": 5, "every": 2}, "exclude each other"),
     ],
 )
 def test_schedules_that_make_no_sense(arguments, said):

@@ -1,1 +1,1 @@
-"""Helpers of all rings: argument checks, the console, lazy imports, versions."""
+"""Helpers for the whole package: argument checks, the console, lazy imports, versions."""

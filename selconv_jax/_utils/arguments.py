@@ -1,4 +1,4 @@
-"""Checks of the numbers that users give."""
+"""Checks of numbers given by the user."""
 
 import operator
 from collections.abc import Callable
@@ -13,7 +13,7 @@ __all__ = ["check_number", "check_whole", "is_whole"]
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is an integer, of Python, NumPy or JAX; true and false are none, nor is 2.0.
+    """Check whether a value is an integer of Python, NumPy or JAX; booleans and 2.0 are not.
 
     Example:
         >>> import numpy as np
@@ -31,10 +31,10 @@ def check_whole(name: str, value: Any, least: int, requirement: str = "") -> Non
     """Raise a `ConfigError` unless a value is a whole number of at least ``least``.
 
     Args:
-        name: What the user calls the value.
+        name: Name of the value in the message.
         value: Anything.
-        least: The smallest value that is allowed.
-        requirement: What it must be, in the message; else it is said by ``least``.
+        least: The smallest allowed value.
+        requirement: What it must be, completing "it must be"; empty: derived from ``least``.
 
     Example:
         >>> check_whole("every", 1.5, 1)
@@ -49,15 +49,15 @@ def check_whole(name: str, value: Any, least: int, requirement: str = "") -> Non
 
 
 def check_number(name: str, value: Any, is_valid: Callable[[Any], Any], requirement: str) -> None:
-    """Raise a `ConfigError` unless a value is a number, or an array of one, within its bounds.
+    """Raise a `ConfigError` unless a value is a number, or a scalar array, within its bounds.
 
-    Of a traced number only the shape can be checked.
+    Only the shape of a traced number can be checked.
 
     Args:
-        name: What the user calls the value.
+        name: Name of the value in the message.
         value: Anything.
-        is_valid: Tells whether a number is within its bounds.
-        requirement: What it must be, in the message.
+        is_valid: Returns whether a number is within its bounds.
+        requirement: What it must be, completing "it must be".
 
     Example:
         >>> check_number("share", "half", lambda share: 0 <= share <= 1, "in [0, 1]")

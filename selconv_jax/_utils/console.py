@@ -1,4 +1,4 @@
-"""Where the commands write: results, whose loss is an error, and progress, whose loss stops nothing."""
+"""Consoles of the commands: for results, whose loss is an error, and for progress, whose loss is ignored."""
 
 import contextlib
 import errno
@@ -14,15 +14,15 @@ from rich.table import Table
 
 __all__ = ["ForgivingStream", "discard", "progress_console", "terminal_or_lines"]
 
-_LINE = 200  # characters; where no terminal says its own width
+_LINE = 200  # characters, where no terminal reports its width
 _WIDEST = 1000
 
 
 class ForgivingStream(io.TextIOBase):
-    """A text stream that takes everything and never raises.
+    """A text stream that accepts everything and never raises.
 
-    What the encoding lacks is replaced. What cannot be written (the reader has gone, the disk is full, the
-    stream is closed) is dropped.
+    Characters that the encoding lacks are replaced. Text that cannot be written (broken pipe, full disk,
+    closed stream) is dropped.
 
     Args:
         stream: Where to write; None: nowhere.
@@ -40,23 +40,23 @@ class ForgivingStream(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """That of the stream."""
+        """Encoding of the stream."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
-        """Whether the stream is a terminal."""
+        """Return whether the stream is a terminal."""
         with contextlib.suppress(OSError, ValueError):
             return self._stream is not None and self._stream.isatty()
         return False
 
     def fileno(self) -> int:
-        """The number of the stream's file."""
+        """Return the stream's file descriptor."""
         if self._stream is None:
             raise io.UnsupportedOperation("fileno")
         return self._stream.fileno()
 
     def writable(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def write(self, text: str, /) -> int:
@@ -67,7 +67,7 @@ class ForgivingStream(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Hands on what has been written."""
+        """Flush the stream."""
         if self._stream is not None:
             self._attempt(self._stream.flush)
 
@@ -82,7 +82,7 @@ class ForgivingStream(io.TextIOBase):
 
 
 def discard(stream: TextIO | None) -> None:
-    """Lets a stream write to nowhere from now on, including what it still holds back."""
+    """Redirect a stream to the null device, including text that it still buffers."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
@@ -90,14 +90,14 @@ def discard(stream: TextIO | None) -> None:
 
 
 class _Console(Console):
-    """A console that takes text as it is: no brackets as markup, no ``:name:`` as a picture."""
+    """A console that prints text verbatim: no markup in brackets, no ``:name:`` emoji."""
 
     def __init__(self, stream: TextIO) -> None:
         width = None if stream.isatty() else _LINE
         super().__init__(file=stream, width=width, markup=False, emoji=False, highlight=False)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As that of every console, but wider than the terminal rather than with numbers cut off."""
+        """Print as every console, but exceed the terminal's width rather than truncate numbers."""
         before = self._width
         wide = self.options.update(width=_WIDEST)
         tables = [each for each in objects if isinstance(each, Table | Group)]
@@ -110,21 +110,21 @@ class _Console(Console):
             self._width = before
 
     def on_broken_pipe(self) -> None:
-        """Raise the error again, while which this is called."""
+        """Re-raise the broken pipe, during whose handling this is called."""
         raise
 
 
 def terminal_or_lines(stream: TextIO | None = None) -> Console:
-    """A console for results; it wraps nothing when it is no terminal.
+    """Create a console for results; it wraps nothing unless it is a terminal.
 
     Args:
-        stream: Where to write; None: standard output. What fails there is raised.
+        stream: Where to write; None: standard output. Its errors are raised.
     """
     return _Console(stream or sys.stdout)
 
 
 def progress_console(stream: TextIO | None = None) -> Console:
-    """A console for what only shows how far a run is: it never raises, see `ForgivingStream`.
+    """Create a console for progress, which never raises, see `ForgivingStream`.
 
     Args:
         stream: Where to write; None: standard output.

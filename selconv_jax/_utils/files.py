@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writing of files."""
 
 import json
 import os
@@ -12,14 +12,14 @@ __all__ = ["check_target", "write_atomically", "write_json"]
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
-    """Write a file beside its place and move it there; a failure leaves what was there before.
+    """Write a temporary file and rename it; after a failure the old file is intact.
 
     Args:
         path: The file; its folder exists.
         content: Text (written as UTF-8), bytes, or a function that writes to the open file.
 
     Raises:
-        OSError: It cannot be written; nothing is left beside it.
+        OSError: It cannot be written; no temporary file is left.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
@@ -29,7 +29,7 @@ def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], obj
             else:
                 file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
-            os.fsync(file.fileno())  # else a crash after the move could leave an empty file
+            os.fsync(file.fileno())  # else a crash after the rename could leave an empty file
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -41,7 +41,7 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def check_target(path: Path, *, overwrite: bool = False) -> None:
-    """Raise a `CheckpointError` if there is a file already, or no folder to write it to."""
+    """Raise a `CheckpointError` if the file already exists or its folder does not."""
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path}: there is a file already. Choose another name or remove it first.")
     if not path.parent.is_dir():

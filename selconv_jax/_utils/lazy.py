@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used."""
+"""Lazy imports of a package's public names."""
 
 import importlib
 import sys
@@ -13,12 +13,12 @@ def lazy_exports(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Make a package's ``__getattr__`` and ``__dir__``.
 
-    The command line answers ``--help``, and settles what JAX reads from the environment, before JAX is
-    imported, which takes a second; so importing the package must not import JAX.
+    Importing the package must not import JAX, which takes a second: the command line first answers
+    ``--help`` and sets the environment variables that JAX reads.
 
     Args:
         package: The name of the package, ``__name__``.
-        homes: For each public name the submodule that defines it; for a submodule its own name.
+        homes: The submodule that defines each public name; a submodule maps to itself.
     """
 
     def get(name: str) -> Any:

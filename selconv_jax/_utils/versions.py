@@ -8,17 +8,17 @@ __all__ = ["version_of"]
 
 
 def version_of(package: str) -> str:
-    """The version of a package, or ``"not installed"``.
+    """Return the version of a package, or ``"not installed"``.
 
     Args:
-        package: As it is named for installing.
+        package: Its distribution name, as for ``pip install``.
 
     Example:
         >>> version_of("no-such-package")
         'not installed'
     """
     if package == "selconv-jax":
-        return selconv_jax.__version__  # also where the sources are used without being installed
+        return selconv_jax.__version__  # also if the sources are used without installation
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

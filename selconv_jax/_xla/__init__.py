@@ -1,1 +1,1 @@
-"""Batch norm, convolutions and barriers, each in the formulation that the target's compiler handles best."""
+"""Batch norm, convolution and barriers in the formulation that each platform's compiler handles best."""

@@ -1,4 +1,4 @@
-"""Batch norm over every dimension but the last, with the method's running statistics."""
+"""Batch norm over all axes but the last, with the method's running statistics."""
 
 import functools
 import math
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def statistics_dtype(dtype: DTypeLike) -> np.dtype:
-    """The type statistics are taken in: float32, or ``dtype`` itself where that is wider."""
+    """Return the type that statistics are computed in: float32, or ``dtype`` itself if it is wider."""
     return np.dtype(dtype if np.dtype(dtype).itemsize > 4 else np.float32)
 
 
@@ -43,7 +43,7 @@ class Statistics(NamedTuple):
 
 @jax.custom_jvp
 def batch_statistics(x: jax.Array) -> Statistics:
-    """Mean and biased variance of each channel of a batch.
+    """Compute the mean and biased variance of each channel of a batch.
 
     Under ``jit`` with a sharded batch these are the statistics of the global batch.
 
@@ -54,9 +54,9 @@ def batch_statistics(x: jax.Array) -> Statistics:
         Mean and variance ``[C]``, in float32 or wider; differentiable.
     """
     x = x.astype(statistics_dtype(x.dtype))
-    # One pass: of every image, the sums of its differences from its first pixel and of their squares. The
-    # difference of squares does not cancel then: the pixel is one of the values, so its distance from
-    # their mean is at most the root of their number times their standard deviation, however far from 0.
+    # One pass: for each image, sum the differences from its first pixel, and their squares. The difference
+    # of squares then does not cancel, however far the values are from 0: the pixel is one of n values, so
+    # its distance from their mean is at most sqrt(n) times their standard deviation.
     pixels = tuple(range(1, x.ndim - 1))
     pivot = lax.slice_in_dim(x, 0, 1, axis=1) if pixels else x
     for axis in pixels[1:]:
@@ -81,8 +81,8 @@ def batch_statistics(x: jax.Array) -> Statistics:
 def _batch_statistics_jvp(
     primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[Statistics, Statistics]:
-    # The deviations sum to 0, so the variance does not change with the mean: by the chain rule the
-    # gradient would take one more pass to find that out.
+    # The deviations sum to 0, so the variance has no gradient through the mean. Differentiating the code
+    # above would take one more pass to compute that zero.
     (x,), (change,) = primals, tangents
     statistics = batch_statistics(x)
     x, change = (array.astype(statistics.mean.dtype) for array in (x, change))
@@ -93,13 +93,13 @@ def _batch_statistics_jvp(
 
 
 def join_statistics(*parts: Statistics) -> Statistics:
-    """The statistics of arrays that are concatenated along their channels.
+    """Join the statistics of arrays that are concatenated along their channels.
 
     Args:
-        parts: Those of the arrays, in order.
+        parts: Statistics of the arrays, in order.
 
     Returns:
-        Those of the concatenation.
+        Statistics of the concatenation.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -138,9 +138,9 @@ def batch_norm_relu(
 ) -> jax.Array:
     """Normalize each channel, apply scale and bias, and clip at 0, for training.
 
-    The same as ``relu(batch_norm(...))``, with a gradient that reads ``x`` once: two sums over the batch and
-    one product. What of it goes through the statistics follows from them, see `batch_statistics`; where
-    several layers read the same channels, it is so computed once for all.
+    Equal to ``relu(batch_norm(...))``, with a gradient that reads ``x`` once: two sums over the batch and
+    one product. The gradient through the statistics is left to `batch_statistics`, so that it is computed
+    once for all layers that read the same channels.
 
     Args:
         x: ``[..., C]`` floating.
@@ -168,8 +168,8 @@ def _batch_norm_relu_jvp(
         return lax.expand_dims(values, _leading(x))
 
     def each_image(values: jax.Array) -> jax.Array:
-        # Transposed, a sum over the pixels of each image and then one over the images: enough parts for
-        # all cores of a GPU, where the compiler makes too few of a sum over all at once.
+        # The transpose sums over the pixels of each image and then over the images, which keeps all cores
+        # of a GPU busy. The compiler splits a single sum over everything into too few parts.
         if target_platform() != "gpu":
             return each(values)
         values = lax.optimization_barrier(jnp.broadcast_to(values, (x.shape[0], *values.shape)))
@@ -178,10 +178,10 @@ def _batch_norm_relu_jvp(
     factor = functools.partial(_factor, epsilon=epsilon)
     times, of_times = jax.jvp(factor, (var, scale), (of_var, of_scale))
     plus = bias.astype(mean.dtype)
-    # What does not depend on the pixel is gathered first: transposed, it is one sum.
+    # Terms that do not depend on the pixel are added first, so that their transpose is a single sum.
     of_plus = of_bias.astype(mean.dtype) - times * of_mean
 
-    # Computed anew from the input: its deviations are not kept from the forward pass.
+    # The barrier makes the gradient recompute the deviations from the input instead of storing them.
     wide, mean, times, plus = lax.optimization_barrier((x, mean, times, plus))
     deviation = wide.astype(mean.dtype) - each(mean)
     passes = deviation * each(times) + each(plus) > 0
@@ -190,14 +190,14 @@ def _batch_norm_relu_jvp(
 
 
 def _factor(var: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """What deviations from the mean are multiplied by, ``[C]``."""
-    # A variance that has overflowed would divide its channel to 0 and go unnoticed.
+    """Compute the factor of the deviations from the mean, ``[C]``."""
+    # An overflowed variance would silently scale its channel to 0.
     inverse = jnp.where(jnp.isinf(var), jnp.nan, lax.rsqrt(var + epsilon))
     return inverse * scale.astype(var.dtype)
 
 
 def _leading(x: jax.Array) -> tuple[int, ...]:
-    """All axes but that of the channels."""
+    """Return all axes but the channels'."""
     return tuple(range(x.ndim - 1))
 
 
@@ -219,8 +219,8 @@ def update_running_statistics(
         running_var: ``[C]``.
         mean: ``[C]`` of the batch.
         var: ``[C]`` of the batch, biased.
-        count: Number of values per channel in the batch. With one value the variance is left biased.
-        momentum: Share of the running statistics that stays.
+        count: Number of values per channel in the batch. With one value the variance stays biased.
+        momentum: Decay rate of the running statistics: the fraction of them that is kept.
 
     Returns:
         The new running mean and variance, in their old dtypes.

@@ -1,4 +1,4 @@
-"""Convolutions in NHWC, 1x1 ones as matrix products, and the forms their arguments may take."""
+"""Convolutions in NHWC, 1x1 ones as matrix products, and canonical forms of their arguments."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -18,11 +18,11 @@ __all__ = ["PADDINGS", "canonical_padding", "canonical_window", "convolve"]
 
 Padding = str | Sequence[tuple[int, int]]
 
-# The paddings that have a name, as in `flax.linen.Conv`. "CAUSAL" is for one spatial dimension.
+# Named paddings, as in `flax.linen.Conv`. "CAUSAL" is for one spatial dimension.
 PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
 
 
-# Channels of a group from which a dense convolution of its own pays on CPU.
+# Channels per group from which one dense convolution per group is faster on CPU.
 _LEAST_GROUP_TO_SPLIT = 8
 
 
@@ -36,10 +36,10 @@ def convolve(
     groups: int = 1,
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
-    """Cross-correlates ``x`` with ``kernel``, as neural networks do.
+    """Cross-correlate ``x`` with ``kernel``, as is usual in neural networks.
 
-    A kernel of one tap without padding or groups is a matrix product over channels; compilers make
-    better code of that than of a convolution.
+    A kernel of one tap without padding or groups is computed as a matrix product over channels, for which
+    compilers generate better code.
 
     Args:
         x: ``[N, *S, C]``.
@@ -75,7 +75,7 @@ def convolve(
         return materialize(_convolution(materialize(x), kernel, window, precision))
     unit = all(step == 1 for step in (*window.strides, *window.kernel_dilation))
     if unit and kernel.shape[-2] >= _LEAST_GROUP_TO_SPLIT and target_platform() == "cpu":
-        # One dense convolution per group: the compiler's own gradients of groups are many times slower.
+        # The compiler's gradients of a grouped convolution are many times slower.
         parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
         results = [
             materialize(_convolution(materialize(part), rows, window, precision)) for part, rows in parts
@@ -85,7 +85,7 @@ def convolve(
 
 
 def _pad(x: jax.Array, padding: Padding, reach: Sequence[int]) -> tuple[jax.Array, Padding]:
-    """Take care of the paddings that the compiler's convolution does not have.
+    """Apply the paddings that the compiler's convolution does not support.
 
     Args:
         x: ``[N, *S, C]``.
@@ -93,7 +93,7 @@ def _pad(x: jax.Array, padding: Padding, reach: Sequence[int]) -> tuple[jax.Arra
         reach: Distance of a kernel's first tap from its last, per spatial dimension.
 
     Returns:
-        The input, padded where the margin is not zero, and the padding that is left to do.
+        The input, padded unless the margin is zeros, and the padding that is left to the convolution.
     """
     if padding == "CAUSAL":
         return x, [(distance, 0) for distance in reach]
@@ -105,17 +105,17 @@ def _pad(x: jax.Array, padding: Padding, reach: Sequence[int]) -> tuple[jax.Arra
 
 
 def _is_matrix(x: jax.Array) -> bool:
-    """Whether pixels shall be the rows of one matrix: on CPU, and where the compiler places arrays.
+    """Check whether to flatten pixels to the rows of one matrix: on CPU, without axes of an explicit mesh.
 
-    Of a product of more axes the CPU compiler transposes the cotangent before it takes the kernel's gradient.
-    Axes of an explicit mesh cannot be joined.
+    With more axes the CPU compiler transposes the cotangent to compute the kernel's gradient. Axes of an
+    explicit mesh cannot be joined.
     """
     explicit = any(kind == AxisType.Explicit for kind in jax.typeof(x).sharding.mesh.axis_types)
     return target_platform() == "cpu" and not explicit
 
 
 class _Window(NamedTuple):
-    """How a kernel moves over the input; hashable."""
+    """Window arguments of a convolution; hashable."""
 
     strides: tuple[int, ...]
     padding: Padding
@@ -140,12 +140,12 @@ def _convolution(
 
 
 def canonical_window(value: int | Sequence[int] | None, rank: int, name: str) -> tuple[int, ...]:
-    """One positive number per spatial dimension, from one for all or one each.
+    """Expand strides, dilations or sizes to one positive integer per spatial dimension.
 
     Args:
-        value: A number or a sequence of ``rank`` numbers; None: 1.
+        value: An integer for all dimensions, or a sequence of ``rank``; None: 1.
         rank: Number of spatial dimensions.
-        name: What the value is called in errors.
+        name: Name of the value in errors.
 
     Returns:
         A tuple of length ``rank``.
@@ -164,7 +164,7 @@ def canonical_window(value: int | Sequence[int] | None, rank: int, name: str) ->
 
 
 def canonical_padding(padding: str | int | Sequence[int | tuple[int, int]], rank: int) -> Padding:
-    """One of `PADDINGS` or one pair per spatial dimension, from any of the accepted forms.
+    """Convert any accepted form of padding to one of `PADDINGS` or one pair per spatial dimension.
 
     Args:
         padding: One of `PADDINGS`, a number of pixels, or one number or ``(low, high)`` pair per dimension.

@@ -1,4 +1,4 @@
-"""Values that the CPU compiler shall compute once and store, instead of anew in each of their readers."""
+"""Values that the CPU compiler must compute once and store, not recompute in each operation reading them."""
 
 from typing import TypeVar
 
@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 
 def materialize(x: T) -> T:
-    """The same value, on CPU kept in memory; its derivatives likewise, forward and back.
+    """Return the same value, on CPU forced into memory; so are its derivatives, forward and backward.
 
-    There the compiler fuses cheap operations into each of their readers. A sum along a chain of residual
-    blocks, or the gradient along a chain of concatenations, would so be computed anew by every block from all
-    terms before it: quadratic in the depth. Other platforms' compilers decide better by themselves.
+    The CPU compiler fuses cheap operations into every operation that reads them. Without a
+    barrier, each residual block would recompute the sum of all blocks before it, and the gradient of a chain
+    of concatenations likewise: quadratic in depth. The compilers of other platforms do not need one.
 
     Args:
         x: Any array, or a pytree of arrays.

@@ -1,4 +1,4 @@
-"""The platform a program is traced for, where formulations differ in speed but not in result."""
+"""Target platform of tracing, for formulations that differ in speed but not in result."""
 
 import contextlib
 import contextvars
@@ -12,10 +12,10 @@ _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target_pla
 
 
 def target_platform() -> str:
-    """``"cpu"``, ``"gpu"`` or ``"tpu"``: what `tracing_for` says, else JAX's default backend.
+    """Return the platform traced for, ``"cpu"``, ``"gpu"`` or ``"tpu"``: JAX's default or of `tracing_for`.
 
-    Functions choose among formulations of the same mathematics by it, while they are traced. A program
-    that runs elsewhere than it was traced for is right, and slower.
+    While they are traced, functions choose among formulations of the same mathematics by it. A program
+    that runs on another platform than it was traced for is correct, but slower.
     """
     return _target.get() or jax.default_backend()
 
@@ -24,7 +24,7 @@ def target_platform() -> str:
 def tracing_for(platform: str) -> Iterator[None]:
     """Trace for another platform than the default one, for ahead-of-time compilation.
 
-    What is already traced stays so: give `jax.jit` a function of its own inside of the context.
+    Functions that are already traced are not traced again: pass `jax.jit` a new function inside the context.
 
     Args:
         platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.

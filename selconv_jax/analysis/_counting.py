@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a network, counted from its variables and its traced program."""
+"""Counts of a network's trainable parameters and, from its traced program, multiply-adds (MACs)."""
 
 import math
 from collections import Counter
@@ -12,7 +12,7 @@ __all__ = ["count_multiply_adds", "count_parameters"]
 
 
 def count_parameters(params: Any) -> int:
-    """Number of trained values.
+    """Count trainable parameters.
 
     Args:
         params: A pytree of arrays or `jax.ShapeDtypeStruct`.
@@ -26,21 +26,21 @@ def count_parameters(params: Any) -> int:
 
 
 def count_multiply_adds(function: Callable[..., Any], *arguments: Any) -> dict[str, int]:
-    """Multiply-adds of the convolutions and matrix products of a function, by the module they belong to.
+    """Count the multiply-adds (MACs) of a function's convolutions and matrix products, by module.
 
-    One multiplication with its addition counts once. Taps of a convolution that fall on padding count, as is
-    usual; batch norms, activations and pools do not. Nothing is computed: the function is only traced. A
-    loop (``lax.scan``) counts as often as it runs; of a ``lax.cond`` the most expensive branch; a
-    ``lax.while_loop``, whose length is not known, once. A selective network has products for the copies that
-    its ``capacity`` provide for: ``model.clone(capacity=0.0)`` counts those of the plain one.
+    A multiplication and its addition count as one. Taps of a convolution that fall on padding count, as is
+    usual; batch norms, activations and pools do not. The function is only traced, not run. The body of a
+    ``lax.scan`` counts once per iteration, of a ``lax.cond`` the most expensive branch counts, and the body
+    of a ``lax.while_loop``, whose length is unknown, counts once. A selective network includes the products
+    for the copies that its ``capacity`` provides for; ``model.clone(capacity=0.0)`` counts as the plain one.
 
     Args:
-        function: Such as ``lambda images: model.apply(variables, images, train=False)``.
+        function: A function such as ``lambda images: model.apply(variables, images, train=False)``.
         *arguments: Arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
-        Multiply-adds by path, such as ``"DenseNet/block1_layer1/conv1"``; ``""`` for those outside of any
-        Flax module or `jax.named_scope`.
+        Multiply-adds by path, such as ``"DenseNet/block1_layer1/conv1"``; ``""`` for those outside any Flax
+        module or `jax.named_scope`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -82,7 +82,7 @@ def _of_convolution(equation: Any) -> int:
 
 
 def _parts(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    """The programs inside of an equation: of ``jit``, ``scan``, custom gradients and the like."""
+    """Iterate over the jaxprs inside an equation, such as ``jit``, ``scan`` or a custom gradient."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, ClosedJaxpr):

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a network by layer: plain, selective, and compacted."""
+"""Trainable parameters and multiply-adds of a network by layer: plain, selective, and compacted."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ __all__ = ["Count", "LayerCounts", "count_layers", "total_counts"]
 
 Variables = Mapping[str, Any]
 
-# Names, within the traced program, the module that an operation belongs to.
+# Prefix of the scopes that tell, in the traced program, which module an operation belongs to.
 _MARK = "selconv_module_"
 
 
@@ -30,8 +30,8 @@ class Count:
     """Size and cost of a layer or of a network.
 
     Attributes:
-        parameters: Trained values.
-        multiply_adds: Multiplications, each with its addition, of the convolutions and matrix products.
+        parameters: Trainable parameters.
+        multiply_adds: Multiply-adds (MACs) of the convolutions and matrix products.
     """
 
     parameters: int = 0
@@ -46,10 +46,10 @@ class LayerCounts:
     """A layer, or a whole network, in its three forms; see `count_layers` for what is counted.
 
     Attributes:
-        path: Of the module, parts joined by ``/``; ``""`` for what belongs to the network itself.
-        plain: All channels open, none a copy.
+        path: Path of the module, parts joined by ``/``; ``""`` for the network itself.
+        plain: With all channels open and no copies.
         selective: As allocated, and compiled for the model's ``capacity``.
-        compact: Without what is not used.
+        compact: After compaction.
     """
 
     path: str
@@ -61,34 +61,32 @@ class LayerCounts:
 def count_layers(
     model: nn.Module, variables: Variables, *inputs: Any, method: Any = None, **options: Any
 ) -> list[LayerCounts]:
-    """Parameters and multiply-adds of every layer of a network: plain, selective, compact.
+    """Count the trainable parameters and multiply-adds (MACs) of every layer: plain, selective, compact.
 
-    Counted are the products that the compiled programs make in evaluation (``train=False``), as in
-    `counting.count_multiply_adds`: taps that fall on padding count, which compilers' own counts leave out;
-    batch norms, activations and pools do not. With ``H x W`` pixels of input, a layer takes
+    Counts the products of the programs for evaluation (``train=False``), as `count_multiply_adds` does: taps
+    that fall on padding count, which compilers' own counts leave out; batch norms, activations and pools do
+    not. With ``H x W`` pixels of input, a layer has
 
-    - *plain*: its convolution with all channels open. Parameters are those of the plain network: shifts
-      are not among them.
-    - *selective*: the same, as closed channels are zeros in the kernel and save nothing, and for each
-      selective layer the copies that its ``capacity`` provides for, ``s = ceil(capacity * C)``, however many
-      of them are used: the interpolation, ``s H W (H + W)`` as its weights are a matrix per axis, and
-      choosing the shifts, ``2 s C``. In programs for TPUs (`platforms.target_platform`) reading the sources
-      and putting the copies into their places are products too, ``s H W C`` each. Parameters include the
-      shift of every channel.
-    - *compact*: the network of `plan_compaction`: open channels alone, and the copies themselves, each as in
-      *selective* where it is computed in the place of a channel that is not read (`LayerLayout.is_in_place`),
-      else its interpolation alone, ``H W (H + W)``. Parameters include the shifts of the copies. Where
-      nothing is closed, copied or unused, it is the selective network itself, compiled for no copies.
+    - *plain*: its convolution with all channels open. Parameters exclude shifts, which the plain network
+      does not have.
+    - *selective*: the same convolution, as closed channels are zero rows of the kernel and save nothing, and
+      in each selective layer the ``s = ceil(capacity * C)`` copies that its ``capacity`` provides for, used
+      or not: their interpolation, ``s H W (H + W)`` as its weights are one matrix per axis, and the
+      selection of their shifts, ``2 s C``. On TPU, reading the sources and writing the copies are products
+      too, ``s H W C`` each. Parameters include the shift of every channel.
+    - *compact*: the network of `plan_compaction`: open channels and actual copies only. A copy costs the
+      same as in *selective* if it takes the place of a channel that is not read
+      (`LayerLayout.is_in_place`), otherwise only its interpolation, ``H W (H + W)``. Parameters include the
+      shifts of the copies. If nothing is closed, copied or unused, it is the selective network, compiled
+      for no copies.
 
-    So an allocation costs its copies, which *selective* rounds up to ``capacity`` and *compact* does not, and
-    saves its closed channels in *compact* alone. Nothing is computed or compiled: programs are only traced.
+    So an allocation costs its copies, which only *selective* rounds up to ``capacity``, and saves its closed
+    channels only in *compact*. Programs are only traced, neither compiled nor run.
 
     Args:
-        model: The network; its ``capacity`` are what the selective one is counted for, so take
-            ``model.clone(capacity=...)`` with those it is to run with.
-        variables: Its variables; gates and sources are read, all else may be shapes.
-        *inputs: What the network is called with, see `plan_compaction`. Multiply-adds are those of the whole
-            batch; take ``N = 1``.
+        model: The network, with the ``capacity`` that it will run with (``model.clone(capacity=...)``).
+        variables: Its variables. The values of gates and sources are needed; the others may be shapes.
+        *inputs: Inputs, see `plan_compaction`. Multiply-adds are those of the whole batch: use ``N = 1``.
         method: See `plan_compaction`.
         **options: See `plan_compaction`.
 
@@ -96,7 +94,7 @@ def count_layers(
         The modules that have parameters or products, in the order in which they are called.
 
     Raises:
-        ConfigError: A layer has more copies than its ``capacity`` provide for; or see `plan_compaction`.
+        ConfigError: A layer has more copies than its ``capacity`` provides for; or see `plan_compaction`.
         ValueError: See `plan_compaction`.
 
     Example:
@@ -119,7 +117,7 @@ def count_layers(
     order: dict[str, None] = {}
     plain = _products(whole, shapes, call, order, copies=None)
     selective = _products(whole, shapes, call, order, copies)
-    # Of the compacted layers none has a capacity; those that compaction leaves as they are keep theirs.
+    # Compacted layers have no capacity; layers that compaction leaves unchanged keep theirs.
     compact = _products(plan.model, small, call, order, copies={} if any(copies.values()) else None)
     parameters = [
         _parameters(shapes, without_shifts=copies.keys()),
@@ -142,7 +140,7 @@ def count_layers(
 
 
 def total_counts(layers: Iterable[LayerCounts]) -> LayerCounts:
-    """The sums over the layers, under the path ``"total"``.
+    """Sum the counts over layers, under the path ``"total"``.
 
     Args:
         layers: From `count_layers`.
@@ -166,14 +164,14 @@ def _products(
     order: dict[str, None],
     copies: Mapping[str, int] | None,
 ) -> dict[str, int]:
-    """Multiply-adds by the path of the innermost module, whose paths are added to ``order``.
+    """Count multiply-adds by the path of the innermost module, adding these paths to ``order``.
 
     Args:
         model: The network.
         variables: Shapes of its variables.
         call: How it is called.
-        order: Paths of the modules that have been called, in order.
-        copies: Copies of the selective layers, which must find room; None: compile them for none.
+        order: Paths of the called modules, in order.
+        copies: Copies of each selective layer, which its capacity must provide for; None: trace for none.
     """
     paths: list[str] = []
 
@@ -207,7 +205,7 @@ def _products(
 
 
 def _copies(variables: Variables) -> dict[str, int]:
-    """The number of copies by the path of the selective layer; of a stack of layers, the most."""
+    """Count copies by the path of the selective layer; in a stack of layers, the largest count."""
     flat = traverse_util.flatten_dict(unfreeze(variables.get("selectivity", {})))
     sources = {"/".join(path[:-1]): source for path, source in flat.items() if path[-1] == "source"}
     if any(isinstance(source, jax.ShapeDtypeStruct) for source in sources.values()):
@@ -219,7 +217,7 @@ def _copies(variables: Variables) -> dict[str, int]:
 
 
 def _parameters(variables: Variables, without_shifts: Iterable[str] = ()) -> dict[str, int]:
-    """The number of parameters by the path of the module, some layers without their shifts."""
+    """Count parameters by the path of the module, excluding the shifts of some layers."""
     excluded = {(*path.split("/"), "shift") if path else ("shift",) for path in without_shifts}
     counts: dict[str, int] = {}
     for path, leaf in traverse_util.flatten_dict(unfreeze(variables["params"])).items():

@@ -1,4 +1,4 @@
-"""Physically smaller networks with the same function."""
+"""Compaction: physically smaller networks that compute the same function."""
 
 from selconv_jax.compaction._compact import compact, plan_compaction
 from selconv_jax.compaction._files import load_compact, save_compact

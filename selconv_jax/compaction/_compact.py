@@ -1,4 +1,4 @@
-"""From a network and its allocation to a smaller network with the same function."""
+"""Compaction of a network and its allocation to a smaller network with the same function."""
 
 import dataclasses
 import functools
@@ -31,42 +31,39 @@ def compact(
     method: Any = None,
     **options: Any,
 ) -> tuple[Compact, Any]:
-    """Remove what a network does not use: closed channels, and all that is computed for nobody.
+    """Remove closed channels and all computations whose results are unused.
 
-    A closed channel goes from the layer that reads it and, where no one else reads it, from the layer that
-    makes it, through concatenations, sums, pools and groups; a layer that makes nothing any more goes as a
-    whole. The smaller network computes the same, in evaluation and, but for other dropout masks, in
-    training. Its allocation is fixed: copies read their sources through shifts that can be trained further,
-    but it cannot be re-allocated.
+    A closed channel is removed from the layer that reads it and, if nothing else reads it, from the layer
+    that computes it, through concatenations, sums, pools and groups. A layer without remaining outputs is
+    removed as a whole. The smaller network computes the same function in evaluation and, apart from dropout
+    masks, in training. Its allocation is fixed, but the shifts of copies remain trainable.
 
-    Any Flax model with `SelectiveConv` in it can be compacted, if it is called as
-    ``model.apply(variables, x, train=...)``, with several inputs, or without ``train``. Of a model whose own
-    code counts on its numbers of channels, closed channels are removed only inside of the layers that read
-    them. Layers under ``nn.scan`` and ``nn.vmap``, derived kinds of layers, and layers whose variables
-    something else reads (tied or normalized weights, penalties) stay as they are. What is removed is proved
-    on the traced programs; then both networks are compared on a small batch of random numbers. Should they
-    differ, less is removed, or nothing, with a warning.
+    Any Flax model with `SelectiveConv` layers can be compacted if it is called as
+    ``model.apply(variables, x, train=...)``, with one or more inputs, with or without ``train``. If the
+    model's own code depends on its numbers of channels, closed channels are removed only from the layers that
+    read them. Layers under ``nn.scan`` and ``nn.vmap``, subclasses of the layers, and layers whose variables
+    are used elsewhere (tied or normalized weights, penalties) are left unchanged. The removal is verified on
+    the traced programs; then both networks are compared on a small batch of random numbers. If they differ,
+    less is removed, or nothing, with a warning.
 
     Args:
         model: The network.
-        variables: Its variables, with values: gates and sources are read.
-        *inputs: What the network is called with, ``model.apply(variables, *inputs)``: arrays, or
-            `jax.ShapeDtypeStruct`, as only shapes matter. May be left out for `selconv_jax.models`.
-        multiple: Widths are rounded up to a multiple of it, such as 8, by keeping closed channels whose
-            kernel rows are zero and stay zero.
-        method: The network's method that is to be compacted, or its name; None: ``__call__``. It is what the
-            smaller network does when called.
-        **options: Further arguments by name that do not change from call to call, such as
-            ``deterministic=True``. With ``train`` among them the network is compacted for that mode alone,
-            without, for all that it has.
+        variables: Its variables, as concrete arrays.
+        *inputs: Inputs of the network, ``model.apply(variables, *inputs)``: arrays or
+            `jax.ShapeDtypeStruct`, as only shapes matter. Optional for networks of `selconv_jax.models`.
+        multiple: Widths are rounded up to a multiple of this number, such as 8, by keeping closed channels,
+            whose kernel rows are zero and stay zero.
+        method: The method to compact, or its name; None: ``__call__``. Calling the smaller network runs it.
+        **options: Keyword arguments that are the same in every call, such as ``deterministic=True``. If
+            ``train`` is among them, the network is compacted for that mode only, otherwise for all its modes.
 
     Returns:
         The smaller network and its variables.
 
     Raises:
-        ConfigError: The model is none, has been compacted already, does not run on the example, or an
-            argument is missing or out of bounds.
-        ValueError: The variables are not those of the model.
+        ConfigError: The model is not a Flax module, is already compacted, or does not run on the inputs, or
+            an argument is missing or out of bounds.
+        ValueError: The variables do not belong to the model.
 
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax
@@ -95,21 +92,20 @@ def plan_compaction(
     compare: bool = True,
     **options: Any,
 ) -> CompactionPlan:
-    """Plans what `compact` does, for loops that keep the variables of the whole network.
+    """Plan the compaction of `compact`, for code that keeps the variables of the whole network.
 
     Args:
         model: See `compact`.
-        variables: See `compact`; those of the layers may be shapes, but for gates and sources.
+        variables: See `compact`. All but gates and sources may be shapes.
         *inputs: See `compact`.
         multiple: See `compact`.
         method: See `compact`.
-        compare: Compare the two networks on numbers, too. Else nothing is computed or compiled, and what is
-            known of their programs has to do.
+        compare: Also compare the outputs of both networks. Otherwise nothing is compiled or run, and only
+            their traced programs are compared.
         **options: See `compact`.
 
     Returns:
-        The plan. If nothing is closed, copied or unused, its model has no layouts and takes the variables
-        as they are.
+        The plan. If no channel is closed, copied or unused, its model takes the variables unchanged.
 
     Raises:
         ConfigError: See `compact`.
@@ -123,14 +119,15 @@ def plan_compaction(
     if not traces:
         _say(
             model,
-            "its layers cannot be followed (is one differentiated in it?), so nothing is removed",
+            "its layers cannot be followed (does it differentiate through one?), so nothing is removed",
         )
         return CompactionPlan(whole, {})
     flow = channel_flow(traces)
     layers, selective = _allocations(traces, flow, variables)
     flow = _without_fixed(flow)
     case = None
-    # With all that the layers make, the network's own code meets the arrays that it always met.
+    # The second attempt keeps all outputs of layers, so that the network's own code sees the same arrays
+    # as before; channels are then removed only inside the layers that read them.
     for tried in (flow, dataclasses.replace(flow, needed=np.ones_like(flow.needed))):
         kept = needed_channels(tried, layers, multiple)
         found = reduction(tried, layers, kept, selective)
@@ -145,17 +142,17 @@ def plan_compaction(
         case = random_case(whole, variables, call, flow.outputs) if case is None else case
         if same_numbers(whole, plan, case, call, coarsest_step(traces)):
             return plan
-        _say(model, "a smaller network computed other numbers, so less is removed")
+        _say(model, "a smaller network computed different outputs, so less is removed")
     _say(model, "no smaller network was proved to compute the same, so nothing is removed")
     return CompactionPlan(whole, {})
 
 
 def _checked(model: Any, variables: Mapping[str, Any], multiple: Any) -> int:
-    """The multiple as an int; refuses arguments of other kinds."""
+    """Check the arguments; return ``multiple`` as an int."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; it must be a Flax (Linen) module.")
     if isinstance(model, Compact):
-        raise ConfigError("the model has been compacted already; compact the network it was made from.")
+        raise ConfigError("the model is already compacted; compact the network that it was made from.")
     if not isinstance(multiple, int | np.integer) or isinstance(multiple, bool) or multiple < 1:
         raise ConfigError(f"multiple is {multiple!r}; it must be a whole number of at least 1, such as 8.")
     boxes = jax.tree.leaves(variables, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
@@ -165,13 +162,13 @@ def _checked(model: Any, variables: Mapping[str, Any], multiple: Any) -> int:
 
 
 def _traces(whole: Compact, shapes: Any, call: NetworkCall) -> tuple[NetworkCall, list[Trace]]:
-    """The network in each mode it can be traced in, and the call with these modes; none if in none."""
+    """Trace the network in each possible mode; return the call with these modes, and the traces, if any."""
     traces: dict[bool | None, Trace] = {}
     for train in call.modes:
         try:
             traces[train] = trace_network(whole, shapes, call, train)
         except Exception as error:
-            if train:  # it wants to be trained in another way, which is not known
+            if train:  # its training mode needs other arguments, such as more random keys
                 continue
             try:
                 run = functools.partial(call.run, whole, train=train)
@@ -194,11 +191,11 @@ def _traces(whole: Compact, shapes: Any, call: NetworkCall) -> tuple[NetworkCall
 def _is_proved(
     plan: CompactionPlan, shapes: Any, call: NetworkCall, traces: list[Trace], flow: Flow, kept: Kept
 ) -> bool:
-    """Whether the smaller network's programs are those of the whole one, with the channels that are left."""
+    """Check that the smaller network's programs are those of the whole one on the kept channels."""
     small_shapes = jax.eval_shape(plan.take, shapes)
     try:
         small = [trace_network(plan.model, small_shapes, call, train) for train in call.modes]
-    except Exception:  # whatever a user's code raises that counts on its number of channels
+    except Exception:  # user code that depends on its number of channels may raise anything
         return False
     return joins_the_same(small, traces, flow, kept)
 
@@ -210,7 +207,7 @@ def _say(model: nn.Module, what: str) -> None:
 def _allocations(
     traces: Sequence[Trace], flow: Flow, variables: Mapping[str, Any]
 ) -> tuple[dict[str, HostAllocation], frozenset[str]]:
-    """The allocation of every layer that may be changed, and which of them have a gate."""
+    """Collect the allocations of all layers that may be changed, and the paths of those with a gate."""
     gates = traverse_util.flatten_dict(unfreeze(variables.get("selectivity", {})))
     if any(isinstance(leaf, jax.core.Tracer) for leaf in gates.values()):
         raise ValueError(
@@ -233,8 +230,8 @@ def _allocations(
             selective.add(path)
         if gate.shape != ids.shape:
             raise ValueError(
-                f"layer {path!r}: gate has shape {gate.shape}, but {len(ids)} channels come in. Pass the "
-                "variables of this model."
+                f"layer {path!r}: gate has shape {gate.shape}, but the input has {len(ids)} channels. Pass "
+                "the variables of this model."
             )
         source = gates.get((*parts, "source"), np.full(len(ids), -1))
         layers[path] = HostAllocation(np.asarray(gate, bool), np.asarray(source, np.int64), groups[path])
@@ -242,7 +239,7 @@ def _allocations(
 
 
 def _without_fixed(flow: Flow) -> Flow:
-    """The flow without the layers that stay as they are, which need all they read and make."""
+    """Drop the layers that must not be changed from the flow; all their inputs and outputs are needed."""
     needed = flow.needed.copy()
     for path in flow.fixed:
         for ids in (flow.inputs.get(path), flow.outputs.get(path)):

@@ -1,4 +1,4 @@
-"""Compacted networks in files: one npz archive with the network's description and its variables."""
+"""Files of compacted networks: one npz archive with a network's description and its variables."""
 
 import dataclasses
 import functools
@@ -29,24 +29,24 @@ __all__ = ["load_compact", "save_compact"]
 _FORMAT = 2
 _DTYPES = ("dtype", "param_dtype")  # attributes that are types
 _UNSEEN = ("name", "parent", "capacity")  # attributes that do not change what a network computes
-_ENTRY = "selconv_jax"  # the description; variables have a "/" in their names
+_ENTRY = "selconv_jax"  # name of the description; names of variables contain a "/"
 _NETWORKS: dict[str, Any] = {network.__name__: network for network, _ in MODELS.values()}
 
 
 def save_compact(
     path: str | os.PathLike[str], model: Compact, variables: Mapping[str, Any], *, overwrite: bool = False
 ) -> None:
-    """Write a compacted network into one file, complete or not at all.
+    """Write a compacted network atomically to one file.
 
     Args:
-        path: The file; ``.npz`` by custom.
+        path: The file, by convention ``.npz``.
         model: The network, from `selconv_jax.compact`.
         variables: Its variables.
-        overwrite: Replace a file that is there.
+        overwrite: Replace an existing file.
 
     Raises:
-        CheckpointError: The file is there already, or cannot be written.
-        ValueError: The model has not been compacted, or the names of its variables cannot be told apart.
+        CheckpointError: The file already exists or cannot be written.
+        ValueError: The model is not compacted, or the name of a module or variable contains ``/``.
 
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax, tempfile
@@ -88,18 +88,18 @@ def save_compact(
 def load_compact(
     path: str | os.PathLike[str], *, network: nn.Module | None = None
 ) -> tuple[Compact, dict[str, Any]]:
-    """Read a file of `save_compact`.
+    """Read a file written by `save_compact`.
 
     Args:
         path: The file.
-        network: The whole network it was made from, with the attributes it had (``capacity`` apart); None:
-            one of `selconv_jax.models`, whose description is in the file.
+        network: The whole network that it was made from, with the same attributes except ``capacity``. May
+            be None for networks of `selconv_jax.models`, which are rebuilt from the description in the file.
 
     Returns:
         The compacted network and its variables, as `selconv_jax.compact` returned them.
 
     Raises:
-        CheckpointError: The file is missing, damaged, none of `save_compact`, or of another network.
+        CheckpointError: The file is missing, damaged, not from `save_compact`, or of another network.
     """
     path = Path(path)
     if not path.is_file():
@@ -112,7 +112,7 @@ def load_compact(
             arrays = dict(archive)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(
-            f"{path}: not a whole file of a compacted network ({error}). Write it anew."
+            f"{path}: not a whole file of a compacted network ({error}). Write it again."
         ) from error
     if (entry := arrays.pop(_ENTRY, None)) is None:
         raise CheckpointError(f"{path}: not a file of selconv_jax.save_compact: it has no entry {_ENTRY!r}.")
@@ -120,7 +120,7 @@ def load_compact(
         return _from_file(path, json.loads(entry.tobytes()), arrays, network)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: the description in it is damaged ({error}). Write it anew."
+            f"{path}: the description in it is damaged ({error}). Write it again."
         ) from error
 
 
@@ -147,7 +147,7 @@ def _from_file(
     dtypes = description["dtypes"]
     if dtypes.keys() != arrays.keys():
         odd = sorted(dtypes.keys() ^ arrays.keys())[0]
-        raise CheckpointError(f"{path}: variables are missing or left over, such as {odd}. Write it anew.")
+        raise CheckpointError(f"{path}: variables are missing or left over, such as {odd}. Write it again.")
     flat = {
         tuple(name.split("/")): jnp.asarray(array.view(jnp.dtype(dtypes[name])))
         for name, array in arrays.items()
@@ -158,7 +158,7 @@ def _from_file(
 
 
 def _attributes(network: nn.Module) -> dict[str, Any]:
-    """The attributes of a network as plain values."""
+    """Describe the attributes of a network by plain values."""
     return {
         field.name: _description(getattr(network, field.name, None))
         for field in dataclasses.fields(network)
@@ -167,7 +167,7 @@ def _attributes(network: nn.Module) -> dict[str, Any]:
 
 
 def _description(value: Any) -> Any:
-    """Plain values that are equal for equal attributes; of functions and other objects, their names."""
+    """Describe a value by plain values, equal for equal attributes; functions and other objects by name."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, np.generic):
@@ -190,7 +190,7 @@ def _description(value: Any) -> Any:
 
 
 def _check_attributes(path: Path, network: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Raise a `CheckpointError` if an attribute is not as it is in the file; in older files some are not."""
+    """Raise a `CheckpointError` if an attribute differs from the file, which may be older and lack some."""
     given = json.loads(json.dumps(_attributes(network)))
     if difference := _difference(saved, given):
         name, one, other = difference
@@ -201,7 +201,7 @@ def _check_attributes(path: Path, network: nn.Module, saved: Mapping[str, Any]) 
 
 
 def _difference(saved: Any, given: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first attribute that differs, with both values."""
+    """Return the first attribute that differs, with both values."""
     if isinstance(saved, Mapping) and isinstance(given, Mapping):
         for key in saved:
             if key not in _UNSEEN and (found := _difference(saved[key], given.get(key), f"{name}.{key}")):
@@ -220,5 +220,5 @@ def _arguments(network: type[nn.Module], attributes: Mapping[str, Any]) -> dict[
 
 
 def _plain(array: Any) -> Any:
-    """The array, or its bits if it is of a type that NumPy's files do not know, such as bfloat16."""
+    """Return the array, or its bits if NumPy's files do not support its type, such as bfloat16."""
     return array if array.dtype.isbuiltin else array.view(f"u{array.dtype.itemsize}")

@@ -1,4 +1,4 @@
-"""Which channel of which layer every array of a traced network holds at every position."""
+"""Channel flow through a traced network: the channel of a layer that each array position holds."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +15,13 @@ __all__ = ["Flow", "channel_flow"]
 
 Ids = NDArray[np.int64]
 
-# What is known of an array: the channel at each position of its last axis, that all these positions are
-# alike, that it is a variable and which, or nothing, as of images and what is computed from variables.
+# Abstract value of an array: the id of the channel at each position of its last axis; `_UNIFORM` if all
+# these positions hold the same, so that it meets any number of channels; the `Field` of a variable that is
+# not changed yet; or None, for images, results of unknown operations and values computed from variables.
 _UNIFORM = "uniform"
 _Value = Ids | str | Field | None
 
-# Operations position by position. Arrays that meet in one lose and keep the same positions.
+# Elementwise operations. Arrays that are operands of the same one must keep the same positions.
 _ELEMENTWISE = """
     abs add add_any and atan2 cbrt ceil clamp convert_element_type copy copy_p cos cosh div eq erf erf_inv
     erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul name ne neg
@@ -35,18 +36,18 @@ _POOLS = ("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
-    """Channels by numbers (ids), and where they go.
+    """Channels, numbered by ids, and the arrays and layers that they reach.
 
     Attributes:
-        outputs: Ids ``[O]`` that each layer or other convolution makes, by path.
-        inputs: Ids ``[C]`` that come into each layer, by path, in the order of the program.
-        classes: ``[ids]``, the class of each id: ids of a class are kept or removed together.
-        needed: ``[ids]`` bool, ids that something other than a layer reads, or that leave the network.
-        labels: ``[ids]``, alike for an id and the same channel in the trace of a smaller network.
-        fixed: Paths of layers that must stay as they are: inside of loops, branches and stacks, or with
-            variables that something else reads, or that are computed from others.
+        outputs: Ids ``[O]`` of the output channels of each layer or other convolution, by path.
+        inputs: Ids ``[C]`` of the input channels of each layer, by path, in the order of the program.
+        classes: ``[ids]``, the class of each id: the ids of a class are kept or removed together.
+        needed: ``[ids]`` bool, ids that an operation other than a layer needs, or that the network returns.
+        labels: ``[ids]``, names of the channels that are comparable with the trace of a smaller network.
+        fixed: Paths of layers that must not be changed: layers inside loops, branches and stacks, and
+            layers with variables that are read elsewhere or computed from others.
         arrays: Ids of every array of channels, in the order of the program.
-        signature: Every operation with its numbers; that of a smaller network must be the same.
+        signature: All operations with their parameters; a smaller network must have the same.
     """
 
     outputs: dict[str, Ids]
@@ -60,14 +61,14 @@ class Flow:
 
 
 def channel_flow(traces: Sequence[Trace]) -> Flow:
-    """Follows the channels of a traced network from the layers that make them to all who read them.
+    """Follow the channels of a traced network from the layers that compute them to all their readers.
 
-    Concatenations join them, sums tie them, paddings add channels of zeros; pools, casts, activations and
-    whatever else works position by position passes them on. What is not known to do so needs all that it
-    reads, and what it makes are no channels.
+    Concatenations join channels, sums tie them together, paddings add channels of zeros; pools, casts,
+    activations and other operations that treat all channels alike pass them on. Any other operation needs
+    all of its operands, and its results are not tracked.
 
     Args:
-        traces: Of one network in all its modes: what is needed in one is needed.
+        traces: Traces of one network in all its modes. A channel that one of them needs is needed.
 
     Returns:
         The flow.
@@ -91,7 +92,11 @@ def channel_flow(traces: Sequence[Trace]) -> Flow:
 
 
 class _Walk:
-    """The state of one pass over the programs of a network."""
+    """State of one abstract interpretation of a network's programs.
+
+    Classes are a union-find forest: ``parents[id]`` leads to the representative of the id's class. Arrays
+    are numbered in program order, so the same program with fewer channels gets the same labels.
+    """
 
     def __init__(self) -> None:
         self.parents: list[int] = []
@@ -107,26 +112,28 @@ class _Walk:
         self._allocations = 0
 
     def follow(self, trace: Trace) -> None:
-        """Follows one program; layers that are in an earlier one too make and read the same channels."""
+        """Follow one program; a layer that is also in an earlier one keeps the ids it has there."""
         values = self._run(trace.program.jaxpr, trace.program.consts, list(trace.arguments))
         for value, field in zip(values, trace.results, strict=True):
-            if not isinstance(value, tuple) or value != field:  # a variable that stays as it is is not read
+            # A variable that is returned unchanged is not read.
+            if not isinstance(value, tuple) or value != field:
                 self._need(value)
 
     def class_of(self, number: int) -> int:
-        """The representative of an id's class."""
+        """Return the representative of an id's class."""
         while self.parents[number] != number:
-            self.parents[number] = self.parents[self.parents[number]]
+            self.parents[number] = self.parents[self.parents[number]]  # path halving
             number = self.parents[number]
         return number
 
     def _run(self, jaxpr: Jaxpr, constants: Sequence[Any], arguments: Sequence[_Value]) -> list[_Value]:
-        """Values of the outputs of a program, from those of its arguments."""
+        """Interpret a program: return the abstract values of its outputs, given those of its arguments."""
         known: dict[Any, _Value] = dict(zip(jaxpr.invars, arguments, strict=True))
         known.update(dict.fromkeys(jaxpr.constvars))
         self.signature.extend(constant_signature(constant) for constant in constants)
 
         def value(atom: Any) -> _Value:
+            # A scalar or single channel broadcasts, whatever its value, to the same at every position.
             found = None if isinstance(atom, Literal) else known[atom]
             return _UNIFORM if found is None and atom.aval.shape[-1:] in ((), (1,)) else found
 
@@ -144,7 +151,7 @@ class _Walk:
         return [value(atom) for atom in jaxpr.outvars]
 
     def _need(self, value: _Value) -> None:
-        """Note that all of an array is read."""
+        """Record that the whole array is read."""
         if isinstance(value, np.ndarray):
             self.needed.extend(value.tolist())
         elif isinstance(value, tuple):
@@ -163,7 +170,7 @@ class _Walk:
             self.parents[self.class_of(right)] = self.class_of(left)
 
     def _passed(self, equation: Any, values: list[_Value]) -> list[_Value] | None:
-        """What an operation makes that does to all positions alike; None: it may be another operation."""
+        """Return the results of an operation that treats all channels alike; None: not known to do so."""
         name = equation.primitive.name
         if equation.primitive in (LAYER, PRODUCER):
             return [self._layer(equation, values)]
@@ -172,7 +179,7 @@ class _Walk:
         if name in _ELEMENTWISE:
             result = self._elementwise(equation, values)
         elif name == "reduce" and equation.invars[0].aval.ndim - 1 not in equation.params["dimensions"]:
-            # Several arrays at once, by a program that sees their values at one position.
+            # It reduces several arrays together, position by position, so they must keep the same positions.
             result = self._elementwise(equation, values)
             return None if result is None else [result] * len(equation.outvars)
         elif name == "concatenate":
@@ -188,7 +195,7 @@ class _Walk:
         return None if result is None else [result]
 
     def _read_whole(self, equation: Any, values: list[_Value]) -> list[_Value]:
-        """What any other operation makes, which needs all that it reads."""
+        """Return the untracked results of any other operation, which needs all of its operands."""
         for value in values:
             self._need(value)
         self.fixed.update(_inner_layers(equation))
@@ -199,6 +206,9 @@ class _Walk:
         (value, *statistics), variables = values[:count], values[count:]
         own = [_field(path, *name) for name in equation.params["names"]]
         self.owners.update((field, path) for field in own)
+        # Compaction slices a layer's variables, which is only valid if the layer reads them as they are, not
+        # computed from others (a normalized kernel) or taken from another layer (a tied one). Variables of
+        # this layer that something else reads are found at the end of the pass, through `owners`.
         if [variable if isinstance(variable, tuple) else None for variable in variables] != own:
             self.fixed.add(path)
             for variable in variables:
@@ -206,7 +216,7 @@ class _Walk:
         if not isinstance(value, np.ndarray):
             value = self._new(equation.invars[0].aval.shape[-1])
             self._need(value)
-        for known in statistics:  # of each channel that comes in
+        for known in statistics:  # one value per input channel, removed with the channel
             if isinstance(known, np.ndarray):
                 self._tie(value, known)
             else:
@@ -216,7 +226,7 @@ class _Walk:
             self._need(value)
         else:
             if path in self.inputs and len(value) == len(self.inputs[path]):
-                self._tie(self.inputs[path], value)  # the layer is called again
+                self._tie(self.inputs[path], value)  # a second call, with the same kernel rows
             self.inputs.setdefault(path, value)
         if path not in self.outputs:
             count = equation.outvars[0].aval.shape[-1]
@@ -227,7 +237,7 @@ class _Walk:
         width = equation.outvars[0].aval.shape[-1:]
         channels, is_known = [], True
         for atom, value in zip(equation.invars, values, strict=True):
-            if atom.aval.shape[-1:] != width:  # a scalar or a single channel, which meets all others
+            if atom.aval.shape[-1:] != width:  # a scalar or a single channel, which meets all positions
                 self._need(value)
             elif isinstance(value, np.ndarray):
                 channels.append(value)
@@ -257,7 +267,8 @@ class _Walk:
         low, high, interior = config
         if min(low, high) < 0 or interior:
             return None
-        # Channels of zeros are all alike: how many of them are kept is what counts, not which.
+        # Channels of zeros are interchangeable: which of them are kept does not matter, only how many, so
+        # all have the same label.
         before, after = self._new(low, positions=False), self._new(high, positions=False)
         return np.concatenate([before, value, after])
 
@@ -276,7 +287,7 @@ def _field(path: str, collection: str, name: str) -> Field:
 
 
 def _called_once(equation: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
-    """The program that an equation calls once with its operands, and the program's constants."""
+    """Return the program that an equation calls once with its operands, and its constants; None: no call."""
     if equation.primitive.name not in _CALLS + _CUSTOM_CALLS:
         return None
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
@@ -289,7 +300,7 @@ def _called_once(equation: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
 
 
 def _keeps_channels(equation: Any) -> bool:
-    """Whether the last axis of the first operand is the last axis of the result, position by position."""
+    """Check whether the result's last axis is that of the first operand, position by position."""
     name, parameters = equation.primitive.name, equation.params
     operand, result = equation.invars[0].aval, equation.outvars[0].aval
     last = operand.ndim - 1
@@ -314,7 +325,7 @@ def _keeps_channels(equation: Any) -> bool:
 
 
 def _inner_layers(equation: Any) -> Iterator[str]:
-    """Paths of the layers inside of an equation that is not followed."""
+    """Iterate over the paths of layers inside an equation that is not followed."""
     if equation.primitive in (LAYER, PRODUCER, STACKED):
         yield equation.params["path"]
     for program in inner_programs(equation):

@@ -1,4 +1,4 @@
-"""Reading some of an array's channels, which ones being known when the program is compiled."""
+"""Gathers of channels whose indices are known at compile time."""
 
 import functools
 import math
@@ -17,16 +17,16 @@ Index = tuple[int, ...]
 
 
 def take_channels(x: jax.Array, index: Index, axis: int = -1) -> jax.Array:
-    """Some of the channels, none twice.
+    """Take some of the channels, none twice.
 
-    All of them in their order are the array itself, neighbours in their order are a slice. The gradient of
-    anything else is again a gather, the inverse one with zeros for what was not read: compilers make
-    scatters of their own transpose of a gather, which are slow.
+    All channels in order are the array itself, and consecutive ones are a slice. In all other cases the
+    gradient is the inverse gather, with zeros for the channels that were not read: the default transpose of
+    a gather is a scatter, which is slow.
 
     Args:
         x: ``[..., C, ...]``, any type.
-        index: Positions in ``0 .. C - 1``, all different.
-        axis: The axis of the channels.
+        index: Distinct indices in ``0 .. C - 1``.
+        axis: The channel axis.
 
     Returns:
         ``[..., len(index), ...]``.
@@ -44,13 +44,13 @@ def take_channels(x: jax.Array, index: Index, axis: int = -1) -> jax.Array:
 
 
 def spread_channels(x: jax.Array, index: Index, size: int, axis: int = -1) -> jax.Array:
-    """The transpose of `take_channels`: channels put into their places, zeros elsewhere.
+    """Write channels to their places in an array of zeros; the transpose of `take_channels`.
 
     Args:
         x: ``[..., len(index), ...]``, any type.
-        index: Places in ``0 .. size - 1``, all different.
+        index: Distinct indices in ``0 .. size - 1``.
         size: Number of channels of the result.
-        axis: The axis of the channels.
+        axis: The channel axis.
 
     Returns:
         ``[..., size, ...]``.
@@ -67,18 +67,18 @@ def spread_channels(x: jax.Array, index: Index, size: int, axis: int = -1) -> ja
         return jnp.zeros((*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype)
     inverse, mask = _inverse(index, size, axis, x.ndim)
     taken = _taken(x, inverse, axis)
-    # The CPU compiler would gather anew for each reader.
+    # The CPU compiler would gather again for each operation that reads the result.
     return materialize(jnp.where(mask, taken, jnp.zeros((), x.dtype)))
 
 
 def take_repeated(x: jax.Array, index: Index) -> jax.Array:
-    """Channels of the last axis, some perhaps several times.
+    """Take channels of the last axis, possibly with repetitions.
 
-    The gradient sums over the repetitions in one product with a constant matrix.
+    The gradient sums over repetitions by one product with a constant matrix.
 
     Args:
         x: ``[..., C]`` floating.
-        index: Positions in ``0 .. C - 1``.
+        index: Indices in ``0 .. C - 1``.
 
     Returns:
         ``[..., len(index)]``.
@@ -103,7 +103,7 @@ def _gather(x: jax.Array, index: Index, size: int, axis: int) -> jax.Array:
 def _gather_jvp(
     index: Index, size: int, axis: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    # A scatter whose transpose is `spread_channels`.
+    # Written as a scatter so that its transpose, the gradient, is the gather of `spread_channels`.
     inverse, mask = _inverse(index, size, axis, tangents[0].ndim)
     read = jnp.where(mask, materialize(tangents[0]), jnp.zeros((), tangents[0].dtype))
     return _gather(*primals, index, size, axis), _put(read, inverse, len(index), axis)
@@ -125,7 +125,7 @@ def _gather_repeated_jvp(
 
 
 def _inverse(index: Index, size: int, axis: int, rank: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Where each channel of the whole array is among some; which are among them, to be broadcast."""
+    """Invert ``index``: the position in it of each of ``size`` channels, and a mask of those it holds."""
     inverse = np.zeros(size, np.int32)
     filled = np.zeros(size, bool)
     inverse[list(index)] = np.arange(len(index))
@@ -134,14 +134,14 @@ def _inverse(index: Index, size: int, axis: int, rank: int) -> tuple[NDArray[np.
 
 
 def _taken(x: jax.Array, index: NDArray[np.int32], axis: int) -> jax.Array:
-    """Entries along an axis; as rows of a matrix if it is the last, which is the faster gather on CPU."""
+    """Gather entries along an axis; along the last one as columns of a matrix, which is faster on CPU."""
     if axis < x.ndim - 1 or x.ndim < 3:
         return jnp.take(x, index, axis=axis, mode="clip")
     return jnp.take(_rows(x), index, axis=1, mode="clip").reshape(*x.shape[:-1], len(index))
 
 
 def _put(x: jax.Array, index: NDArray[np.int32], size: int, axis: int) -> jax.Array:
-    """Sums of entries along an axis; the transpose of `_taken`."""
+    """Add entries to zeros along an axis; the transpose of `_taken`."""
     shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
     if axis == x.ndim - 1 and x.ndim >= 3:
         x, axis = _rows(x), 1

@@ -1,4 +1,4 @@
-"""What a layer keeps, where its parameters lie in the whole network's, and how they get there and back."""
+"""Layouts of compacted layers, and the places of their variables in those of the whole network."""
 
 import dataclasses
 import math
@@ -17,19 +17,19 @@ __all__ = ["KernelPlace", "LayerLayout", "RowsPlace"]
 
 @dataclasses.dataclass(frozen=True)
 class LayerLayout:
-    """The fixed allocation of a layer: a static constant of the compiled program.
+    """Fixed allocation of a layer, static in the compiled program.
 
-    The layer's own channels, the `reads` of them, are those read directly, then the copies; in a layer with
-    groups they are arranged group by group by ``order``. All positions count from 0.
+    The layer computes with `reads` channels: those that it reads directly, then the copies, or in another
+    order if ``order`` is given, as groups need it. All indices count from 0.
 
     Attributes:
-        inputs: Channels of the array that comes in.
-        own: Incoming channel of each directly read one, no channel twice.
-        copied: Incoming channel that each copy reads through its shift.
-        outputs: Channels that the layer makes; 0: nobody needs it, and it is not computed.
-        groups: Groups of the convolution.
-        idle: Positions among the reads whose kernel rows are zero and stay zero.
-        order: Permutation of ``[own, copied]`` that makes the reads; empty: they are in order.
+        inputs: Number of input channels.
+        own: Indices of the input channels that are read directly, without duplicates.
+        copied: Index of the input channel that each copy reads through its shift.
+        outputs: Number of output channels; 0: the output is unused and not computed.
+        groups: Number of groups of the convolution.
+        idle: Indices of the reads whose kernel rows are zero and stay zero.
+        order: Permutation of ``[own, copied]`` that gives the reads; empty: the identity.
 
     Example:
         >>> layout = LayerLayout(inputs=6, own=(0, 1, 4), copied=(4,), outputs=8)
@@ -51,30 +51,30 @@ class LayerLayout:
         positions = (*self.own, *self.copied)
         problem = None
         if any(not 0 <= position < self.inputs for position in positions):
-            problem = f"a channel is read that the {self.inputs} inputs do not have"
+            problem = f"a channel is read that is not among the {self.inputs} inputs"
         elif len(set(self.own)) < len(self.own):
             problem = "a channel is read directly twice"
         elif self.order and sorted(self.order) != list(range(self.reads)):
-            problem = f"order is no permutation of {self.reads} channels"
+            problem = f"order is not a permutation of {self.reads} channels"
         elif any(not 0 <= position < self.reads for position in self.idle):
-            problem = f"an idle channel is none of the {self.reads} that are read"
+            problem = f"an idle channel is not among the {self.reads} that are read"
         elif self.groups < 1 or self.outputs % self.groups or self.reads % self.groups:
             problem = f"{self.reads} reads and {self.outputs} outputs do not divide into {self.groups} groups"
         elif self.outputs > 0 and not self.reads:
             problem = "nothing is read"
         if problem:
-            raise ValueError(f"the layout of a compacted layer contradicts itself: {problem}.")
+            raise ValueError(f"the layout of a compacted layer is inconsistent: {problem}.")
 
     @property
     def reads(self) -> int:
-        """Channels that the layer normalizes and convolves."""
+        """Number of channels that the layer normalizes and convolves."""
         return len(self.own) + len(self.copied)
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the reads are the incoming channels, some of them replaced by copies.
+        """True if the reads are the input channels in order, some of them replaced by copies.
 
-        Then they can be computed without a gather of the own channels, as before compaction.
+        They can then be computed as before compaction, without a gather of the channels read directly.
         """
         if not self.copied or self.reads != self.inputs:
             return False
@@ -82,7 +82,7 @@ class LayerLayout:
         return all(order[channel] == number for number, channel in enumerate(self.own))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers and lists; rising neighbours as ``[first, count]``."""
+        """Convert to plain numbers and lists, with runs of consecutive indices as ``[first, count]``."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
             name: _runs(value) if isinstance(value, tuple) else value
@@ -92,10 +92,10 @@ class LayerLayout:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "LayerLayout":
-        """The layout that `to_json` turned into plain values.
+        """Restore a layout from the plain values of `to_json`.
 
         Raises:
-            ValueError: It is none.
+            ValueError: They are not those of a layout.
         """
         try:
             fields = {
@@ -123,12 +123,12 @@ def _numbers(runs: Iterable[Iterable[int]]) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class RowsPlace:
-    """Some entries of an array along one axis.
+    """Place of a smaller array in a whole one: some of the entries along one axis.
 
     Attributes:
         size: Length of the axis.
-        index: The entries, none twice.
-        axis: The axis, counted from the end.
+        index: Indices of the entries, without duplicates.
+        axis: The axis, negative.
     """
 
     size: int
@@ -136,15 +136,15 @@ class RowsPlace:
     axis: int = -1
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether an array of this shape has such an axis."""
+        """Check whether an array of this shape has such an axis."""
         return len(shape) >= -self.axis and shape[self.axis] == self.size
 
     def take(self, array: jax.Array) -> jax.Array:
-        """The smaller array."""
+        """Take the smaller array from the whole one."""
         return take_channels(array, self.index, self.axis)
 
     def put(self, array: jax.Array, small: jax.Array) -> jax.Array:
-        """The array with the smaller one put into its place."""
+        """Write the smaller array into the whole one."""
         filled = np.zeros(self.size, bool)
         filled[list(self.index)] = True
         mask = filled.reshape(-1, *(1,) * (-1 - self.axis))
@@ -154,18 +154,17 @@ class RowsPlace:
 
 @dataclasses.dataclass(frozen=True)
 class KernelPlace:
-    """Some rows and outputs of a kernel ``[*K, C / G, O]``.
+    """Place of a smaller kernel in a whole one ``[*K, C / G, O]``: some of its rows and outputs.
 
-    The rows of idle channels are zeros in the smaller kernel, whatever they are in the whole one, and are
-    not put back.
+    Rows of idle channels are zeros in the smaller kernel, and are not written back to the whole one.
 
     Attributes:
-        channels: Input channels ``C``.
-        features: Outputs ``O``.
-        groups: Groups ``G``.
-        slots: Input channels that are left, group by group.
-        outputs: Outputs that are left, rising.
-        idle: Positions in ``capacity``.
+        channels: Number of input channels ``C``.
+        features: Number of outputs ``O``.
+        groups: Number of groups ``G``.
+        slots: Indices of the kept input channels, group by group.
+        outputs: Indices of the kept outputs, ascending.
+        idle: Indices into ``slots``.
     """
 
     channels: int
@@ -176,17 +175,17 @@ class KernelPlace:
     idle: Index = ()
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether an array of this shape is such a kernel."""
+        """Check whether an array of this shape is such a kernel."""
         return tuple(shape[-2:]) == (self.channels // self.groups, self.features)
 
     def take(self, kernel: jax.Array) -> jax.Array:
-        """The smaller kernel."""
+        """Take the smaller kernel from the whole one."""
         rows, active = self._rows_and_active()
         if (rows == rows[:, :1]).all():
             small = take_channels(kernel, tuple(rows[:, 0].tolist()), -2)
             small = take_channels(small, self.outputs, -1)
         else:
-            # Each group has rows of its own: single entries of the last two axes laid end to end.
+            # The rows differ between groups: gather single entries of the last two axes, flattened.
             flat = kernel.reshape(*kernel.shape[:-2], -1)
             small = take_channels(flat, self._entries(rows)).reshape(*kernel.shape[:-2], *rows.shape)
         if not self.idle:
@@ -194,7 +193,7 @@ class KernelPlace:
         return jnp.where(_to_rank(active, small.ndim), small, jnp.zeros((), small.dtype))
 
     def put(self, kernel: jax.Array, small: jax.Array) -> jax.Array:
-        """The kernel with the smaller one put into its place."""
+        """Write the smaller kernel into the whole one."""
         rows, active = self._rows_and_active()
         small = small.astype(kernel.dtype)
         if (rows == rows[:, :1]).all():
@@ -209,10 +208,10 @@ class KernelPlace:
         return jnp.where(_to_rank(mask, kernel.ndim), wide, kernel)
 
     def _rows_and_active(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """For each row and output of the smaller kernel ``[R, O']``: the row it has here; not idle."""
+        """Return the row here of each entry of the smaller kernel ``[R, O']``, and whether it is not idle."""
         per_group = self.channels // self.groups
         groups = np.array(self.outputs) // (self.features // self.groups)
-        _, groups = np.unique(groups, return_inverse=True)  # those that are left, counted from 0
+        _, groups = np.unique(groups, return_inverse=True)  # index among the kept groups
         count = len(self.slots) // (int(groups.max()) + 1)
         active = np.ones(len(self.slots), bool)
         active[list(self.idle)] = False
@@ -224,5 +223,5 @@ class KernelPlace:
 
 
 def _to_rank(mask: NDArray[np.bool_], rank: int) -> NDArray[np.bool_]:
-    """A mask over the last axes, with axes of length 1 before them."""
+    """Prepend axes of length 1 to a mask over the last axes."""
     return mask.reshape(*(1,) * (rank - mask.ndim), *mask.shape)

@@ -1,4 +1,4 @@
-"""Which channels of a network are needed, and each layer's layout and placement without the others."""
+"""Liveness of a network's channels, and the layouts and places of layers without the dead ones."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ class HostAllocation:
     """The allocation of a layer, on the host.
 
     Attributes:
-        gate: ``[C]`` bool; all open in a plain layer.
+        gate: ``[C]`` bool; all true in a plain layer.
         source: ``[C]`` int, -1 where the channel reads itself.
-        groups: Groups of the convolution.
+        groups: Number of groups of the convolution.
     """
 
     gate: Mask
@@ -32,19 +32,19 @@ class HostAllocation:
 
     @property
     def is_untouched(self) -> bool:
-        """Whether nothing is closed and nothing copied."""
+        """True if no channel is closed or a copy."""
         return bool(self.gate.all() and (self.source < 0).all())
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What is left of a network.
+    """Channels that a smaller network keeps.
 
     Attributes:
-        inputs: ``[C]`` bool, by the path of a layer: incoming channels that are left.
-        slots: ``[C]`` bool, by the path of a layer: its own channels that are left.
-        outputs: ``[O]`` bool, by the path of a layer or other convolution: channels it still makes.
-        live: ``[ids]`` bool, every channel of the flow that is left.
+        inputs: ``[C]`` bool, by the path of a layer: kept channels of its input array.
+        slots: ``[C]`` bool, by the path of a layer: kept channels after its selection (kernel rows).
+        outputs: ``[O]`` bool, by the path of a layer or other convolution: kept output channels.
+        live: ``[ids]`` bool, kept channels of the flow.
     """
 
     inputs: dict[str, Mask]
@@ -54,26 +54,29 @@ class Kept:
 
 
 def needed_channels(flow: Flow, layers: Mapping[str, HostAllocation], multiple: int) -> Kept:
-    """Find the channels that some live layer reads, and round the widths.
+    """Find the channels that the output depends on, and round the widths.
 
-    A channel is needed if something other than a layer reads it, or a layer with a needed output does,
-    through an open gate: directly, or as the source of a copy. All groups of a convolution keep equally
-    many channels; a group without a needed output is removed as a whole. Where that, or the rounding, asks
-    for more than is needed, closed channels are kept: first those that come in anyway, then by index.
+    A channel is needed if an operation other than a layer reads it, or if a layer with a needed output reads
+    it through an open gate, directly or as the source of a copy. All groups of a convolution keep the same
+    number of channels; a group without a needed output is removed. If equal groups or rounding take more
+    channels than are needed, closed ones are kept: first those whose input is live anyway, then by index.
 
     Args:
-        flow: From `flow.channel_flow`.
+        flow: From `channel_flow`.
         layers: Allocation of every layer in ``flow.inputs``.
-        multiple: Widths are rounded up to a multiple of it, as far as there are channels.
+        multiple: Widths are rounded up to a multiple of it, as far as the channels suffice.
 
     Returns:
-        What is left.
+        The kept channels.
     """
     return _Search(flow, layers, multiple).run()
 
 
 class _Search:
-    """A set of needed classes that grows until nothing more is needed."""
+    """Fixed-point iteration over the set of live classes, indexed by their representatives.
+
+    The set only grows, so it converges. It starts with the channels that other operations need.
+    """
 
     def __init__(self, flow: Flow, layers: Mapping[str, HostAllocation], multiple: int) -> None:
         self._flow = flow
@@ -85,6 +88,7 @@ class _Search:
     def run(self) -> Kept:
         count = -1
         while count != (count := int(self._live.sum())):
+            # Needs propagate backwards, so in reverse program order one sweep usually reaches all layers.
             for path in reversed(self._flow.inputs):
                 self._read(path)
             for path in self._flow.outputs:
@@ -103,23 +107,25 @@ class _Search:
         self._live[self._flow.classes[ids]] = True
 
     def _read(self, path: str) -> None:
+        # Rounding is left out: it must not make more channels live, only keep some that already are.
         layer, ids, slots = self._layers[path], self._flow.inputs[path], self._slots(path, rounded=False)
         copies = slots & layer.gate & (layer.source >= 0)
         self._mark(ids[slots & ~copies])
         self._mark(ids[layer.source[copies]])
 
     def _slots(self, path: str, rounded: bool) -> Mask:
-        """The layer's own channels ``[C]`` that are left, equally many in every group that is."""
+        """Choose the layer's kept slots ``[C]``, the same number in every live group."""
         layer = self._layers[path]
         live_groups = self._is_live(self._flow.outputs[path]).reshape(layer.groups, -1).any(axis=1)
         chosen = layer.gate.reshape(layer.groups, -1) & live_groups[:, None]
         if not live_groups.any():
             return chosen.reshape(-1)
         arriving = self._is_live(self._flow.inputs[path]).reshape(layer.groups, -1)
-        count = max(1, int(chosen.sum(axis=1).max()))
+        count = max(1, int(chosen.sum(axis=1).max()))  # a convolution needs at least one input
         if rounded:
             available = int((chosen | arriving).sum(axis=1)[live_groups].min())
             count = max(count, min(self._round_up(count, int(live_groups.sum())), available))
+        # Fill each group up to the common count with closed slots, which become idle rows of zeros.
         for group in np.flatnonzero(live_groups):
             spare = np.flatnonzero(~chosen[group])
             spare = spare[np.argsort(~arriving[group, spare], kind="stable")]
@@ -127,9 +133,9 @@ class _Search:
         return chosen.reshape(-1)
 
     def _level_outputs(self, path: str) -> None:
-        """Keep as many outputs in every group that has some, and a whole multiple of them."""
+        """Keep the same number of outputs in every live group, rounded up to the multiple in total."""
         ids = self._flow.outputs[path]
-        if path not in self._layers:  # another convolution always makes something
+        if path not in self._layers:  # a convolution of Flax cannot have zero outputs
             groups = 1
             if not self._is_live(ids).any():
                 self._mark(ids[:1])
@@ -146,7 +152,7 @@ class _Search:
                 self._mark(numbers[~is_live][: max(0, count - int(is_live.sum()))])
 
     def _round_up(self, count: int, groups: int) -> int:
-        """The least number of channels per group, at least ``count``, that makes a multiple in total."""
+        """Return the smallest number of channels per group, at least ``count``, with a multiple in total."""
         while count * groups % self._multiple:
             count += 1
         return count
@@ -157,12 +163,12 @@ Place = KernelPlace | RowsPlace
 
 @dataclasses.dataclass
 class Reduction:
-    """How a network and its variables become smaller.
+    """Layouts, widths and places of variables that make a network smaller.
 
     Attributes:
-        layouts: Layout of each layer that is replaced, by path.
-        widths: Outputs of each other convolution that makes fewer, by path.
-        places: Where the small variables lie in the whole ones; None: they have none.
+        layouts: Layout of each replaced layer, by path.
+        widths: Number of outputs of each other convolution that loses some, by path.
+        places: Place of each small variable in the whole one; None: the smaller network does not have it.
     """
 
     layouts: dict[str, LayerLayout] = dataclasses.field(default_factory=dict)
@@ -173,16 +179,16 @@ class Reduction:
 def reduction(
     flow: Flow, layers: dict[str, HostAllocation], kept: Kept, selective: frozenset[str]
 ) -> Reduction:
-    """Lays out every layer that changes.
+    """Lay out every layer that changes.
 
     Args:
-        flow: The flow of channels.
+        flow: The channel flow.
         layers: Allocation of each layer, by path.
-        kept: What is left of each.
-        selective: Paths of the layers with a gate. If anything changes, they lose it.
+        kept: The kept channels.
+        selective: Paths of the layers with a gate. If any layer changes, all of these become static.
 
     Returns:
-        The reduction; empty if nothing is closed, nothing copied and everything needed.
+        The reduction; empty if no channel is closed, copied or unneeded.
     """
     result = Reduction()
     changed = {path for path in layers if not _is_whole(layers[path], kept, path)}
@@ -225,11 +231,12 @@ def _add_layer(result: Reduction, path: str, layer: HostAllocation, kept: Kept) 
     copies = np.flatnonzero(is_copy)
     read = np.concatenate([own, copies])
     if len(read) == arriving and layer.groups == 1:
-        # The own channels where they arrive and the copies in between, see `LayerLayout.is_in_place`.
+        # Channels read directly stay where they arrive, and the copies take the free positions between
+        # them, see `LayerLayout.is_in_place`: `order` sorts the reads by their position in the input.
         free = np.setdiff1d(np.arange(arriving), position[own])
         order = np.argsort(np.concatenate([position[own], free]))
     else:
-        # Group by group the own channels first; without groups that is the order they are read in.
+        # In each group the channels read directly, then the copies; without groups the order of `read`.
         group = np.arange(channels) // (channels // layer.groups)
         order = np.argsort(group[read], kind="stable")
     slots = read[order]

@@ -1,4 +1,4 @@
-"""The network that is compacted: how it is called, how its layers are intercepted."""
+"""Compacted networks, the calls of a network, and the interception of its layers."""
 
 import dataclasses
 import functools
@@ -31,17 +31,17 @@ __all__ = [
 
 
 class Compact(nn.Module):
-    """A network that runs with fewer channels; `selconv_jax.compact` makes it with its variables.
+    """Network that runs with fewer channels; `selconv_jax.compact` creates it with its variables.
 
-    It is called like the network itself: ``apply(variables, x, train=...)``. The variables have the names
-    that they have there; a layer in ``layouts`` has those of `static_layer.StaticConv`, a convolution in
-    ``widths`` fewer outputs, a layer without outputs none at all. All else is as it was.
+    It is called like the whole network, ``apply(variables, x, train=...)``, and its variables have the same
+    names. A layer in ``layouts`` has the variables of a `StaticConv` (none if it has no outputs), and a
+    convolution in ``widths`` has fewer outputs. All other variables are unchanged.
 
     Attributes:
-        network: The network as it was, which holds no variables.
-        layouts: Path and layout of each layer that is replaced.
-        widths: Path and number of outputs of each other convolution that makes fewer.
-        method: The network's method that is called; None: ``__call__``.
+        network: The whole network.
+        layouts: Path and layout of each replaced layer.
+        widths: Path and number of outputs of each other convolution that lost some.
+        method: The network's method to call; None: ``__call__``.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -59,11 +59,11 @@ class Compact(nn.Module):
     method: str | None = None
 
     def setup(self) -> None:
-        """Give the network's variables their own names, without a part for this wrapper."""
+        """Share the network's scope, so that this wrapper does not appear in the names of variables."""
         nn.share_scope(self, self.network)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the network, see there."""
+        """Call the network with its layers replaced."""
         layouts, widths = dict(self.layouts), dict(self.widths)
         root = tuple(filter(None, relative_path(self, ()).split("/")))
 
@@ -82,16 +82,16 @@ class Compact(nn.Module):
 
     @property
     def dtype(self) -> Any:
-        """Type of the computation, where the network has one; else None."""
+        """Type of the computation; None if the network has no such attribute."""
         return getattr(self.network, "dtype", None)
 
 
 def intercept_calls(handle: Callable[..., Any]) -> AbstractContextManager[None]:
-    """Hands every call of a module inside of the context over.
+    """Intercept every call of a module inside the context.
 
     Args:
-        handle: Called as ``handle(module, call, *args, **kwargs)`` where ``call(*args, **kwargs)`` was to be;
-            returns what the call is to return.
+        handle: Called as ``handle(module, call, *args, **kwargs)`` in place of ``call(*args, **kwargs)``; its
+            result becomes that of the call.
     """
 
     def interceptor(
@@ -108,15 +108,14 @@ def intercept_calls(handle: Callable[..., Any]) -> AbstractContextManager[None]:
 
 
 def is_layer(module: Any) -> bool:
-    """Whether a module is a layer that may be replaced; a user's own kind of layer is left as it is."""
+    """Check whether a module is a layer that may be replaced, which excludes subclasses by users."""
     return type(module) in (BatchNormReLUConv, SelectiveConv)
 
 
 def is_producer(module: Any) -> bool:
-    """Whether a module's outputs alone may be removed: another convolution, without groups.
+    """Check whether a module is another convolution without groups, of which outputs may be removed.
 
-    Convolutions with a function of the user's, or a mask, in them may compute one output from the weights of
-    another.
+    A convolution with a mask or a custom function may compute one output from the weights of another.
     """
     if type(module) is not nn.Conv:
         return type(module) is Stem
@@ -126,10 +125,10 @@ def is_producer(module: Any) -> bool:
 
 
 def relative_path(module: nn.Module, root: tuple[str, ...]) -> str:
-    """The path of a module's variables below those at ``root``, parts joined by ``/``.
+    """Return the path of a module's variables below ``root``, parts joined by ``/``.
 
-    A module's own path, and that of its scope, may go through modules that share the scope of others, such
-    as `Compact`; the scopes above it do not.
+    The module's own path cannot be used: it includes modules that share the scope of others, such as
+    `Compact`, which the scopes above it do not.
     """
     scope: Any = module.scope
     parts: list[str] = []
@@ -141,13 +140,13 @@ def relative_path(module: nn.Module, root: tuple[str, ...]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkCall:
-    """The calls ``apply(variables, *inputs, train=..., **options)`` of a network.
+    """Calls ``apply(variables, *inputs, train=..., **options)`` of a network.
 
     Attributes:
         inputs: Shapes of the inputs.
-        modes: The values that ``train`` takes: ``(False, True)``; ``(None,)`` if there is no such argument.
-        may_lack_train: There is ``**kwargs`` instead of it, which may not take it.
-        options: Further arguments by name, the same in every call.
+        modes: Values of ``train``: ``(False, True)``; ``(None,)`` if there is no such argument.
+        may_lack_train: The network has ``**kwargs`` instead, which may not accept ``train``.
+        options: Keyword arguments that are the same in every call.
     """
 
     inputs: tuple[Any, ...]
@@ -156,7 +155,7 @@ class NetworkCall:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, model: Compact, variables: Any, inputs: tuple[Any, ...], train: bool | None) -> Any:
-        """What the network returns; in training with the collections that it may change.
+        """Call a network; in training return the collections that it may change, too.
 
         Args:
             model: The network, whole or smaller.
@@ -165,7 +164,7 @@ class NetworkCall:
             train: One of ``modes``.
 
         Returns:
-            The output, and collections by name; none but in training.
+            The output, and the collections by name, which are empty except in training.
         """
         apply: Callable[..., Any] = functools.partial(model.apply, **self.options)
         key = jax.random.key(0)
@@ -179,19 +178,19 @@ class NetworkCall:
 def network_call(
     model: nn.Module, inputs: tuple[Any, ...], method: Any, options: Mapping[str, Any]
 ) -> tuple[NetworkCall, str | None]:
-    """Find out how a network is to be called.
+    """Infer the calls of a network from its signature.
 
     Args:
         model: The network.
-        inputs: What it is called with, or the shapes.
+        inputs: Its inputs, or their shapes.
         method: The method, or its name; None: ``__call__``.
-        options: Further arguments by name.
+        options: Keyword arguments that are the same in every call.
 
     Returns:
-        The call and the name of the method.
+        The call, and the name of the method; None: ``__call__``.
 
     Raises:
-        ConfigError: There is no such method, or an input is no array.
+        ConfigError: There is no such method, or an input is not an array.
     """
     name = method if isinstance(method, str) or method is None else getattr(method, "__name__", None)
     function = getattr(model, name or "__call__", None) if name or method is None else None
@@ -216,18 +215,18 @@ def network_call(
 
 
 def example_inputs(model: nn.Module, variables: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The inputs of a network that knows them itself, as those of `selconv_jax.models` do.
+    """Return example inputs of a network that provides them, as those of `selconv_jax.models` do.
 
     Args:
         model: The network.
         variables: Its variables.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: It does not provide any.
     """
     if hasattr(model, "example_images"):
         return (model.example_images(variables),)
     raise ConfigError(
-        f"a {type(model).__name__} does not say what it is called with; pass its inputs, such as "
+        f"a {type(model).__name__} does not provide example inputs; pass its inputs, such as "
         "jnp.ones((1, 32, 32, 3)), or their shapes as jax.ShapeDtypeStruct."
     )

@@ -1,4 +1,4 @@
-"""A plan of a smaller network: takes its variables out of the whole one's, and puts them back."""
+"""Compaction plans, which convert between the variables of a network and those of the smaller one."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,31 +15,31 @@ __all__ = ["CompactionPlan", "FrozenModel"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompactionPlan:
-    """How a network becomes smaller; from `plan_compaction`.
+    """Smaller network, and the conversion of variables to it and back; from `plan_compaction`.
 
     Attributes:
         model: The smaller network, called like the whole one: ``model.apply(variables, x, train=...)``.
-        places: Where each variable of a changed module lies in the whole one, by collection, path and
-            name; None where the smaller network has no such variable.
+        places: Place of each variable of a changed module in the whole network's variable, by collection,
+            path and name; None: the smaller network has no such variable.
     """
 
     model: Compact
     places: Mapping[tuple[str, ...], Place | None]
 
     def take(self, variables: Mapping[str, Any]) -> Any:
-        """The variables of the smaller network.
+        """Take the variables of the smaller network from those of the whole one.
 
-        A pure function of arrays, to be jitted and differentiated at will. It also takes trees like the
-        collections, such as gradients or momentum: ``plan.take({"params": momentum})["params"]``.
+        A pure function, which can be jitted and differentiated. It also accepts trees with the structure of a
+        collection, such as gradients or momentum: ``plan.take({"params": momentum})["params"]``.
 
         Args:
             variables: Collections of the whole network, or some of them.
 
         Returns:
-            The same collections for ``model``, without ``selectivity`` where no layer has one any more.
+            The same collections for ``model``, without ``selectivity`` if no layer has one any more.
 
         Raises:
-            ValueError: A variable does not have the shape that was planned for.
+            ValueError: A variable does not have the planned shape.
         """
         flat = traverse_util.flatten_dict(unfreeze(dict(variables)), keep_empty_nodes=True)
         small = {}
@@ -52,9 +52,9 @@ class CompactionPlan:
         return _unflatten(small, variables)
 
     def put(self, variables: Mapping[str, Any], small: Mapping[str, Any]) -> Any:
-        """The variables of the whole network with those of the smaller one put into their places.
+        """Write the variables of the smaller network into those of the whole one.
 
-        A pure function of arrays. What the smaller network does not have stays as it is.
+        A pure function. Entries that the smaller network does not have are kept.
 
         Args:
             variables: Collections of the whole network.
@@ -64,8 +64,7 @@ class CompactionPlan:
             Collections of the whole network, in the structure of ``variables``.
 
         Raises:
-            ValueError: A variable does not have the shape that was planned for, or ``small`` has one that
-                the whole network has not.
+            ValueError: A variable does not have the planned shape, or is not one of the whole network.
         """
         flat = traverse_util.flatten_dict(unfreeze(dict(variables)), keep_empty_nodes=True)
         values = traverse_util.flatten_dict(unfreeze(dict(small)))
@@ -81,9 +80,9 @@ class CompactionPlan:
         return _unflatten(flat, variables)
 
     def frozen_model(self) -> "FrozenModel":
-        """The smaller network in the guise of the whole one, with variables of full size in and out.
+        """Wrap the smaller network so that it takes and returns variables of the whole network's shapes.
 
-        The allocation is that of the plan, whatever the gates and sources say that come in.
+        The allocation is that of the plan; gates and sources in the variables are ignored.
         """
         return FrozenModel(self)
 
@@ -94,14 +93,14 @@ class CompactionPlan:
         if not place.fits(leaf.shape):
             raise ValueError(
                 f"{'/'.join(path)} has shape {leaf.shape}, which is not that of the network this plan was "
-                "made for. Plan anew for other variables."
+                "made for. Make a new plan for other variables."
             )
         return place
 
 
 @dataclasses.dataclass(frozen=True)
 class FrozenModel:
-    """A network that computes with a smaller one; from `CompactionPlan.frozen_model`.
+    """Network with whole variables that computes with the smaller one; from `CompactionPlan.frozen_model`.
 
     Attributes:
         plan: The plan.
@@ -111,18 +110,18 @@ class FrozenModel:
 
     @property
     def dtype(self) -> Any:
-        """Type of the computation, where the network has one; else None."""
+        """Type of the computation; None if the network has no such attribute."""
         return self.plan.model.dtype
 
     def apply(self, variables: Mapping[str, Any], *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
-        """As ``apply`` of the whole network, with its variables.
+        """Apply the network, as ``apply`` of the whole network does.
 
         Args:
             variables: Variables of the whole network.
-            *args: See there.
-            mutable: See there. What changed comes back in full size; channels that are not computed any
-                more keep what they had, where the whole network would move their running statistics.
-            **kwargs: See there.
+            *args: Arguments of the network.
+            mutable: As in ``flax.linen.Module.apply``. Changed collections have the whole network's shapes.
+                Removed channels keep their running statistics, which the whole network would update.
+            **kwargs: Further arguments of ``apply``.
 
         Returns:
             The network's output; with ``mutable`` the output and the changed collections.

@@ -1,4 +1,4 @@
-"""What an operation of a traced network computes, comparable between a network and a smaller one."""
+"""Signatures of the operations in a traced network, comparable between a network and a smaller one."""
 
 import hashlib
 import re
@@ -13,18 +13,18 @@ from selconv_jax.compaction._trace import LAYER, PRODUCER
 
 __all__ = ["constant_signature", "step_signature"]
 
-# Parameters of operations with an entry for each axis, of which the last may speak of a number of channels.
+# Parameters with an entry for each axis, of which the last may be a number of channels.
 _PER_AXIS = ("shape", "new_sizes", "padding_config", "start_indices", "limit_indices")
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
 def step_signature(equation: Any, any_width: bool) -> tuple[Any, ...]:
-    """The operation with all its numbers: its parameters, the shapes and types it takes and makes, constants.
+    """Describe an operation by its parameters, constants, and the shapes and dtypes of operands and results.
 
     Args:
         equation: An equation of the program.
-        any_width: The operation is known to compute the same at every position of the last axis, so how many
-            positions there are does not matter.
+        any_width: The operation is known to treat all positions of the last axis alike, so that the size of
+            this axis is left out.
 
     Returns:
         Plain values.
@@ -41,14 +41,14 @@ def step_signature(equation: Any, any_width: bool) -> tuple[Any, ...]:
     for name in _PER_AXIS if any_width else ():
         if isinstance(value := parameters.get(name), tuple):
             parameters[name] = value[:end]
-    # Programs inside of an operation are compared as text, but for where functions lie in memory.
+    # Programs inside an operation are compared as text, without the memory addresses of functions.
     written = _ADDRESS.sub("", repr(sorted(parameters.items())))
     constants = tuple(constant_signature(atom.val) for atom in operands if isinstance(atom, Literal))
     return equation.primitive.name, types, written, constants
 
 
 def constant_signature(constant: Any) -> Any:
-    """The type and the value of a constant array."""
+    """Describe a constant array by its shape, dtype and a digest of its value."""
     if isinstance(constant, jax.Array) and jnp.issubdtype(constant.dtype, jax.dtypes.prng_key):
         constant = jax.random.key_data(constant)
     value = np.asarray(constant)

@@ -1,4 +1,4 @@
-"""A selective layer whose allocation is fixed: it holds only what it reads, under its usual names."""
+"""Static layers: selective layers with a fixed allocation and only the variables that it needs."""
 
 import dataclasses
 from typing import Any
@@ -23,14 +23,14 @@ Array = jax.Array
 
 
 class StaticConv(BatchNormReLUConv):
-    """Reads the channels of its layout, then batch norm, ReLU, dropout and convolution of just these.
+    """Selective layer with a fixed allocation: batch norm, ReLU, dropout and convolution of what it reads.
 
-    Variables, with ``R`` channels that are read: ``params`` kernel ``[*kernel_size, R / groups, features]``,
-    scale ``[R]``, bias ``[R]`` and, where there are copies, shift ``[copies, len(kernel_size)]`` in pixels;
+    Variables, with ``R`` channels read: ``params`` kernel ``[*kernel_size, R / groups, features]``, scale
+    ``[R]``, bias ``[R]`` and, if there are copies, shift ``[copies, len(kernel_size)]`` in pixels;
     ``batch_stats`` mean ``[R]``, var ``[R]``. There is no ``selectivity``.
 
     Attributes:
-        layout: What the layer reads; ``features`` and ``feature_group_count`` are those of the layout.
+        layout: The allocation; ``features`` and ``feature_group_count`` must be those of the layout.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -50,13 +50,13 @@ class StaticConv(BatchNormReLUConv):
         Args:
             x: ``[N, *S, layout.inputs]`` floating.
             train: See `BatchNormReLUConv`.
-            statistics: Those of ``x``, where they are known, see `BatchNormReLUConv`.
+            statistics: Statistics of ``x`` if they are known, see `BatchNormReLUConv`.
 
         Returns:
             ``[N, *S', features]``.
 
         Raises:
-            ValueError: The input has another number of channels than the layout.
+            ValueError: The number of input channels is not that of the layout.
         """
         layout = self._layout
         if x.shape[-1] != layout.inputs:
@@ -76,14 +76,14 @@ class StaticConv(BatchNormReLUConv):
     @property
     def _layout(self) -> LayerLayout:
         if self.layout is None:
-            raise ValueError("a StaticConv needs a layout; selconv_jax.compact makes such layers.")
+            raise ValueError("a StaticConv needs a layout; selconv_jax.compact creates such layers.")
         return self.layout
 
     @nn.nowrap
     def _select(
         self, x: Array, kernel: Array, statistics: Statistics | None
     ) -> tuple[Array, Array, Statistics | None]:
-        """All of the input, whose idle channels have their kernel rows held at zero."""
+        """Return all of the input, and the kernel with the rows of idle channels held at zero."""
         if not self._layout.idle:
             return x, kernel, statistics
         idle = np.zeros(self._layout.reads, bool)
@@ -94,7 +94,7 @@ class StaticConv(BatchNormReLUConv):
 def _in_place(
     x: Array, layout: LayerLayout, shift: Array | None, statistics: Statistics | None
 ) -> tuple[Array, Statistics | None]:
-    """The input with the copies in the places of channels that are not read; its statistics, if known."""
+    """Write the copies into the places of channels that are not read; return the statistics if known."""
     assert shift is not None
     order = layout.order or tuple(range(layout.reads))
     places = tuple(order.index(len(layout.own) + number) for number in range(len(layout.copied)))
@@ -109,7 +109,7 @@ def _in_place(
 def _gathered(
     x: Array, layout: LayerLayout, shift: Array | None, statistics: Statistics | None
 ) -> tuple[Array, Statistics | None]:
-    """Just what is read of the input; its statistics, if known."""
+    """Gather the channels that are read; return their statistics if known."""
     parts, known = [], []
     if layout.own:
         parts.append(take_channels(x, layout.own))
@@ -131,7 +131,7 @@ def _gathered(
 def call_static(
     layer: BatchNormReLUConv, layout: LayerLayout, x: Array, train: bool, statistics: Statistics | None = None
 ) -> Array:
-    """What a layer of a network computes with a fixed allocation, with variables in the same place.
+    """Call a layer with a fixed allocation, with its variables in the same scope.
 
     Args:
         layer: The layer, bound.
@@ -156,14 +156,14 @@ def call_static(
 
 
 def output_shape(layer: BatchNormReLUConv, x: Any) -> tuple[int, ...]:
-    """The shape ``[N, *S', features]`` of a layer's output for an input ``[N, *S, C]``."""
+    """Return the shape ``[N, *S', features]`` of a layer's output for an input ``[N, *S, C]``."""
     window = layer._window()
     if len(x.shape) != len(window) + 2:
         raise ValueError(
             f"{layer.name or type(layer).__name__}: input of shape {x.shape}, but kernel_size {window} needs "
             f"{len(window) + 2} dimensions: batch, {len(window)} spatial, channels."
         )
-    # The channels do not matter to the other dimensions; one is enough, also where none is left.
+    # The other dimensions do not depend on the channels: one channel serves also where none is left.
     one = jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32)
     kernel = jax.ShapeDtypeStruct((*window, 1, 1), jnp.float32)
 
@@ -180,5 +180,5 @@ def output_shape(layer: BatchNormReLUConv, x: Any) -> tuple[int, ...]:
 
 
 def _promoted(layer: BatchNormReLUConv, x: Array) -> Array:
-    """The input in the type that the layer computes in."""
+    """Cast the input to the type of the layer's computation."""
     return promote_dtype(x, jnp.zeros((), layer.param_dtype), dtype=layer.dtype)[0]

@@ -1,4 +1,4 @@
-"""A network's program with each of its layers as one opaque step."""
+"""Traced programs of a network with each layer as one opaque operation."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,24 +38,24 @@ __all__ = [
     "without_dropout",
 ]
 
-Field = tuple[str, ...]  # a variable: collection, path of the module, name
+Field = tuple[str, ...]  # key of a variable: collection, path of the module, name
 
-# The variables of a layer, and of another convolution, by collection.
+# The variables of a layer or another convolution, by collection.
 LAYER_VARIABLES = {
     "params": ("kernel", "scale", "bias", "shift"),
     "batch_stats": ("mean", "var"),
     "selectivity": ("gate", "source"),
 }
 
-# A layer, and another convolution, as one step to its output from its input (and, of a layer, the statistics
-# of the input, where they are known) and its variables. The other arguments are its path, the names of its
-# variables, its attributes, and the output's shape and type.
+# A layer, and any other convolution, as one operation. Operands are the input, for a layer its statistics if
+# they are known, and the variables. Parameters are the path, the names of the variables, the module's
+# attributes, and the output's shape and dtype.
 LAYER = Primitive("selconv_layer")
 PRODUCER = Primitive("selconv_producer")
-# Either of them under a transformation, such as ``nn.vmap``, that makes one step of several layers.
+# Either of them under a transformation that makes one operation of several layers, such as ``nn.vmap``.
 STACKED = Primitive("selconv_stacked")
 
-# Attributes that do not say how an output is computed from its inputs, or that compaction replaces.
+# Attributes that do not affect how an output is computed from the inputs, or that compaction replaces.
 _NOT_COMPARED = ("features", "feature_group_count", "kernel_init", "bias_init", "name", "parent", "layout")
 
 
@@ -81,11 +81,11 @@ class Trace:
     """A traced network.
 
     Attributes:
-        program: The program; its layers are steps `LAYER` and `PRODUCER`.
-        arguments: The variable that each argument of the program is; None: an input.
-        results: The variable that each result of the program is in the end; None: an output.
-        groups: Groups of the layers, by path.
-        output: Shapes and dtypes of what the network returns.
+        program: The program; its layers are the operations `LAYER` and `PRODUCER`.
+        arguments: The variable that each argument of the program holds; None: an input.
+        results: The variable that each result of the program updates; None: an output.
+        groups: Number of groups of each layer, by path.
+        output: Shapes and dtypes of the network's output.
     """
 
     program: ClosedJaxpr
@@ -98,12 +98,12 @@ class Trace:
 def trace_network(
     model: Compact, variables: Mapping[str, Any], call: NetworkCall, train: bool | None
 ) -> Trace:
-    """Traces a call of a network; nothing is computed. Dropout drops nothing.
+    """Trace a call of a network, without computing anything and without dropout.
 
     Args:
         model: The network, whole or smaller.
         variables: Its variables, or their shapes.
-        call: How it is called.
+        call: The call.
         train: One of the modes of the call.
 
     Returns:
@@ -111,14 +111,15 @@ def trace_network(
     """
     groups: dict[str, int] = {}
     layouts, widths = dict(model.layouts), dict(model.widths)
-    is_inside = False  # of another convolution, whose output's shape is being asked for
+    is_inside = False  # a producer is being called to infer the shape of its output
 
     def step(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal is_inside
         if isinstance(module, nn.Dropout):
             return without_dropout(module, call, *args, **kwargs)
         path = relative_path(module, ())
-        # A layer of a compacted network becomes a `StaticConv` first, or nothing if it has no outputs.
+        # `Compact` replaces a layer by a `StaticConv`, which is intercepted in turn. A layer without
+        # outputs becomes an operation here, as nothing is called in its place.
         layout = layouts.get(path)
         if type(module) is StaticConv or (is_layer(module) and (layout is None or not layout.outputs)):
             groups[path] = module.feature_group_count
@@ -148,7 +149,7 @@ def trace_network(
 
 
 def inner_programs(equation: Any) -> Iterator[Jaxpr]:
-    """The programs inside of an operation, such as the body of a loop."""
+    """Iterate over the programs inside an operation, such as the body of a loop."""
     for parameter in equation.params.values():
         for item in parameter if isinstance(parameter, tuple | list) else (parameter,):
             jaxpr = item.jaxpr if isinstance(item, ClosedJaxpr) else item
@@ -157,7 +158,7 @@ def inner_programs(equation: Any) -> Iterator[Jaxpr]:
 
 
 def coarsest_step(traces: Iterable[Trace]) -> float:
-    """The largest relative step between neighbouring numbers of the types that a network computes in."""
+    """Return the largest machine epsilon among the types that a network computes in."""
     largest, programs = 0.0, [trace.program.jaxpr for trace in traces]
     while programs:
         for equation in programs.pop().eqns:
@@ -169,14 +170,14 @@ def coarsest_step(traces: Iterable[Trace]) -> float:
 
 
 def without_dropout(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What a module returns if dropout drops nothing; for `module.intercept_calls`."""
+    """Call a module without dropout; a handler for `intercept_calls`."""
     if isinstance(module, nn.Dropout):
         return args[0] if args else kwargs["inputs"]
     return call(*args, **kwargs)
 
 
 def _fields(variables: Any) -> list[Field]:
-    """The variables in the order of the leaves of their tree."""
+    """List the keys of variables in the order of the leaves of their tree."""
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     return [tuple(str(getattr(key, "key", key)) for key in path) for path, _ in leaves]
 
@@ -194,7 +195,7 @@ def _layer_step(
             found = "there is none" if kernel is None else f"it has shape {kernel.shape}"
             raise ValueError(
                 f"layer {path!r} takes a kernel of shape {expected}, but {found}. Pass the variables of this "
-                "model and an example of the shape that it was made for."
+                "model and inputs of the shape that it was initialized with."
             )
     return _bound(LAYER, layer, path, (x, *(statistics or ())), shape, dtype)
 
@@ -219,7 +220,7 @@ def _bound(
         for name in known
         if (collection, name) in flat
     )
-    # Compared as text: numbers that the network's own code works out from its widths are among them.
+    # Compared as text, including numbers that the network's own code derives from its widths.
     attributes = tuple(
         (field.name, str(getattr(module, field.name)))
         for field in dataclasses.fields(

@@ -1,4 +1,4 @@
-"""Proof that the smaller network computes the same: its traced programs, then numbers."""
+"""Verification that a smaller network computes the same: by its traced programs, then by its outputs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,19 +19,19 @@ __all__ = ["joins_the_same", "random_case", "same_numbers"]
 
 
 def joins_the_same(small: Sequence[Trace], whole: Sequence[Trace], flow: Flow, kept: Kept) -> bool:
-    """Whether each array of the smaller network holds the very channels that are left of the whole one's.
+    """Check that each array of the smaller network holds exactly the kept channels of the whole one's.
 
-    Code that is tied to numbers of channels, such as a padding by a number that is written down, joins and
-    adds other channels, or computes with other numbers.
+    Code that depends on a number of channels, such as a padding of hard-coded width, would combine other
+    channels or compute with other numbers.
 
     Args:
         small: The smaller network in all its modes.
         whole: The whole network in the same modes.
         flow: The flow of the whole network.
-        kept: What is left of it.
+        kept: Its kept channels.
 
     Returns:
-        Whether the two compute alike.
+        True if the two compute the same.
     """
     for one, other in zip(small, whole, strict=True):
         if jax.tree.map(_type, one.output) != jax.tree.map(_type, other.output):
@@ -54,7 +54,7 @@ def joins_the_same(small: Sequence[Trace], whole: Sequence[Trace], flow: Flow, k
 
 
 def _label(label: tuple[Any, ...], names: Mapping[str, list[tuple[Any, ...]]]) -> tuple[Any, ...]:
-    """The label in the whole network of a channel in the smaller one; empty: it has no such channel."""
+    """Translate the label of a channel in the smaller network to the whole one; empty: it has none."""
     kind, origin, position = label
     if kind != "made by" or origin not in names:
         return label
@@ -73,15 +73,15 @@ _BATCH = 2
 def random_case(
     whole: Compact, variables: Mapping[str, Any], call: NetworkCall, layers: Iterable[str]
 ) -> Case:
-    """Variables and a small batch on which two networks of the same function compute the same.
+    """Create variables and a small batch for comparing two networks.
 
-    Layers get random parameters and statistics in the place of theirs, so that no channel counts little by
-    chance; so do variables without values, and those that are zeros.
+    Layers get random parameters and statistics instead of their own, so that every channel has an effect on
+    the output. So do variables that are all zeros or only shapes.
 
     Args:
         whole: The network.
-        variables: Its variables, or their shapes; gates and sources have values.
-        call: How it is called.
+        variables: Its variables, or their shapes; gates and sources are concrete.
+        call: Its call.
         layers: Paths of its layers.
 
     Returns:
@@ -99,24 +99,24 @@ def random_case(
         try:
             jax.eval_shape(lambda v, x: call.run(whole, v, x, call.modes[0]), case, shapes)
             break
-        except Exception:  # whatever a user's code raises that counts on its number of images
+        except Exception:  # user code that depends on the batch size may raise anything
             continue
     return case, jax.tree.map(lambda leaf: _normal(leaf, rng), shapes)
 
 
 def same_numbers(whole: Compact, plan: CompactionPlan, case: Case, call: NetworkCall, step: float) -> bool:
-    """Whether a network and its smaller one return the same, but for rounding, in all modes.
+    """Check that a network and its smaller one return the same in all modes, up to rounding.
 
     Args:
         whole: The network.
         plan: The smaller one.
         case: From `random_case`.
-        call: How they are called.
-        step: From `trace.coarsest_step`.
+        call: Their call.
+        step: From `coarsest_step`.
 
     Returns:
-        The answer. True, too, if the case cannot tell: the whole network's numbers are not finite, or differ
-        as much when its input differs by little.
+        True if they do, and if the case is inconclusive: the whole network's outputs are not finite, or
+        change as much under a tiny change of the input.
 
     Raises:
         Exception: Whatever the whole network raises.
@@ -126,7 +126,7 @@ def same_numbers(whole: Compact, plan: CompactionPlan, case: Case, call: Network
     expected = run(variables, inputs)
     try:
         actual = _compiled(plan.model, plan.take, call)(variables, inputs)
-    except Exception:  # whatever a user's code raises that counts on its number of channels
+    except Exception:  # user code that depends on its number of channels may raise anything
         return False
     difference = _difference(actual, expected, step)
     if difference <= 1.0:
@@ -136,7 +136,7 @@ def same_numbers(whole: Compact, plan: CompactionPlan, case: Case, call: Network
 
 
 def _compiled(model: Compact, take: Callable[..., Any], call: NetworkCall) -> Callable[..., Any]:
-    """What a network returns in all modes, as a function of the whole one's variables; on the host."""
+    """Compile a network as a function of the whole one's variables; it returns all modes' outputs on host."""
 
     def run(variables: Any, inputs: Any) -> Any:
         small = take(variables)
@@ -148,7 +148,7 @@ def _compiled(model: Compact, take: Callable[..., Any], call: NetworkCall) -> Ca
     def on_host(variables: Any, inputs: Any) -> Any:
         nonlocal compiled
         if compiled is None:
-            # Quickly, as it runs once or twice.
+            # It runs only once or twice, so compile time counts.
             options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
             with jax.default_matmul_precision("highest"):
                 compiled = jax.jit(run).lower(variables, inputs).compile(compiler_options=options)
@@ -158,14 +158,14 @@ def _compiled(model: Compact, take: Callable[..., Any], call: NetworkCall) -> Ca
 
 
 def _difference(actual: Any, expected: Any, step: float) -> float:
-    """The largest difference of two results, in units of what rounding may make of it."""
+    """Return the largest difference between two results, in units of the rounding error allowed."""
     largest = 0.0
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         if one.shape != other.shape:
             return np.inf
         if not one.size or jnp.issubdtype(one.dtype, jnp.complexfloating):
             continue
-        if not jnp.issubdtype(one.dtype, jnp.floating):  # such as predicted classes, where a tie may turn
+        if not jnp.issubdtype(one.dtype, jnp.floating):  # such as predicted classes, where ties may break
             largest = max(largest, 100 * float(np.mean(one != other)))
             continue
         here, there = one.astype(np.float64), other.astype(np.float64)
@@ -177,7 +177,7 @@ def _difference(actual: Any, expected: Any, step: float) -> float:
 
 
 def _nudged(leaf: Any, step: float) -> Any:
-    """An input that differs by some of these steps."""
+    """Perturb an input by a few rounding steps."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf
     return (leaf.astype(np.float64) * (1 + 8 * step)).astype(leaf.dtype)
@@ -205,7 +205,7 @@ def _variable(path: tuple[str, ...], leaf: Any, is_layers: bool, rng: np.random.
 
 
 def _with_batch(inputs: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-    """The inputs with another number of images, where all have one."""
+    """Replace the batch size of all inputs."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), inputs)
 
 

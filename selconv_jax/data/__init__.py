@@ -1,4 +1,4 @@
-"""Data sets in memory or streamed, their preparation, and augmentation inside the jitted step."""
+"""Data sets in memory or streamed, and their preparation."""
 
 from selconv_jax.data._dataset import DatasetInfo, ImageData, Split
 from selconv_jax.data._loading import load, open_data

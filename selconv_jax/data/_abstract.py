@@ -1,4 +1,4 @@
-"""Data sets of the right size without their images, for what only needs shapes."""
+"""Data sets without images, for computations that only need shapes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _DEFAULT = SplitChoice()
 
 @dataclasses.dataclass(frozen=True)
 class _NoImages:
-    """So many images, none of which can be read."""
+    """A source of ``count`` images that cannot be read."""
 
     count: int
 
@@ -28,7 +28,7 @@ class _NoImages:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        raise DataError(f"image {index} is asked for, of a set that was opened without images.")
+        raise DataError(f"image {index} cannot be read: the data set was opened without images.")
 
 
 def abstract_data(
@@ -37,9 +37,9 @@ def abstract_data(
     streaming: bool | None = None,
     splits: SplitChoice = _DEFAULT,
 ) -> ImageData | StreamedData:
-    """A data set as `open_data` would open it, but black, and taking no memory.
+    """Create a data set of the same shapes as `open_data`, with black images that take no memory.
 
-    A set of the catalog need not be prepared; another one must be, for its facts.
+    A set of the catalog need not be prepared. Any other must be, as its facts are read from its files.
 
     Args:
         name: See `open_data`.
@@ -51,7 +51,7 @@ def abstract_data(
         The set.
 
     Raises:
-        DataError: The name is none of the catalog, and no prepared set has it.
+        DataError: The name is neither in the catalog nor that of a prepared set.
 
     Example:
         >>> len(abstract_data("imagenet2012").train)

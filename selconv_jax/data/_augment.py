@@ -1,9 +1,8 @@
 """Crop, mirror and normalize batches of uint8 images inside a jitted step.
 
-The crop pads the *raw* image with zeros, that is with black before normalization (as the method's
-evaluation does), not with the zeros of the normalized scale. It is written as one gather with
-computed row and column indices, in which the mirroring costs nothing: on a CPU this is about
-1.5 times as fast as one dynamic slice per image.
+The crop pads the *raw* image with zeros, that is, with black before normalization (as in the method's
+evaluation), not with zeros after it. It is one gather with computed row and column indices, in which
+mirroring costs nothing: on a CPU this is about 1.5 times as fast as one dynamic slice per image.
 """
 
 from collections.abc import Sequence
@@ -18,16 +17,15 @@ __all__ = ["augment", "crop_and_flip", "normalize"]
 
 
 def augment(key: jax.Array, images: jax.Array, *, crop_padding: int, flip: bool) -> jax.Array:
-    """Take a random crop of every padded image and mirror a random half of them.
+    """Randomly crop every padded image, and mirror each with probability 1/2.
 
-    Every image has its own offsets, uniform over the ``(2 * crop_padding + 1) ** 2`` positions,
-    and its own coin for the mirroring.
+    Each image has its own draws; offsets are uniform over ``(2 * crop_padding + 1) ** 2`` positions.
 
     Args:
         key: PRNG key; the same key gives the same crops.
         images: uint8 ``[B, H, W, C]``.
-        crop_padding: Pixels of black added on each side before cropping; 0 leaves the crop out.
-        flip: Whether to mirror left to right with probability 1/2.
+        crop_padding: Pixels of black added on each side before cropping; 0: no crop.
+        flip: Whether to mirror images (left to right).
 
     Returns:
         uint8 ``[B, H, W, C]``.
@@ -55,14 +53,14 @@ def augment(key: jax.Array, images: jax.Array, *, crop_padding: int, flip: bool)
 def crop_and_flip(
     images: jax.Array, top: jax.Array, left: jax.Array, mirrored: jax.Array, *, crop_padding: int
 ) -> jax.Array:
-    """Crop every padded image at its own offset, then mirror those that are marked.
+    """Crop every padded image at its own offset, then mirror the marked ones.
 
     Args:
         images: uint8 ``[B, H, W, C]``.
         top: int32 ``[B]``, first row of each crop in the padded image, in ``0 .. 2 * crop_padding``;
             ``crop_padding`` is the image itself.
         left: int32 ``[B]``, first column of each crop, likewise.
-        mirrored: bool ``[B]``, which crops to mirror left to right.
+        mirrored: bool ``[B]``, the crops to mirror left to right.
         crop_padding: Pixels of black added on each side of the image.
 
     Returns:
@@ -85,7 +83,7 @@ def crop_and_flip(
     columns = jnp.arange(width)[None, :]
     columns = jnp.where(mirrored[:, None], width - 1 - columns, columns) + left[:, None]
     rows = jnp.arange(height)[None, :] + top[:, None]
-    # Image by image: a batch that is split over devices is not gathered together for it.
+    # Mapped over images, so that a batch sharded over devices is not gathered.
     return jax.vmap(lambda image, row, column: image[row[:, None], column[None, :]])(padded, rows, columns)
 
 
@@ -97,7 +95,7 @@ def normalize(
 ) -> jax.Array:
     """Scale pixels to ``(pixel / 255 - mean) / std``, per channel.
 
-    It is computed in float32 whatever ``dtype`` is, and rounded once at the end.
+    Computed in float32 and rounded to ``dtype`` once at the end.
 
     Args:
         images: uint8 ``[B, H, W, C]``.

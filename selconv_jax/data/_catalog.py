@@ -1,4 +1,4 @@
-"""The catalog of data sets: which are known by name, and which are on this machine."""
+"""Catalog of the data sets that are known by name, and the state of their files on this machine."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ KNOWN: dict[str, KnownSet] = {known.name: known for known in ENTRIES}
 
 
 def known_set(name: str) -> KnownSet:
-    """The catalog's entry of that name.
+    """Look up an entry of the catalog.
 
     Args:
         name: For example ``cifar10``.
@@ -48,13 +48,13 @@ def known_set(name: str) -> KnownSet:
 
 
 def find_known(name: str) -> KnownSet | None:
-    """The catalog's entry for a set's name, with or without a config and a version.
+    """Look up the entry of a set, whose name may include a config and a version.
 
     Args:
         name: ``name`` or ``name/config``, either followed by ``:version``.
 
     Returns:
-        The entry; None: the set is none of the catalog.
+        The entry; None if the set is not in the catalog.
 
     Example:
         >>> find_known("cifar10:3.0.2").image_shape
@@ -64,7 +64,7 @@ def find_known(name: str) -> KnownSet | None:
 
 
 def default_data_dir() -> Path:
-    """Where tensorflow-datasets keeps prepared sets, unless told otherwise.
+    """Return the default directory of tensorflow-datasets for prepared sets.
 
     Returns:
         The environment's ``TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
@@ -73,16 +73,16 @@ def default_data_dir() -> Path:
 
 
 def resolve_data_dir(data_dir: str | os.PathLike[str] | None) -> Path:
-    """The given directory with ``~`` expanded, or the default one for ``None``."""
+    """Expand ``~`` in a directory; None: return the default directory."""
     return default_data_dir() if data_dir is None else Path(data_dir).expanduser()
 
 
 def prepare_command(name: str, data_dir: Path) -> str:
-    """The command line that prepares a set from files at hand.
+    """Return the command line that prepares a set from local files.
 
     Args:
         name: The set.
-        data_dir: Where it is to be prepared; named in the command if it is not the default.
+        data_dir: Target directory; part of the command if it is not the default.
 
     Returns:
         The command, with ``PATH`` for the files.
@@ -96,7 +96,7 @@ def prepare_command(name: str, data_dir: Path) -> str:
 
 
 def prepared_directories(data_dir: Path) -> dict[str, Path]:
-    """The prepared tensorflow-datasets under a directory, found without that library.
+    """Find the prepared tensorflow-datasets under a directory, without importing that library.
 
     Args:
         data_dir: The directory; it need not exist.
@@ -118,7 +118,7 @@ def prepared_directories(data_dir: Path) -> dict[str, Path]:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    """``(3, 0, 1)`` for ``"3.0.1"``, and ``()`` for what is not a version."""
+    """Parse a version such as ``"3.0.1"``; return ``()`` for anything else."""
     parts = text.split(".")
     return tuple(map(int, parts)) if len(parts) == 3 and all(map(str.isdecimal, parts)) else ()
 
@@ -147,7 +147,7 @@ class Status:
 
 
 def status(data_dir: str | os.PathLike[str] | None = None) -> list[Status]:
-    """What can be loaded: the sets of the catalog, then others prepared in the directory.
+    """List the data sets that can be loaded: those of the catalog, then others prepared in the directory.
 
     Args:
         data_dir: The directory of the prepared sets; by default that of tensorflow-datasets.
@@ -180,7 +180,7 @@ def status(data_dir: str | os.PathLike[str] | None = None) -> list[Status]:
 
 
 def _counts(folder: Path) -> dict[str, int]:
-    """Number of examples by split, from the description beside a prepared set."""
+    """Read the number of examples by split from the metadata of a prepared set."""
     try:
         splits = json.loads((folder / "dataset_info.json").read_text())["splits"]
         return {split["name"]: sum(map(int, split["shardLengths"])) for split in splits}

@@ -1,9 +1,8 @@
-"""The facts of the data sets known by name, and where their files come from.
+"""Entries of the data set catalog: facts, and sources of the files.
 
-The means and standard deviations are those of the method's evaluation, kept so that runs are
-comparable. For Fashion-MNIST these are the numbers of MNIST (its own are .2860 / .3530); for
-CIFAR-10 two means differ from its own (.4914 .4822 .4465) in the fourth digit; Tiny-ImageNet has
-those of ImageNet.
+Means and standard deviations are those of the method's evaluation, so that results are comparable.
+For Fashion-MNIST they are those of MNIST (its own are .2860 / .3530); for CIFAR-10 two means differ
+from its own (.4914 .4822 .4465) in the fourth digit; Tiny-ImageNet has those of ImageNet.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ SAMPLE = "fashion_mnist_sample"
 
 @dataclasses.dataclass(frozen=True)
 class Download:
-    """An official file and what it must be.
+    """An official file, with the size and checksum that it must have.
 
     Attributes:
         url: Where its publisher offers it.
@@ -78,7 +77,7 @@ class KnownSet:
     eval_resize: int | None = None
 
     def info(self, class_names: tuple[str, ...] | None = None) -> DatasetInfo:
-        """The facts that go with the loaded images.
+        """Create the facts of the loaded data set.
 
         Args:
             class_names: The classes as they were prepared, where the catalog does not name them.

@@ -1,4 +1,4 @@
-"""What a data set is here: splits of equally sized uint8 images in memory, and their facts."""
+"""Data sets in memory: splits of equally sized uint8 images, and their facts."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ __all__ = ["DatasetInfo", "ImageData", "Split", "check_labels"]
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """The facts of a data set that a model, a step and a report need.
+    """Facts of a data set: shapes, classes, normalization and augmentation.
 
     Attributes:
         name: The name it was loaded by.
@@ -23,12 +23,12 @@ class DatasetInfo:
         std: Per-channel standard deviation for normalization, as fractions of 255.
         crop_padding: Pixels of black border from which training crops are taken; 0 for no crop.
         flip: Whether training images are mirrored left to right half of the time.
-        eval_resize: For a set whose files differ in size: test images are resized to this shorter
-            side and the middle ``image_shape`` is taken, training images are random parts resized
+        eval_resize: For a set of images that differ in size: test images are resized to this shorter
+            side and cropped to ``image_shape`` in the centre, training images are random crops resized
             to ``image_shape``. ``None``: all images have ``image_shape``.
 
     Raises:
-        DataError: If the facts contradict each other.
+        DataError: If the facts are inconsistent.
 
     Example:
         >>> info = DatasetInfo("toy", (8, 8, 1), 2, ("a", "b"), (0.5,), (0.25,), 1, True)
@@ -88,7 +88,7 @@ class Split:
         labels: int32 ``[N]``, counted from 0.
 
     Raises:
-        DataError: If a dtype or shape is another, or the two differ in length.
+        DataError: If a dtype or shape differs from these, or the lengths of the two.
 
     Example:
         >>> split = Split(np.zeros((5, 8, 8, 1), np.uint8), np.zeros(5, np.int32))
@@ -113,14 +113,14 @@ class Split:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        """The image uint8 ``[H, W, C]`` and the label at a place."""
+        """Return an image uint8 ``[H, W, C]`` and its label."""
         return self.images[index], int(self.labels[index])
 
     def take(self, places: NDArray[np.int64]) -> "Split":
-        """The images at some places, as a split of their own.
+        """Select images and labels by index.
 
         Args:
-            places: int64 ``[M]``.
+            places: int64 ``[M]``, indices of the images.
         """
         return Split(self.images[places], self.labels[places])
 
@@ -133,7 +133,7 @@ class ImageData:
         info: The facts.
         train: The training split.
         test: The test split.
-        validation: The images that the best epoch is chosen on, none of them in another split; or None.
+        validation: Images for choosing the best epoch, disjoint from the other splits; or None.
 
     Raises:
         DataError: If a split is empty, its images have another shape than ``info.image_shape``,
@@ -161,10 +161,10 @@ class ImageData:
 
 
 def check_labels(where: str, labels: NDArray[np.int32], num_classes: int) -> None:
-    """Refuse labels that are no classes, above all those of images whose labels are not public.
+    """Raise a `DataError` for labels that are not classes, such as those of images without public labels.
 
     Args:
-        where: What they are labels of, for the message.
+        where: Description of the images, for the message.
         labels: int32 ``[N]``, at least one.
         num_classes: Number of classes.
 

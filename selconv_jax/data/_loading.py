@@ -19,7 +19,7 @@ from selconv_jax.errors import DataError
 __all__ = ["MOST_RESIDENT_BYTES", "load", "open_data"]
 
 MOST_RESIDENT_BYTES = 2 * 2**30
-"""Of a set that is kept on the devices unless told otherwise."""
+"""Largest data set that is kept on the devices by default, in bytes."""
 
 _SAMPLED = 1000
 _DEFAULT = SplitChoice()
@@ -30,24 +30,24 @@ def load(
 ) -> ImageData:
     """Load the embedded sample, or a set that has been prepared; nothing is downloaded.
 
-    Besides the sets of the catalog, any image classification set of tensorflow-datasets loads that
+    Besides the sets of the catalog, it loads any image classification set of tensorflow-datasets that
     is prepared as array_record files, has features ``image`` (uint8, all of one size) and ``label``
-    and splits ``train`` and ``test`` (or, without that, ``validation``). Its mean and standard
-    deviation are computed from its training images (the deviation of a channel of one value is taken
-    to be 1), its crops are padded by an eighth of the height, and its images are flipped.
+    and splits ``train`` and ``test`` (or else ``validation``). The mean and standard deviation are then
+    computed from the training images (the deviation of a constant channel is set to 1), crops are
+    padded by an eighth of the height, and images are flipped.
 
     Args:
         name: A set of the catalog, or the name of another set of tensorflow-datasets: ``name`` or
             ``name/config``, either followed by ``:version``.
         data_dir: The directory of the prepared sets; by default that of tensorflow-datasets.
-        splits: Which images are trained on, validated on and tested on.
+        splits: Choice of the training, validation and test images.
 
     Returns:
         The set in memory, images uint8 ``[N, H, W, C]``, labels int32 ``[N]``.
 
     Raises:
         DataError: If there is no such set, it is not prepared, one of its files is damaged, its
-            images cannot be used, or the splits cannot be made of it. The message says what to do.
+            images cannot be used, or it lacks the chosen splits. The message names the remedy.
 
     Example:
         >>> load("fashion_mnist_sample").train.images.shape
@@ -64,24 +64,23 @@ def open_data(
     streaming: bool | None = None,
     splits: SplitChoice = _DEFAULT,
 ) -> ImageData | StreamedData:
-    """Load a set as :func:`load` does, or open it to be read while it is used.
+    """Load a set as :func:`load` does, or open it for streaming.
 
-    A streamed set outside the catalog has its mean and standard deviation computed from a thousand
-    of its training images, evenly spaced; labels of as many images of each split are checked. To hold
-    images out (`SplitChoice.held_out`) all records of its training images are read once for their labels.
+    For a streamed set outside the catalog, the mean and standard deviation are computed from a thousand
+    evenly spaced training images; the labels of as many images of each split are checked. To hold out
+    images (`SplitChoice.held_out`), the labels of all training images are read once.
 
     Args:
         name: As for :func:`load`.
         data_dir: As for :func:`load`.
-        streaming: Whether to stream; ``None``: a set whose images differ in size, and one that would
-            take more than 2 GiB.
+        streaming: Whether to stream; ``None``: only if the images differ in size or take more than 2 GiB.
         splits: As for :func:`load`.
 
     Returns:
-        The set, in memory or to be streamed.
+        The set, in memory or open for streaming.
 
     Raises:
-        DataError: As for :func:`load`, or if a set can only be streamed and must not.
+        DataError: As for :func:`load`, or if ``streaming`` is false for a set that can only be streamed.
 
     Example:
         >>> len(open_data("fashion_mnist_sample", streaming=True).train)
@@ -92,7 +91,7 @@ def open_data(
     builder = open_prepared(name, resolve_data_dir(data_dir))
     _check_features(name, builder.info.features)
     known = find_known(name)
-    # The test split of a known set may be one without labels.
+    # The split named "test" of a known set may have no labels.
     default_test = ("test", "validation") if known is None else tuple(set(known.counts) - {"train"})
     counts = {key: split.num_examples for key, split in builder.info.splits.items()}
     parts = resolve_splits(name, splits, counts, default_test)
@@ -102,7 +101,7 @@ def open_data(
     if differing and streaming is False:
         raise DataError(
             f"The images of {name} differ in size, so that it can only be streamed: leave out "
-            "data.streaming, or set it to true."
+            "data.streaming or set it to true."
         )
     if streaming is None:
         streaming = differing or _size(builder, parts) > MOST_RESIDENT_BYTES
@@ -132,7 +131,7 @@ def _joined(parts: Sequence[Split]) -> Split:
 
 
 def _held_out(name: str, train: Split, splits: SplitChoice) -> dict[str, Split]:
-    """The training images that stay, and those that are held out; nothing without any."""
+    """Split off the held-out training images, if any are asked for."""
     if splits.held_out is None:
         return {}
     kept, held = hold_out(name, train.labels, splits.held_out)
@@ -162,18 +161,18 @@ def _open_streamed(
 
 
 def _evenly_spaced(count: int) -> NDArray[np.int64]:
-    """Places of at most a thousand of so many images."""
+    """Return evenly spaced indices of at most a thousand of ``count`` images."""
     return np.linspace(0, count - 1, min(_SAMPLED, count), dtype=np.int64)
 
 
 def _spec(slices: Sequence[Slice], counts: Mapping[str, int]) -> str:
-    """The slices as tensorflow-datasets takes them; whole splits by their names."""
+    """Format slices for tensorflow-datasets, with whole splits by name."""
     whole = {key: Slice(key, 0, count) for key, count in counts.items()}
     return "+".join(part.split if part == whole[part.split] else str(part) for part in slices)
 
 
 def _info(name: str, label: Any, images: Sequence[NDArray[np.uint8]]) -> DatasetInfo:
-    """The facts of a set that the catalog does not know, from training images ``[..., H, W, C]``."""
+    """Derive the facts of a set outside the catalog from training images ``[..., H, W, C]``."""
     height, width, channels = images[0].shape[-3:]
     mean, std = _moments(images, channels)
     return DatasetInfo(
@@ -189,7 +188,7 @@ def _info(name: str, label: Any, images: Sequence[NDArray[np.uint8]]) -> Dataset
 
 
 def _size(builder: Any, parts: Mapping[str, Sequence[Slice]]) -> int:
-    """Bytes that all images would take, if they are like the first one."""
+    """Estimate the bytes of all images from the shape of the first one."""
     count = sum(len(part) for slices in parts.values() for part in slices)
     shape = builder.info.features["image"].shape
     if None in shape:
@@ -198,7 +197,7 @@ def _size(builder: Any, parts: Mapping[str, Sequence[Slice]]) -> int:
 
 
 def _check_features(name: str, features: Any) -> None:
-    """Refuse what is not an image classification set."""
+    """Raise a `DataError` unless the features are those of an image classification set."""
     import tensorflow_datasets as tfds
 
     keys = sorted(features) if isinstance(features, tfds.features.FeaturesDict) else []
@@ -216,9 +215,9 @@ def _check_features(name: str, features: Any) -> None:
 def _moments(
     images: Sequence[NDArray[np.uint8]], channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel as fractions of 255, exactly, by counting.
+    """Compute the mean and standard deviation of each channel, as fractions of 255, exactly by counting.
 
-    A channel of one value, such as opaque alpha, has the deviation 1: normalized, it is 0.
+    A constant channel, such as opaque alpha, gets the deviation 1, so that it is 0 when normalized.
     """
     levels = np.arange(256) / 255
     means, deviations = [], []
@@ -226,7 +225,7 @@ def _moments(
         counts = np.zeros(256, np.int64)
         for pixels in images:
             counts += np.bincount(pixels[..., channel].reshape(-1), minlength=256)
-        if np.count_nonzero(counts) == 1:  # the sums below would leave a deviation of rounding errors
+        if np.count_nonzero(counts) == 1:  # the formula below would return a rounding error
             means.append(float(levels[counts.argmax()]))
             deviations.append(1.0)
             continue

@@ -7,7 +7,7 @@ __all__ = ["draw_mixup", "mix"]
 
 
 def draw_mixup(key: jax.Array, alpha: float, batch_size: int) -> tuple[jax.Array, jax.Array]:
-    """Draw one weight for the batch, and a partner for each of its images.
+    """Draw one weight for the batch and a partner for each of its images.
 
     Args:
         key: PRNG key.
@@ -15,8 +15,8 @@ def draw_mixup(key: jax.Array, alpha: float, batch_size: int) -> tuple[jax.Array
         batch_size: Number of images.
 
     Returns:
-        The weight of the images themselves, ``[]`` float32 in [0, 1]; that of the partners is the rest.
-        And the places of the partners, a permutation, int32 ``[batch_size]``.
+        The weight of the images, ``[]`` float32 in [0, 1], where partners have the rest; and the indices of
+        the partners, a permutation, int32 ``[batch_size]``.
 
     Example:
         >>> weight, partners = draw_mixup(jax.random.key(0), 1.0, 4)
@@ -29,7 +29,7 @@ def draw_mixup(key: jax.Array, alpha: float, batch_size: int) -> tuple[jax.Array
 
 
 def mix(x: jax.Array, weight: jax.Array, partners: jax.Array) -> jax.Array:
-    """The weighted sums of images with their partners.
+    """Mix images with their partners.
 
     Args:
         x: ``[B, ...]`` floating.

@@ -1,4 +1,4 @@
-"""Pixels of 8 bits per channel from an image in any of Pillow's modes."""
+"""Conversion of images in any of Pillow's modes to 8 bits per channel."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,27 +9,27 @@ from PIL import Image
 
 __all__ = ["PixelError", "is_grey", "to_8_bits"]
 
-# Formats whose 16-bit grey runs from 0, black, to 65535, white; others may hold counts of any range.
+# Formats whose 16-bit grey runs from 0 (black) to 65535 (white); others may use any range.
 _WHOLE_RANGE = ("PNG", "PPM", "JPEG2000")
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
 
 class PixelError(ValueError):
-    """An image is whole, but nothing says what brightness its numbers mean."""
+    """An image is intact, but its file does not state the range of its values."""
 
 
 def is_grey(image: Image.Image) -> bool:
-    """Whether an image has a single channel of brightness, of however many bits."""
+    """Check whether an image has a single brightness channel, of any number of bits."""
     return image.mode in ("1", "L", "F") or image.mode.startswith("I")
 
 
 def to_8_bits(image: Image.Image, mode: str) -> Image.Image:
-    """Convert an image by the brightness and colour that its numbers mean.
+    """Convert an image to 8 bits per channel, preserving its brightness and colours.
 
-    Pillow itself cuts 16-bit grey off at 255, which turns it white, and floating-point grey likewise.
-    Here 16-bit grey is divided by 257 and rounded down, so that black stays 0 and white becomes 255. Of
-    16-bit colour, Pillow keeps the upper 8 bits, which differ from that by at most 1.
+    Pillow clips 16-bit and floating-point grey at 255, which turns it white. Here 16-bit grey is divided
+    by 257 and rounded down, so that black is 0 and white is 255. For 16-bit colour, Pillow keeps the upper
+    8 bits, which differ from that by at most 1.
 
     Args:
         image: As Pillow opened it.
@@ -39,8 +39,8 @@ def to_8_bits(image: Image.Image, mode: str) -> Image.Image:
         An image of that mode.
 
     Raises:
-        PixelError: If the mode is one whose range the file does not state (floating-point, signed and
-            32-bit grey), or Pillow cannot convert it.
+        PixelError: If the file does not state the range of its values (floating-point, signed and 32-bit
+            grey), or Pillow cannot convert the mode.
         OSError: If the file is damaged.
 
     Example:
@@ -62,7 +62,7 @@ def to_8_bits(image: Image.Image, mode: str) -> Image.Image:
         return image
     try:
         return image.convert(mode)
-    except ValueError:  # no direct way, from LAB to grey for example
+    except ValueError:  # no direct conversion, for example from LAB to grey
         try:
             return image.convert("RGB").convert(mode)
         except ValueError as error:
@@ -70,7 +70,7 @@ def to_8_bits(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _white(image: Image.Image, tiff: Mapping[int, Any]) -> int | None:
-    """The number that is white in grey of more than 8 bits; None: the image has 8 bits or fewer."""
+    """Return the value of white in grey of more than 8 bits; None for images of at most 8 bits."""
     if any(kind != _UNSIGNED for kind in tiff.get(_SAMPLE_FORMAT, ())):
         raise _refusal(image)
     if image.mode.startswith("I;16") and image.format == "TIFF":
@@ -87,5 +87,5 @@ def _white(image: Image.Image, tiff: Mapping[int, Any]) -> int | None:
 def _refusal(image: Image.Image) -> PixelError:
     return PixelError(
         f"its pixels are of Pillow's mode {image.mode}, for which a {image.format} file does not state "
-        "which number is white. Write the image anew with 8 bits per channel."
+        "which number is white. Save the image again with 8 bits per channel."
     )

@@ -1,9 +1,8 @@
-"""PNG files of small images: written plainly, so that reading them back is fast.
+"""PNG files of small images, in a form that is fast to read.
 
-Prepared sets hold one PNG per image. The writer here leaves every row unfiltered and uncompressed
-(the record files around them are compressed) and puts all rows into one chunk; an image in that
-form is read several times as fast as by a general decoder. Everything else (other PNGs, JPEGs) is
-read by Pillow.
+Prepared sets hold one PNG per image. `encode_png` writes all rows unfiltered and uncompressed (the
+record files around them are compressed) in one chunk. `decode_image` reads this form several times as
+fast as a general decoder, and all other images (PNG, JPEG, ...) with Pillow.
 """
 
 import io
@@ -60,15 +59,15 @@ def decode_image(data: bytes, channels: int | None = None) -> NDArray[np.uint8]:
 
     Args:
         data: The content of the file.
-        channels: Convert to this many channels, 1, 3 or 4; ``None`` keeps grey images grey and
-            makes all others red, green and blue. More bits than 8 become 8, see `to_8_bits`.
+        channels: Convert to this number of channels, 1, 3 or 4; ``None``: grey images stay grey, all
+            others become red, green and blue. Channels are converted to 8 bits, see `to_8_bits`.
 
     Returns:
         uint8 ``[H, W, C]``.
 
     Raises:
-        ValueError: If the file is damaged or no image; a `PixelError` if it is whole, but does not
-            state what its numbers mean.
+        ValueError: If the file is damaged or not an image; a `PixelError` if it is intact, but does not
+            state the range of its values.
     """
     plain = _decode_plain(data)
     if plain is not None and channels in (None, plain.shape[2]):
@@ -102,6 +101,6 @@ def _decode_plain(data: bytes) -> NDArray[np.uint8] | None:
 
 
 def _chunk(name: bytes, content: bytes) -> bytes:
-    """One chunk of a PNG file: length, name, content, checksum."""
+    """Assemble a chunk of a PNG file: length, name, content, checksum."""
     checksum = zlib.crc32(content, zlib.crc32(name))
     return b"".join([struct.pack(">I", len(content)), name, content, struct.pack(">I", checksum)])

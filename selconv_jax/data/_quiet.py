@@ -1,4 +1,4 @@
-"""Keep tensorflow-datasets from drawing bars and writing warnings of its own."""
+"""Suppression of the progress bars and warnings of tensorflow-datasets."""
 
 import contextlib
 import logging
@@ -11,8 +11,7 @@ __all__ = ["quiet_tfds"]
 def quiet_tfds() -> Iterator[None]:
     """Silence tensorflow-datasets inside the block; its errors still raise.
 
-    It draws its own progress bars, and warns through the logger of ``absl`` (for one, of a data
-    set that is merely not prepared).
+    It draws its own progress bars, and warns through the logger of ``absl``, as of an unprepared data set.
     """
     import absl.logging
     from tensorflow_datasets.core.utils import tqdm_utils

@@ -1,4 +1,4 @@
-"""Read a prepared tensorflow-datasets directory, whole or image by image, without TensorFlow."""
+"""Reading of prepared tensorflow-datasets directories, whole or image by image, without TensorFlow."""
 
 import difflib
 import functools
@@ -27,7 +27,7 @@ _REMEDY = "Remove its folder and prepare the set again."
 
 
 def open_prepared(name: str, data_dir: Path) -> Any:
-    """Open a prepared set; never look for it on the network.
+    """Open a prepared set, without ever searching for it on the network.
 
     Args:
         name: ``name``, ``name/config``, either followed by ``:version``.
@@ -37,13 +37,13 @@ def open_prepared(name: str, data_dir: Path) -> Any:
         The builder of tensorflow-datasets.
 
     Raises:
-        DataError: If there is no such set, it is not prepared, or not as array_record files.
+        DataError: If there is no such set, or it is not prepared as array_record files.
     """
     known = find_known(name)
     prepared = prepared_directories(data_dir)
     if not _NAME.fullmatch(name):
         raise DataError(
-            f"{name!r} is no name of a data set. {nearest(name, {*KNOWN, *prepared})} Others are "
+            f"{name!r} is not a name of a data set. {nearest(name, {*KNOWN, *prepared})} Others are "
             "named as in tensorflow-datasets: name, name/config or name:version."
         )
 
@@ -129,14 +129,14 @@ def read_split(builder: Any, name: str) -> Split:
 
 
 class PreparedImages:
-    """The images of a split, each read and decoded when it is asked for.
+    """The images of a split, read and decoded on access.
 
     Args:
         builder: From :func:`open_prepared`.
         name: As for :func:`read_split`.
 
     Raises:
-        DataError: If a file is missing; when an image is asked for, if it is damaged.
+        DataError: If a file is missing; on access, if the image is damaged.
     """
 
     def __init__(self, builder: Any, name: str) -> None:
@@ -155,14 +155,14 @@ class PreparedImages:
         return self._length
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        """The image uint8 ``[H, W, C]`` and the label at a place."""
+        """Read an image uint8 ``[H, W, C]`` and its label."""
         return self._read(index, functools.partial(_decode, channels=self._channels))
 
     def labels(self, places: Iterable[int]) -> NDArray[np.int32]:
         """Read labels without decoding the images.
 
         Args:
-            places: Of the images, ``N`` of them.
+            places: Indices of ``N`` images.
 
         Returns:
             int32 ``[N]``.
@@ -180,7 +180,7 @@ class PreparedImages:
 
 
 def _files(split: Any) -> list[tuple[Path, range, int]]:
-    """The files of a split or of slices: which of their records belong to it, and how many they hold."""
+    """List the files of a split, with the range of records that belong to it, and their total number."""
     return [
         (Path(file.filename), range(file.skip, file.skip + file.take), file.examples_in_shard)
         for file in split.file_instructions
@@ -207,14 +207,14 @@ def _records(path: Path, part: range, length: int) -> Iterator[bytes]:
 
 
 def _unreadable(where: str, error: Exception) -> DataError:
-    """What is wrong with a record that could not be decoded."""
+    """Create the error for a record that could not be decoded."""
     if isinstance(error, PixelError):
         return DataError(f"{where}: {error}")
     return DataError(f"{where}: damaged ({error}). {_REMEDY}")
 
 
 def _decode(example: Any, channels: int | None) -> tuple[NDArray[np.uint8], int]:
-    """The image and the label of a record; a ValueError if it is damaged."""
+    """Decode the image and the label of a record; raise a ValueError if it is damaged."""
     image = example.features.feature["image"].bytes_list.value
     if len(image) != 1:
         raise ValueError("it does not hold one image and one label")
@@ -222,7 +222,7 @@ def _decode(example: Any, channels: int | None) -> tuple[NDArray[np.uint8], int]
 
 
 def _label(example: Any) -> int:
-    """The label of a record; a ValueError if it is damaged."""
+    """Decode the label of a record; raise a ValueError if it is damaged."""
     label = example.features.feature["label"].int64_list.value
     if len(label) != 1:
         raise ValueError("it does not hold one image and one label")

@@ -1,7 +1,7 @@
-"""Bring images of differing sizes to one size: random parts to train with, the middle to test.
+"""Resizing of images to one size: random crops for training, centre crops for testing.
 
-This runs where images are decoded, on the host, with Pillow's antialiased bilinear filter. All
-randomness comes from the generator that is passed in.
+It runs on the host, where images are decoded, with Pillow's antialiased bilinear filter. All
+randomness comes from the given generator.
 """
 
 import numpy as np
@@ -16,19 +16,19 @@ _ATTEMPTS = 10
 
 
 def random_box(height: int, width: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
-    """Draw a part of an image: its share of the area, then its ratio, then its place.
+    """Draw a random box in an image: its fraction of the area, its aspect ratio, and its position.
 
-    The share is uniform in [0.08, 1], the logarithm of width by height uniform between those of 3/4
-    and 4/3. After ten draws that do not fit into the image, the part is the largest one in the
-    middle whose ratio is within these bounds.
+    The fraction is uniform in [0.08, 1], and the logarithm of the aspect ratio (width by height) is
+    uniform between those of 3/4 and 4/3. After ten draws that do not fit into the image, the box is the
+    largest centred one with an aspect ratio within these bounds.
 
     Args:
-        height: Of the image.
-        width: Of the image.
+        height: Height of the image.
+        width: Width of the image.
         generator: Source of the random numbers.
 
     Returns:
-        ``(top, left, height, width)`` of the part, in whole pixels.
+        ``(top, left, height, width)`` of the box, in whole pixels.
 
     Example:
         >>> random_box(10, 100, np.random.default_rng(0))[2]
@@ -50,7 +50,7 @@ def random_box(height: int, width: int, generator: np.random.Generator) -> tuple
 def random_resized_crop(
     image: NDArray[np.uint8], size: tuple[int, int], generator: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Take a random part of an image and resize it.
+    """Crop a random box of an image and resize it, see `random_box`.
 
     Args:
         image: uint8 ``[H, W, C]``, ``C`` 1 or 3.
@@ -72,12 +72,12 @@ def random_resized_crop(
 def resized_center_crop(
     image: NDArray[np.uint8], size: tuple[int, int], shorter_side: int
 ) -> NDArray[np.uint8]:
-    """Resize an image with its proportions kept, then take the middle.
+    """Resize an image, preserving its aspect ratio, and crop the centre.
 
     Args:
         image: uint8 ``[H, W, C]``, ``C`` 1 or 3.
         size: ``(height, width)`` of the result, at most ``shorter_side``.
-        shorter_side: Pixels of the shorter side before the middle is taken.
+        shorter_side: Pixels of the shorter side after resizing.
 
     Returns:
         uint8 ``[*size, C]``.
@@ -94,7 +94,7 @@ def resized_center_crop(
 
 
 def _resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The image at another size; a grey one has a channel axis before and after."""
+    """Resize an image, which has a channel axis even if it is grey."""
     pixels = image[..., 0] if image.shape[2] == 1 else image
     resized = Image.fromarray(np.ascontiguousarray(pixels)).resize(size[::-1], Image.Resampling.BILINEAR)
     return np.asarray(resized).reshape(*size, image.shape[2])

@@ -1,7 +1,7 @@
-"""The embedded sample: 3,000 Fashion-MNIST images that come with the package.
+"""The embedded sample: 3,000 Fashion-MNIST images included in the package.
 
 It needs neither a download nor tensorflow-datasets. ``FASHION_MNIST_LICENSE.txt`` beside the file
-holds the licence (MIT, Zalando SE, 2017) and how the images were chosen.
+contains the licence (MIT, Zalando SE, 2017) and describes how the images were chosen.
 """
 
 import importlib.resources

@@ -1,4 +1,4 @@
-"""Which images of a set are trained on, validated on and tested on."""
+"""Choice of the training, validation and test images of a data set."""
 
 import dataclasses
 import re
@@ -17,14 +17,14 @@ _BOUNDARY = re.compile(r"-?\d+(\.\d+(?=%))?%?")
 
 @dataclasses.dataclass(frozen=True)
 class SplitChoice:
-    """The parts of a set that a run asks for, in tensorflow-datasets' slicing syntax; None: the default.
+    """Choice of the splits of a run, in the slicing syntax of tensorflow-datasets; None: the default.
 
     Attributes:
-        train: What is trained on, such as ``"train[:80%]"``; default ``"train"``.
-        test: What is tested on; default ``"test"``, or ``"validation"`` of a set without that.
-        validation: What is validated on; by default nothing.
-        held_out: What to take out of the training images for validation instead: a number of images, or a
-            fraction of them in (0, 1).
+        train: Training images, such as ``"train[:80%]"``; default ``"train"``.
+        test: Test images; default ``"test"``, or ``"validation"`` of a set without it.
+        validation: Validation images; by default none.
+        held_out: Instead, hold out training images for validation: a number of images, or a fraction of
+            them in (0, 1).
     """
 
     train: str | None = None
@@ -34,7 +34,7 @@ class SplitChoice:
 
     @property
     def is_default(self) -> bool:
-        """Whether nothing is asked for."""
+        """True if all choices are the default."""
         return self == SplitChoice()
 
 
@@ -44,8 +44,8 @@ class Slice:
 
     Attributes:
         split: The name of the split.
-        start: The first image.
-        stop: The image after the last one.
+        start: Index of the first image.
+        stop: Index after the last image.
     """
 
     split: str
@@ -62,16 +62,16 @@ class Slice:
 def resolve_splits(
     name: str, choice: SplitChoice, counts: Mapping[str, int], default_test: Sequence[str]
 ) -> dict[str, tuple[Slice, ...]]:
-    """Find the images that are asked for.
+    """Resolve a choice of splits to slices of images.
 
     Args:
         name: The name of the set, for messages.
-        choice: What is asked for.
+        choice: The choice.
         counts: The number of images of every split of the set.
-        default_test: Names of splits of which the first one that exists is tested on by default.
+        default_test: Names of the default test split, in order of preference.
 
     Returns:
-        The images of ``"train"``, ``"test"`` and, where they are named, ``"validation"``.
+        The slices of ``"train"``, ``"test"`` and, if it is chosen, ``"validation"``.
 
     Raises:
         DataError: A split does not exist or is empty, a slice does not parse or goes past the end, or an
@@ -108,15 +108,15 @@ def resolve_splits(
 
 
 def slices_of(name: str, key: str, text: str, counts: Mapping[str, int]) -> tuple[Slice, ...]:
-    """Parse tensorflow-datasets' slicing syntax.
+    """Parse the slicing syntax of tensorflow-datasets.
 
-    Boundaries are numbers of images or percentages (rounded to the closest image), negative ones
-    counted from the end; ``+`` joins slices.
+    Boundaries are indices or percentages (rounded to the closest index), counted from the end if they
+    are negative; ``+`` joins slices.
 
     Args:
         name: The name of the set, for messages.
-        key: What holds the text, for messages.
-        text: Such as ``"train"``, ``"train[:80%]"``, ``"train[5000:]"``, ``"train[-10%:]+validation"``.
+        key: Configuration key of the text, for messages.
+        text: Text such as ``"train"``, ``"train[:80%]"``, ``"train[5000:]"``, ``"train[-10%:]+validation"``.
         counts: The number of images of every split of the set.
 
     Returns:
@@ -129,11 +129,11 @@ def slices_of(name: str, key: str, text: str, counts: Mapping[str, int]) -> tupl
     for term in text.split("+"):
         parsed = _SLICE.fullmatch(term.strip())
         bounds = [bound.strip() for bound in parsed.group("start", "stop") if bound] if parsed else []
-        # As in tensorflow-datasets, "train[:]" is nothing.
+        # As in tensorflow-datasets, "train[:]" is not valid.
         empty = parsed is not None and "[" in term and not bounds
         if parsed is None or empty or not all(_BOUNDARY.fullmatch(bound) for bound in bounds):
             raise DataError(
-                f"{name}: {key} = {text!r} is no split and no slice of one. Write it as "
+                f"{name}: {key} = {text!r} is neither a split nor a slice of one. Write it as "
                 "'validation', 'train[:80%]', 'train[5000:]' or 'train[-10%:]'."
             )
         split = parsed["split"]
@@ -156,7 +156,7 @@ def slices_of(name: str, key: str, text: str, counts: Mapping[str, int]) -> tupl
 
 
 def _place(text: str | None, default: int, count: int) -> int:
-    """The place of a boundary in a split."""
+    """Return the index of a boundary in a split."""
     text = (text or "").strip()
     if not text:
         return default
@@ -165,7 +165,7 @@ def _place(text: str | None, default: int, count: int) -> int:
 
 
 def held_out_count(number: int | float, count: int) -> int:
-    """The number of images that a number or a fraction of ``count`` images means.
+    """Convert a number of images, or a fraction of ``count`` images, to a number.
 
     Example:
         >>> held_out_count(0.1, 2000), held_out_count(500, 2000)
@@ -175,23 +175,23 @@ def held_out_count(number: int | float, count: int) -> int:
 
 
 def hold_out(name: str, labels: NDArray[np.int32], number: int | float) -> tuple[NDArray[np.int64], ...]:
-    """Choose images to validate on, as many of each class as of any other.
+    """Choose validation images from the training images, the same number from each class.
 
-    Every class gives the same number of images; if that leaves a remainder, the classes with the most
-    images give one more (of equals, those of the lowest label). Of the ``n`` images of a class in the
-    order of the set, the ``q`` at the places ``floor((2 k + 1) n / (2 q))``, ``k = 0 .. q - 1``, are
-    held out: evenly spaced, so that it does not matter if the set is ordered. Nothing is random.
+    A remainder is taken from the classes with the most images, one from each (among equals, from those
+    with the lowest labels). Of the ``n`` images of a class, in the order of the set, the ``q`` with the
+    indices ``floor((2 k + 1) n / (2 q))``, ``k = 0 .. q - 1``, are held out: they are evenly spaced, in
+    case the set is ordered. The choice is deterministic.
 
     Args:
         name: The name of the set, for messages.
-        labels: int32 ``[N]``, of all training images.
-        number: How many images to hold out, or which fraction of them in (0, 1).
+        labels: int32 ``[N]``, labels of all training images.
+        number: Number of images to hold out, or fraction of them in (0, 1).
 
     Returns:
-        The places of the images that stay and of those that are held out, int64, each in ascending order.
+        Indices of the remaining images and of those held out, int64, each in ascending order.
 
     Raises:
-        DataError: There would be a class without an image to validate on or without one to train on.
+        DataError: A class would have no validation image or no remaining training image.
 
     Example:
         >>> hold_out("toy", np.array([0, 1, 0, 1, 0, 1], np.int32), 2)
@@ -224,6 +224,6 @@ def hold_out(name: str, labels: NDArray[np.int32], number: int | float) -> tuple
 
 
 def _most_held_out(counts: NDArray[np.int64]) -> int:
-    """The largest number that leaves each class an image to train on."""
+    """Return the largest number of images to hold out that leaves each class a training image."""
     each = int(counts.min()) - 1
     return each * len(counts) + int((counts > each + 1).sum())

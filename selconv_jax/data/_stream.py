@@ -1,9 +1,8 @@
-"""Stream the batches of a set that does not fit on the device: read and decode them ahead.
+"""Streaming of batches: reading and decoding ahead, for sets that do not fit on the device.
 
-What a batch holds follows from its place in the order of the epoch alone: not from the number of
-threads or processes that decode, nor from where reading started. So the number of training steps
-done is the position in the data, and a resumed run reads the batches that an unbroken one would
-have read.
+The content of a batch depends only on its index in the epoch, not on the number of threads or
+processes that decode or on where reading started. The number of completed training steps is therefore
+the position in the data, and a resumed run reads the same batches as an uninterrupted one.
 """
 
 import contextlib
@@ -25,20 +24,20 @@ from selconv_jax.errors import DataError
 __all__ = ["NO_IMAGE", "ImageReader", "ImageSource", "SourcePart", "StreamedData", "stream_batches"]
 
 NO_IMAGE = -1
-"""Place and label of what fills up the last batch."""
+"""Index and label of the padding in the last batch."""
 
 _MOST_THREADS = 16
 _BATCHES_PER_WORKER = 2
 
 
 class ImageSource(Protocol):
-    """Images with labels that are read one at a time; pickled when other processes read them."""
+    """Images with labels that are read one at a time; pickled if worker processes read them."""
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        """The image uint8 ``[H, W, C]`` and the label at a place."""
+        """Read an image uint8 ``[H, W, C]`` and its label."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +46,7 @@ class SourcePart:
 
     Attributes:
         source: The source.
-        places: int64 ``[N]``, where in it the images are.
+        places: int64 ``[N]``, indices of the images in it.
     """
 
     source: ImageSource
@@ -57,19 +56,19 @@ class SourcePart:
         return len(self.places)
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        """The image uint8 ``[H, W, C]`` and the label at a place of the part."""
+        """Read an image uint8 ``[H, W, C]`` and its label, by its index in the part."""
         return self.source[int(self.places[index])]
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamedData:
-    """A data set that is read while it is used: its facts and its splits.
+    """A data set that is streamed: its facts and its splits.
 
     Attributes:
         info: The facts.
         train: The training split.
         test: The test split.
-        validation: The images that the best epoch is chosen on, none of them in another split; or None.
+        validation: Images for choosing the best epoch, disjoint from the other splits; or None.
 
     Raises:
         DataError: If a split is empty.
@@ -89,16 +88,16 @@ class StreamedData:
 
 @dataclasses.dataclass(frozen=True)
 class ImageReader:
-    """Reads the image of a place as a step takes it: all images of one shape.
+    """Reader that returns images by index, all of the shape that a step takes.
 
-    Images of a set with ``info.eval_resize`` are cropped, resized and, in training, mirrored here.
-    What is drawn for an image follows from the seed and its place alone. Those of other sets are
-    cropped and mirrored in the compiled step.
+    Images of a set with ``info.eval_resize`` are cropped, resized and, in training, mirrored here, with
+    random numbers that depend only on the seed and the index. Images of other sets are cropped and
+    mirrored in the compiled step.
 
     Attributes:
         source: The images.
-        info: Their facts.
-        seed: Seed of the augmentation, another one for each epoch; ``None`` to test.
+        info: Facts of the data set.
+        seed: Seed of the augmentation, different in each epoch; ``None``: for testing.
     """
 
     source: ImageSource
@@ -109,13 +108,13 @@ class ImageReader:
         """Read an image.
 
         Args:
-            index: Its place in the split, or `NO_IMAGE` for a black one.
+            index: Its index in the split, or `NO_IMAGE` for a black image.
 
         Returns:
             The image uint8 ``info.image_shape``, and its label.
 
         Raises:
-            DataError: If it cannot be read, has another shape, or its label is no class.
+            DataError: If it cannot be read, has another shape, or its label is not a class.
         """
         index, shape = int(index), self.info.image_shape
         if index == NO_IMAGE:
@@ -153,18 +152,18 @@ def stream_batches(
     workers: int = 0,
     rows: NDArray[np.integer[Any]] | None = None,
 ) -> Generator[tuple[NDArray[np.uint8], NDArray[np.int32]]]:
-    """Read this process's share of each batch, some batches ahead.
+    """Read this process's part of each batch, some batches ahead.
 
-    Close the iterator to end the reading; it holds threads or processes until then.
+    Close the iterator to stop reading; until then it holds threads or processes.
 
     Args:
         reader: Reads an image.
-        order: int32 ``[N]``, places of images in the order in which batches take them, the same in
-            every process. What does not fill a batch is left out.
+        order: int32 ``[N]``, indices of images in the order of the epoch, the same in every process. An
+            incomplete last batch is dropped.
         batch_size: Images per batch, over all processes.
-        start: Number of batches to leave out at the beginning, without reading them.
-        workers: Processes that read; 0: threads of this process.
-        rows: ``[rows]``, which images of each batch to read, the share of this process; None: all.
+        start: Number of batches to skip at the beginning, without reading them.
+        workers: Number of worker processes; 0: threads of this process.
+        rows: ``[rows]``, indices within each batch of the images that this process reads; None: all.
 
     Yields:
         Images uint8 ``[rows, H, W, C]`` and labels int32 of the same length.
@@ -179,7 +178,7 @@ def stream_batches(
         >>> [labels.tolist() for _, labels in batches] == data.test.labels[:8].reshape(2, 4).tolist()
         True
     """
-    # Here, as sets on the device need none of it.
+    # Imported here, as sets in memory do not need it.
     import absl.flags
     import grain
 
@@ -188,25 +187,25 @@ def stream_batches(
     if not places.size:
         return
     batches = grain.MapDataset.source(places.reshape(-1)).map(reader).batch(places.shape[1])
-    # Each thread reads a whole batch. Workers share the batches out among them, in turn.
+    # Each thread reads a whole batch; worker processes take batches in turn.
     threads = 1 if workers else min(_MOST_THREADS, os.cpu_count() or 1)
     ahead = _BATCHES_PER_WORKER if workers else threads + 1
     pipeline = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
     if workers:
         if not absl.flags.FLAGS.is_parsed():
-            absl.flags.FLAGS.mark_as_parsed()  # grain asks for a flag of its own; the default will do
+            absl.flags.FLAGS.mark_as_parsed()  # grain reads a flag, whose default will do
         pipeline = pipeline.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BATCHES_PER_WORKER),
             worker_init_fn=_live_and_die_with_the_parent,
         )
     with contextlib.closing(iter(pipeline)) as iterator:
         for images, labels in iterator:
-            # What workers send lies in shared memory, which is taken back from under a JAX array.
+            # Workers send arrays in shared memory, which is reused while a JAX array may still refer to it.
             yield (np.array(images), np.array(labels)) if workers else (images, labels)
 
 
 def _live_and_die_with_the_parent(worker: int, workers: int) -> None:
-    """Signals may reach every process of a run; the one that trains decides what happens."""
+    """Ignore signals, which the training process handles for all, and exit when it ends."""
     del worker, workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -217,5 +216,5 @@ def _live_and_die_with_the_parent(worker: int, workers: int) -> None:
         parent.join()
         os._exit(1)
 
-    # A parent that was killed cannot stop its workers.
+    # A killed parent cannot stop its workers.
     threading.Thread(target=follow, daemon=True).start()

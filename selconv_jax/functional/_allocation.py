@@ -14,14 +14,14 @@ __all__ = ["LayerState", "deallocate", "draw_sources", "fill_slots", "sources_fr
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerState:
-    """Everything re-allocation reads or rewrites in one layer with ``C`` inputs and ``O`` outputs.
+    """State of one layer, with ``C`` input and ``O`` output channels, that re-allocation reads or rewrites.
 
-    ``source`` and ``shift`` are None in a gate-only layer, whose closed channels are never filled again.
+    ``source`` and ``shift`` are None in a gate-only layer, whose closed channels are never refilled.
 
-    Layers with ``G`` groups are an extension of the method, which has none. Their input is one tensor of
-    ``C`` channels for gates, sources and scores alike: a slot may copy a channel of any group. Only the
-    kernel knows of groups: the row of channel ``d`` is ``kernel[..., d % (C / G), o]`` for the outputs
-    ``o`` of its group ``d // (C / G)``.
+    Layers with ``G`` groups are an extension of the method, which has none. Gates, sources and scores
+    ignore the groups and index all ``C`` channels: a slot may copy a channel of any group. Only the kernel
+    is grouped: the row of channel ``d`` is ``kernel[..., d % (C / G), o]`` for the outputs ``o`` of its
+    group ``d // (C / G)``.
 
     Attributes:
         kernel: ``[*K, C / G, O]`` floating, ``[*K, C, O]`` without groups.
@@ -30,7 +30,7 @@ class LayerState:
         mean: ``[C]`` batch norm running mean.
         var: ``[C]`` batch norm running variance.
         gate: ``[C]`` bool, false where the channel is closed.
-        source: ``[C]`` int32, the channel that is read instead, -1 for "its own, unshifted"; or None.
+        source: ``[C]`` int32, index of the channel that is read instead, -1 for "itself, unshifted"; or None.
         shift: ``[C, len(S)]`` floating, in pixels; or None.
     """
 
@@ -51,27 +51,27 @@ def deallocate(
     threshold: float | jax.Array,
     groups: int = 1,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Close the channels whose joint damage stays below a threshold (method, "De-allocation").
+    """Close the channels whose total damage stays within a threshold (method, "De-allocation").
 
-    Channels are taken in ascending order of their largest damage to any output. The longest run of
-    them whose summed damage exceeds ``threshold`` for no output is closed. If not even all channels
-    together exceed it (all damage 0, or a threshold of 1 and more) nothing is closed.
+    Channels are sorted by their largest damage to any output, in ascending order. The longest prefix
+    whose summed damage exceeds ``threshold`` for no output is closed. If even all channels together do
+    not exceed it (all damage is 0, or the threshold is at least 1), nothing is closed.
 
-    With groups, an extension of the method, the channels of all groups stand in one order and are held
-    to one sum per output. Beyond that, each group that had an open channel keeps the last of them in that
-    order: without one the outputs of the group would be constant, and no gradient would reach its kernel.
-    In a depthwise convolution (one channel per group) nothing is ever closed.
+    With groups, an extension of the method, the channels of all groups are sorted together, with one sum
+    per output. In addition, each group that had an open channel keeps the last of them in that order:
+    without one the outputs of the group would be constant, and no gradient would reach its kernel. In a
+    depthwise convolution (one channel per group) nothing is ever closed.
 
     Args:
-        normalized: ``[O, C]`` normalized damage of the layer as it stands.
+        normalized: ``[O, C]`` normalized damage of the layer before the call.
         gate: ``[C]`` bool.
         source: ``[C]`` int32, or None for a gate-only layer.
-        threshold: Damage, as a share of the whole, that may be lost; 0 closes what has no damage.
+        threshold: Fraction of the damage that may be lost; 0 closes channels without damage.
         groups: Number of groups of the convolution.
 
     Returns:
         The new gate and source: closed channels have gate false and source -1. Channels that were
-        closed before stay closed; a layer, and each of its groups, that had an open channel keeps one.
+        closed before stay closed. A layer that had an open channel keeps one, and so does each of its groups.
 
     Example:
         >>> import jax.numpy as jnp
@@ -84,12 +84,12 @@ def deallocate(
     # A stable sort: of channels with equal damage the one with the lower index is closed first.
     order = jnp.argsort(jnp.max(normalized, axis=0), stable=True)
     largest = jnp.max(jnp.cumsum(normalized[:, order], axis=1), axis=0)
-    # The sums never fall, as no damage is negative; a parallel cumsum may round otherwise.
+    # Damage is not negative, so the sums never fall, except for the rounding of a parallel cumsum.
     threshold = jnp.asarray(threshold, largest.dtype)
     exceeded = jax.lax.cummax(largest) > threshold
-    # Rows sum to less than 1; rounding may carry a sum over it.
+    # Rows sum to less than 1, but rounding may exceed it.
     closes_some = exceeded[-1] & (threshold < 1)
-    # The first sum that exceeds belongs to the n-th channel, which stays open: n - 1 are closed.
+    # If the n-th sum is the first to exceed the threshold, the n - 1 channels before it are closed.
     closed = jnp.zeros_like(gate).at[order].set(~exceeded & closes_some)
     new_gate = gate & ~closed
     if groups > 1:
@@ -100,7 +100,7 @@ def deallocate(
 
 
 def _kept_by_groups(order: jax.Array, gate: jax.Array, new_gate: jax.Array, groups: int) -> jax.Array:
-    """``[C]`` bool: of each group whose channels would all be closed, the open one that comes last."""
+    """Find, in each group that would lose all its channels, the last open one in ``order``: ``[C]`` bool."""
     place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
     places = jnp.where(gate, place, -1).reshape(groups, -1)
     lost = jnp.any(gate.reshape(places.shape), axis=1) & ~jnp.any(new_gate.reshape(places.shape), axis=1)
@@ -109,10 +109,10 @@ def _kept_by_groups(order: jax.Array, gate: jax.Array, new_gate: jax.Array, grou
 
 
 def draw_sources(key: jax.Array, scores: jax.Array, gate: jax.Array, top_k: int) -> jax.Array:
-    """Draws for every closed channel the open one it shall copy (method, "Re-allocation" 3, 4).
+    """Draw the open channel that each closed channel will copy (method, "Re-allocation" 3, 4).
 
-    Each slot takes, independently and uniformly, one of the ``top_k`` open channels of highest score.
-    Only scores above 0 count; where there are fewer than ``top_k``, those are all.
+    Each closed channel independently draws one of the ``top_k`` open channels with the highest scores, all
+    equally likely. Only channels with a score above 0 are candidates; there may be fewer than ``top_k``.
 
     Args:
         key: A PRNG key.
@@ -121,8 +121,7 @@ def draw_sources(key: jax.Array, scores: jax.Array, gate: jax.Array, top_k: int)
         top_k: Number of candidates, at least 1.
 
     Returns:
-        ``[C]`` int32: the drawn channel, -1 where nothing is to be drawn (the channel is open, or
-        there is no candidate).
+        ``[C]`` int32: index of the drawn channel, or -1 if the channel is open or there is no candidate.
 
     Raises:
         ValueError: ``top_k`` is below 1.
@@ -137,7 +136,7 @@ def draw_sources(key: jax.Array, scores: jax.Array, gate: jax.Array, top_k: int)
 
 
 def sources_from_uniform(uniform: jax.Array, scores: jax.Array, gate: jax.Array, top_k: int) -> jax.Array:
-    """`draw_sources` with the random numbers as an argument.
+    """Draw sources as `draw_sources` does, from given random numbers.
 
     Args:
         uniform: ``[C]`` floating in [0, 1).
@@ -152,11 +151,10 @@ def sources_from_uniform(uniform: jax.Array, scores: jax.Array, gate: jax.Array,
         ValueError: ``top_k`` is below 1.
     """
     check_whole("top_k", top_k, 1)
-    # Equal scores: lax.top_k puts the lower index first.
-    # A score that is NaN is no candidate.
+    # Of equal scores lax.top_k puts the lower index first. A channel with a NaN score is no candidate.
     best, candidates = jax.lax.top_k(jnp.where(gate & (scores > 0), scores, 0), min(top_k, scores.shape[0]))
     number = jnp.sum(best > 0, dtype=jnp.int32)
-    # Rounding may carry the product up to `number` itself.
+    # Rounding may raise the product to `number` itself.
     pick = jnp.minimum(jnp.floor(uniform * number.astype(uniform.dtype)).astype(jnp.int32), number - 1)
     return jnp.where(gate | (number == 0), -1, candidates[pick]).astype(jnp.int32)
 
@@ -164,16 +162,16 @@ def sources_from_uniform(uniform: jax.Array, scores: jax.Array, gate: jax.Array,
 def fill_slots(state: LayerState, drawn: jax.Array, drawn_shift: jax.Array) -> LayerState:
     """Fill closed channels with shifted copies of the drawn ones (method, "Re-allocation" 4).
 
-    A filled slot opens with an all-zero kernel row, so the layer computes what it computed before,
-    and with the batch norm of the channel it copies. A copy of a copy reads the original. All slots
-    are filled from the state before the fill.
+    A filled slot is opened with an all-zero kernel row, so that the layer's output does not change, and
+    with the batch norm of the channel it copies. A copy of a copy reads the original. All slots are
+    filled from the state before the call.
 
-    In a layer with groups a slot may copy a channel of another group: its kernel row stays in its own.
+    In a layer with groups a slot may copy a channel of another group; its kernel row stays in its own group.
 
     Args:
-        state: The layer after de-allocation; it has a ``source`` and a ``shift``.
+        state: The layer after de-allocation, with ``source`` and ``shift``.
         drawn: ``[C]`` int32 from `draw_sources`; -1 leaves the channel as it is.
-        drawn_shift: ``[C, len(S)]`` floating, the shifts in pixels that the filled slots start with.
+        drawn_shift: ``[C, len(S)]`` floating, initial shifts of the filled slots, in pixels.
 
     Returns:
         The state with the slots filled; the shapes and dtypes are unchanged.

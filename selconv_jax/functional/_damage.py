@@ -14,10 +14,10 @@ __all__ = ["channel_scores", "expected_channel_damage", "normalize_damage"]
 def expected_channel_damage(
     kernel: jax.Array, scale: jax.Array, bias: jax.Array, gate: jax.Array
 ) -> jax.Array:
-    r"""Expected channel damage matrix (ECDM) of a batch norm, ReLU, convolution layer.
+    r"""Compute the expected channel damage matrix (ECDM) of a batch norm, ReLU, convolution layer.
 
-    After batch norm, channel :math:`i` is about normal with mean :math:`\beta_i` and deviation
-    :math:`|\gamma_i|`, so that behind the ReLU its mean is
+    After batch norm, channel :math:`i` is approximately normal with mean :math:`\beta_i` and standard
+    deviation :math:`|\gamma_i|`, so its mean after the ReLU is
 
     .. math:: E_i = |\gamma_i| \phi(\beta_i / |\gamma_i|) + \beta_i \Phi(\beta_i / |\gamma_i|)
 
@@ -26,22 +26,22 @@ def expected_channel_damage(
     matrix").
 
     The published method has no grouped selective layer. Here the matrix of a layer with ``G`` groups
-    stays ``[O, C]``: an output is damaged by the channels of its own group alone, so all other pairs are
-    0, and a row's shares (`normalize_damage`) are shares among the channels of one group.
+    is still ``[O, C]``. Only channels of its own group damage an output, so all other entries are 0, and
+    `normalize_damage` normalizes a row over the channels of one group.
 
     Args:
         kernel: ``[*K, C / G, O]`` floating, any number of spatial dimensions ``K``; the number of groups
-            ``G`` follows from the shapes.
+            ``G`` is inferred from the shapes.
         scale: ``[C]`` batch norm scale :math:`\gamma`, of any sign.
         bias: ``[C]`` batch norm bias :math:`\beta`.
         gate: ``[C]`` bool, false where the channel is closed.
 
     Returns:
-        ``[O, C]`` in the dtype of ``kernel``, at least float32; columns of closed channels are 0, and
-        of open ones with a parameter that is NaN, NaN.
+        ``[O, C]`` in the dtype of ``kernel``, at least float32. Columns of closed channels are 0; columns of
+        open channels with a NaN parameter are NaN.
 
     Raises:
-        ValueError: The kernel does not belong to so many channels.
+        ValueError: The kernel's shape does not fit the number of channels.
 
     Example:
         >>> import jax.numpy as jnp
@@ -59,8 +59,8 @@ def expected_channel_damage(
     dtype = statistics_dtype(kernel.dtype)
     scale, bias = scale.astype(dtype), bias.astype(dtype)
     deviation = jnp.abs(scale)
-    is_constant = deviation == 0  # not of NaN, which stays NaN
-    # Dividing by 1 instead of 0 keeps the branch that is not taken finite.
+    is_constant = deviation == 0  # false for NaN, which propagates
+    # The divisor 1 keeps the branch that is not taken finite, and with it the gradient.
     ratio = bias / jnp.where(is_constant, 1, deviation)
     activation = jnp.where(
         is_constant,
@@ -77,7 +77,7 @@ def expected_channel_damage(
 
 
 def normalize_damage(damage: jax.Array) -> jax.Array:
-    """Shares of each output in the damage of all channels (nECDM): absolute values, rows sum to about 1.
+    """Normalize the damage to each output (nECDM): absolute values, rows sum to about 1.
 
     Args:
         damage: ``[O, C]`` floating, from `expected_channel_damage`.
@@ -97,13 +97,13 @@ def normalize_damage(damage: jax.Array) -> jax.Array:
 def channel_scores(
     normalized: jax.Array, source: jax.Array | None, max_copies: int | None = None
 ) -> jax.Array:
-    """How worthwhile a copy of each channel is: the 2-norm of its column (method, "Re-allocation" 1, 2).
+    """Score each channel as a candidate for copies: the 2-norm of its column (method, "Re-allocation" 1, 2).
 
     Args:
         normalized: ``[O, C]`` normalized damage, taken after de-allocation.
         source: ``[C]`` int32, -1 where a channel reads itself. May be None without ``max_copies``.
-        max_copies: Where more than this many channels read the same source, the source and all its
-            copies score 0, so that no further copy of it is made. None: no limit.
+        max_copies: If more than this many channels read the same source, the source and all its copies
+            score 0, so that it is not copied any further. None: no limit.
 
     Returns:
         ``[C]``, not negative; 0 for closed channels, whose damage is 0.
@@ -122,7 +122,7 @@ def channel_scores(
         return scores
     check_whole("max_copies", max_copies, 0, "a whole number, at least 0, or None for no limit")
     if source is None:
-        raise ValueError("max_copies needs source, which says who copies whom; it is None.")
+        raise ValueError("max_copies counts the copies in source, which is None. Pass the layer's source.")
     channels = jnp.arange(source.shape[0], dtype=source.dtype)
     reads = source[:, None] == channels[None, :]  # reads[j, s]: channel j is a copy of s
     exhausted = jnp.sum(reads, axis=0) > max_copies

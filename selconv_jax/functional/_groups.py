@@ -1,4 +1,4 @@
-"""Which entries of a kernel read which input channel, in convolutions with and without groups."""
+"""Kernel entries by the input channel that they read, in convolutions with and without groups."""
 
 from collections.abc import Sequence
 
@@ -9,19 +9,19 @@ __all__ = ["group_count", "kernel_rows", "without_rows"]
 
 
 def group_count(channels: int, kernel_shape: Sequence[int]) -> int:
-    """Number of groups ``G`` of a convolution, from its shapes alone.
+    """Infer the number of groups ``G`` of a convolution from its shapes.
 
     Output ``o`` belongs to group ``o // (O / G)`` and reads the ``C / G`` input channels of that group.
 
     Args:
         channels: Number of input channels ``C``.
-        kernel_shape: Of the kernel, ``[*K, C / G, O]``.
+        kernel_shape: Shape of the kernel, ``[*K, C / G, O]``.
 
     Returns:
         ``G``; 1 without groups.
 
     Raises:
-        ValueError: The kernel cannot belong to a layer with so many input channels.
+        ValueError: The kernel does not fit a layer with this number of input channels.
 
     Example:
         >>> group_count(8, (3, 3, 2, 16))
@@ -38,16 +38,16 @@ def group_count(channels: int, kernel_shape: Sequence[int]) -> int:
 
 
 def kernel_rows(values: jax.Array, kernel_shape: Sequence[int]) -> jax.Array:
-    """One value per input channel, laid out beside the kernel entries that read the channel.
+    """Lay out one value per input channel so that it broadcasts against the kernel entries reading it.
 
     Input channel ``c`` is read by ``kernel[..., c % (C / G), o]`` for the outputs ``o`` of its group.
 
     Args:
-        values: ``[*L, C]``; axes before the last are those of stacked layers.
-        kernel_shape: Of the kernel, ``[*L, *K, C / G, O]``.
+        values: ``[*L, C]``; the leading axes are those of stacked layers.
+        kernel_shape: Shape of the kernel, ``[*L, *K, C / G, O]``.
 
     Returns:
-        ``[*L, *1, C / G, O]``, or ``[*L, *1, C, 1]`` without groups: it broadcasts against the kernel.
+        ``[*L, *1, C / G, O]``, or ``[*L, *1, C, 1]`` without groups.
 
     Raises:
         ValueError: See `group_count`.
@@ -67,12 +67,12 @@ def kernel_rows(values: jax.Array, kernel_shape: Sequence[int]) -> jax.Array:
 
 
 def without_rows(kernel: jax.Array, closed: jax.Array, value: float = 0.0) -> jax.Array:
-    """A kernel whose rows for some input channels are constant; 0 closes them, at no cost per pixel.
+    """Set the kernel rows of some input channels to a constant; 0 closes them, at no cost per pixel.
 
     Args:
         kernel: ``[*K, C / groups, O]`` floating.
-        closed: ``[C]`` bool, the channels.
-        value: What stands in their rows.
+        closed: ``[C]`` bool, the channels whose rows are set.
+        value: The constant.
 
     Returns:
         ``[*K, C / groups, O]``.

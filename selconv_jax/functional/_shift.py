@@ -1,4 +1,4 @@
-"""Spatial shift of channels by fractions of a pixel, and the selection that reads through it."""
+"""Subpixel spatial shift of channels, and the channel selection that uses it."""
 
 import functools
 import math
@@ -18,16 +18,15 @@ __all__ = ["channel_shift", "select", "select_with_statistics"]
 
 
 def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
-    """Read every channel at a position of its own, displaced by ``shift``.
+    """Shift each channel spatially by its own displacement.
 
     Multilinear interpolation (method, "One selective layer"): the output at pixel ``(h, w)`` is ``x``
     at ``(h + shift[c, 0], w + shift[c, 1])``, each coordinate clamped to the image. The displacement is
-    constant over a channel, so the interpolation separates into one small matrix per axis and channel;
-    products with these are exact for any shift, near or far, and differentiate into products again
-    instead of scatters.
+    constant over a channel, so the interpolation separates into one small matrix per axis and channel.
+    The products are exact for shifts of any size, and their gradients are products too, not scatters.
 
-    Where a coordinate is clamped (on the border itself too) its gradient is 0; at a whole-pixel
-    displacement, where the interpolation has a kink, the gradient is the one from above.
+    The gradient is 0 where a coordinate is clamped or lies exactly on the border. At a whole-pixel
+    displacement, where the interpolation has a kink, it is the right-hand derivative.
 
     Args:
         x: ``[N, *S, C]`` floating, any number of spatial dimensions ``S``.
@@ -37,7 +36,7 @@ def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
         ``[N, *S, C]`` in the dtype of ``x``.
 
     Raises:
-        ValueError: The shape of ``shift`` does not belong to ``x``.
+        ValueError: The shape of ``shift`` does not match ``x``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -51,8 +50,8 @@ def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
             f"shift has shape {shift.shape}; an input of shape {x.shape} needs {expected}: "
             "one row per channel, one column per spatial dimension."
         )
-    # Channels first, so that every channel is one product with its own matrix. The weights are
-    # fractions: without full precision an accelerator would round them to 8 bits.
+    # Channels are a batch axis: each is multiplied by its own matrix. The weights are fractions, which
+    # an accelerator would round to 8 bits without full precision.
     product = functools.partial(lax.dot_general, precision=lax.Precision.HIGHEST)
     spatial = list(range(1, x.ndim - 1))
     order = [x.ndim - 1, 0, *spatial]  # the dimensions of x in those of y
@@ -63,23 +62,23 @@ def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
         if at == y.ndim - 1:
             y = product(y, matrix, (((at,), (2,)), ((0,), (0,))))
         else:
-            # The dimension goes before all others and stays there, instead of forth and back.
+            # The product puts this dimension first. It stays there: moving it back would be a transposition.
             order.insert(1, order.pop(at))
             y = product(matrix, jnp.moveaxis(y, at, 1), (((2,), (1,)), ((0,), (0,))))
     return jnp.transpose(y, [order.index(axis) for axis in range(x.ndim)])
 
 
 def _interpolation_matrices(shift: jax.Array, sizes: Sequence[int], dtype: jnp.dtype) -> list[jax.Array]:
-    """Weights ``[C, out, in]`` of the linear interpolation along each dimension, for all shifts."""
+    """Compute the interpolation weights ``[C, out, in]`` along each dimension, for shifts ``[C, len(S)]``."""
     if len(set(sizes)) == 1:
-        # Dimensions of equal size at once: a smaller program.
+        # Dimensions of equal size are computed together, which makes a smaller program.
         return list(jax.vmap(_interpolation_matrix, in_axes=(1, None, None))(shift, sizes[0], dtype))
     return [_interpolation_matrix(shift[:, axis], size, dtype) for axis, size in enumerate(sizes)]
 
 
 def _interpolation_matrix(shift: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
-    """Weights ``[C, out, in]`` of the linear interpolation along one dimension, for shifts ``[C]``."""
-    # A narrow type cannot even count the pixels of a large image.
+    """Compute the interpolation weights ``[C, out, in]`` along one dimension, for shifts ``[C]``."""
+    # A narrow type cannot even represent every pixel index of a large image.
     shift = shift.astype(statistics_dtype(shift.dtype))
     column = jnp.arange(size, dtype=shift.dtype)[None, None, :]
     position = column.swapaxes(1, 2) + shift[:, None, None]  # [C, out, 1]
@@ -88,30 +87,29 @@ def _interpolation_matrix(shift: jax.Array, size: int, dtype: jnp.dtype) -> jax.
     position = jnp.where(inside, position, clamped)
     below = jnp.floor(lax.stop_gradient(position))
     fraction = position - below
-    # On the last pixel the fraction is 0 and "below + 1" meets no column.
+    # On the last pixel the fraction is 0 and no column equals "below + 1".
     zero = jnp.zeros((), shift.dtype)
-    # NaN meets none at all, and stays NaN.
+    # NaN equals no column; multiplying by 0 instead of writing 0 propagates it.
     lower = jnp.where(column == below, 1 - fraction, 0 * lax.stop_gradient(fraction))
     upper = jnp.where(column == below + 1, fraction, zero)
     return (lower + upper).astype(dtype)
 
 
 def select(x: jax.Array, source: jax.Array, shift: jax.Array, capacity: int | None = None) -> jax.Array:
-    """The input as a selective layer sees it (method, "One selective layer", step 1).
+    """Replace copied channels by their shifted sources (method, "One selective layer", step 1).
 
     Channel ``j`` of the result is ``x_j`` where ``source[j] = -1``, else the channel ``source[j]`` shifted
     by ``shift[j]``. A channel may be a shifted copy of itself: ``source[j] = j`` differs from -1.
 
-    The cost grows with the number of copies that are provided for, not with the channels. ``capacity``
-    fixes that number when the program is compiled; the result does not depend on it as long as it suffices.
+    The cost grows with ``capacity``, the number of copies that the program is compiled for, not with the
+    number of channels. The result does not depend on it as long as it suffices.
 
     Args:
         x: ``[N, *S, C]`` floating.
         source: ``[C]`` int32 in ``-1 .. C - 1``.
-        shift: ``[C, len(S)]`` floating, in pixels; without effect and without gradient where
-            ``source`` is -1.
+        shift: ``[C, len(S)]`` floating, in pixels; ignored, with gradient 0, where ``source`` is -1.
         capacity: Upper bound of the number of copies (entries of ``source`` other than -1); None: ``C``.
-            Where there are more, every copy is NaN.
+            If there are more, every copy is NaN.
 
     Returns:
         ``[N, *S, C]`` in the dtype of ``x``.
@@ -131,17 +129,17 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, capacity: int | No
 def select_with_statistics(
     x: jax.Array, statistics: Statistics, source: jax.Array, shift: jax.Array, capacity: int | None = None
 ) -> tuple[jax.Array, Statistics]:
-    """Select, and tell the statistics of what is selected without reading all of it.
+    """Select channels and derive the statistics of the result, reading only the copies.
 
     Args:
         x: ``[N, *S, C]`` floating.
-        statistics: Those of ``x``, from `selconv_jax.nn.batch_statistics`.
+        statistics: Statistics of ``x``, from `selconv_jax.nn.batch_statistics`.
         source: See `select`.
         shift: See `select`.
         capacity: See `select`.
 
     Returns:
-        What `select` returns, and its statistics.
+        The result of `select`, and its statistics.
     """
     capacity = _bound(capacity, x)
     if capacity == 0:
@@ -150,7 +148,7 @@ def select_with_statistics(
     selected, copies, slot = _selected(x, source, shift, capacity)
 
     def placed(of_x: jax.Array, of_copies: jax.Array) -> jax.Array:
-        # Products with 1 and 0, one 1 per channel: exact where the precision is.
+        # The matrix holds one 1 per copied channel and zeros, so at full precision the product is exact.
         moved = jnp.dot(of_copies, slot.astype(of_copies.dtype), precision=lax.Precision.HIGHEST)
         return jnp.where(source >= 0, moved, of_x)
 
@@ -158,7 +156,7 @@ def select_with_statistics(
 
 
 def _bound(capacity: int | None, x: jax.Array) -> int:
-    """The number of copies that a program provides for."""
+    """Resolve ``capacity`` to the number of copies that the program provides for."""
     if capacity is None:
         return x.shape[-1]
     check_whole("capacity", capacity, 0, "a whole number of channels, at least 0, or None")
@@ -166,23 +164,24 @@ def _bound(capacity: int | None, x: jax.Array) -> int:
 
 
 def _replaced(x: jax.Array, channels: jax.Array, value: float) -> jax.Array:
-    """``x`` ``[..., C]`` with one value in the channels that are true in ``channels`` ``[C]``."""
+    """Fill the channels of ``x`` ``[..., C]`` that are true in ``channels`` ``[C]`` with one value."""
     return jnp.where(lax.expand_dims(channels, range(x.ndim - 1)), jnp.asarray(value, x.dtype), x)
 
 
 def _selected(
     x: jax.Array, source: jax.Array, shift: jax.Array, capacity: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The selected channels, the copies ``[N, *S, capacity]``, their channels as a mask ``[capacity, C]``."""
+    """Select; also return the copies ``[N, *S, capacity]`` and their channels as a mask ``[capacity, C]``."""
     channels = x.shape[-1]
     is_copy = source >= 0
     number = _numbers_of_copies(is_copy)
     slot = is_copy[None, :] & (number[None, :] == jnp.arange(capacity)[:, None])
-    # Places that are not used read channel 0 and are written nowhere.
-    # Indices are computed once, not for every pixel that a gather reads.
+    # Unused copies read channel 0 and are written nowhere.
+    # The barrier keeps the compiler from recomputing the indices for every pixel that a gather reads.
     origin = lax.optimization_barrier(jnp.sum(jnp.where(slot, source[None, :], 0), axis=1))
     if capacity < channels:
-        # One copy too many makes the displacement of all copies NaN: none is wrong, at no cost per pixel.
+        # One copy too many makes the displacement, and so the output, of all copies NaN: an overflow cannot
+        # pass for a result, and the check costs nothing per pixel.
         shift = jnp.where((number < capacity)[:, None], shift, jnp.asarray(jnp.nan, shift.dtype))
     read = jnp.where(is_copy[:, None], shift, jnp.zeros((), shift.dtype))
     displacement = jnp.dot(slot.astype(shift.dtype), read, precision=lax.Precision.HIGHEST)
@@ -198,15 +197,15 @@ def _selected(
 
 
 def _numbers_of_copies(is_copy: jax.Array) -> jax.Array:
-    """``[C]`` int32: how many of the channels before each one are copies."""
+    """Count the copies among the channels before each one: ``[C]`` int32."""
     channel = jnp.arange(is_copy.shape[0])
-    # Comparing all pairs compiles to less than a cumulative sum and its inverse.
+    # Comparing all pairs makes a smaller program than a cumulative sum and its inverse.
     return jnp.sum(is_copy[None, :] & (channel[None, :] < channel[:, None]), axis=1)
 
 
 @jax.custom_jvp
 def _gather(x: jax.Array, origin: jax.Array) -> jax.Array:
-    """The channels ``origin`` ``[capacity]`` of ``x``; the gradient is a product and not a scatter."""
+    """Gather the channels ``origin`` ``[capacity]`` of ``x``; the gradient is a product, not a scatter."""
     return _taken(x, origin)
 
 
@@ -221,7 +220,7 @@ def _gather_jvp(
 
 @jax.custom_jvp
 def _replace(x: jax.Array, copies: jax.Array, source: jax.Array, slot: jax.Array) -> jax.Array:
-    """``x`` with the copies in their slots; forward and back only channels are gathered."""
+    """Write the copies into their slots of ``x``; both this and its gradient only gather channels."""
     place = jnp.sum(jnp.where(slot, jnp.arange(slot.shape[0])[:, None], 0), axis=0)  # [C]
     place = lax.optimization_barrier(place)
     is_copy = lax.expand_dims(source >= 0, range(x.ndim - 1))
@@ -234,21 +233,22 @@ def _replace_jvp(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> t
     of_x, of_copies, *_ = tangents
     channel = jnp.sum(jnp.where(slot, jnp.arange(slot.shape[1])[None, :], 0), axis=1)  # [capacity]
     channel = lax.optimization_barrier(channel)
-    # Places that are not used have read channel 0. A scatter, whose transpose is a gather.
+    # Unused copies have read channel 0, so their tangents must not be added to it. The tangent is a
+    # scatter so that its transpose, the gradient, is a gather.
     added = _replaced(of_copies, ~jnp.any(slot, axis=1), 0)
     return _replace(*primals), _added(_replaced(of_x, source >= 0, 0), added, channel)
 
 
 def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Channels of ``x``; as columns of a matrix, which is the faster gather on CPU."""
+    """Gather channels of ``x`` as columns of a matrix, which is faster on CPU."""
     return materialize(jnp.take(_rows(x), index, axis=1, mode="clip")).reshape(*x.shape[:-1], index.shape[0])
 
 
 def _added(x: jax.Array, changes: jax.Array, index: jax.Array) -> jax.Array:
-    """``x`` with ``changes`` added to channels; its transpose is `_taken`."""
+    """Add ``changes`` to channels of ``x``; the transpose of `_taken`."""
     return _rows(x).at[:, index].add(materialize(_rows(changes)), mode="clip").reshape(x.shape)
 
 
 def _rows(x: jax.Array) -> jax.Array:
-    """``[..., C]`` as a matrix."""
+    """Reshape ``[..., C]`` to a matrix with ``C`` columns."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

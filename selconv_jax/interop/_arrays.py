@@ -1,4 +1,4 @@
-"""One array from the authors' layout, type and unit to ours, and back."""
+"""Conversion of single arrays between the authors' layout, dtype and units and ours."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ Array = NDArray[Any]
 
 
 def torch_shape(entry: Entry) -> tuple[int, ...]:
-    """The shape of their array: kernels are ``[O, I, *K]`` there, and ``[*K, I, O]`` here.
+    """Return the shape of the authors' array: kernels are ``[O, I, *K]`` there, and ``[*K, I, O]`` here.
 
     Example:
         >>> torch_shape(Entry(("params", "stem", "kernel"), "features.conv0.weight", (3, 3, 1, 8)))
@@ -27,24 +27,24 @@ def torch_shape(entry: Entry) -> tuple[int, ...]:
 
 
 def to_numpy(value: Any) -> Array:
-    """An array of NumPy or JAX, or a tensor of PyTorch, as a NumPy array."""
+    """Convert an array of NumPy or JAX, or a tensor of PyTorch, to a NumPy array."""
     if hasattr(value, "detach"):  # a tensor, perhaps on an accelerator
         value = value.detach().cpu()
-        if value.is_floating_point() and value.element_size() < 4:  # NumPy lacks some of those
+        if value.is_floating_point() and value.element_size() < 4:  # NumPy lacks some of these types
             value = value.float()
     return np.asarray(value)
 
 
 def find_fault(entry: Entry, array: Array, dtype: np.dtype[Any]) -> str | None:
-    """Look for values that the variable cannot have.
+    """Check for values that the variable cannot have.
 
     Args:
         entry: The variable.
-        array: Theirs, of the shape `torch_shape`.
-        dtype: The type it will have here; a number that overflows there is a fault, too.
+        array: The authors' array, of the shape `torch_shape`.
+        dtype: The dtype to convert to; a number that overflows in it is a fault, too.
 
     Returns:
-        What is wrong; None: nothing.
+        Description of the fault; None if there is none.
     """
     if entry.field == "source":
         if array.dtype.kind not in "iu":
@@ -64,13 +64,13 @@ def find_fault(entry: Entry, array: Array, dtype: np.dtype[Any]) -> str | None:
 
 
 def from_torch(entry: Entry, array: Array, dtype: np.dtype[Any], units: ShiftUnits) -> Array:
-    """Turn their array into ours.
+    """Convert the authors' array to ours.
 
     Args:
         entry: The variable.
-        array: Theirs, without faults.
-        dtype: The type it will have here.
-        units: Their units of shifts.
+        array: The authors' array, without faults.
+        dtype: The dtype to convert to.
+        units: The authors' units of shifts.
 
     Returns:
         An array of ``entry.shape``.
@@ -83,21 +83,21 @@ def from_torch(entry: Entry, array: Array, dtype: np.dtype[Any], units: ShiftUni
 
 
 def to_torch(entry: Entry, array: Array, dtype: np.dtype[Any], units: ShiftUnits) -> Array:
-    """Turn our array into theirs; the way back of `from_torch`.
+    """Convert our array to the authors'; the inverse of `from_torch`.
 
     Args:
         entry: The variable.
-        array: Ours, ``entry.shape``.
-        dtype: The type of the gates, which are floats there.
-        units: Their units of shifts.
+        array: Our array, of ``entry.shape``.
+        dtype: The dtype of their gates, which are floating.
+        units: The authors' units of shifts.
 
     Returns:
-        A contiguous array of its own, of the shape `torch_shape`; bfloat16 as float32.
+        A contiguous copy of the shape `torch_shape`; bfloat16 as float32.
     """
     if entry.field == "kernel":
         array = np.moveaxis(array, (-1, -2), (0, 1))
     elif entry.field == "shift":
-        # Along an axis of a single pixel a shift has no effect, and with align_corners no unit.
+        # Along an axis of a single pixel a shift has no effect, and with align_corners its unit is 0.
         pixels = units.pixels(entry.layer)
         unit = np.where(pixels > 0, 1 / np.where(pixels > 0, pixels, 1), 0)
         array = (array.astype(np.float64) * unit[None]).astype(array.dtype)[:, ::-1]

@@ -1,4 +1,4 @@
-"""Reads and writes files of named arrays: npz, safetensors, and (reading only) PyTorch's pickles."""
+"""Files of named arrays: npz, safetensors, and (reading only) PyTorch's pickles."""
 
 import importlib
 import pickle
@@ -24,18 +24,17 @@ READABLE = (*WRITABLE, *_PICKLES)
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
-    """Read a file of named arrays; the suffix says of what kind it is.
+    """Read a file of named arrays, whose suffix determines its format.
 
     Args:
         path: A file that ends in one of `READABLE`.
 
     Returns:
-        What the file holds: NumPy arrays by name; for PyTorch's pickles whatever mapping was saved, its
-        tensors on the CPU.
+        NumPy arrays by name; for PyTorch's pickles the saved mapping, with its tensors on the CPU.
 
     Raises:
-        CheckpointError: The file is missing, damaged, of an unknown kind, holds more than arrays, or needs a
-            package that is not installed.
+        CheckpointError: The file is missing, damaged or of an unknown format, holds more than arrays, or
+            needs a package that is not installed.
     """
     _check_suffix(path, READABLE)
     if not path.is_file():
@@ -46,7 +45,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
 
 
 def check_writable(path: Path, *, overwrite: bool = False) -> None:
-    """Raise a `CheckpointError` if the suffix is unknown, its package is missing, or see `check_target`."""
+    """Raise a `CheckpointError` if the suffix is unknown, a package is missing, or as `check_target` does."""
     _check_suffix(path, WRITABLE)
     if path.suffix == ".safetensors":
         _import_safetensors(path)
@@ -54,7 +53,7 @@ def check_writable(path: Path, *, overwrite: bool = False) -> None:
 
 
 def write_file(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    """Write named arrays; a file of that name is replaced once the new one is complete.
+    """Write named arrays atomically, replacing an existing file.
 
     Args:
         path: A file that ends in one of `WRITABLE`.
@@ -118,7 +117,7 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
             f"numpy.savez({path.with_suffix('.npz').name!r}, **{{k: v.numpy() for k, v in state.items()}})."
         ) from error
     try:
-        # Only tensors and plain containers: any other pickle could run code of the file's author.
+        # Only tensors and plain containers: any other pickle could run arbitrary code.
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))

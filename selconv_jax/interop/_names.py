@@ -1,4 +1,4 @@
-"""What the authors call each variable of a network."""
+"""Names of a network's variables in the authors' code."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ __all__ = ["Entry", "constants_of", "entries_of"]
 Array = NDArray[np.generic]
 Shape = tuple[int, ...]
 
-# Our names of the variables of a module, and theirs.
+# Our names of a module's variables, mapped to the authors'.
 _LAYER = {
     "kernel": "conv.weight",
     "scale": "norm.weight",
@@ -30,7 +30,7 @@ _LAYER = {
 _NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _LINEAR = {"kernel": "weight", "bias": "bias"}
 
-# Our paths of the modules, and theirs.
+# Our paths of modules, the authors', and the names of the modules' variables.
 _MODULES: tuple[tuple[str, str, Mapping[str, str]], ...] = (
     (r"stem", r"features.conv0", _LINEAR),
     (r"block(\d+)_layer(\d+)/conv(\d+)", r"features.block\1.layer\2.brc_\3", _LAYER),
@@ -45,9 +45,9 @@ class Entry:
     """A variable of a network under both names.
 
     Attributes:
-        path: Ours, from the collection down, such as ``("params", "block1_layer1", "conv1", "kernel")``.
-        name: Theirs, such as ``"features.block1.layer1.brc_1.conv.weight"``.
-        shape: Of our array.
+        path: Our path, from the collection, such as ``("params", "block1_layer1", "conv1", "kernel")``.
+        name: The authors' name, such as ``"features.block1.layer1.brc_1.conv.weight"``.
+        shape: Shape of our array.
 
     Example:
         >>> Entry(("params", "stem", "kernel"), "features.conv0.weight", (3, 3, 1, 8)).field
@@ -70,14 +70,14 @@ class Entry:
 
 
 def entries_of(model: nn.Module, shapes: Mapping[tuple[str, ...], Shape]) -> list[Entry]:
-    """Names every variable of a network.
+    """Look up the authors' names of a network's variables.
 
     Args:
         model: One of the networks of `selconv_jax.models`.
         shapes: The shapes of its variables by their paths.
 
     Returns:
-        An entry for each variable, in the order of the authors' names, numbers by value.
+        An entry for each variable, sorted by the authors' names, with numbers in numeric order.
 
     Raises:
         ConfigError: A variable has no name in the authors' networks.
@@ -87,14 +87,14 @@ def entries_of(model: nn.Module, shapes: Mapping[tuple[str, ...], Shape]) -> lis
 
 
 def constants_of(entries: list[Entry]) -> Iterator[tuple[str, Callable[[np.dtype], Array]]]:
-    """What their networks store beside the variables, without effect on what is computed.
+    """Generate the entries that the authors' networks store but do not compute with.
 
     Args:
         entries: See `entries_of`.
 
     Yields:
-        A name, and a function from the type of the statistics to the value at the start: a count of the
-        batches for each batch norm, and the matrix of the identity for each selective layer.
+        A name, and a function from the dtype of the statistics to the initial value: a batch count for each
+        batch norm, and an identity matrix for each selective layer.
     """
     for entry in entries:
         prefix = entry.name.rpartition(".")[0]
@@ -110,7 +110,7 @@ def _torch_name(model: nn.Module, path: tuple[str, ...]) -> str:
         match = re.fullmatch(ours, module)
         if match and field in fields:
             name = f"{match.expand(theirs)}.{fields[field]}"
-            # Their CondenseNet keeps the first convolution outside of `features`.
+            # The authors' CondenseNet has the first convolution outside `features`.
             return (
                 name.removeprefix("features.") if ours == "stem" and isinstance(model, CondenseNet) else name
             )

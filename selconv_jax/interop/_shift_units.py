@@ -1,4 +1,4 @@
-"""The authors' unit of the shift in pixels, which depends on the size of each layer's input."""
+"""The authors' unit of shifts, whose size in pixels depends on each layer's input."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,15 +19,15 @@ Path = tuple[str, ...]
 def init_shapes(
     model: nn.Module, image_shape: tuple[int, int, int]
 ) -> tuple[Any, dict[Path, tuple[int, int]]]:
-    """Shapes of a network's variables and of the images that its selective layers read.
+    """Infer the shapes of a network's variables and of the inputs of its selective layers.
 
     Args:
-        model: A network, called as ``model.apply(variables, images, train=...)``, with ``param_dtype``.
+        model: A network with ``param_dtype``, called as ``model.apply(variables, images, train=...)``.
         image_shape: ``(H, W, C)``.
 
     Returns:
-        The variables as `jax.ShapeDtypeStruct`, and ``(H, W)`` of the input of every `SelectiveConv` by the
-        path of the layer. Nothing is computed.
+        The variables as `jax.ShapeDtypeStruct`, and ``(H, W)`` of the input of every `SelectiveConv` by
+        layer path. Nothing is computed.
     """
     sizes: dict[Path, tuple[int, int]] = {}
 
@@ -43,17 +43,17 @@ def init_shapes(
 
 
 class ShiftUnits:
-    """How many pixels the authors' unit of a shift is, per layer and axis.
+    """Pixels per unit of the authors' shifts, by layer and axis.
 
-    They add ``4 / (H + W)`` times the shift to coordinates that go from -1 to 1 across the layer's input,
-    ``H`` rows by ``W`` columns (method, "Known deviations"). With ``align_corners=False`` that range
-    spans ``H`` pixels, so that a unit is ``2 H / (H + W)`` rows and ``2 W / (H + W)`` columns: one pixel
-    where the input is square. With ``align_corners=True`` it spans ``H - 1`` pixels, and a unit is
+    The authors add ``4 / (H + W)`` times the shift to coordinates from -1 to 1 across the layer's input of
+    ``H`` rows by ``W`` columns (method, "Known deviations"). With ``align_corners=False`` this range spans
+    ``H`` pixels, so that a unit is ``2 H / (H + W)`` rows and ``2 W / (H + W)`` columns: one pixel if the
+    input is square. With ``align_corners=True`` it spans ``H - 1`` pixels, and a unit is
     ``2 (H - 1) / (H + W)`` rows.
 
     Args:
-        sizes: ``(H, W)`` of the input of each layer; None: all are square.
-        align_corners: What the sampling of their program meant by the ends of the range.
+        sizes: ``(H, W)`` of each layer's input; None: all are square.
+        align_corners: Whether the ends of the range are the centres of the corner pixels, not their edges.
 
     Raises:
         ConfigError: ``align_corners`` is set without sizes.
@@ -73,7 +73,7 @@ class ShiftUnits:
         self._lost = 1 if align_corners else 0
 
     def pixels(self, layer: Path) -> NDArray[np.float64]:
-        """Pixels per unit, ``[2]`` (rows, columns), of the layer at a path."""
+        """Return the pixels per unit of a layer, ``[2]`` (rows, columns)."""
         if self._sizes is None:
             return np.ones(2)
         size = np.asarray(self._sizes[layer], np.float64)

@@ -1,4 +1,4 @@
-"""Finds the arrays of a network in what training programs save around them."""
+"""Search for a network's arrays inside the wrappers that training programs save."""
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
@@ -13,7 +13,7 @@ __all__ = ["Found", "find_network"]
 
 Path = tuple[str, ...]
 
-# What torch.nn.DataParallel, torch.compile, FSDP and activation checkpoints put between the names of modules.
+# Inserted between the names of modules by DataParallel, torch.compile, FSDP and activation checkpointing.
 _INNER = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
@@ -22,8 +22,8 @@ class Found:
     """The arrays of a network, taken out of their wrappers.
 
     Attributes:
-        arrays: By the names that were looked for, as many as there are.
-        others: Names of what lies beside them and was not looked for.
+        arrays: Arrays by the requested names, as far as they exist.
+        others: Names of other entries beside them.
     """
 
     arrays: Mapping[str, Any]
@@ -31,23 +31,23 @@ class Found:
 
 
 def find_network(content: Mapping[Any, Any], names: Collection[str], needed: Collection[str]) -> Found:
-    """Take the arrays of a network out of dictionaries and prefixes, in any order and nesting.
+    """Extract the arrays of a network from dictionaries and prefixes in any order and nesting.
 
-    All wrappers are prefixes here: a dictionary below the key ``model`` puts ``model.`` before its names,
-    as a Lightning module puts it before those of its attribute. The network is where most of its names
-    follow a prefix. Wrappers of single modules within the names (`torch.compile`, `torch.nn.DataParallel`,
-    ...) are left out.
+    All wrappers are treated as prefixes: a dictionary under the key ``model`` prefixes its names with
+    ``model.``, as a Lightning module does with those of its attribute. The prefix with most of the needed
+    names is taken. Wrappers of single modules inside names (`torch.compile`, `torch.nn.DataParallel`, ...)
+    are skipped.
 
     Args:
-        content: A state dict, or what holds one.
-        names: What the arrays may be called.
-        needed: Those without which the network is not whole.
+        content: A state dict, or a mapping that contains one.
+        names: Possible names of the arrays.
+        needed: Names that a complete network must have.
 
     Returns:
-        What was found; everything is among ``others`` where no name is known.
+        The arrays found; if no name is known, all entries are in ``others``.
 
     Raises:
-        CheckpointError: There are two whole networks, or two arrays of one name, that differ.
+        CheckpointError: There are two complete networks, or two arrays of one name, that differ.
 
     Example:
         >>> saved = {"net": {"module.conv.weight": 1, "module.conv.extra": 2}, "epoch": 3}
@@ -75,7 +75,7 @@ def find_network(content: Mapping[Any, Any], names: Collection[str], needed: Col
 
 
 def _flatten(content: Mapping[Any, Any], above: Path) -> Iterator[tuple[Path, Any]]:
-    """Every value below dictionaries, by the parts of its name that dots and dictionaries separate."""
+    """Iterate over the leaves of nested dictionaries, with paths split at keys and dots."""
     for key, value in content.items():
         path = (*above, *str(key).split("."))
         if isinstance(value, Mapping):
@@ -92,5 +92,5 @@ def _require_equal(flat: Mapping[Path, Any], first: Path, second: Path) -> None:
     if first != second and not np.array_equal(to_numpy(flat[first]), to_numpy(flat[second])):
         raise CheckpointError(
             f"holds different weights as {'.'.join(first)} and as {'.'.join(second)}: load the file, and "
-            "pass the dictionary that is meant."
+            "pass the dictionary to use."
         )

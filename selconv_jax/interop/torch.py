@@ -1,7 +1,6 @@
-"""The authors' PyTorch checkpoints: from their state dicts to our variables, and back.
+"""Conversion between the authors' PyTorch state dicts and our variables.
 
-Their names and layouts are those of the authors' public code (see `_names` and
-`_arrays`); PyTorch itself is needed for its own pickle files only.
+Names and layouts are those of the authors' public code. PyTorch is needed only for its own pickle files.
 """
 
 import dataclasses
@@ -32,9 +31,9 @@ VariablePath = tuple[str, ...]
 
 _NETWORKS = (DenseNet, PreResNet, ResNeXt, CondenseNet)
 _COLLECTIONS = ("params", "batch_stats", "selectivity")
-# What the variants of a network differ by.
+# Endings of the names in which the variants of a network differ.
 _ALLOCATION = ("is_open", "_ind_ptr", "_bias", "_eye")
-# Any size that outlasts the pools: the shapes of variables do not depend on it.
+# Any size large enough for the pools: the shapes of variables do not depend on it.
 _SIDE = 256
 _CHANNELS = 3
 _SHOWN = 5
@@ -47,35 +46,35 @@ def load_state_dict(
     image_shape: tuple[int, int, int] | None = None,
     align_corners: bool = False,
 ) -> dict[str, Any]:
-    """Read a checkpoint of the authors' code as variables of our network.
+    """Load a checkpoint of the authors' code as variables of our network.
 
-    Shifts are turned from (column, row) into (row, column), and from the authors' unit into pixels: on
-    square images these are the same, unless PyTorch before 1.3 was used (see ``align_corners``). Sources
-    are -1 for "its own channel" there, too. Their counts of batches (``num_batches_tracked``) and
-    constants (``_eye``) are dropped.
+    Shifts are converted from (column, row) to (row, column), and from the authors' unit to pixels, which on
+    square images are equal unless PyTorch before 1.3 was used (see ``align_corners``). Sources use -1 for
+    "the channel itself" there, too. Batch counts (``num_batches_tracked``) and constants (``_eye``) are
+    dropped.
 
     Args:
         model: A `DenseNet`, `PreResNet`, `ResNeXt` or `CondenseNet` with the arguments that the checkpoint
             was trained with; ``variant="plain"`` for their networks without selective layers.
         checkpoint: Arrays (of NumPy, JAX or PyTorch) by the authors' names, or the path of a ``.npz``,
-            ``.safetensors`` or, where torch is installed, PyTorch file (``.pt``, ``.pth``, ``.tar``,
-            ``.model``, ``.ckpt``, ``.bin``), of which nothing but tensors is loaded. The arrays may lie in
-            dictionaries (such as ``"state_dict"``) and below prefixes (such as ``module.`` and
-            ``_orig_mod.``), in any order and nesting; what lies beside those is left alone.
-        image_shape: ``(H, W, C)`` of the images. Needed where they are not square, or with ``align_corners``.
-        align_corners: The checkpoint was trained with PyTorch before 1.3, whose sampling took the ends of
-            an image to be the centres of its last pixels: in a layer that reads ``W x W`` pixels, the unit
-            is ``(W - 1) / W`` of a pixel.
+            ``.safetensors`` or, if torch is installed, PyTorch file (``.pt``, ``.pth``, ``.tar``, ``.model``,
+            ``.ckpt``, ``.bin``), from which only tensors are loaded. The arrays may be inside dictionaries
+            (such as ``"state_dict"``) and prefixes (such as ``module.`` and ``_orig_mod.``), in any order and
+            nesting; other entries outside are ignored.
+        image_shape: ``(H, W, C)`` of the images. Required if they are not square, and with ``align_corners``.
+        align_corners: The checkpoint was trained with PyTorch before 1.3, whose sampling placed the ends of
+            an image at the centres of its outer pixels: in a layer that reads ``W x W`` pixels, the unit is
+            ``(W - 1) / W`` of a pixel.
 
     Returns:
-        The variables, with the structure, shapes and types that ``model.init`` gives them (parameters in
-        ``param_dtype``). Take `selconv_jax.required_capacity` of them before setting ``capacity`` below 1.
+        The variables, with the structure, shapes and dtypes of ``model.init`` (parameters in
+        ``param_dtype``). Check `selconv_jax.required_capacity` before setting ``capacity`` below 1.
 
     Raises:
         CheckpointError: The file cannot be read, or entries are missing, unexpected, of another shape, or
-            hold impossible values (a gate other than 0 or 1, a source that is no channel, NaN); all are
-            found before anything is returned, and listed. Or there are two such networks that differ.
-        ConfigError: The network is not one of those above, or ``image_shape`` is missing or impossible.
+            hold impossible values (a gate other than 0 or 1, a source that is not a channel, NaN); the
+            message lists all of them. Or the checkpoint holds two such networks that differ.
+        ConfigError: The network is not one of those above, or ``image_shape`` is missing or invalid.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -137,10 +136,10 @@ def state_dict(
     image_shape: tuple[int, int, int] | None = None,
     align_corners: bool = False,
 ) -> dict[str, Array]:
-    """Turn variables of our network into a state dict of the authors' code: `load_state_dict` reversed.
+    """Convert our variables to a state dict of the authors' code; the inverse of `load_state_dict`.
 
-    With ``torch.from_numpy`` of every array it is what their network's ``load_state_dict`` takes, strictly:
-    the counts of batches (``num_batches_tracked``) are 0, the constants (``_eye``) are there.
+    After ``torch.from_numpy`` of every array, the strict ``load_state_dict`` of their network accepts it:
+    batch counts (``num_batches_tracked``) are 0, and the constants (``_eye``) are included.
 
     Args:
         model: The network of the variables, see `load_state_dict`.
@@ -149,11 +148,11 @@ def state_dict(
         align_corners: The state dict is for PyTorch before 1.3, see `load_state_dict`.
 
     Returns:
-        Arrays by the authors' names, in their own types; bfloat16, which NumPy lacks, as float32. Gates are
-        floats and sources int64.
+        Arrays by the authors' names, with dtypes unchanged except bfloat16, which becomes float32, gates,
+        which become floating, and sources, which become int64.
 
     Raises:
-        ConfigError: The variables are not those of the network.
+        ConfigError: The variables do not belong to the network.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -200,19 +199,19 @@ def save_state_dict(
     align_corners: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write `state_dict` to a file.
+    """Save the result of `state_dict` to a file.
 
     Args:
-        path: Ends in ``.npz`` or ``.safetensors`` (needs the package safetensors).
+        path: A file that ends in ``.npz`` or ``.safetensors`` (which needs the package safetensors).
         model: See `state_dict`.
         variables: See `state_dict`.
         image_shape: See `state_dict`.
         align_corners: See `state_dict`.
-        overwrite: Replace a file that is there.
+        overwrite: Replace an existing file.
 
     Raises:
-        CheckpointError: The file is there already, cannot be written, or has another suffix.
-        ConfigError: The variables are not those of the network.
+        CheckpointError: The file already exists, cannot be written, or has another suffix.
+        ConfigError: The variables do not belong to the network.
 
     Example:
         >>> import pathlib, tempfile, jax, jax.numpy as jnp
@@ -230,7 +229,7 @@ def save_state_dict(
 
 
 def _as_stored(entry: Entry, given: Mapping[str, Any]) -> Entry:
-    """The stem for images of as many channels as the checkpoint's; any other entry as it is."""
+    """Give the stem's entry the checkpoint's number of image channels; return any other entry unchanged."""
     stored = np.shape(given.get(entry.name, ()))
     if entry.layer != ("stem",) or len(stored) != len(entry.shape):
         return entry
@@ -240,7 +239,7 @@ def _as_stored(entry: Entry, given: Mapping[str, Any]) -> Entry:
 def _describe(
     model: nn.Module, channels: int, image_shape: tuple[int, int, int] | None, align_corners: bool
 ) -> tuple[dict[VariablePath, jax.ShapeDtypeStruct], list[Entry], ShiftUnits]:
-    """The variables of a network by path, their entries, and the units of its shifts."""
+    """Return the shapes of a network's variables by path, their entries, and the units of its shifts."""
     if not isinstance(model, _NETWORKS):
         names = ", ".join(network.__name__ for network in _NETWORKS)
         raise ConfigError(f"the model is a {type(model).__name__}; the authors' networks are {names}.")
@@ -267,11 +266,11 @@ def _remedy(
     model: nn.Module, entries: list[Entry], given: Mapping[str, Any], problems: Mapping[str, list[str]]
 ) -> str:
     if not any(problems[kind] for kind in ("missing", "unexpected", "of another shape")):
-        return "The checkpoint is damaged or of a diverged training; take another one."
+        return "The checkpoint is damaged or of a diverged run; use another one."
     if not given:
-        return f"None of its names is one of this network in the authors' code, such as {entries[0].name}."
+        return f"It has none of this network's names in the authors' code, such as {entries[0].name}."
     misfits = problems["missing"] + problems["unexpected"]
-    # Only where the variants differ by all that does not fit is it known what the checkpoint is of.
+    # If all misfits are entries in which the variants differ, the checkpoint is of another variant.
     if misfits and all(name.endswith(_ALLOCATION) for name in misfits):
         endings = {name.rpartition(".")[2] for name in (*given, *problems["unexpected"])}
         variant = "selective" if "_ind_ptr" in endings else "gate_only" if "is_open" in endings else "plain"

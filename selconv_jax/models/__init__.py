@@ -1,4 +1,4 @@
-"""The networks of the method's evaluation, and one that shows the mechanism by itself."""
+"""The networks of the method's evaluation, and one that isolates its mechanism."""
 
 from selconv_jax.models._condensenet import CondenseNet
 from selconv_jax.models._densenet import DenseNet

@@ -1,4 +1,4 @@
-"""CondenseNet's layout with gates instead of learned groups, plain or gate-only."""
+"""CondenseNet with gates instead of learned groups, plain or gate-only."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,16 +25,16 @@ __all__ = ["CondenseNet"]
 
 
 class CondenseNet(Network):
-    """Densely connected network that grows faster from block to block, with grouped 3x3 convolutions.
+    """Densely connected network whose growth increases from block to block, with grouped 3x3 convolutions.
 
-    Every layer is a 1x1 convolution to ``4 * growth`` channels (gated, with dropout) and a plain 3x3 one in
-    groups to ``growth``, whose result is appended to the layer's input (experiments, "Models"). The published
-    variant is ``"gate_only"``; ``"selective"``, which gives closed channels away too, goes beyond it.
+    Every layer is a 1x1 convolution to ``4 * growth`` channels (gate-only, with dropout) and a plain grouped
+    3x3 one to ``growth``, whose output is appended to the layer's input (experiments, "Models"). The variant
+    published is ``"gate_only"``; ``"selective"``, which also re-allocates closed channels, is an extension.
 
     Attributes:
         num_classes: Number of outputs.
         blocks: Layers per block; the defaults are CondenseNet-182.
-        growth: Channels that a layer appends, per block. The stem has twice the first.
+        growth: Channels that a layer appends, per block. The stem has twice those of the first block.
         groups: Groups of the 3x3 convolutions.
         stem: First convolution, see `parts.STEMS`.
         variant: ``"plain"``, ``"gate_only"`` or ``"selective"``.
@@ -76,7 +76,7 @@ class CondenseNet(Network):
             check_whole("growth", growth)
             if growth % self.groups:
                 raise ConfigError(
-                    f"growth is {self.growth!r}; {growth} is no multiple of groups {self.groups}."
+                    f"growth is {self.growth!r}; {growth} is not a multiple of groups {self.groups}."
                 )
         super().__post_init__()
 
@@ -117,7 +117,7 @@ class _Layer(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, statistics: Statistics | None
     ) -> tuple[jax.Array, Statistics | None]:
-        """Map ``[N, H, W, C]`` to ``[N, H, W, C + growth]``, and the statistics of one to those of both."""
+        """Map ``[N, H, W, C]``, and its statistics, to ``[N, H, W, C + growth]``."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         y = selective_conv(
             self.variant,

@@ -29,13 +29,13 @@ class DenseNet(Network):
     """DenseNet (bottleneck 4, compression 1) or DenseNet-BC (compression below 1).
 
     Every layer of a block is a 1x1 convolution to ``4 * growth`` channels (selective) and a 3x3 one to
-    ``growth`` (gate-only), whose result is appended to the layer's input (experiments, "Models").
+    ``growth`` (gate-only), whose output is appended to the layer's input (experiments, "Models").
 
     Attributes:
         num_classes: Number of outputs.
         blocks: Layers per block.
         growth: Channels that a layer appends.
-        compression: Share of the channels that a transition between blocks keeps; 1 has no transition.
+        compression: Fraction of the channels that a transition between blocks keeps; 1: no transitions.
         stem: First convolution, see `parts.STEMS`.
         variant: ``"plain"``, ``"selective"``, or ``"gate_only"`` (de-allocation without re-allocation).
         capacity: See `selconv_jax.SelectiveConv`.
@@ -76,7 +76,7 @@ class DenseNet(Network):
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Map images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        # Not taken from the arrays: those of a compacted network have fewer.
+        # Counted here, as the arrays of a compacted network have fewer channels.
         channels = 2 * self.growth
         x = Stem(channels, self.stem, **types, name="stem")(images)
         for index, layers in enumerate(self.blocks, start=1):
@@ -122,7 +122,7 @@ class DenseLayer(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, statistics: Statistics | None
     ) -> tuple[jax.Array, Statistics | None]:
-        """Map ``[N, H, W, C]`` to ``[N, H, W, C + growth]``, and the statistics of one to those of both."""
+        """Map ``[N, H, W, C]``, and its statistics, to ``[N, H, W, C + growth]``."""
         common = {
             "dropout_rate": self.dropout_rate,
             "dtype": self.dtype,

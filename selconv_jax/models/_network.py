@@ -11,26 +11,25 @@ from selconv_jax.models._parts import STEMS
 
 __all__ = ["Network"]
 
-# Sizes of the images that the stems are for (experiments, "Stem").
+# Image sizes that the stems are designed for (experiments, "Stem").
 _STEM_IMAGES = {"cifar": 32, "tiny_imagenet": 64, "imagenet": 224}
 
 
 class Network(nn.Module):
-    """A network of images, called as ``apply(variables, images, train=...)``.
+    """Base class of image networks, called as ``apply(variables, images, train=...)``.
 
-    Subclasses have the attributes ``stem`` and ``blocks``, one entry for each stage after which the images
-    are half as large, and ``dtype``.
+    Subclasses have the attributes ``stem``, ``blocks`` and ``dtype``; between blocks the image size halves.
     """
 
     @nn.nowrap
     def example_images(self, variables: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
-        """Shape and type ``[1, H, W, C]`` of an image that the network takes.
+        """Return the shape ``[1, H, W, C]`` and dtype of an input image.
 
         Args:
-            variables: The network's variables, or their shapes: they hold the number of colours.
+            variables: The network's variables, or their shapes, which determine ``C``.
 
         Raises:
-            ValueError: The variables are not the network's.
+            ValueError: The variables do not belong to the network.
         """
         network: Any = self
         try:

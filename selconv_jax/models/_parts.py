@@ -1,4 +1,4 @@
-"""What the networks have in common: the first convolution, pooling, the classifier, the choice of layer."""
+"""Parts shared by the networks: stem, pooling, classifier, layers by variant."""
 
 import math
 from typing import Any
@@ -49,7 +49,7 @@ class Stem(nn.Module):
         features: Number of output channels.
         kind: ``"cifar"`` (3x3, stride 1; also for Fashion-MNIST), ``"tiny_imagenet"`` (3x3, stride 2) or
             ``"imagenet"`` (7x7, stride 2, then a 3x3 max pool of stride 2).
-        kernel_size: Size of the kernel, odd, instead of that of the kind; None: that of the kind.
+        kernel_size: Size of the kernel, odd; None: that of ``kind``.
         dtype: Type of the computation.
         param_dtype: Type of the kernel.
     """
@@ -85,7 +85,7 @@ class Classifier(nn.Module):
     Attributes:
         num_classes: Number of outputs.
         zero_bias: Start the linear bias at 0 (DenseNets) instead of uniformly in ``+-1/sqrt(fan_in)``.
-        dtype: Type of the computation; logits come in float32 or wider.
+        dtype: Type of the computation; logits are float32 or wider.
         param_dtype: Type of the parameters.
     """
 
@@ -96,7 +96,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, statistics: Statistics | None = None) -> jax.Array:
-        """Map features ``[N, H, W, C]``, and their statistics if known, to logits ``[N, num_classes]``."""
+        """Map features ``[N, H, W, C]`` (and their statistics if known) to logits ``[N, num_classes]``."""
         x = BatchNormReLU(param_dtype=self.param_dtype, name="norm")(x, train, statistics)
         x = jnp.mean(x, axis=(1, 2))
         uniform = _uniform(1 / math.sqrt(x.shape[-1]))
@@ -112,24 +112,24 @@ class Classifier(nn.Module):
 
 
 def selective_conv(variant: str, capacity: float, **arguments: Any) -> BatchNormReLUConv:
-    """A layer that the method makes selective, in the given variant of a network."""
+    """Create a layer that the method makes selective, for the given variant of a network."""
     if variant == "plain":
         return BatchNormReLUConv(**arguments)
     return SelectiveConv(gate_only=variant == "gate_only", capacity=capacity, **arguments)
 
 
 def gated_conv(variant: str, **arguments: Any) -> BatchNormReLUConv:
-    """A layer that the method makes gate-only, in the given variant of a network."""
+    """Create a layer that the method makes gate-only, for the given variant of a network."""
     return (
         BatchNormReLUConv(**arguments) if variant == "plain" else SelectiveConv(gate_only=True, **arguments)
     )
 
 
 def average_pool(x: jax.Array) -> jax.Array:
-    """2x2 average pool of ``[N, H, W, C]``; an odd last row or column is left out.
+    """Average ``[N, H, W, C]`` over 2x2 windows; an odd last row or column is dropped.
 
     Raises:
-        ConfigError: There are not even 2 rows and columns.
+        ConfigError: There are fewer than 2 rows or columns.
     """
     batch, height, width, channels = x.shape
     if min(height, width) < 2:
@@ -140,7 +140,7 @@ def average_pool(x: jax.Array) -> jax.Array:
     rows, columns = height // 2, width // 2
     x = x[:, : 2 * rows, : 2 * columns]
     if target_platform() == "tpu":
-        # The gradient of a mean over parts of dimensions is a broadcast there, three times as slow.
+        # There the gradient of the reshaped mean is a broadcast, which is three times as slow.
         wide = x.astype(statistics_dtype(x.dtype))
         window = (1, 2, 2, 1)
         total = jax.lax.reduce_window(wide, np.zeros((), wide.dtype), jax.lax.add, window, window, "VALID")
@@ -151,17 +151,17 @@ def average_pool(x: jax.Array) -> jax.Array:
 def append_features(
     x: jax.Array, statistics: Statistics | None, y: jax.Array
 ) -> tuple[jax.Array, Statistics | None]:
-    """Join features ``[N, H, W, C]`` of known statistics with new ones ``[N, H, W, k]``.
+    """Append new features ``[N, H, W, k]`` to ``[N, H, W, C]``, and their statistics if these are known.
 
-    Every later layer of a dense block reads the features, so their statistics are taken once, here.
+    All later layers of a dense block read the features, so their statistics are computed once, here.
 
     Args:
         x: The features so far.
-        statistics: Theirs; None: not wanted.
-        y: The new ones.
+        statistics: Statistics of ``x``; None: not needed.
+        y: The new features.
 
     Returns:
-        All of them, ``[N, H, W, C + k]``, and their statistics.
+        All features, ``[N, H, W, C + k]``, and their statistics.
     """
     if statistics is not None:
         statistics = join_statistics(statistics, batch_statistics(y))
@@ -169,8 +169,8 @@ def append_features(
 
 
 def append_channels(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Join ``[N, H, W, C]`` and ``[N, H, W, k]`` to ``[N, H, W, C + k]``, computed once."""
-    # As rows of channels: the CPU compiler joins arrays of more dimensions in one thread.
+    """Concatenate ``[N, H, W, C]`` and ``[N, H, W, k]`` to ``[N, H, W, C + k]``, computed once."""
+    # As matrices: the CPU compiler concatenates arrays of more axes in a single thread.
     rows = [part.reshape(math.prod(part.shape[:-1]), part.shape[-1]) for part in (x, y)]
     joined = jnp.concatenate(rows, axis=-1)
     return materialize(joined.reshape(*x.shape[:-1], joined.shape[-1]))
@@ -189,7 +189,7 @@ def check_whole(name: str, value: Any) -> None:
 
 
 def check_network(network: Any) -> None:
-    """Raise a `ConfigError` unless what networks share is in bounds: stem, variant, classes, blocks, ..."""
+    """Raise a `ConfigError` unless the attributes common to all networks are valid."""
     check_choice("stem", network.stem, STEMS)
     check_choice("variant", network.variant, VARIANTS)
     check_whole("num_classes", network.num_classes)
@@ -202,7 +202,7 @@ def check_network(network: Any) -> None:
 
 
 def is_real(value: Any) -> bool:
-    """Whether a value is a real number; true and false are none."""
+    """Check whether a value is a real number; booleans are not."""
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""A network that cannot look around, and the controls it is compared with."""
+"""A network of 1x1 convolutions, which see only single pixels, and its controls."""
 
 import math
 from collections.abc import Sequence
@@ -21,25 +21,25 @@ from selconv_jax.models._parts import (
 
 __all__ = ["Pointwise"]
 
-# Where the method draws the shifts of new copies from, in pixels; method, "Re-allocation".
+# Largest shift of a new copy, in pixels; method, "Re-allocation".
 _SHIFT_RANGE = 1.5
 
 
 class Pointwise(Network):
-    """A chain of 1x1 convolutions with average pools between the blocks and one over all that is left.
+    """A chain of 1x1 convolutions with average pools between the blocks and a global one at the end.
 
-    Plain, it sees of an image what its pools leave: the order of the pixels within a pool's cell is lost to
-    it. Whatever it learns about neighbours comes from shifts. It is no network of the method's evaluation; it
-    shows the mechanism by itself.
+    The plain network ignores the order of pixels within a pooling window, so whatever it learns about
+    neighbouring pixels comes from shifts. It isolates the mechanism and is not part of the evaluation.
 
     Attributes:
         num_classes: Number of outputs.
         blocks: Layers per block; a 2x2 average pool lies between blocks.
-        widths: Channels that every layer of a block reads, per block.
-        kernel_size: Of every convolution, the stem's too. Above 1 it is the control that sees neighbours.
-        shifted: Share of every layer's channels that are shifted copies of themselves from the start, at
-            shifts drawn as the method draws those of new copies: a control without re-allocation. Channels
-            of a new network are alike, so the first ones are taken. Needs the selective variant.
+        widths: Input channels of every layer of a block, per block.
+        kernel_size: Kernel size of all convolutions, including the stem. Above 1, the network is a control
+            that sees neighbouring pixels.
+        shifted: Fraction of every layer's channels that start as copies of themselves, with shifts drawn as
+            for new copies: a control without re-allocation. The first channels are taken, as those of a new
+            network are interchangeable. Needs the selective variant.
         stem: First convolution, see `parts.STEMS`; stride and pool are taken from there.
         variant: ``"plain"``, ``"selective"``, or ``"gate_only"`` (de-allocation without re-allocation).
         capacity: See `selconv_jax.SelectiveConv`.
@@ -83,7 +83,7 @@ class Pointwise(Network):
             check_whole("widths", width)
         shifted = self.shifted
         if isinstance(shifted, bool) or not isinstance(shifted, int | float) or not 0 <= shifted <= 1:
-            raise ConfigError(f"shifted is {shifted!r}; it must be a share of the channels in [0, 1].")
+            raise ConfigError(f"shifted is {shifted!r}; it must be a fraction of the channels in [0, 1].")
         if shifted and self.variant != "selective":
             raise ConfigError(
                 f'shifted is {shifted}, but layers of the variant "{self.variant}" have no shifts. Set '
@@ -100,7 +100,7 @@ class Pointwise(Network):
             if block:
                 x = average_pool(x)
             for index in range(layers):
-                # The last layer of a block makes what the next block reads.
+                # The last layer of a block has the width of the next block.
                 is_last = index + 1 == layers and block + 1 < len(self.blocks)
                 layer = selective_conv(
                     self.variant,

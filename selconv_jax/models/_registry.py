@@ -1,4 +1,4 @@
-"""The networks by name."""
+"""Registry of the networks by name."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from selconv_jax.models._resnext import ResNeXt
 
 __all__ = ["MODELS", "create_model", "stem_for"]
 
-# Network and the arguments that make it the named one.
+# Network class and arguments of each name.
 MODELS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
     "densenet40": (DenseNet, {"blocks": (6, 6, 6), "growth": 12}),
     "densenet100": (DenseNet, {"blocks": (16, 16, 16), "growth": 12}),
@@ -35,8 +35,8 @@ def create_model(name: str, num_classes: int, **arguments: Any) -> nn.Module:
     Args:
         name: A key of `MODELS`.
         num_classes: Number of outputs.
-        **arguments: Arguments of the network that replace those of the name, such as ``stem``, ``variant``,
-            ``dtype``, ``growth``. Lists are taken as tuples.
+        **arguments: Arguments of the network that override those of the name, such as ``stem``, ``variant``,
+            ``dtype``, ``growth``. Lists are converted to tuples.
 
     Returns:
         A Flax module, called as ``model.apply(variables, images, train=...)``.
@@ -60,6 +60,6 @@ def create_model(name: str, num_classes: int, **arguments: Any) -> nn.Module:
 
 
 def stem_for(image_shape: Sequence[int]) -> str:
-    """The stem that experiments of the method use for images of this size ``(H, W, C)``."""
+    """Return the stem that the method's experiments use for images of shape ``(H, W, C)``."""
     size = min(image_shape[:2])
     return "cifar" if size <= 48 else "tiny_imagenet" if size <= 96 else "imagenet"

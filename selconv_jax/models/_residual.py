@@ -1,4 +1,4 @@
-"""The stages of bottlenecks that PreResNet and ResNeXt share."""
+"""Residual blocks of bottlenecks, shared by PreResNet and ResNeXt."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +15,10 @@ __all__ = ["Bottleneck", "residual_blocks"]
 
 
 class Bottleneck(nn.Module):
-    """A 1x1, a 3x3 and a 1x1 convolution around which the input is added (experiments, "Models").
+    """A 1x1, a 3x3 and a 1x1 convolution with a shortcut around them (experiments, "Models").
 
-    The 1x1 convolutions are selective. The 3x3 one is gate-only, or a plain one where it has groups. The
-    shortcut is the identity; new channels of the sum start from zero.
+    The 1x1 convolutions are selective. The 3x3 one is gate-only, or plain if it has groups. The shortcut is
+    the identity, padded with channels of zeros.
 
     Attributes:
         width: Channels of the 3x3 convolution.
@@ -54,7 +54,7 @@ class Bottleneck(nn.Module):
         y = selective_conv(self.variant, self.capacity, features=self.features, **pointwise, name="conv3")(
             y, train
         )
-        grown = y.shape[-1] - x.shape[-1]  # which a compacted network has fewer of
+        grown = y.shape[-1] - x.shape[-1]  # fewer in a compacted network
         y = y + jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, grown))).astype(y.dtype)
         return materialize(y)
 
@@ -69,7 +69,7 @@ def residual_blocks(
     groups: int = 1,
     **common: Any,
 ) -> jax.Array:
-    """Blocks of bottlenecks with 2x2 average pools between them; called inside a compact module.
+    """Apply blocks of bottlenecks with 2x2 average pools between them; called inside a compact module.
 
     Args:
         x: ``[N, H, W, C]``.

@@ -1,4 +1,4 @@
-"""Batch norm, ReLU, convolution: the selective layer and its plain twin, as Flax (Linen) modules."""
+"""Batch norm, ReLU and convolution as one Flax (Linen) module: the selective layer and its plain twin."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -40,22 +40,22 @@ class BatchNormReLUConv(nn.Module):
     Variables, with ``C`` input channels: ``params`` kernel ``[*kernel_size, C / groups, features]``, scale
     ``[C]``, bias ``[C]`` (of the batch norm); ``batch_stats`` mean ``[C]``, var ``[C]``, float32 or wider.
 
-    The running variance takes the unbiased estimate of the batch, the normalization the biased one.
+    The running variance uses the unbiased batch estimate; normalization uses the biased one.
 
     Attributes:
         features: Number of output channels ``O``.
-        kernel_size: One size per spatial dimension; their number sets the rank of the input. A number
-            stands for one dimension, as in `flax.linen.Conv`.
-        strides: Steps of the window, one for all dimensions or one each; None: 1.
+        kernel_size: One size per spatial dimension, which sets the rank of the input. An integer means
+            one dimension, as in `flax.linen.Conv`.
+        strides: Strides of the window, one for all dimensions or one each; None: 1.
         padding: ``"SAME"``, ``"SAME_LOWER"``, ``"VALID"``, ``"CIRCULAR"``, ``"REFLECT"``, ``"CAUSAL"`` (one
             dimension), a number, or one number or ``(low, high)`` per dimension.
         kernel_dilation: Spacing of the kernel's taps, one for all dimensions or one each; None: 1.
-        feature_group_count: Number of groups that input and output channels are split into.
-        dropout_rate: Share of the activations that dropout removes in training; needs a ``dropout`` key.
-        momentum: Share of the running statistics that survives a step.
+        feature_group_count: Number of groups that the input and output channels are split into.
+        dropout_rate: Fraction of the activations that dropout zeroes in training; needs a ``dropout`` key.
+        momentum: Decay rate of the running statistics: the fraction of them that a step keeps.
         epsilon: Added to the variance.
-        dtype: Type of the computation; None takes that of the input and parameters. Statistics are
-            taken in float32 or wider.
+        dtype: Type of the computation; None: inferred from the input and parameters. Statistics are
+            computed in float32 or wider.
         param_dtype: Type of the parameters.
         precision: Precision of the convolution, see `jax.lax.Precision`.
         kernel_init: Initializer of the kernel.
@@ -97,21 +97,20 @@ class BatchNormReLUConv(nn.Module):
 
         Args:
             x: ``[N, *S, C]`` floating.
-            train: Normalize with the statistics of the batch and move the running ones, for which
-                ``batch_stats`` must be mutable; else normalize with the running ones.
-            statistics: Those of ``x``, where they are known: `batch_statistics` of
-                the parts that ``x`` is concatenated of, joined. In a dense network, where many layers read
+            train: Normalize with the statistics of the batch and update the running ones, for which
+                ``batch_stats`` must be mutable; otherwise normalize with the running ones.
+            statistics: Statistics of ``x`` if they are known: those of its concatenated parts from
+                `batch_statistics`, joined by `join_statistics`. In a dense network, where many layers read
                 the same channels, they are then computed once. The result is the same, gradients included.
-                Without effect unless ``train``.
+                Ignored unless ``train``.
 
         Returns:
             ``[N, *S', features]``.
 
         Raises:
-            ValueError: The input does not have the rank that ``kernel_size`` asks for, its channels
-                do not divide into the groups, the statistics are those of another number of channels, or
-                ``train`` is traced.
-            flax.errors.ModifyScopeVariableError: ``train``, and ``batch_stats`` is not mutable.
+            ValueError: The rank of the input does not match ``kernel_size``, its channels do not divide
+                into the groups, the statistics have another number of channels, or ``train`` is traced.
+            flax.errors.ModifyScopeVariableError: ``train`` is true and ``batch_stats`` is not mutable.
         """
         given: Any = train
         if isinstance(given, jax.core.Tracer):
@@ -159,34 +158,34 @@ class BatchNormReLUConv(nn.Module):
 
     @nn.nowrap
     def _window(self) -> tuple[int, ...]:
-        """The kernel size, one per spatial dimension."""
+        """Return the kernel size, one per spatial dimension."""
         size: Any = self.kernel_size
         sizes = tuple(size) if isinstance(size, Iterable) else (size,)
         return canonical_window(sizes, len(sizes), "kernel_size")
 
     @nn.nowrap
     def _select(self, x: Array, kernel: Array, statistics: Statistics | None) -> _Selected:
-        """The input and the kernel as the layer sees them; the statistics, if they are known."""
+        """Return the input, kernel and known statistics to compute with; a hook for subclasses."""
         return x, kernel, statistics
 
 
 class SelectiveConv(BatchNormReLUConv):
     """Selective convolution: channel selection, batch norm, ReLU, dropout, gate, convolution.
 
-    Computes the forward pass of the method's "One selective layer". It never rewrites its allocation;
-    `selconv_jax.reallocate` does, for all such layers of a model at once.
+    Computes the forward pass of the method's "One selective layer". The layer never changes its
+    allocation; `selconv_jax.reallocate` does, for all such layers of a model at once.
 
-    Variables beside those of `BatchNormReLUConv`: ``selectivity`` gate ``[C]`` bool and source ``[C]`` int32
+    Variables beyond those of `BatchNormReLUConv`: ``selectivity`` gate ``[C]`` bool and source ``[C]`` int32
     (-1: the channel reads itself); ``params`` shift ``[C, len(kernel_size)]`` in pixels, row first. A
-    gate-only layer has the gate alone: closed channels are never given away. How many channels compete for
-    the slots is a setting of the round, not of the layer: `selconv_jax.AllocationRule.top_k`.
+    gate-only layer has the gate alone: its closed channels are never refilled. How many channels compete for
+    the closed slots is set per round, not per layer: `selconv_jax.AllocationRule.top_k`.
 
     Attributes:
-        slots: Share of the channels that the compiled program provides for copies, in [0, 1]. The
-            result is the same for any share that is large enough, the cost grows with it; at 0 the
-            program is that of the plain layer. `selconv_jax.required_capacity` tells what a model needs. With
-            more copies than that, a layer raises a `selconv_jax.ConfigError` where it knows them, and
-            computes NaN where they are traced.
+        capacity: Copies that the compiled program provides for, as a fraction of the channels in [0, 1].
+            The cost grows with it, the result does not change as long as it suffices; at 0 the program is
+            that of the plain layer. `selconv_jax.required_capacity` computes what a model needs. A layer
+            with more copies raises a `selconv_jax.ConfigError` if its sources are concrete, and computes
+            NaN if they are traced.
         gate_only: The layer closes channels and never copies any.
 
     Example:
@@ -205,7 +204,10 @@ class SelectiveConv(BatchNormReLUConv):
 
     def __post_init__(self) -> None:
         check_number(
-            "capacity", self.capacity, lambda share: 0.0 <= share <= 1.0, "a share of the channels in [0, 1]"
+            "capacity",
+            self.capacity,
+            lambda share: 0.0 <= share <= 1.0,
+            "a fraction of the channels in [0, 1]",
         )
         super().__post_init__()
 
@@ -223,7 +225,7 @@ class SelectiveConv(BatchNormReLUConv):
             check_capacity("/".join(self.path) or type(self).__name__, self.capacity, channels, copies)
         capacity = math.ceil(self.capacity * channels)
         if capacity == 0:
-            # Copies without a slot make the sum NaN, where it costs nothing per pixel.
+            # Copies without capacity make the output NaN through the kernel, at no cost per pixel.
             return x, without_rows(kernel, source >= 0, jnp.nan), statistics
         if statistics is None:
             return select(x, source, shift, capacity), kernel, None
@@ -246,7 +248,7 @@ class BatchNormReLU(nn.Module):
     """Batch norm and ReLU alone, as at the end of a network; the same variables as in `BatchNormReLUConv`.
 
     Attributes:
-        momentum: Share of the running statistics that survives a step.
+        momentum: Decay rate of the running statistics: the fraction of them that a step keeps.
         epsilon: Added to the variance.
         param_dtype: Type of the parameters.
     """
@@ -261,14 +263,14 @@ class BatchNormReLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool, statistics: Statistics | None = None) -> Array:
-        """Normalize ``[N, *S, C]`` and clip it at 0, see `BatchNormReLUConv.__call__`."""
+        """Apply batch norm and ReLU to ``[N, *S, C]``, see `BatchNormReLUConv.__call__`."""
         return _batch_norm_relu(self, x, train, statistics)
 
 
 def _batch_norm_relu(
     module: BatchNormReLUConv | BatchNormReLU, x: Array, train: bool, statistics: Statistics | None
 ) -> Array:
-    """Batch norm and ReLU with the variables of ``module``; moves the running ones in training."""
+    """Apply batch norm and ReLU with the variables of ``module``; update its running ones in training."""
     channels = (x.shape[-1],)
     scale = module.param("scale", nn.initializers.ones, channels, module.param_dtype)
     bias = module.param("bias", nn.initializers.zeros, channels, module.param_dtype)

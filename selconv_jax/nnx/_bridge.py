@@ -1,8 +1,7 @@
-"""Selective layers in Flax NNX modules: their variables as the dictionaries that the transforms take.
+"""Selective layers in Flax NNX modules, with their variables as nested dictionaries.
 
-A layer enters an NNX module as ``nnx.bridge.ToNNX(SelectiveConv(...))``. Every function of this package
-that takes a model's variables then takes ``linen_variables(module)``; ``update_module`` puts rewritten
-variables back.
+A layer enters an NNX module as ``nnx.bridge.ToNNX(SelectiveConv(...))``. Functions of a model's variables
+then take ``linen_variables(module)``, and ``update_module`` writes their results back.
 """
 
 from collections.abc import Mapping
@@ -15,15 +14,14 @@ __all__ = ["linen_variables", "update_module"]
 
 
 def linen_variables(module: nnx.Module) -> dict[str, Any]:
-    """The variables of an NNX module, as a Linen model with the same attributes would hold them.
+    """Collect the variables of an NNX module as a Linen model with the same attributes would hold them.
 
     Args:
         module: An NNX module, initialized (``nnx.bridge.lazy_init``).
 
     Returns:
-        ``{"params": ..., "batch_stats": ..., "selectivity": ...}``, nested by the names of the attributes
-        and, in lists, by the index as a string. Other kinds of variables (of random numbers, say) are
-        left out.
+        ``{"params": ..., "batch_stats": ..., "selectivity": ...}``, nested by attribute name and, in lists,
+        by the index as a string. Variables of other kinds, such as random number generators, are left out.
 
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax
@@ -45,15 +43,14 @@ def linen_variables(module: nnx.Module) -> dict[str, Any]:
 
 
 def update_module(module: nnx.Module, variables: Mapping[str, Any]) -> None:
-    """Set the variables of an NNX module, in place, to those of a dictionary.
+    """Update the variables of an NNX module in place from a dictionary.
 
     Args:
         module: The module that `linen_variables` was called with.
-        variables: What it returned, with other arrays of the same shapes in it.
+        variables: What it returned, with other arrays of the same shapes and dtypes.
 
     Raises:
-        ValueError: The dictionary has an entry that the module lacks, lacks one that the module has, or
-            has one of another shape or dtype.
+        ValueError: The dictionary and the module differ in their entries, or an entry in its shape or dtype.
     """
     flat = traverse_util.flatten_dict(dict(variables))
     state = nnx.to_flat_state(nnx.state(module))
@@ -82,7 +79,7 @@ def update_module(module: nnx.Module, variables: Mapping[str, Any]) -> None:
 
 
 def _collection(variable: nnx.Variable[Any]) -> str | None:
-    """The Linen collection of a variable; None if it belongs to none that matters here."""
+    """Return the Linen collection of a variable; None if it is none of the three."""
     if isinstance(variable, nnx.Param):
         return "params"
     if isinstance(variable, nnx.BatchStat):

@@ -1,4 +1,4 @@
-"""Pictures and tables of a run: learning curves, channel maps."""
+"""Pictures and tables of runs: learning curves, channel maps and comparisons."""
 
 from selconv_jax.report._channel_map import channel_map
 from selconv_jax.report._curves import learning_curves

@@ -1,4 +1,4 @@
-"""One layer in full: the state of every slot, its damage, and what the copies read."""
+"""Channel map of one layer: the state of every slot, its damage score, and the sources of its copies."""
 
 from collections.abc import Sequence
 
@@ -21,22 +21,22 @@ from selconv_jax.report._style import CLOSED, COPY, INK, MUTED, OWN, heading, ne
 __all__ = ["LayerAllocation", "allocation_overview", "channel_map"]
 
 _WIDTH = 10.0
-_STRIP = 9.0  # what the row labels leave of the width to the cells
-_CARDS = 11  # channels shown with their copies: three rows, together with the card that explains
+_STRIP = 9.0  # inches for the cells, without the row labels
+_CARDS = 11  # channels shown with their copies; with the explaining card, three rows
 
 
 @styled
 def channel_map(layer: LayerAllocation, run: str = "") -> Figure:
-    """Show which channel feeds which slot of one layer.
+    """Draw which channel each slot of one layer reads.
 
-    Three parts. A strip of cells, one per slot in index order, coloured by state. The damage score
-    of every slot, where known. One card per copied channel, the most copied first: its copies as
-    arrows from the unshifted position to where each copy reads, in true direction, pixel by pixel.
+    The picture has three parts: a strip of cells, one per slot in index order, coloured by state; the
+    damage score of every slot, if known; and one card per copied channel, the most copied first, with an
+    arrow per copy from the unshifted position to the position that it reads, to scale.
 
     Args:
-        layer: The allocation of the layer; any number of channels and of spatial axes. Of three
-            axes the last two are drawn, the shift along the first is printed beside the arrow.
-        run: What the layer is of, such as the name of the run and the step; below its name.
+        layer: The allocation of the layer, with any number of channels and of spatial axes. Of three
+            axes the last two are drawn, and the shift along the first is printed beside the arrow.
+        run: Subtitle, such as the name of the run and the step.
 
     Returns:
         The figure.
@@ -74,7 +74,7 @@ def channel_map(layer: LayerAllocation, run: str = "") -> Figure:
 
 
 def _cells_per_row(channels: int) -> int:
-    """Few enough for large cells, many enough for thousands of cells to fit one picture."""
+    """Choose the row length: large cells for few channels, but room for thousands."""
     return 32 if channels <= 128 else 64 if channels <= 2048 else 128
 
 
@@ -97,7 +97,7 @@ def _why_no_copies(layer: LayerAllocation) -> str:
 
 
 def _draw_strip(axes: Axes, layer: LayerAllocation, per_row: int) -> None:
-    """One cell per slot; the labels of its row and its column add up to its index."""
+    """Draw one cell per slot; the labels of its row and column add up to its index."""
     rows = -(-layer.channels // per_row)
     states = np.select([layer.closed, layer.copy], [2, 1], 0)
     padded = np.pad(states, (0, rows * per_row - layer.channels), constant_values=-1)
@@ -159,7 +159,7 @@ def _draw_strip(axes: Axes, layer: LayerAllocation, per_row: int) -> None:
 
 
 def _draw_scores(axes: Axes, layer: LayerAllocation, shown: Sequence[int]) -> None:
-    """Bars in index order, the shown sources numbered where their numbers do not collide."""
+    """Draw bars in index order, and the indices of the shown sources unless they overlap."""
     assert layer.score is not None
     width = min(14.0, max(0.8, 0.75 * 72 * _STRIP / layer.channels))
     slots = np.arange(layer.channels)

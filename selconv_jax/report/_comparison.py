@@ -1,4 +1,4 @@
-"""Runs of several configurations side by side: mean and spread over their seeds."""
+"""Comparison of configurations by the mean and spread over the seeds of their runs."""
 
 import dataclasses
 import math
@@ -29,15 +29,15 @@ _COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class ConfigurationResults:
-    """The finished runs of a configuration, and which have failed.
+    """The finished runs of a configuration, and the seeds of those that failed.
 
     Attributes:
-        name: How tables and pictures call it.
+        name: Its name in tables and pictures.
         runs: The lines of ``metrics.jsonl`` of every run, by seed.
-        failed: Seeds whose runs have failed; they are named, and are part of no number.
+        failed: Seeds of failed runs, which are listed but excluded from all statistics.
 
     Raises:
-        SelconvError: A run has no record, or there is no run, not even one that has failed.
+        SelconvError: A run has no record, or there is neither a finished nor a failed run.
     """
 
     name: str
@@ -52,7 +52,7 @@ class ConfigurationResults:
 
     @property
     def by_seed(self) -> dict[str, dict[int, float]]:
-        """Every number of `run_numbers` that some run has, by seed."""
+        """Values of each number of `run_numbers` by seed, as far as runs have it."""
         numbers = {seed: run_numbers(records) for seed, records in self.runs.items()}
         known: dict[str, dict[int, float]] = {}
         for seed, run in numbers.items():
@@ -63,22 +63,22 @@ class ConfigurationResults:
 
     @property
     def summary(self) -> dict[str, Spread]:
-        """`Spread` of every number of `run_numbers` that a run has."""
+        """Spread over the seeds of each number of `run_numbers` that some run has."""
         return {key: spread(list(values.values())) for key, values in self.by_seed.items()}
 
 
 def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The numbers by which runs are compared; accuracies and errors are fractions in [0, 1].
+    """Compute the numbers by which runs are compared; accuracies and errors are fractions in [0, 1].
 
     Args:
         records: The lines of ``metrics.jsonl``, one per epoch, in order.
 
     Returns:
-        ``test_accuracy``, ``test_error``, ``test_loss`` and ``train_loss`` of the last epoch;
-        of runs with validation images, the ``validation_accuracy`` of the last epoch, the ``best_epoch`` by
-        validation accuracy and the ``best_test_accuracy``, that epoch's; channels ``closed`` and
-        ``reallocated`` by all rounds; ``copies``, ``open_channels`` and ``channels`` at the end; the median
-        over the epochs of ``images_per_second``. None where the run has no such number.
+        ``test_accuracy``, ``test_error``, ``test_loss`` and ``train_loss`` of the last epoch; for runs with
+        validation images, ``validation_accuracy`` of the last epoch, ``best_epoch`` by validation accuracy
+        and ``best_test_accuracy``, the test accuracy of that epoch; the channels ``deallocated`` and
+        ``reallocated`` in all rounds; ``copies``, ``open_channels`` and ``channels`` at the end; and the
+        median ``images_per_second`` of the epochs. None if the run has no such number.
 
     Raises:
         SelconvError: ``records`` is empty.
@@ -116,14 +116,14 @@ def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]
 
 
 def comparison_table(configurations: Sequence[ConfigurationResults]) -> Table:
-    """Mean and, below it, standard deviation over the seeds of every configuration.
+    """Tabulate the mean and standard deviation over the seeds of every configuration.
 
     Args:
         configurations: In the order of the rows.
 
     Returns:
-        A table for ``rich.print`` that fits a terminal of 80 characters; a deviation of one run is ``-``.
-        The test accuracy at the best epoch has a column where a run has validation images.
+        A table for ``rich.print`` that fits a terminal of 80 characters; the deviation of a single run is
+        ``-``. The test accuracy at the best epoch has a column if some run has validation images.
 
     Example:
         >>> results = ConfigurationResults("plain", {0: [{"epoch": 1, "test_accuracy": 0.5}]})

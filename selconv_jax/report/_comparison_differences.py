@@ -1,4 +1,4 @@
-"""Which differences between configurations are larger than chance: paired by seed."""
+"""Differences between configurations, paired by seed, with their intervals."""
 
 from collections.abc import Sequence
 
@@ -17,11 +17,11 @@ MARK = "*"  # of a difference whose interval excludes 0
 def number_differences(
     configuration: ConfigurationResults, baseline: ConfigurationResults
 ) -> dict[str, PairedDifference]:
-    """Differences of every number of `run_numbers` that both have for some common seed.
+    """Compute the difference of each number of `run_numbers` that both have for some common seed.
 
     Args:
-        configuration: The runs that are compared.
-        baseline: Those they are compared with.
+        configuration: The runs to compare.
+        baseline: The runs to compare them with.
 
     Returns:
         Configuration minus baseline, by name of the number.
@@ -41,14 +41,14 @@ def number_differences(
 
 
 def difference_table(configurations: Sequence[ConfigurationResults]) -> Table:
-    """The test error of every configuration against that of the first, with standard error and interval.
+    """Tabulate the difference of every configuration's test error to the first one's, with its interval.
 
     Args:
-        configurations: In the order of the rows; the first is the one that the others are compared with.
+        configurations: In the order of the rows; the first is the baseline.
 
     Returns:
         A table for ``rich.print`` that fits a terminal of 80 characters. A difference whose interval
-        excludes 0 has a star; of one pair there is only the difference.
+        excludes 0 has a star; a single pair has no standard error and interval.
 
     Example:
         >>> runs = {seed: [{"epoch": 1, "test_accuracy": 0.5}] for seed in (0, 1)}

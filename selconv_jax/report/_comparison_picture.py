@@ -1,4 +1,4 @@
-"""Configurations compared in one picture: test error over the epochs and at the end."""
+"""Picture of a comparison of configurations: test error over the epochs and at the end."""
 
 import textwrap
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from selconv_jax.report._style import INK, heading, new_figure, styled
 
 __all__ = ["comparison_picture"]
 
-# Okabe and Ito without yellow, which is lost on white; the line style tells the further ones apart.
+# Okabe and Ito without yellow, which is invisible on white; further ones differ in line style.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
 _STYLES: tuple[str, ...] = ("-", "--", ":", "-.")
 _FEW = 40  # up to this many epochs each one gets a marker
@@ -28,15 +28,14 @@ _WIDE = 4.0  # from this ratio of the highest to the lowest error on, the curves
 
 @styled
 def comparison_picture(configurations: Sequence[ConfigurationResults], title: str) -> Figure:
-    """Draws the test error per epoch, and that of the last epoch with every seed as a point.
+    """Draw the test error per epoch, and that of the last epoch with one point per seed.
 
     Args:
         configurations: In the order of the rows.
-        title: Of the picture.
+        title: Title of the picture.
 
     Returns:
-        The figure; its first axes are the curves, its second the final errors, whose rows name the
-        lines.
+        The figure: curves in the first axes; final errors in the second, whose row labels name the curves.
 
     Raises:
         SelconvError: There is no configuration.
@@ -68,7 +67,7 @@ def comparison_picture(configurations: Sequence[ConfigurationResults], title: st
 
 
 def _errors(configuration: ConfigurationResults) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Epochs ``[E]`` and test errors in per cent ``[seeds, E]``; NaN where a seed has none."""
+    """Return epochs ``[E]`` and test errors in percent ``[seeds, E]``; NaN where a seed has none."""
     by_seed = [
         dict(zip(series(records, "epoch"), 100 * (1 - series(records, "test_accuracy")), strict=True))
         for records in configuration.runs.values()
@@ -79,7 +78,7 @@ def _errors(configuration: ConfigurationResults) -> tuple[NDArray[np.float64], N
 
 
 def _draw_curve(axes: Axes, configuration: ConfigurationResults, colour: str, style: str) -> None:
-    """The mean where every seed has a value, and the standard deviation around it."""
+    """Draw the mean of the epochs for which all seeds have a value, and the standard deviation."""
     epochs, errors = _errors(configuration)
     marker, mean = "o" if len(epochs) <= _FEW else "", errors.mean(axis=0)
     axes.plot(epochs, mean, style, color=colour, marker=marker, markersize=3.5, linewidth=1.4)
@@ -96,7 +95,7 @@ def _differs(configuration: ConfigurationResults, first: ConfigurationResults) -
 def _draw_final(
     axes: Axes, row: int, configuration: ConfigurationResults, colour: str, style: str, *, mark: bool
 ) -> None:
-    """One row: a piece of its line, the seeds, mean and deviation below them, both in numbers."""
+    """Draw one row: its line style, the seeds, and below them the mean and deviation, also as text."""
     outside = axes.get_yaxis_transform()
     axes.plot([-0.125, -0.02], [row, row], style, color=colour, lw=1.6, transform=outside, clip_on=False)
     errors = [100 * value for value in configuration.by_seed.get("test_error", {}).values()]
@@ -125,7 +124,7 @@ def _finish_curves(axes: Axes, several: bool) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     means = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.get_lines()])
     means = means[np.isfinite(means)]
-    # A band that reaches 0 has no place on a logarithmic axis.
+    # A band that reaches 0 cannot be drawn on a logarithmic axis.
     if means.size and axes.dataLim.ymin > 0 and _WIDE * means.min() < means.max():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

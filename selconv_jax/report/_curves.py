@@ -26,18 +26,18 @@ _FEW = 40  # up to this many epochs each one gets a marker
 
 @styled
 def learning_curves(records: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Loss, accuracy, allocation, learning rate and speed over the epochs of a run.
+    """Draw loss, accuracy, allocation, learning rate and speed over the epochs of a run.
 
-    Four panels, and two more where the model has selective layers: the state of the channels after
-    each epoch's round, and what the round changed. A star marks the epoch of the best accuracy on
-    the validation images, where there are any; a dashed line the last epoch that changed the
-    allocation, drawn once a later epoch confirms it.
+    There are four panels, and two more if the model has selective layers: the state of the channels after
+    each epoch's round, and the changes of the round. A star marks the epoch of the best validation
+    accuracy, if there are validation images. A dashed line marks the last epoch that changed the
+    allocation, once a later epoch has confirmed it.
 
     Args:
         records: The lines of ``metrics.jsonl``, one per epoch, in order. A key that is missing or
             null leaves a gap (``test_top5`` exists only where there are more than five classes).
             Accuracies are fractions in [0, 1]; ``epoch`` is 1-based.
-        title: Of the whole picture, such as the name of the run.
+        title: Title of the picture, such as the name of the run.
 
     Returns:
         The figure.
@@ -85,7 +85,7 @@ def _draw_lines(
     epochs: NDArray[np.float64],
     lines: Sequence[tuple[str, NDArray[np.float64], str, str]],
 ) -> None:
-    """Draw (label, values, colour, line style); quantities that were never logged are left out."""
+    """Draw lines (label, values, colour, line style), skipping quantities that were never logged."""
     marker = "o" if len(epochs) <= _FEW else ""
     for label, values, colour, style in lines:
         if not np.isnan(values).all():
@@ -103,7 +103,7 @@ def _draw_lines(
 
 
 def _start_at_zero(axes: Axes) -> None:
-    """Show the axis from 0 to a little above the highest value, were it 0 itself."""
+    """Scale the axis from 0 to slightly above the highest value, even if that is 0."""
     top = axes.dataLim.y1
     axes.set_ylim(0, 1.06 * top if np.isfinite(top) and top > 0 else 1)
 
@@ -148,7 +148,7 @@ def _draw_accuracy(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDA
 
 
 def _draw_states(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDArray[np.float64]) -> None:
-    """Stacked bars: they show one epoch as well as three hundred."""
+    """Draw stacked bars, which suit one epoch as well as three hundred."""
     channels = series(records, "channels")
     opened = series(records, "open_channels")
     copies = np.nan_to_num(series(records, "copies"))  # gate-only models log none
@@ -170,7 +170,7 @@ def _draw_states(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDArr
 
 
 def _draw_changes(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDArray[np.float64]) -> None:
-    """Narrow bars before wide ones: most closed channels are re-allocated at once, the two nearly agree."""
+    """Draw narrow bars over wide ones, as most closed channels are re-allocated in the same round."""
     closed = np.nan_to_num(series(records, "deallocated"))
     reallocated = np.nan_to_num(series(records, "reallocated"))
     handles: list[Artist | Container] = [

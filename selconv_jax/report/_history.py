@@ -1,4 +1,4 @@
-"""Read what a run logged, one record per epoch, as series; shared by the curves and the tables."""
+"""Time series of a run's logged metrics, for the curves and the tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ __all__ = ["best_index", "last_change", "require_records", "series"]
 
 
 def require_records(records: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse an empty log.
+    """Raise a `SelconvError` if the log is empty.
 
     Args:
         records: The lines of ``metrics.jsonl``.
@@ -28,7 +28,7 @@ def require_records(records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def series(records: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
-    """One logged quantity over the epochs.
+    """Extract one logged quantity over the epochs.
 
     Args:
         records: The lines of ``metrics.jsonl``.
@@ -49,14 +49,14 @@ def series(records: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64
 
 
 def best_index(records: Sequence[Mapping[str, Any]]) -> int | None:
-    """The position of the record with the highest accuracy on the validation images.
+    """Return the index of the record with the highest validation accuracy.
 
     Args:
         records: The lines of ``metrics.jsonl``.
 
     Returns:
-        Its index, the earliest of equals; None if no record has a validation accuracy: the test images must
-        not choose what is then reported on them.
+        The index, the earliest among equals; None if no record has a validation accuracy. Test images are
+        never used for the choice, as results are reported on them.
 
     Example:
         >>> best_index([{"validation_accuracy": 0.5}, {"validation_accuracy": 0.75}])
@@ -69,14 +69,14 @@ def best_index(records: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def last_change(records: Sequence[Mapping[str, Any]]) -> int | None:
-    """The epoch after which the allocation stayed as it was.
+    """Return the epoch after which the allocation did not change.
 
     Args:
         records: The lines of ``metrics.jsonl``.
 
     Returns:
-        The last epoch (1-based) whose round closed or re-allocated a channel; None if none did, or
-        if no epoch was recorded after it, so that nothing is known yet about its being the last.
+        The last epoch (1-based) whose round closed or re-allocated a channel; None if none did, or if it
+        is the last record, so that a later change is still possible.
     """
     changes = np.nan_to_num(series(records, "deallocated"))
     changes = changes + np.nan_to_num(series(records, "reallocated"))

@@ -1,4 +1,4 @@
-"""The allocation of one layer as the report reads it, and the questions the pictures ask of it."""
+"""Allocation of one layer, as the pictures and tables read it."""
 
 import dataclasses
 import functools
@@ -13,14 +13,14 @@ __all__ = ["LayerAllocation"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerAllocation:
-    """Which input channel every slot of a layer reads (method, one selective layer).
+    """The input channel that every slot of a layer reads (method, "One selective layer").
 
     A *slot* is the part of the kernel that belongs to one input channel, ``W[..., d, :]``. Slot ``d``
-    is in one of three states: it reads its own channel ``d``; it is a copy, that reads channel
+    is in one of three states: it reads its own channel ``d``; it is a copy, which reads channel
     ``source[d]`` shifted by ``shift[d]``; or it is closed and reads nothing.
 
     Attributes:
-        name: Of the layer, its path in the model.
+        name: Path of the layer in the model.
         gate: ``[C]`` bool, False for closed slots.
         source: ``[C]`` int32, -1 where the slot reads its own channel unshifted; None for a gate-only
             layer, whose closed slots stay closed.
@@ -30,7 +30,7 @@ class LayerAllocation:
         features: The number of output channels.
 
     Raises:
-        SelconvError: The arrays contradict each other.
+        SelconvError: The arrays are inconsistent.
 
     Example:
         >>> layer = LayerAllocation(
@@ -82,12 +82,12 @@ class LayerAllocation:
 
     @property
     def channels(self) -> int:
-        """The number ``C`` of slots, which is that of input channels."""
+        """Number ``C`` of input channels, and so of slots."""
         return int(self.gate.shape[0])
 
     @functools.cached_property
     def copy(self) -> NDArray[np.bool_]:
-        """``[C]`` bool: the slot reads a shifted channel, another one or its own."""
+        """``[C]`` bool: the slot reads a shifted channel, its own or another."""
         return np.zeros_like(self.gate) if self.source is None else self.gate & (self.source >= 0)
 
     @property
@@ -102,7 +102,7 @@ class LayerAllocation:
 
     @functools.cached_property
     def copies_of(self) -> dict[int, NDArray[np.intp]]:
-        """The slots that copy each channel, most copied channel first, equal ones by index."""
+        """Slots that copy each channel, the most copied channel first, ties by index."""
         if self.source is None:
             return {}
         sources, counts = np.unique(self.source[self.copy], return_counts=True)

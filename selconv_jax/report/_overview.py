@@ -1,4 +1,4 @@
-"""All layers of a network at a glance."""
+"""Overview of the allocation of all layers of a network."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -28,14 +28,14 @@ _LETTER = 0.075  # inches per letter of a name
 
 @styled
 def allocation_overview(layers: Sequence[LayerAllocation], title: str) -> Figure:
-    """Show how many slots of every layer read their own channel, are copies, or are closed.
+    """Draw how many slots of every layer read their own channel, are copies, or are closed.
 
-    One line per layer, in the given order: its name, a bar of the three shares, and the three
-    counts. Networks of many layers continue in a second column and so on.
+    Each layer has one line, in the given order: its name, a bar of the three fractions, and the three
+    counts. Networks of many layers take several columns.
 
     Args:
         layers: The layers of the network, in forward order.
-        title: Of the picture, such as the name of the run.
+        title: Title of the picture, such as the name of the run.
 
     Returns:
         The figure, with one pair of axes per column.
@@ -75,7 +75,7 @@ def allocation_overview(layers: Sequence[LayerAllocation], title: str) -> Figure
 
 
 def _draw_column(axes: Axes, layers: Sequence[LayerAllocation], lines: int) -> None:
-    """Stacked horizontal bars, the counts in three columns of text to their right."""
+    """Draw stacked horizontal bars, and the counts in three columns of text to their right."""
     places = np.arange(len(layers))
     left = np.zeros(len(layers))
     for column, (label, state, colour) in enumerate(_STATES):

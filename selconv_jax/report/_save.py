@@ -1,4 +1,4 @@
-"""Write a picture so that a reader never meets half of one."""
+"""Atomic saving of pictures."""
 
 import io
 import os
@@ -17,12 +17,12 @@ __all__ = ["save_figure"]
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure as PNG, atomically; equal figures give equal bytes.
 
-    An interrupted or failed call leaves the file that was there before. The metadata is fixed: neither
-    the date nor the version of the drawing library gets into the file.
+    An interrupted or failed call leaves an existing file intact. The metadata is fixed: the file contains
+    neither the date nor the version of the drawing library.
 
     Args:
-        figure: What to draw.
-        path: Where to, ending in ``.png``; missing folders are made.
+        figure: The figure.
+        path: The file, ending in ``.png``; missing folders are created.
 
     Raises:
         ConfigError: The path does not end in ``.png``.
@@ -33,7 +33,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise ConfigError(f"pictures are written as PNG, but {str(path)!r} ends otherwise: name it *.png.")
+        raise ConfigError(f"pictures are saved as PNG, but {str(path)!r} has another suffix: name it *.png.")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": "selconv_jax"})
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the copies of a channel read: one card per copied channel, arrows for the shifts."""
+"""Cards of the copied channels, with an arrow for the shift of each copy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ _FOOT = 0.3
 
 _SMALL = 7.5  # points
 _LETTER = np.array([0.068, 0.13])  # inches that one digit takes at this size
-_INCHES = 2.0  # what a card leaves to its pixels
+_INCHES = 2.0  # width and height of a card's pixels
 _TURNS = np.array([0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, 7, -7, 8]) * np.pi / 8
 _HOLLOW: dict[str, Any] = {
     "marker": "o",
@@ -35,13 +35,13 @@ _HOLLOW: dict[str, Any] = {
 
 
 def draw_cards(part: SubFigure, layer: LayerAllocation, shown: Sequence[int], rows: int) -> None:
-    """Draw a card that explains, then one per copied channel.
+    """Draw an explaining card, then one per copied channel.
 
     Args:
         part: Where to draw, ``rows * CARD_HEIGHT + FRAME_HEIGHT`` inches high.
         layer: The layer; it has copies.
         shown: The channels to draw, keys of ``layer.copies_of``, in order.
-        rows: Of ``COLUMNS`` cards each.
+        rows: Number of rows, of ``COLUMNS`` cards each.
     """
     assert layer.shift is not None
     dimensions = layer.shift.shape[1]
@@ -76,7 +76,7 @@ def _legend(dimensions: int) -> list[Line2D]:
 
 
 def _left_out(layer: LayerAllocation, shown: Sequence[int]) -> str:
-    """What the cards do not show; "" if they show every copied channel."""
+    """Describe the copied channels that the cards do not show; "" if there are none."""
     counts = [slots.size for source, slots in layer.copies_of.items() if source not in shown]
     if not counts:
         return ""
@@ -87,7 +87,7 @@ def _left_out(layer: LayerAllocation, shown: Sequence[int]) -> str:
 
 
 def _draw_pixels(axes: Axes, reach: float, lanes: int | None) -> None:
-    """A grid of pixels around the unshifted one, rows downwards; for one axis a lane per copy."""
+    """Draw a grid of pixels around the unshifted one, rows downwards; for one axis, a lane per copy."""
     edges = np.arange(-reach, reach + 0.5)
     top, bottom = (-reach, reach) if lanes is None else (-0.7, lanes + 0.7)
     axes.vlines(edges, top, bottom, color="#DDDDDD", linewidth=0.6, zorder=0)
@@ -120,7 +120,7 @@ def _draw_title(axes: Axes, title: str, about: str) -> None:
 
 
 def _draw_key(axes: Axes, reach: float, flat: bool) -> None:
-    """The first card: the scale, the axes and one made-up copy."""
+    """Draw the first card: the scale, the axes and one example of a copy."""
     _draw_pixels(axes, reach, 3 if flat else None)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if flat:
@@ -142,7 +142,7 @@ def _draw_key(axes: Axes, reach: float, flat: bool) -> None:
 
 
 def _draw_card(axes: Axes, layer: LayerAllocation, source: int, reach: float) -> None:
-    """One copied channel: its own slot at the centre, an arrow per copy."""
+    """Draw one copied channel: its own slot at the centre, and an arrow per copy."""
     assert layer.source is not None
     assert layer.shift is not None
     slots = layer.copies_of[source]
@@ -182,9 +182,9 @@ def _draw_card(axes: Axes, layer: LayerAllocation, source: int, reach: float) ->
 def _write_labels(
     axes: Axes, labels: Sequence[str], starts: NDArray[np.floating], ends: NDArray[np.floating]
 ) -> None:
-    """Write each label beside its arrow's end, where it covers neither an end nor a label.
+    """Write each label beside its arrow's end, where it overlaps neither an end nor a label.
 
-    A label for which there is no such place is left out, and the card says so.
+    A label without such a place is left out, and the card states how many labels it has.
     """
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     low, high = np.array([left, top]), np.array([right, bottom])  # rows count downwards
@@ -192,7 +192,7 @@ def _write_labels(
     taken = [(place, 0.04 * scale) for place in (*ends, np.zeros(2))]
     numbered = 0
     spans = ends - starts
-    for index in np.argsort(-np.hypot(*spans.T), kind="stable"):  # the long ones have most room
+    for index in np.argsort(-np.hypot(*spans.T), kind="stable"):  # longest first: they have most room
         label, end = labels[index], ends[index]
         half = 0.5 * scale * _LETTER * (len(label) + 0.6, 1)
         for angle in np.arctan2(spans[index, 1], spans[index, 0]) + _TURNS:

@@ -1,9 +1,9 @@
-"""What runs with several seeds allow to say: mean and spread, and differences paired by seed.
+"""Statistics of runs with several seeds: mean and spread, and differences paired by seed.
 
-Two configurations trained with the same seed start from the same values of the variables they have in
-common and see the same images in the same order, so their runs are pairs: what a lucky seed does to both
-cancels in the difference. Where they see other images, in batches of another size say, the interval still
-holds; it is wider for the pairs that are none.
+Runs of two configurations with the same seed start from the same values of their common variables and see
+the same images in the same order. Such runs are pairs: the effect of the seed on both cancels in the
+difference. If they see different images, for example in batches of another size, the interval is still
+valid, but wider.
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ class PairedDifference:
 
     Attributes:
         mean: Mean of the differences.
-        std_error: Its standard error, the standard deviation of the differences (divisor n - 1) by the root
-            of n; None for a single pair.
-        interval: Student's t-interval of the mean, lower and upper end; None for a single pair, of which
-            nothing can be claimed.
+        std_error: Its standard error: the standard deviation of the differences (divisor n - 1) divided by
+            the square root of n; None for a single pair.
+        interval: Lower and upper end of Student's t-interval of the mean; None for a single pair, which
+            supports no claim.
         count: Number n of pairs.
     """
 
@@ -55,21 +55,21 @@ class PairedDifference:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether 0 lies outside the interval: the difference is larger than chance explains.
+        """True if 0 lies outside the interval: the difference is larger than chance explains.
 
-        That is one comparison by itself: of twenty with nothing in them, one comes out so.
+        This holds for a single comparison: of twenty without any effect, one is expected to be true.
         """
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation of a sample.
+    """Compute the mean and standard deviation of a sample.
 
     Args:
         values: At least one finite number.
 
     Returns:
-        Both.
+        The mean, the standard deviation and the size of the sample.
 
     Example:
         >>> spread([1.0, 3.0])
@@ -83,15 +83,14 @@ def spread(values: Sequence[float]) -> Spread:
 def paired_difference(
     values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = CONFIDENCE
 ) -> PairedDifference:
-    """Mean difference to a baseline, seed by seed, with its standard error and t-interval.
+    """Compute the mean difference to a baseline, paired by seed, with its standard error and t-interval.
 
-    The interval is ``mean ± t * std_error`` with `t_quantile`; it supposes differences that are about
-    normally distributed.
+    The interval is ``mean ± t * std_error`` with `t_quantile`, for approximately normal differences.
 
     Args:
         values: A finite number by seed.
-        baseline: The same of the other configuration; seeds that only one of them has are left out.
-        confidence: How often such an interval holds the true mean, in (0, 1).
+        baseline: The same for the other configuration. Seeds that only one of them has are ignored.
+        confidence: Probability that such an interval contains the true mean, in (0, 1).
 
     Returns:
         Values minus baseline.
@@ -120,11 +119,11 @@ def paired_difference(
 
 
 def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """What Student's t stays below in absolute value with the given probability.
+    """Compute the two-sided quantile of Student's t-distribution.
 
     Args:
         degrees: Degrees of freedom, at least 1.
-        confidence: The probability, in (0, 1).
+        confidence: Probability of absolute values below the quantile, in (0, 1).
 
     Returns:
         The quantile at ``(1 + confidence) / 2``.

@@ -1,4 +1,4 @@
-"""The look every picture shares: colours, sizes and the settings they are drawn under."""
+"""Common style of all pictures: colours, sizes and settings."""
 
 from collections.abc import Sequence
 
@@ -11,16 +11,16 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 __all__ = ["CLOSED", "COPY", "INK", "MUTED", "OWN", "heading", "new_figure", "styled"]
 
-# From the palette of Okabe and Ito, which stays apart under the common colour-blindnesses. The
-# three states also differ in lightness, so that a grey print can be read.
+# From the palette of Okabe and Ito, which remains distinguishable with common colour blindness. The
+# three states also differ in lightness, so that a greyscale print is readable.
 OWN = "#56B4E9"
 COPY = "#D55E00"
 CLOSED = "#E6E6E6"
 INK = "#222222"
 MUTED = "#666666"
 
-# "default" first: a picture does not depend on the reader's matplotlibrc, so equal data gives equal
-# bytes. The object works as a context manager and, as used here, as a decorator.
+# "default" first, so that pictures do not depend on the user's matplotlibrc and equal data gives equal
+# bytes. The object is a context manager and, as used here, a decorator.
 styled = matplotlib.style.context(
     [
         "default",
@@ -52,11 +52,11 @@ styled = matplotlib.style.context(
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of its own (no global state) that keeps its texts from overlapping.
+    """Create a figure, without global state, whose layout keeps texts from overlapping.
 
     Args:
-        width: In inches, of 120 pixels each.
-        height: In inches.
+        width: Width in inches, of 120 pixels each.
+        height: Height in inches.
 
     Returns:
         An empty figure with constrained layout.
@@ -66,12 +66,12 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def heading(axes: Axes, title: str, handles: Sequence[Artist | Container] | None = None) -> None:
-    """Put the title and, below it, the legend of a panel above it, where they can hide no data.
+    """Put the title and the legend above a panel, where they cannot hide data.
 
     Args:
-        axes: The panel, its labelled artists already drawn.
-        title: What the panel shows.
-        handles: The legend's artists in order, on one line; None for every labelled one.
+        axes: The panel, with its labelled artists already drawn.
+        title: The title.
+        handles: The legend's artists in order, on one line; None: all labelled ones.
     """
     if handles is None:
         handles, _ = axes.get_legend_handles_labels()

@@ -1,4 +1,4 @@
-"""A run and its layers as tables for the terminal."""
+"""Tables of a run and its layers for the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,15 +35,15 @@ _PERCENT = ("train_accuracy", "validation_accuracy", "test_accuracy", "test_top5
 
 
 def run_table(records: Sequence[Mapping[str, Any]], summary: Mapping[str, str]) -> Group:
-    """The facts of a run and its epochs: the first, the best and the last five.
+    """Tabulate the facts of a run and its epochs: the first, the best and the last five.
 
-    Columns that no record has are left out, and so are the epochs between; a row of dots stands for
-    them. The epoch of the best validation accuracy (the earliest of equals) is bold and says so; a run
-    without validation images has none. With them, there is no column for the top 5.
+    Columns that no record has are left out, and the other epochs are replaced by a row of dots. The epoch
+    of the best validation accuracy (the earliest among equals) is bold and marked; a run without validation
+    images has none. With validation images, there is no column for the top-5 accuracy.
 
     Args:
         records: The lines of ``metrics.jsonl``, one per epoch, in order.
-        summary: What the run is, by heading, such as model, data set and seed.
+        summary: Facts of the run by heading, such as model, data set and seed.
 
     Returns:
         Two tables for ``rich.print``: the facts, the epochs.
@@ -71,7 +71,7 @@ def run_table(records: Sequence[Mapping[str, Any]], summary: Mapping[str, str]) 
     columns = []
     for key, heading, form in _COLUMNS:
         if key == "test_top5" and best is not None:
-            continue  # all would not fit
+            continue  # all columns would not fit
         values = series(records, key) * (100 if key in _PERCENT else 1)
         if not np.isnan(values).all():
             epochs.add_column(heading, justify="right")
@@ -81,7 +81,7 @@ def run_table(records: Sequence[Mapping[str, Any]], summary: Mapping[str, str]) 
     shown = {0, *range(max(0, len(records) - _LAST), len(records))}
     if best is not None:
         shown.add(best)
-    # Dots in place of a single epoch would spare nothing.
+    # Dots in place of a single epoch would save no line.
     shown |= {index for index in range(1, len(records) - 1) if {index - 1, index + 1} <= shown}
     previous = -1
     for index in sorted(shown):
@@ -97,14 +97,14 @@ def run_table(records: Sequence[Mapping[str, Any]], summary: Mapping[str, str]) 
 
 
 def layer_table(layers: Sequence[LayerAllocation]) -> Table:
-    """The allocation of every layer in numbers, with the totals below.
+    """Tabulate the allocation of every layer, with totals.
 
     Args:
         layers: The layers of the network, in forward order.
 
     Returns:
-        A table for ``rich.print``: channels, open ones, those of them that are copies, closed ones, and
-        the channel with the most copies (the lowest of equals).
+        A table for ``rich.print``: channels, open ones, copies among these, closed ones, and the channel
+        with the most copies (the lowest among equals).
 
     Example:
         >>> import numpy as np
@@ -130,12 +130,12 @@ def layer_table(layers: Sequence[LayerAllocation]) -> Table:
 
 
 def count_table(layers: Sequence[LayerCounts], title: str, forms: Sequence[str] = _FORMS) -> Table:
-    """Parameters and multiply-adds of every layer in numbers, with the totals below.
+    """Tabulate the trainable parameters and multiply-adds (MACs) of every layer, with totals.
 
     Args:
         layers: From `selconv_jax.analysis.count_layers`.
-        title: What the numbers hold for.
-        forms: Which of the three forms have columns: ``"plain"``, ``"selective"``, ``"compact"``.
+        title: Title of the table.
+        forms: Forms that have columns, of ``"plain"``, ``"selective"`` and ``"compact"``.
 
     Returns:
         A table for ``rich.print``; multiply-adds are in millions.

@@ -1,4 +1,4 @@
-"""The selective layers in a model's variables: found, checked, and put back."""
+"""Selective layers in a model's variables: finding, checking and replacing them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,10 +31,10 @@ _OPTIONAL = ("source", "shift")
 
 
 def layer_states(variables: Variables) -> dict[str, LayerState]:
-    """The selective and gate-only layers of a model, by path.
+    """Collect the selective and gate-only layers of a model, by path.
 
-    Layers that ``nn.scan`` or ``nn.vmap`` stacked are one `LayerState` whose arrays have the stack's axes
-    before their own: gate ``[*L, C]``, kernel ``[*L, *K, C / G, O]``, and so on.
+    Layers stacked by ``nn.scan`` or ``nn.vmap`` are one `LayerState` whose arrays have the stack's axes as
+    leading axes: gate ``[*L, C]``, kernel ``[*L, *K, C / G, O]``, and so on.
 
     Args:
         variables: The model's variables: ``params``, ``batch_stats``, ``selectivity``.
@@ -43,8 +43,7 @@ def layer_states(variables: Variables) -> dict[str, LayerState]:
         `LayerState` by the path of the layer, parts joined by ``/`` (``""`` for a model that is one layer).
 
     Raises:
-        ValueError: There is no selective layer, a part of one is missing, or the shapes of its parts
-            contradict each other.
+        ValueError: There is no selective layer, or its arrays are missing or inconsistent in shape.
     """
     flat = {
         collection: traverse_util.flatten_dict(unfreeze(variables.get(collection, {})))
@@ -63,14 +62,14 @@ def layer_states(variables: Variables) -> dict[str, LayerState]:
 
 
 def merge_layers(variables: Variables, states: Mapping[str, LayerState]) -> Any:
-    """The variables with the fields of the layers put in their places.
+    """Replace the arrays of selective layers in a model's variables.
 
     Args:
         variables: The model's variables.
         states: Layers by path, as from `layer_states`.
 
     Returns:
-        Variables of the same structure; what belongs to none of the layers is the same object.
+        Variables of the same structure; leaves that belong to no layer are the same objects.
     """
     new: dict[Path, Any] = {}
     for name, state in states.items():
@@ -82,17 +81,18 @@ def merge_layers(variables: Variables, states: Mapping[str, LayerState]) -> Any:
 
 
 def are_replicas(states: Mapping[str, LayerState]) -> jax.Array | None:
-    """Whether layers are copies of a model, one for each device, rather than stacks of layers.
+    """Check whether the variables are replicas of a model, one per device, rather than stacks of layers.
 
-    Such copies have an axis before all others, along which all that is trained is alike. Layers of a real
-    stack start from numbers of their own.
+    Replicas have a leading axis along which all trainable parameters are equal. Layers of a real stack have
+    been initialized with different values.
 
     Args:
         states: Layers by path, as from `layer_states`.
 
     Returns:
-        ``[]`` bool; None where the shapes already say no.
+        ``[]`` bool; None if the shapes already rule it out.
     """
+    # Replication gives all layers a leading axis of the same size; one layer without it rules it out.
     counts = {state.gate.shape[0] if state.gate.ndim > 1 else 1 for state in states.values()}
     if len(counts) > 1 or counts == {1}:
         return None
@@ -101,7 +101,7 @@ def are_replicas(states: Mapping[str, LayerState]) -> jax.Array | None:
 
 
 def refuse_replicas(states: Mapping[str, LayerState]) -> None:
-    """Raise a ValueError if layers, whose values are known, are `are_replicas`."""
+    """Raise a ValueError if the layers, which hold concrete arrays, are replicas, see `are_replicas`."""
     replicas = jax.jit(are_replicas)(states)
     if replicas is not None and replicas:
         count = next(iter(states.values())).gate.shape[0]
@@ -114,7 +114,7 @@ def refuse_replicas(states: Mapping[str, LayerState]) -> None:
 
 
 def _replaced(tree: Any, new: Mapping[Path, Any], path: Path) -> Any:
-    """The tree with other leaves at some paths; mappings keep their types, empty ones stay."""
+    """Replace the leaves at some paths of a tree; mappings keep their types, and empty ones are kept."""
     if isinstance(tree, Mapping):
         kind = FrozenDict if isinstance(tree, FrozenDict) else dict
         return kind({key: _replaced(child, new, (*path, key)) for key, child in tree.items()})
@@ -148,7 +148,7 @@ def _layer_state(path: Path, flat: dict[str, dict[Path, Any]]) -> LayerState:
 
 
 def _check_shapes(name: str, state: LayerState) -> None:
-    """Refuses arrays that are not those of one layer, or of layers stacked on their first axes."""
+    """Raise a ValueError unless the shapes are those of one layer, or of layers stacked on leading axes."""
     channels, kernel = state.gate.shape, state.kernel.shape
     if not channels:
         raise ValueError(f"selective layer {name!r}: gate has shape (), expected [C].")

@@ -1,4 +1,4 @@
-"""What becomes of the optimizer's memory of the entries that re-allocation rewrote."""
+"""Optimizer state of the parameter entries that re-allocation rewrote."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,19 +14,19 @@ __all__ = ["reset_rewritten", "rewritten_mask"]
 
 
 def rewritten_mask(params: Mapping[str, Any], report: Report) -> Any:
-    """Which entries of the parameters a round of re-allocation rewrote.
+    """Mark the parameter entries that a round of re-allocation rewrote.
 
     Args:
         params: The model's ``params``.
         report: What `selconv_jax.reallocate` returned.
 
     Returns:
-        A tree like ``params`` of bool arrays that broadcast against them: kernel ``[*1, C, 1]`` (with
-        groups ``[*1, C / G, O]``), scale and bias ``[C]``, shift ``[C, 1]`` of the re-allocated channels,
-        all after the axes of a stack of layers; a scalar false for everything else.
+        A tree like ``params`` of bool arrays that broadcast against them, true at the re-allocated channels:
+        kernel ``[*1, C, 1]`` (with groups ``[*1, C / G, O]``), scale and bias ``[C]``, shift ``[C, 1]``,
+        after the leading axes of a stack of layers; a scalar false for all other parameters.
 
     Raises:
-        ValueError: ``params`` has no kernel for a layer of the report: they belong to different models.
+        ValueError: ``params`` has no kernel for a layer of the report: the two belong to different models.
     """
     kernels = set()
 
@@ -50,7 +50,7 @@ def rewritten_mask(params: Mapping[str, Any], report: Report) -> Any:
 
 
 def _keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A leaf's path without attributes: boxes around leaves (as in Flax NNX), fields of named tuples."""
+    """Drop attributes from a leaf's path: boxes around leaves (as in Flax NNX), fields of named tuples."""
     return tuple(key for key in path if not isinstance(key, jax.tree_util.GetAttrKey))
 
 
@@ -61,18 +61,18 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 def reset_rewritten(
     optimizer: optax.GradientTransformation, opt_state: Any, params: Mapping[str, Any], report: Report
 ) -> Any:
-    """Start the optimizer's state anew for the parameter entries that re-allocation rewrote.
+    """Reinitialize the optimizer state of the parameter entries that re-allocation rewrote.
 
-    The published method leaves the momentum of a filled slot as it was under the channel's old
-    meaning; not calling this function does the same. Calling it makes a slot start from rest.
+    The published method lets a filled slot keep the momentum of the channel that it replaced, which is
+    also what happens if this function is not called. Calling it starts the slot with fresh state.
 
-    Everything that the state keeps for each entry of the parameters (momentum, moments, accumulated
-    gradients, averages and iterates of the parameters themselves) becomes, at the rewritten entries, what
-    ``optimizer.init(params)`` sets: 0 for most, another number for some, the new parameters for averages of
-    them. It is found by the parameters' paths, which optimizers keep in their states.
+    All per-entry state (momentum, moments, accumulated gradients, averages and iterates of the parameters
+    themselves) is set, at the rewritten entries, to what ``optimizer.init(params)`` returns: mostly 0, for
+    averages of the parameters the new parameters. It is found by the paths of the parameters, which
+    optimizers keep in their states.
 
     Args:
-        optimizer: The optax optimizer that made ``opt_state``.
+        optimizer: The optax optimizer that ``opt_state`` belongs to.
         opt_state: Its state.
         params: The model's ``params``.
         report: What `selconv_jax.reallocate` returned.
@@ -81,8 +81,8 @@ def reset_rewritten(
         The state with the same structure, shapes and dtypes.
 
     Raises:
-        ValueError: The state is not of this optimizer and these parameters, or a part of it is not shaped
-            like a parameter (such as factored second moments), so that entries cannot be told apart.
+        ValueError: The state does not belong to this optimizer and these parameters, or a part of it does
+            not have one entry per parameter entry (such as factored second moments).
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, selconv_jax
@@ -107,10 +107,11 @@ def reset_rewritten(
     if structure != jax.tree.structure(opt_state):
         raise ValueError(
             "the optimizer's state is not one of this optimizer and these parameters: optimizer.init(params) "
-            "makes another structure. Pass the optimizer that made it and the 'params' it was made for."
+            "has another structure. Pass the optimizer that created it and the 'params' it was created for."
         )
 
-    # What keeps entries of parameters in another way grows with them.
+    # State without a parameter's shape may still hold its entries, flattened or factored. Such state grows
+    # when the parameters do and cannot be reset; state that does not grow, such as a step count, is kept.
     grown = jax.eval_shape(optimizer.init, jax.tree.map(_longer, params))
 
     def reset(path: tuple[Any, ...], value: Any, first: Any, longer: Any) -> Any:
@@ -133,6 +134,6 @@ def reset_rewritten(
 
 
 def _longer(parameter: Any) -> jax.ShapeDtypeStruct:
-    """The shape of a parameter with one more entry along its first axis."""
+    """Return the shape of a parameter with one more entry along its first axis."""
     first, *rest = jnp.shape(parameter) or (0,)
     return jax.ShapeDtypeStruct((first + 1, *rest), parameter.dtype)

@@ -1,4 +1,4 @@
-"""Re-allocation of a whole model: one jitted rewrite of its variables."""
+"""Re-allocation of a whole model: one jitted update of its variables."""
 
 import dataclasses
 import functools
@@ -26,17 +26,16 @@ Variables = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class AllocationRule:
-    """How a round of de-allocation and re-allocation decides (method, "De-allocation" and after).
+    """Settings of a round of de-allocation and re-allocation (method, "De-allocation" and after).
 
     Attributes:
-        threshold: Share of the damage that may be lost by closing channels, in [0, 1]. This number and
-            ``shift_range`` may be arrays ``[]``, traced or not; another value does not compile anew.
-        top_k: Number of channels that compete for the free slots; 0 only closes.
-        max_copies: No further copies of a channel that more than this many read; None: no limit.
-        shift_range: New copies start at shifts drawn from ``[-shift_range, shift_range]`` pixels.
-        random_sources: Ablation, random sources instead of the top K: every open channel that
-            ``max_copies`` does not exclude is a candidate with equal chance, whatever its score and
-            ``top_k`` (which at 0 still only closes).
+        threshold: Fraction of the damage that may be lost by closing channels, in [0, 1]. Like
+            ``shift_range``, it may be an array ``[]``, traced or not; a new value does not recompile.
+        top_k: Number of channels that compete for the closed slots; 0: channels are closed, none refilled.
+        max_copies: A channel that more than this many read is not copied any further; None: no limit.
+        shift_range: Shifts of new copies are drawn from ``[-shift_range, shift_range]`` pixels.
+        random_sources: Ablation: instead of the top K, all open channels that ``max_copies`` does not
+            exclude are equally likely sources, whatever their scores (``top_k=0`` still only closes).
 
     Raises:
         ConfigError: A value is out of bounds.
@@ -67,33 +66,33 @@ class AllocationRule:
 def reallocate(
     variables: Variables, key: jax.Array, allocation: AllocationRule | None = None
 ) -> tuple[Any, Report]:
-    """Close useless channels in every selective layer and give their weights to the best ones.
+    """Close the least important channels of every selective layer and refill them with copies of the best.
 
     One round of the method's "De-allocation" and "Re-allocation" for all layers of any Flax model; the
     layers are found by the ``selectivity`` collection. Gate-only layers are only de-allocated.
-    Every layer draws from ``key`` folded with its path, so that the draws of a layer do not depend on
-    which others there are (keys of JAX's default generator), and every process of a cluster draws alike.
-    Fold a step or epoch into ``key`` yourself, or each round draws the same.
+    Every layer draws from ``key`` folded with its path. With JAX's default generator, its draws therefore
+    do not depend on the other layers, and all processes of a cluster draw the same. Fold a step or epoch
+    into ``key`` yourself, or each round draws the same.
 
-    Layers that ``nn.scan`` or ``nn.vmap`` stacked on axis 0 are re-allocated one by one, each with a key
-    folded with its index too.
+    Layers stacked on axis 0 by ``nn.scan`` or ``nn.vmap`` are re-allocated separately, each with a key that
+    is also folded with its index.
 
-    Compiled once for a model and an allocation, whatever its threshold. May be called inside of another
-    ``jit``, and of ``pmap`` and ``vmap`` over whole copies of the variables.
+    Compiled once per model and rule, for all thresholds. It may be called under another ``jit``, and under
+    ``pmap`` and ``vmap`` over replicas of the variables.
 
     Args:
-        variables: The model's variables: ``params``, ``batch_stats``, ``selectivity``; other collections
-            and other parameters pass through untouched.
+        variables: The model's variables: ``params``, ``batch_stats``, ``selectivity``. Other collections
+            and parameters are returned unchanged.
         key: A PRNG key.
-        allocation: Threshold and limits; None: the published ones.
+        allocation: Settings of the round; None: the published ones.
 
     Returns:
-        The new variables, with the structure, shapes, dtypes and shardings of the old; and a `Report`.
+        The new variables, with the structure, shapes, dtypes and shardings of the old ones, and a `Report`.
 
     Raises:
-        ValueError: There is no selective layer, a part of one is missing, the shapes of its parts
-            contradict each other, or the variables are replicas, as of `flax.jax_utils.replicate`: each
-            would draw for itself. (Traced ones, whose values cannot be looked at, all draw alike.)
+        ValueError: There is no selective layer, an array of one is missing, the shapes of its arrays are
+            inconsistent, or the variables are replicas, as from `flax.jax_utils.replicate`, each of which
+            would draw for itself. (Traced replicas, whose values cannot be compared, all draw the same.)
 
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax
@@ -124,13 +123,13 @@ def reallocate(
 
 
 def required_capacity(variables: Variables) -> float:
-    """The largest share of copies among the channels of any selective layer, see `SelectiveConv.capacity`.
+    """Return the smallest sufficient ``capacity``: the largest fraction of copies in any selective layer.
 
     Args:
         variables: The model's variables, holding concrete arrays.
 
     Returns:
-        A share in [0, 1].
+        A fraction in [0, 1], see `SelectiveConv`.
 
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax
@@ -145,15 +144,15 @@ def required_capacity(variables: Variables) -> float:
 
 
 class _Numbers(NamedTuple):
-    """What of an `AllocationRule` is an argument of the compiled round."""
+    """Fields of an `AllocationRule` that are arguments of the compiled round, not constants."""
 
     threshold: float | jax.Array
     shift_range: float | jax.Array
 
 
 def _compiled(states: dict[str, LayerState], allocation: AllocationRule) -> Any:
-    """The jitted round whose results lie where its arguments lie."""
-    # An array that was not committed to a device stays so: it may join others on any mesh.
+    """Return the jitted round whose results have the shardings of its arguments."""
+    # An array that is not committed to a device stays so, and can be combined with arrays on any mesh.
     shardings = tuple(
         leaf.sharding if getattr(leaf, "committed", False) else None for leaf in jax.tree.leaves(states)
     )
@@ -169,7 +168,8 @@ def _jitted(structure: Any, shardings: tuple[Any, ...], allocation: AllocationRu
 def _rewrite(
     states: dict[str, LayerState], key: jax.Array, numbers: _Numbers, allocation: AllocationRule
 ) -> tuple[dict[str, LayerState], dict[str, LayerReport]]:
-    # On a mesh of explicit axes each operation would have to say where its result lies.
+    # On a mesh of explicit axes every operation would have to name the sharding of its result, so the
+    # round runs on replicated arrays.
     leaves, structure = jax.tree.flatten(states)
     shardings = [_explicit_sharding(leaf) for leaf in leaves]
     whole = [sharding and NamedSharding(sharding.mesh, PartitionSpec()) for sharding in shardings]
@@ -191,17 +191,17 @@ def _resharded(x: jax.Array, to: NamedSharding | None) -> jax.Array:
 
 
 def _explicit_sharding(x: jax.Array) -> NamedSharding | None:
-    """Where an array lies on a mesh of explicit axes; None where that is left to the compiler."""
+    """Return the sharding of an array on a mesh of explicit axes; None: the compiler decides it."""
     sharding = jax.typeof(x).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def _draws(states: dict[str, LayerState], key: jax.Array) -> dict[str, jax.Array]:
-    """Uniform numbers in [0, 1) for every layer: ``[*L, C, 1 + dimensions]``, for source and shift.
+    """Draw uniform numbers in [0, 1) for every layer: ``[*L, C, 1 + dimensions]``, for source and shift.
 
-    They are drawn for all layers at once, as many channels as the widest has: random numbers are what a
-    compiler takes longest over. What a layer draws depends on the key, its path and its index in a stack
-    alone; layers of different dimensions are drawn apart, as the numbers of a draw depend on its last axis.
+    All layers are drawn in one call, padded to the widest, because random number generation dominates
+    compile time. A layer's numbers depend only on the key, its path and its index in a stack. Layers of
+    different dimensions are drawn separately, as the numbers also depend on the size of the last axis.
     """
     draws = {}
     for dimensions in sorted({_dimensions(state) for state in states.values()}):
@@ -220,21 +220,26 @@ def _draws(states: dict[str, LayerState], key: jax.Array) -> dict[str, jax.Array
 
 
 def _dimensions(state: LayerState) -> int:
-    """The number of spatial dimensions of a layer."""
+    """Return the number of spatial dimensions of a layer."""
     return state.kernel.ndim - state.gate.ndim - 1
 
 
 def _layer_keys(stacks: dict[str, tuple[int, ...]], key: jax.Array) -> jax.Array:
-    """One key per layer: ``key`` folded with the path and, in a stack, with the layer's index."""
+    """Derive one key per layer: ``key`` folded with the path and, in a stack, with the layer's index.
+
+    Paths are hashed with CRC-32: Python's own hash of a string differs between processes.
+    """
     fold_in = jax.vmap(jax.random.fold_in)
     paths = np.array([zlib.crc32(name.encode()) for name in stacks], np.uint32)
     counts = np.array([math.prod(stack) for stack in stacks.values()])
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, paths)
     if not any(stacks.values()):
         return keys
+    # Rows from here on are layers: a stack of n layers takes n rows, a single layer (of stack ()) one.
     keys = keys[np.repeat(np.arange(len(counts)), counts)]
     index = np.concatenate([np.arange(count, dtype=np.uint32) for count in counts])
     is_stacked = np.repeat([bool(stack) for stack in stacks.values()], counts)
+    # A single layer keeps its unfolded key, so both kinds are computed and each row picks its own.
     chosen = np.arange(len(index)) + np.where(is_stacked, len(index), 0)
     return jnp.concatenate([keys, fold_in(keys, index)])[chosen]
 
@@ -242,7 +247,7 @@ def _layer_keys(stacks: dict[str, tuple[int, ...]], key: jax.Array) -> jax.Array
 def _rounds(
     state: LayerState, uniform: jax.Array, numbers: _Numbers, allocation: AllocationRule
 ) -> tuple[LayerState, LayerReport]:
-    """`_round`, for each layer of a stack."""
+    """Run `_round` for each layer of a stack."""
     if state.gate.ndim == 1:
         return _round(state, uniform, numbers, allocation)
     return jax.vmap(functools.partial(_rounds, numbers=numbers, allocation=allocation))(state, uniform)
@@ -251,7 +256,7 @@ def _rounds(
 def _round(
     state: LayerState, uniform: jax.Array, numbers: _Numbers, allocation: AllocationRule
 ) -> tuple[LayerState, LayerReport]:
-    """De-allocates and re-allocates one layer with its numbers of `_draws`."""
+    """De-allocate and re-allocate one layer, with its numbers from `_draws`."""
     groups = group_count(state.gate.shape[0], state.kernel.shape)
     gate, source = deallocate(_normalized(state), state.gate, state.source, numbers.threshold, groups)
     deallocated = state.gate & ~gate
@@ -274,11 +279,11 @@ def _round(
 
 
 def _drawn_sources(state: LayerState, uniform: jax.Array, allocation: AllocationRule) -> jax.Array:
-    """The source of every free slot ``[C]`` int32, -1 for none."""
+    """Draw the source of every closed slot: ``[C]`` int32, -1 for none."""
     if not allocation.random_sources:
         scores = channel_scores(_normalized(state), state.source, allocation.max_copies)
         return sources_from_uniform(uniform, scores, state.gate, allocation.top_k)
-    # The ablation is the same draw among channels that all score alike.
+    # The ablation is the same draw with equal scores.
     alike = jnp.ones((1, state.gate.shape[0]), uniform.dtype)
     scores = channel_scores(alike, state.source, allocation.max_copies)
     return sources_from_uniform(uniform, scores, state.gate, state.gate.shape[0])

@@ -1,4 +1,4 @@
-"""What one round of re-allocation did."""
+"""Reports of a round of re-allocation."""
 
 import dataclasses
 from typing import Any
@@ -14,15 +14,15 @@ __all__ = ["LayerReport", "Report"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerReport:
-    """What one round did to one layer with ``C`` input channels.
+    """Changes that one round made to one layer with ``C`` input channels.
 
-    ``*L`` are the axes of a stack of layers (``nn.scan``, ``nn.vmap``); a single layer has none. Two are
-    equal if their arrays are.
+    ``*L`` are the axes of a stack of layers (``nn.scan``, ``nn.vmap``); a single layer has none. Two
+    reports are equal if their arrays are.
 
     Attributes:
-        deallocated: ``[*L, C]`` bool, channels that were open and that the round closed.
-        reallocated: ``[*L, C]`` bool, closed channels that the round filled: their kernel, batch norm and
-            shift are rewritten. A channel can be both.
+        deallocated: ``[*L, C]`` bool, open channels that the round closed.
+        reallocated: ``[*L, C]`` bool, closed channels that the round filled, rewriting their kernel rows,
+            batch norm and shift. A channel can be both.
         open: ``[*L]`` int32, open channels after the round.
         copies: ``[*L]`` int32, channels that read another one (or themselves, shifted) after the round.
     """
@@ -46,10 +46,10 @@ class LayerReport:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one round did to a model: `LayerReport` by the path of the layer, ``"block1/conv"`` style.
+    """Changes that one round made to a model: a `LayerReport` by layer path, such as ``"block1/conv"``.
 
-    The totals are Python integers, and traced ones where the report is traced. Flax's serialization
-    (``flax.serialization.to_bytes``) takes a report.
+    The totals are Python integers, or traced ones if the report is traced. Reports can be serialized with
+    ``flax.serialization.to_bytes``.
 
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax

@@ -1,4 +1,4 @@
-"""When a run re-allocates."""
+"""Schedule of the re-allocation rounds of a run."""
 
 import dataclasses
 import math
@@ -14,11 +14,10 @@ class ReallocationSchedule:
     """Re-allocation after the epochs of the first part of a run (method, "Schedule and training").
 
     Attributes:
-        until: Share of the run's epochs after which the allocation is frozen, in [0, 1]; 0: never
-            re-allocate.
+        until: Fraction of the epochs after which the allocation is frozen, in [0, 1]; 0: no rounds.
         every: Epochs from one round to the next.
-        every_steps: Steps from one round to the next, instead of epochs, for runs of few long epochs; None:
-            the rounds follow on epochs, as published.
+        every_steps: Steps from one round to the next, instead of epochs, for runs of few long epochs;
+        None: rounds run at the ends of epochs, as published.
 
     Raises:
         ConfigError: A value is out of bounds.
@@ -34,32 +33,32 @@ class ReallocationSchedule:
     every_steps: int | None = None
 
     def __post_init__(self) -> None:
-        check_number("until", self.until, lambda share: 0 <= share <= 1, "a share of the epochs in [0, 1]")
+        check_number("until", self.until, lambda share: 0 <= share <= 1, "a fraction of the epochs in [0, 1]")
         check_whole("every", self.every, 1, "a whole number of epochs, at least 1")
         if self.every_steps is not None:
             check_whole("every_steps", self.every_steps, 1, "a whole number of steps, at least 1")
         if self.every_steps is not None and self.every != 1:
-            raise ConfigError("every and every_steps do not go together: leave one out.")
+            raise ConfigError("every and every_steps exclude each other: leave one out.")
 
     def is_due(self, epoch: int, epochs: int) -> bool:
-        """Whether a round follows on an epoch, where rounds follow on epochs.
+        """Check whether a round follows an epoch, in a schedule by epochs.
 
         Args:
-            epoch: The epoch that has just ended, counted from 0.
+            epoch: Index of the epoch that has just ended.
             epochs: Number of epochs of the run.
         """
         return epoch < self._end(epochs) and (epoch + 1) % self.every == 0
 
     def next_round(self, first: int, steps_per_epoch: int, epochs: int) -> int | None:
-        """When the next round is due. None follows on the last step of a run.
+        """Return the step of the next round. No round follows the last step of a run.
 
         Args:
-            first: Number of steps that will have been done at least.
-            steps_per_epoch: Steps of an epoch.
+            first: Smallest number of completed steps to consider.
+            steps_per_epoch: Steps per epoch.
             epochs: Number of epochs of the run.
 
         Returns:
-            The number of steps done when it is due; None: there are no more rounds.
+            Number of completed steps at which the round is due; None: there are no more rounds.
 
         Example:
             >>> schedule = ReallocationSchedule(every_steps=30)
@@ -75,7 +74,7 @@ class ReallocationSchedule:
         return candidate if candidate <= self._end(steps) and candidate < steps else None
 
     def _end(self, count: int) -> float:
-        """The part of so many epochs or steps in which rounds follow; a whole number wherever one is meant.
+        """Return ``until * count``, rounded to a whole number where only floating point makes it differ.
 
         In floating point 0.28 of 50 is more than 14, and 0.29 of 100 is less than 29.
         """

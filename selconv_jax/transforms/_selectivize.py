@@ -1,4 +1,4 @@
-"""From the variables of a trained plain network to those of its selective twin."""
+"""Conversion of a trained plain network's variables to those of its selective twin."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,31 +15,31 @@ _SHOWN = 5  # misfits that an error lists
 
 
 def selectivize(plain: Mapping[str, Any], template: Mapping[str, Any]) -> Any:
-    """Take a trained network over into its selective twin, which computes exactly the same.
+    """Convert a trained network's variables to those of its selective twin, which computes exactly the same.
 
-    The twin is the same model with `selconv_jax.SelectiveConv` in the places of
+    The twin is the same model with `selconv_jax.SelectiveConv` in place of
     `selconv_jax.BatchNormReLUConv`, or of any module that does batch norm, ReLU and convolution with
     parameters ``kernel``, ``scale``, ``bias`` and statistics ``mean``, ``var``. All variables keep their
-    values; the allocation is that of a new layer: every gate open, every channel read from itself, shifts 0.
-    The network can then be trained on and re-allocated.
+    values. The allocation is that of a new layer: every gate open, every channel reading itself, shifts 0.
+    The twin can then be trained further and re-allocated.
 
-    Variables with other names are renamed first. Of a network made of ``nn.BatchNorm``, ``nn.relu`` and
+    Rename variables with other names first. For a network of ``nn.BatchNorm``, ``nn.relu`` and
     ``nn.Conv(..., use_bias=False)``, the layer ``"conv"`` of the twin gets::
 
         params["conv"] = {"kernel": old["params"]["Conv_0"]["kernel"], **old["params"]["BatchNorm_0"]}
         batch_stats["conv"] = old["batch_stats"]["BatchNorm_0"]
 
     Args:
-        plain: The variables of the plain network: ``params``, ``batch_stats`` and what else it has.
-        template: The variables of the selective twin as ``init`` makes them, or their shapes alone
-            (``jax.eval_shape`` of ``init``). Of its values none is used.
+        plain: The variables of the plain network: ``params``, ``batch_stats`` and any others.
+        template: The variables of the selective twin from ``init``, or only their shapes
+            (``jax.eval_shape`` of ``init``). Its values are not used.
 
     Returns:
         The variables of the twin. Arrays of ``plain`` are shared, not copied.
 
     Raises:
-        ValueError: The template has no selective layer, ``plain`` has selective layers already, or the two
-            do not fit: entries are missing, left over, or of another shape or dtype.
+        ValueError: The template has no selective layer, ``plain`` already has selective layers, or the two
+            do not match: entries are missing, left over, or of another shape or dtype.
 
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax
@@ -57,7 +57,7 @@ def selectivize(plain: Mapping[str, Any], template: Mapping[str, Any]) -> Any:
     if not layers:
         raise ValueError(
             "the template has no selective layer: it has no 'gate' in 'selectivity', among the collections "
-            f"{sorted(template)}. Pass the variables of the model with selconv_jax.SelectiveConv in it."
+            f"{sorted(template)}. Pass the variables of a model that has selconv_jax.SelectiveConv layers."
         )
     if any(path[0] == "selectivity" for path in given):
         raise ValueError(
@@ -78,7 +78,7 @@ def selectivize(plain: Mapping[str, Any], template: Mapping[str, Any]) -> Any:
 
 
 def _check_fit(wanted: dict[Path, Any], given: dict[Path, Any]) -> None:
-    """Refuses plain variables that are not, entry by entry, what the template wants."""
+    """Raise a ValueError unless the plain variables match the template entry by entry."""
     misfits = [f"missing: {_name(path)}" for path in wanted if path not in given]
     misfits += [f"left over: {_name(path)}" for path in given if path not in wanted]
     misfits += [
@@ -90,8 +90,8 @@ def _check_fit(wanted: dict[Path, Any], given: dict[Path, Any]) -> None:
         listed = "; ".join(misfits[:_SHOWN])
         more = f"; and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
         raise ValueError(
-            f"{len(misfits)} of the plain variables do not fit the selective model: {listed}{more}. Both "
-            "models must be built alike, with the same names of layers; unbox partitioned parameters with "
+            f"{len(misfits)} of the plain variables do not fit the selective model: {listed}{more}. Build "
+            "both models with the same arguments and layer names; unbox partitioned parameters with "
             "flax.linen.meta.unbox."
         )
 
@@ -101,7 +101,7 @@ def _name(path: Path) -> str:
 
 
 def _kind(leaf: Any) -> str:
-    """Dtype and shape of an array, or the name of what is none."""
+    """Return the dtype and shape of an array, or the type name of anything else."""
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return f"{leaf.dtype}{list(leaf.shape)}"
     return type(leaf).__name__

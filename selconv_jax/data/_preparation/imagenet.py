@@ -1,8 +1,8 @@
-"""Read ImageNet (ILSVRC2012) from its original archives or folders of images.
+"""Reading of ImageNet (ILSVRC2012) from its original archives or folders of images.
 
-The training archive holds one archive per class, named by its WordNet id. The validation archive
-holds images without labels, ``ILSVRC2012_val_00000001.JPEG`` and so on; their published labels come
-with tensorflow-datasets, so that the development kit is not needed. Classes are counted in the
+The training archive contains one archive per class, named by its WordNet id. The validation archive
+contains images without labels, ``ILSVRC2012_val_00000001.JPEG`` and so on; their published labels are
+part of tensorflow-datasets, so that the development kit is not needed. Classes are indexed in the
 sorted order of their WordNet ids.
 """
 
@@ -25,7 +25,7 @@ _FOLDERS = {"train": "train", "validation": "val"}
 
 @contextlib.contextmanager
 def open_imagenet(known: KnownSet, source: Path) -> Iterator[ImageFiles]:
-    """Find the files; their content is not read yet.
+    """Find the files, without reading their content.
 
     Args:
         known: The catalog's entry.
@@ -36,8 +36,7 @@ def open_imagenet(known: KnownSet, source: Path) -> Iterator[ImageFiles]:
         The splits ``train`` and ``validation``.
 
     Raises:
-        DataError: If a split is missing; while files are read, if an archive is damaged or a class
-            is none of the 1,000.
+        DataError: If a split is missing; while files are read, if an archive is damaged or a class unknown.
     """
     from tensorflow_datasets.core import tfds_path
 
@@ -64,7 +63,7 @@ def open_imagenet(known: KnownSet, source: Path) -> Iterator[ImageFiles]:
 
 
 def _folder(folder: Path, labels: Mapping[str, int], published: list[int]) -> Iterator[ImageFile]:
-    """Images in one folder per class; or, where their labels are published, all in one."""
+    """Iterate over images in one folder per class, or, if their labels are published, in a single one."""
     for entry in sorted(folder.iterdir()):
         if entry.is_dir():
             label = _class(entry.name, str(entry), labels)
@@ -76,7 +75,7 @@ def _folder(folder: Path, labels: Mapping[str, int], published: list[int]) -> It
 
 
 def _train_archive(path: Path, labels: Mapping[str, int], published: list[int]) -> Iterator[ImageFile]:
-    """Images in an archive of archives."""
+    """Iterate over images in an archive of archives."""
     del published
     with _damage_named(path), tarfile.open(path) as outer:
         for member in outer:
@@ -90,7 +89,7 @@ def _train_archive(path: Path, labels: Mapping[str, int], published: list[int]) 
 
 
 def _flat_archive(path: Path, labels: Mapping[str, int], published: list[int]) -> Iterator[ImageFile]:
-    """Images in one archive, with published labels."""
+    """Iterate over images in one archive, with published labels."""
     del labels
     with _damage_named(path), tarfile.open(path) as archive:
         yield from _members(archive, str(path), lambda name: _published(name, f"{path}, {name}", published))
@@ -112,7 +111,7 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> bytes
 
 
 def _same(label: int, name: str) -> int:
-    """The label of every file of a class."""
+    """Return the label of a class."""
     del name
     return label
 
@@ -126,7 +125,7 @@ def _class(wnid: str, where: str, labels: Mapping[str, int]) -> int:
 
 
 def _published(name: str, where: str, published: list[int]) -> int:
-    """The label of ``ILSVRC2012_val_00000001.JPEG`` and so on."""
+    """Return the published label of a file such as ``ILSVRC2012_val_00000001.JPEG``."""
     number = name.removeprefix("ILSVRC2012_val_").removesuffix(".JPEG")
     if not (number.isdecimal() and 1 <= int(number) <= len(published)):
         raise DataError(

@@ -1,4 +1,4 @@
-"""The original files of a data set, and the check that they are what they should be."""
+"""Original files of a data set, and their verification."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ class Part:
 
     Attributes:
         content: Its bytes.
-        path: Where it was read, for messages: a file, or an archive and a member of it.
+        path: Its location, for messages: a file, or an archive and a member of it.
     """
 
     content: bytes
@@ -51,12 +51,11 @@ def verify(known: KnownSet, parts: Mapping[str, Part], splits: Mapping[str, Spli
     Args:
         known: The catalog's entry.
         parts: The original files by name.
-        splits: What was decoded from them, ``train`` and ``test``.
+        splits: The splits decoded from them, ``train`` and ``test``.
 
     Raises:
-        DataError: If a file has another content than the published one, or the number of images,
-            their shape, the range of the labels or the number of images per class is another. The
-            message names the file or the split.
+        DataError: If a file's checksum, the number of images, in total or per class, their shape or the
+            range of the labels is not the published one. The message names the file or the split.
     """
     for name, digest in known.digests.items():
         found = hashlib.sha256(parts[name].content).hexdigest()

@@ -1,4 +1,4 @@
-"""Prepare a data set once: read its original files, check them, write a tensorflow-datasets folder.
+"""Preparation of a data set: read its original files, verify them, write a tensorflow-datasets folder.
 
 Afterwards :func:`selconv_jax.data.load` and a plain ``tfds.data_source`` both read it.
 """
@@ -35,7 +35,7 @@ from selconv_jax.errors import DataError
 
 __all__ = ["prepare"]
 
-# Sets that are written file by file, as they may be larger than the memory.
+# Sets that are written file by file, as they may not fit into memory.
 _FILE_READERS: Mapping[str, Callable[[KnownSet, Path], contextlib.AbstractContextManager[ImageFiles]]] = {
     "tiny_imagenet": open_tiny_imagenet,
     "imagenet2012": open_imagenet,
@@ -48,15 +48,15 @@ def prepare(
     data_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Prepare a set of the catalog; do nothing if that has been done.
+    """Prepare a set of the catalog; do nothing if it is already prepared.
 
-    The set is written beside its final place and moved there when it is complete: whatever goes
-    wrong, a set that was prepared before stays as it was, and no part of the new one is left.
+    The set is written to a temporary folder and renamed when it is complete: after a failure, an earlier
+    set is intact and no part of the new one is left.
 
     Args:
         name: The set.
-        source: The folder or archive that holds its original files. By default a place where an
-            installed package puts them, else the official download.
+        source: The folder or archive with its original files. By default the folder of an installed
+            package that contains them, else the official download.
         data_dir: The directory of the prepared sets; by default that of tensorflow-datasets.
         progress: Called as ``progress(task, done, total)``; by default a bar on a terminal and
             plain lines elsewhere, on standard error.
@@ -106,7 +106,7 @@ def prepare(
 
 
 def _read(known: KnownSet, source: Path | None, data_dir: Path, progress: Progress) -> dict[str, Examples]:
-    """Find, read and check the original files of a set that fits into memory."""
+    """Find, read and verify the original files of a set that fits into memory."""
     if source is None:
         source = next((place for place in known.places if place.is_dir()), None)
     task = f"Reading {known.name} from {source or 'its download'}"
@@ -143,7 +143,7 @@ def _write(
     data_dir: Path,
     progress: Progress,
 ) -> Path:
-    """Write the set beside its final place, then move it there."""
+    """Write the set to a temporary folder, then rename it."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".preparing-{known.name}-", dir=data_dir))
@@ -157,7 +157,7 @@ def _write(
         final = data_dir / written.relative_to(draft)
         final.parent.mkdir(exist_ok=True)
         with contextlib.suppress(OSError):
-            final.rmdir()  # an empty folder is in nobody's way
+            final.rmdir()  # only if it is empty
         written.rename(final)
     except (OSError, RuntimeError) as error:  # the record writer raises the latter
         raise DataError(

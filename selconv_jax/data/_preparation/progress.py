@@ -1,4 +1,4 @@
-"""Report how far a long task is: a bar on a terminal, plain lines elsewhere."""
+"""Progress reports of long tasks: a bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import sys
@@ -16,11 +16,11 @@ Progress = Callable[[str, int, int], None]
 
 @contextlib.contextmanager
 def console_progress() -> Iterator[Progress]:
-    """A reporter that writes to standard error.
+    """Report progress on standard error.
 
     Yields:
-        The reporter. On a terminal it draws one bar per task; elsewhere it writes one line when a
-        task has ended.
+        The reporter. On a terminal it draws one bar per task; elsewhere it writes a line at the end of
+        each task.
 
     Example:
         >>> with console_progress() as progress:

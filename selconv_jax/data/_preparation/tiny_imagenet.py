@@ -1,8 +1,8 @@
-"""Read Tiny-ImageNet from its original zip archive or the folder it was unpacked to.
+"""Reading of Tiny-ImageNet from its original zip archive or the folder it was unpacked to.
 
-It holds 200 of the classes of ImageNet, 500 images of each to train with, 50 to validate, and test
-images without labels, which are left out. Classes are counted in the sorted order of their WordNet
-ids, which is not the order of ``wnids.txt``.
+It contains 200 classes of ImageNet, with 500 training and 50 validation images each, and test images
+without labels, which are left out. Classes are indexed in the sorted order of their WordNet ids,
+which is not the order of ``wnids.txt``.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _VALIDATION = "val/val_annotations.txt"
 
 @contextlib.contextmanager
 def open_tiny_imagenet(known: KnownSet, source: Path) -> Iterator[ImageFiles]:
-    """Find the files; their content is not read yet.
+    """Find the files, without reading their content.
 
     Args:
         known: The catalog's entry.
@@ -37,8 +37,7 @@ def open_tiny_imagenet(known: KnownSet, source: Path) -> Iterator[ImageFiles]:
         The splits ``train`` and ``validation``.
 
     Raises:
-        DataError: If the archive is damaged, or a file that says what is there is missing or of
-            another form.
+        DataError: If the archive is damaged, or a list of classes or labels is missing or malformed.
     """
     with contextlib.ExitStack() as stack:
         tree = _open_tree(known, source, stack)
@@ -75,16 +74,16 @@ def _validation(tree: "_Tree", wnids: tuple[str, ...]) -> Iterator[ImageFile]:
 
 
 class _Tree(Protocol):
-    """The files of the set, packed or not."""
+    """Files of the set, packed or unpacked."""
 
     def describe(self, name: str) -> str:
-        """Where a file is, for messages."""
+        """Describe the location of a file, for messages."""
 
     def read(self, name: str) -> bytes:
-        """The content of a file."""
+        """Read a file."""
 
     def images(self, folder: str) -> list[str]:
-        """The JPEG files in a folder, sorted."""
+        """List the JPEG files in a folder, sorted."""
 
 
 class _Folder:
@@ -126,7 +125,7 @@ class _Zip:
 
 
 def _open_tree(known: KnownSet, source: Path, stack: contextlib.ExitStack) -> _Tree:
-    """The files in an archive, a folder, or an archive in a folder."""
+    """Open the files in an archive, a folder, or an archive in a folder."""
     if source.is_dir():
         for folder in (source, source / _FOLDER):
             if (folder / _CLASSES).is_file():

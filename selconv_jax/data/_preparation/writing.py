@@ -1,9 +1,9 @@
-"""Write images as a prepared tensorflow-datasets directory, without TensorFlow.
+"""Writing of prepared tensorflow-datasets directories, without TensorFlow.
 
-The stock builders need TensorFlow to unpack archives and to encode images. A subclass that is handed
+The stock builders need TensorFlow to unpack archives and to encode images. A subclass that receives
 the images as PNG or JPEG files needs it for neither; features, keys (thus the order), version and
-description stay those of the stock builder. Tiny-ImageNet has no stock builder, so it has one of our
-own; tensorflow-datasets reads what it wrote by the name alone, as the files describe themselves.
+description are those of the stock builder. Tiny-ImageNet has no stock builder, so it has one here;
+tensorflow-datasets can read its files by name without the builder, as they describe themselves.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ _REPORT_EVERY = 500
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """What is to be written of a split.
+    """Examples of a split to write.
 
     Attributes:
         total: Number of examples.
-        start: Starts a pass over the examples; each has a key, which decides its place, and features.
+        start: Starts a pass over the examples; each has a key, which determines the order, and features.
     """
 
     total: int
@@ -43,12 +43,12 @@ class Examples:
 
 
 def examples_of_arrays(key: str, split: Split, coarse: NDArray[np.int32] | None = None) -> Examples:
-    """The examples of images in memory, encoded one by one.
+    """Create the examples of images in memory, encoded one at a time.
 
     Args:
         key: The split.
         split: Its images and labels in their original order.
-        coarse: Superclasses int32 ``[N]``, where the set has them.
+        coarse: Superclasses int32 ``[N]``, if the set has them.
 
     Returns:
         The examples.
@@ -64,7 +64,7 @@ def examples_of_arrays(key: str, split: Split, coarse: NDArray[np.int32] | None 
 
 
 def examples_of_files(known: KnownSet, key: str, files: ImageFiles) -> Examples:
-    """The examples of image files, read one by one.
+    """Create the examples of image files, read one at a time.
 
     Args:
         known: The catalog's entry.
@@ -102,15 +102,15 @@ def write_tfds(
 ) -> Path:
     """Prepare a set in the array_record file format.
 
-    tensorflow-datasets brings the examples into the order of their hashed keys; for that, sets of
-    more than a gigabyte are written twice, which takes twice the space for the time being.
+    tensorflow-datasets sorts the examples by their hashed keys; sets of more than a gigabyte are written
+    twice for that, which temporarily takes twice the space.
 
     Args:
         known: The catalog's entry.
         class_names: In the order of the labels.
         splits: The examples by split; features that the builder does not have are left out.
-        data_dir: Where to write; nothing of that name may be there.
-        progress: Told how many images of each split are written.
+        data_dir: Target directory, in which the set must not exist.
+        progress: Called with the number of images written of each split.
 
     Returns:
         The prepared directory, ``data_dir/name/version``.
@@ -147,7 +147,7 @@ def write_tfds(
 
 
 def _builder_class(known: KnownSet) -> Any:
-    """The stock builder, or one for the set that has none."""
+    """Return the stock builder, or one for the set that has none."""
     import tensorflow_datasets as tfds
 
     if known.name != "tiny_imagenet":
