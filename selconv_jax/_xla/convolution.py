@@ -1,5 +1,6 @@
 """Convolutions in NHWC, 1x1 ones as matrix products, and the forms their arguments may take."""
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from jax import lax
 from jax.sharding import AxisType
 
 from selconv_jax._utils.arguments import is_whole
+from selconv_jax._xla.apart import bilinear_apart, members_are_apart
 from selconv_jax._xla.platforms import target_platform
 from selconv_jax._xla.stored import stored
 from selconv_jax.errors import ConfigError, nearest
@@ -123,9 +125,8 @@ def _convolution(
 ) -> jax.Array:
     rank = kernel.ndim - 2
     spatial = "DHW"[-rank:] if rank <= 3 else "".join(map(str, range(rank)))
-    return lax.conv_general_dilated(
-        x,
-        kernel,
+    convolution = functools.partial(
+        lax.conv_general_dilated,
         window_strides=window.strides,
         padding=window.padding,
         rhs_dilation=window.kernel_dilation,
@@ -133,6 +134,7 @@ def _convolution(
         feature_group_count=groups,
         precision=precision,
     )
+    return bilinear_apart(convolution, x, kernel) if members_are_apart() else convolution(x, kernel)
 
 
 def canonical_window(value: int | Sequence[int] | None, rank: int, name: str) -> tuple[int, ...]:
