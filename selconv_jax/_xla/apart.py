@@ -82,7 +82,6 @@ def _each(function: Callable[..., Array]) -> Callable[..., Array]:
     """The function; under `jax.vmap` it is called once for every member."""
     call: Any = custom_vmap(function)
 
-    @call.def_vmap  # type: ignore[misc]
     def of_members(size: int, batched: list[bool], *arguments: Array) -> tuple[Array, bool]:
         results = [
             function(*(each[member] if many else each for each, many in zip(arguments, batched, strict=True)))
@@ -90,4 +89,5 @@ def _each(function: Callable[..., Array]) -> Callable[..., Array]:
         ]
         return jnp.stack(results), True
 
+    call.def_vmap(of_members)
     return call
