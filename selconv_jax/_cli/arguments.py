@@ -219,6 +219,12 @@ def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="make up to N runs at once, each in a process of its own, which share the devices (default: 1)",
     )
     sweep.add_argument(
+        "--together",
+        action="store_true",
+        help="make all seeds of a configuration in one program, which a small network on a GPU gains by; runs "
+        "begun without it are gone on with, and the other way round",
+    )
+    sweep.add_argument(
         "--nice",
         type=int,
         default=0,

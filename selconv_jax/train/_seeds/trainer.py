@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from selconv_jax._xla.apart import members_apart
 from selconv_jax.train._config import Config
@@ -25,23 +25,20 @@ _AXIS = "members"
 _EVALUATION, _STEPS = range(2)
 
 
-def over_members(
-    one: Callable[..., Any], states: Sequence[Any], arguments: Arguments, mesh: Mesh | None = None
-) -> Any:
+def over_members(one: Callable[..., Any], state: Any, arguments: Arguments, mesh: Mesh | None = None) -> Any:
     """Calls a function of a network's state for several states at once, inside of ``jit``.
 
     Args:
         one: Of a state and further arguments.
-        states: Pytrees of the same shapes, one for each member.
+        state: Of all members: every array has an axis of the members before the others.
         arguments: Each is one array for all members, or a tuple of one for each.
         mesh: Devices over whose one axis the members are split evenly; None: they are not.
 
     Returns:
-        What ``one`` returns, every array with an axis of the members before the others.
+        What ``one`` returns, of all members.
     """
     axes = tuple(0 if isinstance(argument, tuple) else None for argument in arguments)
     stacked = [jnp.stack(each) if isinstance(each, tuple) else each for each in arguments]
-    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     with members_apart():
         function = jax.vmap(one, in_axes=(0, *axes))
         if mesh is not None:
@@ -83,19 +80,8 @@ def common_program(requests: Sequence[Request]) -> Program:
     return max((each.program for each in requests), key=lambda program: program.model.slots)
 
 
-@dataclasses.dataclass(frozen=True)
-class _States:
-    """The states of several runs."""
-
-    states: tuple[TrainState, ...]
-
-    @property
-    def variables(self) -> tuple[Any, ...]:
-        return tuple(state.variables for state in self.states)
-
-
 class JointTrainer(Trainer):
-    """Makes the steps of several runs at once; where it takes or returns a state it has one of each.
+    """Makes the steps of several runs at once: a state here is that of all, with an axis for the runs.
 
     Where the runs divide over the devices, each is computed on one of them. Else they share all devices, as a
     run alone does.
@@ -108,11 +94,26 @@ class JointTrainer(Trainer):
     def __init__(self, trainer: Trainer, members: int) -> None:
         vars(self).update(vars(trainer))
         self._compiled = {}
-        self._members = members
         devices = self._placement.mesh.devices.reshape(-1)
         alike = self.config.batch_norm == "global" or devices.size == 1
         divides = alike and not self._feed.one_step and members % devices.size == 0
         self._mesh = Mesh(devices, (_AXIS,)) if divides and devices.size > 1 else None
+        of_one = self._placement.state_sharding(self.state_shape())
+        self._sharding: Any = jax.tree.map(
+            lambda each: NamedSharding(each.mesh, PartitionSpec(None, *each.spec)), of_one
+        )
+        if self._mesh is not None:
+            self._sharding = NamedSharding(self._mesh, PartitionSpec(_AXIS))
+        self._stack = jax.jit(
+            lambda states: jax.tree.map(lambda *leaves: jnp.stack(leaves), *states),
+            out_shardings=self._sharding,
+        )
+        self._unstack = jax.jit(
+            lambda tree: [jax.tree.map(lambda leaf: leaf[member], tree) for member in range(members)],  # noqa: B023
+            out_shardings=[(of_one, self._placement.replicated)] * members,
+        )
+        # The states of the runs after the last steps, and the same as one.
+        self._last: tuple[list[TrainState], TrainState] | None = None
 
     def answer(self, requests: Sequence[Request], should_stop: Callable[[], bool]) -> Sequence[Any]:
         """Does what runs that stand at the same step want.
@@ -124,36 +125,41 @@ class JointTrainer(Trainer):
         Returns:
             For each run what its `MemberTrainer` is to return.
         """
-        program = common_program(requests)
-        # The inherited functions only hand states on.
-        states: Any = _States(tuple(each.state for each in requests))
+        program, state = common_program(requests), self._joint([each.state for each in requests])
         if requests[0].batches is None:
-            totals = self.evaluate(states, should_stop, program, requests[0].split)
+            totals = self.evaluate(state, should_stop, program, requests[0].split)
             if totals is None:
                 return [None] * len(requests)
-            return [jax.tree.map(lambda leaf: leaf[member], totals) for member in range(self._members)]  # noqa: B023
+            return [jax.tree.map(lambda leaf: leaf[member], totals) for member in range(len(requests))]  # noqa: B023
         batches = [each.batches for each in requests if each.batches is not None]
-        results: Any = self.run_steps(states.states, _joined(batches), program, requests[0].count)
-        return list(zip(*results, strict=True))
+        self._last = None
+        state, numbers = self.run_steps(state, _joined(batches), program, requests[0].count)
+        answers: Sequence[Any] = self._unstack((state, numbers))
+        self._last = [each for each, _ in answers], state
+        return answers
+
+    def _joint(self, states: Sequence[TrainState]) -> TrainState:
+        """The states as one; nothing is copied if these are those of the last steps."""
+        if self._last is None or any(
+            one is not other for one, other in zip(states, self._last[0], strict=True)
+        ):
+            self._last = list(states), self._stack(states)
+        return self._last[1]
 
     def _make_steps(self, model: Any, count: int) -> Any:
         one = functools.partial(self._steps, model, count, self._inner_placement)
 
-        def steps(states: Sequence[TrainState], *arguments: Any) -> Any:
-            results = over_members(one, states, arguments, self._mesh)
-            each = [jax.tree.map(lambda leaf: leaf[member], results) for member in range(self._members)]  # noqa: B023
-            return tuple(zip(*each, strict=True))
+        def steps(state: TrainState, *arguments: Any) -> Any:
+            return over_members(one, state, arguments, self._mesh)
 
-        states = (self._placement.state_sharding(self.state_shape()),) * self._members
-        return jax.jit(steps, donate_argnums=0, out_shardings=(states, self._placement.replicated))
+        return jax.jit(steps, donate_argnums=0, out_shardings=(self._sharding, self._placement.replicated))
 
     def _make_eval(self, model: Any, count: int) -> Any:
         del count
         one = functools.partial(self._evaluation, model, self._inner_placement)
 
-        def evaluate(variables: Sequence[Any], *arguments: Any) -> Totals:
-            totals: Totals = over_members(one, variables, arguments, self._mesh)
-            return totals
+        def evaluate(variables: Any, *arguments: Any) -> Any:
+            return over_members(one, variables, arguments, self._mesh)
 
         return jax.jit(evaluate, out_shardings=self._placement.replicated)
 

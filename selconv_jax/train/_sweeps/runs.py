@@ -114,7 +114,8 @@ class _Sweep:
                 self._clock.end(run)
                 if code == 1:
                     self._failures[run.name] = error
-                    self._say(f"{_FAILED}{error}")
+                    if alone:  # else it has been said
+                        self._say(f"{_FAILED}{error}")
             if stopped := [code for code, _ in ends if code > 1]:
                 return stopped[0]
         return 0
