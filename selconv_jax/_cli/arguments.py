@@ -221,8 +221,8 @@ def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:
     sweep.add_argument(
         "--together",
         action="store_true",
-        help="make all seeds of a configuration in one program, which a small network on a GPU gains by; runs "
-        "begun without it are gone on with, and the other way round",
+        help="make all seeds of a configuration in one program: faster where one run does not fill a GPU; "
+        "runs begun without it are gone on with, and the other way round",
     )
     sweep.add_argument(
         "--nice",
@@ -307,6 +307,13 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
         metavar="N",
         help="training steps per call of a compiled program (default: as training runs do, 1 on CPU, 50 "
         "elsewhere)",
+    )
+    bench.add_argument(
+        "--together",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also time the steps of N seeds in one program, as `selconv sweep --together` makes them",
     )
     bench.add_argument("--torch", action="store_true", help="also time the same steps in PyTorch")
     bench.add_argument(

@@ -138,6 +138,10 @@ class JointTrainer(Trainer):
         self._last = [each for each, _ in answers], state
         return answers
 
+    def forget(self) -> None:
+        """Frees the memory of the states, which others have taken over."""
+        self._last = None
+
     def _joint(self, states: Sequence[TrainState]) -> TrainState:
         """The states as one; nothing is copied if these are those of the last steps."""
         if self._last is None or any(

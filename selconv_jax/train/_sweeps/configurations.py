@@ -212,8 +212,8 @@ def _check_together(jobs: int) -> None:
         raise ConfigError("--together is for one process, and there are several. Leave it out.")
     if "threefry" not in str(jax.config.jax_default_prng_impl):
         raise ConfigError(
-            f"--together: random numbers of {jax.config.jax_default_prng_impl} are others when seeds are made "
-            "together. Leave it out, or unset JAX_DEFAULT_PRNG_IMPL."
+            f"--together: random numbers of {jax.config.jax_default_prng_impl} depend on what is made with "
+            "them. Leave it out, or unset JAX_DEFAULT_PRNG_IMPL."
         )
 
 

@@ -24,7 +24,7 @@ from selconv_jax.train._progress import Display
 from selconv_jax.train._seeds.display import SharedDisplay
 from selconv_jax.train._seeds.meeting import Abandoned, Meeting
 from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, Request, common_program
-from selconv_jax.train._signals import StopRequest
+from selconv_jax.train._signals import StopRequest, stop_request
 from selconv_jax.train._sweeps.configurations import SweepRun
 from selconv_jax.train._sweeps.one_run import make_run, one_line
 from selconv_jax.train._trainer import Trainer
@@ -78,7 +78,7 @@ class _Together:
             threading.Thread(target=self._make_run, args=(member,), daemon=True, name=run.name)
             for member, run in enumerate(self.runs)
         ]
-        with StopRequest() as stop:
+        with stop_request() as stop:
             try:
                 for thread in threads:
                     thread.start()
@@ -108,14 +108,18 @@ class _Together:
 
     def _answer(self, requests: Sequence[Request], stop: StopRequest) -> Sequence[Any]:
         def should_stop() -> bool:
+            stopping = stop.check()
             self.heard.signal = stop.signal
-            return bool(stop)
+            return stopping
 
         should_stop()
         count, program = len(requests), common_program(requests)
         trainer: Trainer | JointTrainer = self._trainer
         if count > 1:
             trainer = self._joint.get(count) or self._joint.setdefault(count, JointTrainer(trainer, count))
+        for other in self._joint.values():
+            if other is not trainer:
+                other.forget()
         if requests[0].batches is not None and not trainer.is_compiled(program):
             of = "one seed" if count == 1 else f"{count} seeds"
             self.display.line(f"compiling the training step of {of}{program.note}")
