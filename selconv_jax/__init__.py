@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     )
     from selconv_jax.compaction import CompactionPlan, compact, load_compact, plan_compaction, save_compact
     from selconv_jax.errors import CheckpointError, ConfigError, DataError, SelconvError
-    from selconv_jax.nn import PlainConv, SelectiveConv
+    from selconv_jax.nn import BatchNormReLUConv, SelectiveConv
     from selconv_jax.transforms import (
-        Allocation,
+        AllocationRule,
         LayerReport,
         ReallocationSchedule,
         Report,
         layer_states,
         reallocate,
-        required_slots,
+        required_capacity,
         reset_rewritten,
         rewritten_mask,
         selectivize,
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Allocation",
+    "AllocationRule",
+    "BatchNormReLUConv",
     "CheckpointError",
     "CompactionPlan",
     "ConfigError",
     "DataError",
     "LayerReport",
-    "PlainConv",
     "ReallocationSchedule",
     "Report",
     "SelconvError",
@@ -64,7 +64,7 @@ __all__ = [
     "plan_compaction",
     "reallocate",
     "report",
-    "required_slots",
+    "required_capacity",
     "reset_rewritten",
     "rewritten_mask",
     "save_compact",
@@ -76,13 +76,13 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "Allocation": "transforms",
+        "AllocationRule": "transforms",
         "CheckpointError": "errors",
         "CompactionPlan": "compaction",
         "ConfigError": "errors",
         "DataError": "errors",
         "LayerReport": "transforms",
-        "PlainConv": "nn",
+        "BatchNormReLUConv": "nn",
         "ReallocationSchedule": "transforms",
         "Report": "transforms",
         "SelconvError": "errors",
@@ -102,7 +102,7 @@ __getattr__, __dir__ = lazy_exports(
         "plan_compaction": "compaction",
         "reallocate": "transforms",
         "report": "report",
-        "required_slots": "transforms",
+        "required_capacity": "transforms",
         "reset_rewritten": "transforms",
         "rewritten_mask": "transforms",
         "save_compact": "compaction",

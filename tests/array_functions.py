@@ -20,7 +20,7 @@ expected_channel_damage = jax.jit(functional.expected_channel_damage)
 normalize_damage = jax.jit(functional.normalize_damage)
 channel_scores = jax.jit(functional.channel_scores, static_argnums=2)
 deallocate = jax.jit(functional.deallocate, static_argnames="groups")
-reallocate = jax.jit(functional.reallocate)
+fill_slots = jax.jit(functional.fill_slots)
 # As many answers as keys. It compiles slowly: nearly all tests use 32 keys and 8 channels.
 draw_often = jax.jit(jax.vmap(functional.draw_sources, (0, None, None, None)), static_argnums=3)
 

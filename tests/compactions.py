@@ -52,7 +52,7 @@ def assert_same_function(model, variables, x=None, **options):
     """Compacts and compares; returns the plan and the small variables."""
     x = images() if x is None else x
     # Compared here, and more thoroughly: what is known of the programs has to be right without it.
-    plan = selconv_jax.plan_compaction(model, variables, example=x, compare=False, **options)
+    plan = selconv_jax.plan_compaction(model, variables, x, compare=False, **options)
     expected = _whole(model)(variables, x)
     actual = quick_jit(functools.partial(measure, plan.model, take=plan.take))(variables, x)
     for name, one, other in zip(("evaluated", "trained"), actual, expected, strict=False):

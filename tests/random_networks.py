@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from selconv_jax import PlainConv, SelectiveConv
+from selconv_jax import BatchNormReLUConv, SelectiveConv
 
 SHAPE = (2, 4, 4, 3)
 _WIDTHS = (2, 4, 6)
@@ -165,11 +165,12 @@ class RandomNetwork(nn.Module):
             layer = nn.WeightNorm(SelectiveConv(width, window), name=name)
             return lambda x: layer(x, False)  # no statistics move within
         if kind == "plain":
-            layer = PlainConv(width, window, name=name)
+            layer = BatchNormReLUConv(width, window, name=name)
         else:
             groups = 2 if kind == "groups" else 1
-            top_k = 0 if kind == "gate-only" else 3
-            layer = SelectiveConv(width, window, feature_group_count=groups, top_k=top_k, name=name)
+            layer = SelectiveConv(
+                width, window, feature_group_count=groups, gate_only=kind == "gate-only", name=name
+            )
         return lambda x: layer(x, train)
 
     def _module(self, kind, x, width, train, name):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from selconv_jax.train import _opening as opening
+from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 from selconv_jax.train._config import parse_config
 
@@ -50,7 +50,7 @@ def whole_config():
 @contextlib.contextmanager
 def compiled_once():
     """While entered, runs of equal configurations share what they compiled; a trainer holds no state."""
-    trainers, prepare = {}, opening.prepare
+    trainers, prepare = {}, run_setup.prepare
 
     def shared(config):
         if repr(config) not in trainers:
@@ -58,7 +58,7 @@ def compiled_once():
         return trainers[repr(config)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "prepare", shared)
+        patch.setattr(run_setup, "prepare", shared)
         yield
 
 

@@ -12,8 +12,8 @@ from selconv_jax.functional import (
     deallocate,
     draw_sources,
     expected_channel_damage,
+    fill_slots,
     normalize_damage,
-    reallocate,
 )
 
 pytestmark = pytest.mark.optimized
@@ -65,7 +65,7 @@ def test_recorded_round(name, dtype):
 
         drawn = np.full(gate.shape, -1, np.int32)
         drawn[case["slots"]] = case["drawn"]
-        new = reallocate(state, jnp.asarray(drawn), jnp.asarray(case["out_shift"], dtype))
+        new = fill_slots(state, jnp.asarray(drawn), jnp.asarray(case["out_shift"], dtype))
     for key in FIELDS:
         actual = getattr(new, key)
         if key in FLOATS:

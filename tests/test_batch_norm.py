@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selconv_jax import PlainConv, SelectiveConv
+from selconv_jax import BatchNormReLUConv, SelectiveConv
 from selconv_jax._bench.states import with_copies
 from selconv_jax._xla.batch_norm import Statistics, batch_norm_relu, batch_statistics, join_statistics
 from selconv_jax._xla.platforms import tracing_for
@@ -20,7 +20,7 @@ def _wide():
 
 
 def _layers():
-    plain = PlainConv(5, (1, 1), param_dtype=jnp.float64)
+    plain = BatchNormReLUConv(5, (1, 1), param_dtype=jnp.float64)
     return plain, SelectiveConv(5, (1, 1), param_dtype=jnp.float64)
 
 
@@ -93,7 +93,7 @@ def test_known_statistics_change_nothing(number):
 
 
 def test_statistics_of_another_width_are_refused():
-    layer = PlainConv(2, (1, 1), name="conv", param_dtype=jnp.float64)
+    layer = BatchNormReLUConv(2, (1, 1), name="conv", param_dtype=jnp.float64)
     x = jnp.ones((1, 4, 4, 3))
     variables = layer.init(jax.random.key(0), x, train=False)
     wrong = Statistics(jnp.zeros(2), jnp.ones(2))
@@ -105,7 +105,7 @@ def test_statistics_of_another_width_are_refused():
 
 @pytest.mark.parametrize(("value", "train"), list(itertools.product([np.nan, np.inf, 1e30], [True, False])))
 def test_what_is_not_finite_is_not_hidden(value, train):
-    layer = PlainConv(2, (1, 1))
+    layer = BatchNormReLUConv(2, (1, 1))
     x = jnp.ones((1, 4, 4, 3), jnp.float32).at[0, 1, 1, 0].set(value)
     variables = layer.init(jax.random.key(0), x, train=False)
     if not train:

@@ -27,7 +27,7 @@ def finished(tmp_path_factory):
     """The directory of a whole benchmark."""
     output = tmp_path_factory.mktemp("bench") / "out"
     what = "step,frozen,compact,reallocate,eval,input,memory"
-    assert bench(*TINY, "--slots", "0,0.5", "--what", what, "--output", output) == 0
+    assert bench(*TINY, "--capacity", "0,0.5", "--what", what, "--output", output) == 0
     return output
 
 
@@ -104,7 +104,7 @@ def test_caption_counts_the_rounds_that_were_taken(tmp_path, monkeypatch):
     # Asked once for each program that is compiled and each that is timed.
     monkeypatch.setattr(StopRequest, "__bool__", lambda self: next(asked) >= 7)
     output = tmp_path / "out"
-    bench(*TINY, "--slots", "0", "--what", "step", "--repeats", "9", "--output", output)
+    bench(*TINY, "--capacity", "0", "--what", "step", "--repeats", "9", "--output", output)
     (network,) = json.loads((output / "bench.json").read_text())["networks"]
     counts = sorted({case["summary"]["count"] for case in network["cases"]})
     assert counts[-1] < 9
@@ -115,7 +115,7 @@ def test_caption_counts_the_rounds_that_were_taken(tmp_path, monkeypatch):
 def test_against_torch(tmp_path):
     pytest.importorskip("torch")
     output = tmp_path / "out"
-    assert bench(*TINY, "--slots", "0.5", "--what", "step", "--torch", "--output", output) == 0
+    assert bench(*TINY, "--capacity", "0.5", "--what", "step", "--torch", "--output", output) == 0
     (network,) = json.loads((output / "bench.json").read_text())["networks"]
     cases = {case["name"]: case for case in network["cases"]}
     assert "augmented" in network["notes"][0]
@@ -131,8 +131,8 @@ def test_against_torch(tmp_path):
         (["densenet40", "variant=plain"], "variant cannot be set"),
         (["densenet40", "blocks=[]"], "blocks is ()"),
         (["--what", "step,evla"], "Did you mean 'eval'?"),
-        (["--slots", "0,2"], "2.0 is not one"),
-        (["--slots", "a"], "--slots is 'a'; it must be of the form 0,0.25."),
+        (["--capacity", "0,2"], "2.0 is not one"),
+        (["--capacity", "a"], "--capacity is 'a'; it must be of the form 0,0.25."),
         (["--share", "-0.5"], "-0.5 is not one"),
         (["--image", "32"], "--image is (32,)"),
         (["--image", "32xx3"], "--image is '32xx3'; it must be of the form 32x32x3."),

@@ -15,7 +15,7 @@ from selconv_jax._bench.collectives import Collective, collectives
 from selconv_jax._bench.pod import CompiledProgram, Messages, PodPlan, compile_for_pod, largest_batch
 from selconv_jax._bench.pod_report import messages_table, pod_table, scaling_line
 from selconv_jax._cli.main import main
-from selconv_jax.data._hollow import hollow_data
+from selconv_jax.data._abstract import abstract_data
 from selconv_jax.data._loading import open_data
 from selconv_jax.data._stream import StreamedData
 from selconv_jax.errors import ConfigError, DataError
@@ -51,7 +51,7 @@ def test_rates_of_chips():
 
 @pytest.mark.parametrize("name", ["fashion_mnist_sample", "cifar10", "imagenet2012"])
 def test_data_without_images_has_the_facts_of_the_real_one(name):
-    data = hollow_data(name)
+    data = abstract_data(name)
     assert isinstance(data, StreamedData) == (name == "imagenet2012")
     assert len(data.train) > len(data.test) > 0
     if name == "fashion_mnist_sample":
@@ -61,7 +61,7 @@ def test_data_without_images_has_the_facts_of_the_real_one(name):
             real.info, class_names=None
         )
     else:
-        assert isinstance(hollow_data(name, streaming=True), StreamedData)
+        assert isinstance(abstract_data(name, streaming=True), StreamedData)
     if isinstance(data, StreamedData):
         with pytest.raises(DataError, match="image 3 is asked for"):
             data.train[3]
@@ -69,14 +69,14 @@ def test_data_without_images_has_the_facts_of_the_real_one(name):
 
 def test_data_that_nobody_knows_is_refused(tmp_path):
     with pytest.raises(DataError, match="no_such_set"):
-        hollow_data("no_such_set", str(tmp_path))
+        abstract_data("no_such_set", str(tmp_path))
 
 
 @pytest.fixture(scope="module")
 def plan():
     """A run compiled for eight devices that are there: this machine's."""
     config = tiny_config(batch_size=128, devices=0)
-    return compile_for_pod(config, "v5e:2x4", jax.devices(), slots=0.25)
+    return compile_for_pod(config, "v5e:2x4", jax.devices(), capacity=0.25)
 
 
 def test_programs_and_messages_of_a_run(plan):
@@ -193,7 +193,7 @@ def test_compiles_for_a_pod(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--slots", "2"], "--slots is 2.0"),
+        (["--capacity", "2"], "--capacity is 2.0"),
         (["--batch", "most"], "--batch is 'most'; it must be a number of images, or search"),
         (["--output", "."], ". is there already"),
     ],

@@ -84,7 +84,7 @@ def test_tables():
 def test_report_holds_every_number():
     settings = BenchSettings(what=("step", "compile"))
     report = json.loads(json.dumps(report_of(settings, {"cores": 2}, [RESULT])))
-    assert report["settings"]["slots"] == [0.0, 0.125, 0.25, 0.5, 1.0]
+    assert report["settings"]["capacity"] == [0.0, 0.125, 0.25, 0.5, 1.0]
     assert report["environment"] == {"cores": 2}
     (network,) = report["networks"]
     assert network["model"] == "densenet40"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selconv_jax import SelectiveConv, layer_states, required_slots
+from selconv_jax import SelectiveConv, layer_states, required_capacity
 from selconv_jax._bench.states import with_closed, with_copies, without_allocation
 from selconv_jax.models import DenseNet, ResNeXt
 
@@ -47,7 +47,7 @@ def test_share_of_copies_is_exact(variables, share):
         assert (state.kernel[:, :, copies] == 0).all()
         if share <= 0.5:
             assert not copies[np.asarray(state.source)[copies]].any()  # sources read themselves
-    assert required_slots(new) <= share
+    assert required_capacity(new) <= share
 
 
 @pytest.mark.parametrize("share", [0.125, 0.5, 1.0])
@@ -55,7 +55,7 @@ def test_a_step_for_the_share_has_room_for_the_copies(variables, share):
     new = with_copies(variables, share, seed=0)
     # Kernel rows of copies are zero: without them a missing slot would not be seen.
     new["params"] = jax.tree.map(lambda leaf: leaf + 0.1, new["params"])
-    ours = logits(MODEL.clone(slots=share), new, train=True)
+    ours = logits(MODEL.clone(capacity=share), new, train=True)
     np.testing.assert_allclose(ours, logits(MODEL, new, train=True), rtol=1e-5, atol=1e-5)
 
 
@@ -117,4 +117,4 @@ def test_one_channel_copies_itself():
 def test_networks_with_plain_layers_between():
     model = ResNeXt(3, blocks=(1,), groups=2, base_width=2, widen=1)
     variables = model.init(jax.random.key(0), IMAGES, train=False)
-    assert 0 < required_slots(with_copies(variables, 0.25, seed=0)) <= 0.25
+    assert 0 < required_capacity(with_copies(variables, 0.25, seed=0)) <= 0.25

@@ -126,7 +126,7 @@ def test_reports():
 
 @pytest.mark.slow
 def test_compiles_for_chips_that_are_not_there(tmp_path):
-    options = ["--image", "8x8x3", "--batch", "8", "--slots", "0.25", "--output", tmp_path / "out"]
+    options = ["--image", "8x8x3", "--batch", "8", "--capacity", "0.25", "--output", tmp_path / "out"]
     run_with_tpu_compiler("bench", "densenet40", "blocks=[1]", "growth=4", "--topology", "v5e:2x2", *options)
     report = json.loads((tmp_path / "out" / "bench.json").read_text())
     plain, selective, *_ = report["topology"][0]["steps"]

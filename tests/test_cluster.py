@@ -20,7 +20,7 @@ from runs import assert_same_end, final_arrays, quiet_console
 from trajectory import digest
 
 from selconv_jax.errors import CheckpointError, ConfigError
-from selconv_jax.train import _opening as opening
+from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._checkpoints.failure import told
 from selconv_jax.train._config import load_config
 from selconv_jax.train._distributed import cluster
@@ -137,7 +137,7 @@ def test_saved_by_two_stopped_and_gone_on_with_by_one(config, tmp_path):
     ):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
         assert one["test_accuracy"] == pytest.approx(other["test_accuracy"], abs=2e-3)
-        assert (one["closed"], one["reallocated"]) == (other["closed"], other["reallocated"])
+        assert (one["deallocated"], one["reallocated"]) == (other["deallocated"], other["reallocated"])
 
 
 @pytest.mark.slow
@@ -324,14 +324,14 @@ def test_a_checkpoint_of_another_network(config, tmp_path):
 
 def test_a_work_directory_that_is_not_the_first_process_s(tmp_path, monkeypatch):
     """Such as one of the same name on a disk of each machine."""
-    monkeypatch.setattr(opening, "_SHARING_SECONDS", 0.0)
-    with opening.claimed(tmp_path):
+    monkeypatch.setattr(run_setup, "_SHARING_SECONDS", 0.0)
+    with run_setup.claimed(tmp_path):
         pass
-    monkeypatch.setattr(opening, "lock_mark", lambda workdir: "of a run before")
+    monkeypatch.setattr(run_setup, "lock_mark", lambda workdir: "of a run before")
     with pytest.raises(
         ConfigError, match=r"of process 0 is not the one here. .*choose a --workdir on a file"
     ):
-        opening.claimed(tmp_path).__enter__()
+        run_setup.claimed(tmp_path).__enter__()
 
 
 @pytest.mark.slow

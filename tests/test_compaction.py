@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from states import perturbed_variables
 
 import selconv_jax
-from selconv_jax import Allocation, ConfigError
+from selconv_jax import AllocationRule, ConfigError
 from selconv_jax.analysis._counting import count_parameters
 from selconv_jax.models import DenseNet
 
@@ -155,7 +155,7 @@ def test_training_on_goes_as_the_whole_network_would():
     whole_step = quick_jit(lambda v, m: step(model, v, m))
     whole, state = variables, optimizer.init(variables["params"])
     for index in range(2):
-        whole, report = selconv_jax.reallocate(whole, jax.random.key(index), Allocation(threshold=0.5))
+        whole, report = selconv_jax.reallocate(whole, jax.random.key(index), AllocationRule(threshold=0.5))
         for _ in range(2):
             whole, state = whole_step(whole, state)
     assert report.reallocated > 0
@@ -207,7 +207,7 @@ def test_refusals():
     with pytest.raises(ConfigError, match="compacted already"):
         selconv_jax.compact(small_model, small)
     layer = selconv_jax.SelectiveConv(4, (3, 3))
-    with pytest.raises(ConfigError, match="pass an input"):
+    with pytest.raises(ConfigError, match="pass its inputs"):
         selconv_jax.compact(layer, variables)
     with pytest.raises(ValueError, match="no params/stem/kernel"):
         selconv_jax.compact(model, {"params": {}})

@@ -16,9 +16,9 @@ from selconv_jax import CheckpointError
 from selconv_jax.models import DenseNet
 
 
-def compacted(model, **options):
+def compacted(model, *inputs, **options):
     variables = perturbed_variables(model, SHAPE, seed=0, closed=0.4, copies=0.3)
-    return selconv_jax.compact(model, variables, **options)
+    return selconv_jax.compact(model, variables, *inputs, **options)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_foreign_files(saved, tmp_path):
 def test_a_network_of_the_users(tmp_path):
     layer = selconv_jax.SelectiveConv(4, (3, 3))
     variables = perturbed_variables(layer, SHAPE, seed=0, closed=0.4)
-    model, small = selconv_jax.compact(layer, variables, example=jnp.ones(SHAPE))
+    model, small = selconv_jax.compact(layer, variables, jnp.ones(SHAPE))
     path = tmp_path / "small.npz"
     selconv_jax.save_compact(path, model, small)
     with pytest.raises(CheckpointError, match=r"holds a SelectiveConv.*load_compact\(path, network="):
@@ -141,16 +141,16 @@ def test_the_network_must_have_the_attributes_it_had(tmp_path):
     path = tmp_path / "small.npz"
     network = DenseNet(5, (1,), growth=4)
     selconv_jax.save_compact(path, *compacted(network))
-    assert selconv_jax.load_compact(path, network=network.clone(slots=0.0, blocks=[1]))
+    assert selconv_jax.load_compact(path, network=network.clone(capacity=0.0, blocks=[1]))
     with pytest.raises(CheckpointError, match="stem='cifar', but network has stem='tiny_imagenet'"):
         selconv_jax.load_compact(path, network=network.clone(stem="tiny_imagenet"))
     with pytest.raises(CheckpointError, match="dtype=None, but network has dtype='bfloat16'"):
         selconv_jax.load_compact(path, network=network.clone(dtype=jnp.bfloat16))
     inner = selconv_jax.SelectiveConv(4, (3, 3))
     own = Wrapped(inner)
-    model, variables = compacted(own, example=jnp.ones(SHAPE), method="features")
+    model, variables = compacted(own, jnp.ones(SHAPE), method="features")
     selconv_jax.save_compact(path, model, variables, overwrite=True)
-    read, _ = selconv_jax.load_compact(path, network=Wrapped(inner.clone(slots=0.5), scales=[1.0, 2]))
+    read, _ = selconv_jax.load_compact(path, network=Wrapped(inner.clone(capacity=0.5), scales=[1.0, 2]))
     assert read.method == "features"
     for other, message in (
         (Wrapped(inner.clone(epsilon=1e-3)), "inner.epsilon=1e-05, but network has inner.epsilon=0.001"),

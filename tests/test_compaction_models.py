@@ -9,7 +9,7 @@ from compactions import assert_same_function, close, copy, images, quick_jit
 from states import perturbed_variables
 
 import selconv_jax
-from selconv_jax import PlainConv, SelectiveConv
+from selconv_jax import BatchNormReLUConv, SelectiveConv
 
 SHAPE = (2, 6, 6, 3)
 
@@ -21,7 +21,7 @@ class Joined(nn.Module):
     def __call__(self, x, train):
         x = nn.Conv(6, (3, 3), name="stem")(x)
         y = SelectiveConv(4, (3, 3), name="left")(x, train)
-        z = nn.relu(PlainConv(4, (1, 1), name="right")(x, train))
+        z = nn.relu(BatchNormReLUConv(4, (1, 1), name="right")(x, train))
         x = jnp.concatenate([y, nn.max_pool(x, (3, 3), padding="SAME"), z], axis=-1)
         x = nn.pooling.pool(x, 0.0, jax.lax.add, (2, 2), (2, 2), "VALID")
         x = x / 4.0 + SelectiveConv(14, (1, 1), name="sum")(x, train)
@@ -114,7 +114,7 @@ def test_code_that_is_tied_to_widths(how, is_tied):
     channels = len(variables["selectivity"]["second"]["gate"])
     variables = close(variables, "second", [1, 2, min(channels, 8) - 1])
     variables = close(variables, "first", [0, 4, 5])
-    plan = selconv_jax.plan_compaction(model, variables, example=images(SHAPE), compare=False)
+    plan = selconv_jax.plan_compaction(model, variables, images(SHAPE), compare=False)
 
     @quick_jit
     def run(variables):
@@ -263,7 +263,7 @@ def test_a_model_inside_of_another():
 
     layer = SelectiveConv(4, (3, 3))
     variables = perturbed_variables(layer, SHAPE, seed=0, closed=0.5)
-    small_model, small = selconv_jax.compact(layer, variables, example=images(SHAPE))
+    small_model, small = selconv_jax.compact(layer, variables, images(SHAPE))
     outer = Outer(small_model)
     init = outer.init(jax.random.key(0), images(SHAPE), train=False)
     shapes = jax.tree.map(jnp.shape, init["params"]["inner"])
@@ -275,4 +275,4 @@ def test_variables_that_do_not_fit():
     variables = perturbed_variables(layer, SHAPE, seed=0)
     wrong = {**variables, "selectivity": {**variables["selectivity"], "gate": jnp.ones((2, 3), bool)}}
     with pytest.raises(ValueError, match="gate"):
-        selconv_jax.compact(layer, wrong, example=images(SHAPE))
+        selconv_jax.compact(layer, wrong, images(SHAPE))

@@ -11,7 +11,7 @@ from states import perturbed_variables
 import selconv_jax
 from selconv_jax import ConfigError, SelectiveConv
 from selconv_jax._xla.batch_norm import Statistics, batch_statistics
-from selconv_jax.compaction import _planning as planning
+from selconv_jax.compaction import _compact as planning
 from selconv_jax.compaction._layout import LayerLayout
 
 SHAPE = (2, 6, 6, 8)
@@ -87,7 +87,7 @@ def test_variables_that_something_else_reads(how, is_left):
 def same_outputs(model, variables, x=None, **options):
     """In evaluation and training, of a plan that is not compared on numbers."""
     x = images(SHAPE) if x is None else x
-    plan = selconv_jax.plan_compaction(model, variables, example=x, compare=False, **options)
+    plan = selconv_jax.plan_compaction(model, variables, x, compare=False, **options)
 
     @quick_jit
     def run(variables):
@@ -232,9 +232,15 @@ def test_other_ways_of_calling():
     variables = model.init(jax.random.key(0), x, scale)
     variables = close(variables, "second", [0, 3])
     expected = model.apply(variables, x, scale)
-    small_model, small = selconv_jax.compact(model, variables, (x, scale), multiple=np.int64(2))
+    small_model, small = selconv_jax.compact(model, variables, x, scale, multiple=np.int64(2))
     assert dict(small_model.layouts)["first"].outputs == 6
     np.testing.assert_allclose(small_model.apply(small, x, scale), expected, rtol=1e-5, atol=1e-5)
+    small_model, small = selconv_jax.compact(model, variables, x, scale=scale)
+    np.testing.assert_allclose(small_model.apply(small, x, scale=scale), expected, rtol=1e-5, atol=1e-5)
+    assert dict(small_model.layouts)["first"].outputs == 6
+    for options in ({"train": False}, {"train": True}):  # for one of its modes alone
+        small_model, small = selconv_jax.compact(model, variables, x, method="features", **options)
+        assert dict(small_model.layouts)["first"].outputs == 6
     for method in ("features", Called.features):
         small_model, small = selconv_jax.compact(model, variables, x, method=method)
         assert dict(small_model.layouts)["first"].outputs == 6
@@ -245,22 +251,22 @@ def test_other_ways_of_calling():
 def test_calls_that_fail_are_refused_in_a_line():
     model, x, scale = Called(), images(SHAPE), jnp.ones((2, 1, 1, 4))
     variables = model.init(jax.random.key(0), x, scale)
-    for example, method, message in (
-        (x, None, r"does not run as model\.apply\(variables, example\): .*scale"),
+    for inputs, method, message in (
+        ((x,), None, r"does not run as model\.apply\(variables, \*inputs\): .*scale"),
         ((x, scale, scale), None, "does not run as"),
-        (x[..., :7], "features", "takes a kernel of shape"),
-        (x, "other", "has no such method"),
-        ("image", "features", "holds more than arrays"),
+        ((x[..., :7],), "features", "takes a kernel of shape"),
+        ((x,), "other", "has no such method"),
+        (("image",), "features", r"the inputs \(str\) hold more than arrays"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
-            selconv_jax.compact(model, variables, example, method=method)
+            selconv_jax.compact(model, variables, *inputs, method=method)
         assert "\n" not in str(caught.value)
     boxed = {**variables, "params": jax.tree.map(lambda a: nn.Partitioned(a, (None,)), variables["params"])}
     with pytest.raises(ConfigError, match="Unbox"):
-        selconv_jax.compact(model, boxed, (x, scale))
+        selconv_jax.compact(model, boxed, x, scale)
     shapes = jax.eval_shape(lambda: variables)
     with pytest.raises(ValueError, match="gates and sources are shapes"):
-        selconv_jax.compact(model, shapes, (x, scale))
+        selconv_jax.compact(model, shapes, x, scale)
 
 
 def test_layers_that_are_differentiated_stay():

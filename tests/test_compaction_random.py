@@ -30,7 +30,7 @@ def assert_same(seed):
     """Compacts and compares; whether channels were removed from what a layer makes."""
     model = random_network(seed)
     variables = perturbed_variables(model, SHAPE, seed, closed=0.4, copies=0.2)
-    plan = selconv_jax.plan_compaction(model, variables, example=images(SHAPE), compare=False)
+    plan = selconv_jax.plan_compaction(model, variables, images(SHAPE), compare=False)
     expected = outputs(model, variables, lambda variables: variables)
     actual = outputs(plan.model, variables, plan.take)
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):

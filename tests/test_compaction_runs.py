@@ -10,7 +10,7 @@ import selconv_jax
 from selconv_jax._cli.main import main
 from selconv_jax.train._compacting import compact_run
 from selconv_jax.train._loop import evaluate_run, train_run
-from selconv_jax.train._opening import restore_run
+from selconv_jax.train._run_setup import restore_run
 
 pytestmark = pytest.mark.optimized
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import selconv_jax
-from selconv_jax import Allocation
+from selconv_jax import AllocationRule
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "experiments" / "composition"
 EXAMPLES = sorted(path.stem for path in DIRECTORY.glob("*.py"))
@@ -34,13 +34,13 @@ def test_example(name, capsys):
     assert np.isfinite(losses).all()
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
     assert sum(report.reallocated for report in reports) > 0
-    assert selconv_jax.required_slots(variables) > 0
+    assert selconv_jax.required_capacity(variables) > 0
     assert f"re-allocated {reports[0].reallocated} of {reports[0].channels}" in capsys.readouterr().out
 
     # Closing channels may change the output; filling their slots does not.
     key = jax.random.key(9)
-    closed, _ = selconv_jax.reallocate(variables, key, Allocation(threshold=0.1, top_k=0))
-    filled, report = selconv_jax.reallocate(variables, key, Allocation(threshold=0.1))
+    closed, _ = selconv_jax.reallocate(variables, key, AllocationRule(threshold=0.1, top_k=0))
+    filled, report = selconv_jax.reallocate(variables, key, AllocationRule(threshold=0.1))
     assert report.reallocated > 0
     with jax.numpy_dtype_promotion("standard"):
         apply = jax.jit(lambda variables: model.apply(variables, x, train=False))

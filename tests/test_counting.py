@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from selconv_jax import PlainConv
+from selconv_jax import BatchNormReLUConv
 from selconv_jax.analysis._counting import count_multiply_adds, count_parameters
 from selconv_jax.models import DenseNet
 
@@ -16,11 +16,11 @@ def counted(layer, *shape):
 
 
 def test_convolutions():
-    assert counted(PlainConv(8, (3, 3)), 2, 5, 7, 4) == 2 * 5 * 7 * 8 * (9 * 4)
-    assert counted(PlainConv(8, (3, 3), strides=2), 1, 6, 6, 4) == 3 * 3 * 8 * (9 * 4)
-    assert counted(PlainConv(8, (3, 3), feature_group_count=2), 1, 6, 6, 4) == 6 * 6 * 8 * (9 * 2)
-    assert counted(PlainConv(8, (1, 1)), 1, 6, 6, 4) == 6 * 6 * 8 * 4
-    assert counted(PlainConv(8, (5,)), 3, 6, 4) == 3 * 6 * 8 * (5 * 4)
+    assert counted(BatchNormReLUConv(8, (3, 3)), 2, 5, 7, 4) == 2 * 5 * 7 * 8 * (9 * 4)
+    assert counted(BatchNormReLUConv(8, (3, 3), strides=2), 1, 6, 6, 4) == 3 * 3 * 8 * (9 * 4)
+    assert counted(BatchNormReLUConv(8, (3, 3), feature_group_count=2), 1, 6, 6, 4) == 6 * 6 * 8 * (9 * 2)
+    assert counted(BatchNormReLUConv(8, (1, 1)), 1, 6, 6, 4) == 6 * 6 * 8 * 4
+    assert counted(BatchNormReLUConv(8, (5,)), 3, 6, 4) == 3 * 6 * 8 * (5 * 4)
 
 
 def test_network_by_layer():

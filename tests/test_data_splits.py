@@ -9,8 +9,8 @@ import tensorflow_datasets as tfds
 from prepared_sets import examples, images, write_set
 
 from selconv_jax.data import load, open_data
+from selconv_jax.data._abstract import abstract_data
 from selconv_jax.data._dataset import ImageData
-from selconv_jax.data._hollow import hollow_data
 from selconv_jax.data._splits import SplitChoice, hold_out, resolve_splits, slices_of
 from selconv_jax.errors import DataError
 
@@ -221,7 +221,7 @@ def test_splits_of_the_embedded_sample(choice):
     data, streamed = load(SAMPLE, splits=choice), open_data(SAMPLE, streaming=True, splits=choice)
     assert isinstance(data, ImageData)
     assert_same(data, streamed)
-    hollow = hollow_data(SAMPLE, splits=choice)
+    hollow = abstract_data(SAMPLE, splits=choice)
     assert {key: split and len(split) for key, split in parts(hollow).items()} == {
         key: split and len(split) for key, split in parts(data).items()
     }
@@ -230,8 +230,8 @@ def test_splits_of_the_embedded_sample(choice):
 @pytest.mark.parametrize("held_out", [60_000, 50_000, 0.000_001])
 def test_hollow_sets_refuse_what_leaves_nothing(held_out):
     with pytest.raises(DataError, match=r"cifar10: data.validation is .* of 50000 training images"):
-        hollow_data("cifar10", splits=SplitChoice(held_out=held_out))
-    assert len(hollow_data("cifar10", splits=SplitChoice(held_out=5000)).train) == 45_000
+        abstract_data("cifar10", splits=SplitChoice(held_out=held_out))
+    assert len(abstract_data("cifar10", splits=SplitChoice(held_out=5000)).train) == 45_000
 
 
 def test_streamed_parts_go_to_other_processes(prepared):

@@ -11,15 +11,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from states import perturbed_variables
 
 import selconv_jax
-from selconv_jax import PlainConv, SelectiveConv
+from selconv_jax import BatchNormReLUConv, SelectiveConv
 from selconv_jax._xla.platforms import tracing_for
 from selconv_jax.compaction._gather import take_channels, take_repeated
 
 LAYERS = {
-    "plain 1x1": PlainConv(4, (1, 1)),
-    "1x1": SelectiveConv(4, (1, 1), slots=0.75),
+    "plain 1x1": BatchNormReLUConv(4, (1, 1)),
+    "1x1": SelectiveConv(4, (1, 1), capacity=0.75),
     "3x3, groups": SelectiveConv(16, (3, 3), feature_group_count=2),
-    "1-D, strides": SelectiveConv(4, (3,), strides=2, padding="CIRCULAR", slots=0.75),
+    "1-D, strides": SelectiveConv(4, (3,), strides=2, padding="CIRCULAR", capacity=0.75),
 }
 CHANNELS = 16
 
@@ -93,13 +93,13 @@ def test_all_modes_agree(name, train, platform):
 
 def test_all_modes_agree_in_a_compact_layer():
     layer, variables, x = case("1x1")
-    small, small_variables = selconv_jax.compact(layer, variables, example=x)
+    small, small_variables = selconv_jax.compact(layer, variables, x)
     assert "selectivity" not in small_variables
     assert_modes_agree(loss_of(small, small_variables, False), small_variables["params"], x)
 
 
 def test_hessian_of_a_layer():
-    layer = SelectiveConv(2, (1,), slots=0.5)
+    layer = SelectiveConv(2, (1,), capacity=0.5)
     x = jax.random.normal(jax.random.key(0), (2, 3, 4))
     variables = perturbed_variables(layer, x.shape, seed=0)
     variables["selectivity"]["source"] = jnp.array([-1, 0, -1, 2])
@@ -146,7 +146,7 @@ def gradients_of_two_devices(loss, params, x, kind):
 def test_gradients_under_shard_map_with_its_checks(name, train, kind):
     layer, variables, x = case("1x1" if name == "compact" else name, batch=4)
     if name == "compact":
-        layer, variables = selconv_jax.compact(layer, variables, example=x)
+        layer, variables = selconv_jax.compact(layer, variables, x)
     loss = loss_of(layer, variables, train)
     actual = gradients_of_two_devices(loss, variables["params"], x, kind)
     expected = jax.jit(jax.grad(lambda params, x: (loss(params, x[:2]) + loss(params, x[2:])) / 2, (0, 1)))(

@@ -319,7 +319,7 @@ def test_full_size_step_has_the_right_shapes(path):
     assert bool(state.selectivity) == (config.model.variant != "plain")
     step = functools.partial(
         train_step,
-        model=trainer.model.clone(slots=0.0),
+        model=trainer.model.clone(capacity=0.0),
         optimizer=trainer.optimizer,
         info=info,
         steps_per_epoch=2,

@@ -10,10 +10,10 @@ from array_functions import (
     deallocate,
     draw_often,
     expected_channel_damage,
+    fill_slots,
     keys,
     normalize_damage,
     precision,
-    reallocate,
 )
 
 from selconv_jax import functional
@@ -182,7 +182,7 @@ def test_sources_after_reallocation(source, drawn, expected):
         source=np.array(source, np.int32),
         shift=np.zeros((3, 1), np.float32),
     )
-    new = reallocate(state, np.array(drawn, np.int32), np.full((3, 1), 1.5, np.float32))
+    new = fill_slots(state, np.array(drawn, np.int32), np.full((3, 1), 1.5, np.float32))
     assert new.source.tolist() == expected
     assert new.gate.all()
     assert new.scale.tolist() == [i + 1.0 if origin == -1 else origin + 1.0 for i, origin in enumerate(drawn)]

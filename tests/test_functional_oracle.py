@@ -19,13 +19,13 @@ from array_functions import (
     deallocate,
     draw_often,
     expected_channel_damage,
+    fill_slots,
     keys,
     layer_of,
     many,
     normalize_damage,
     normalized_of,
     precision,
-    reallocate,
     rounded,
     shift_and_select,
     slack_of,
@@ -65,9 +65,9 @@ def test_select_does_not_depend_on_spare_slots():
     copies, channels = int(np.sum(source != -1)), recipe.sizes.channels
     assert 0 < copies < channels - 1
     expected = oracle.select(x, source, shift)
-    for slots in (copies, copies + 1):
+    for capacity in (copies, copies + 1):
         with precision(np.float64):
-            selected = jax.jit(functional.select, static_argnums=3)(x, source, shift, slots)
+            selected = jax.jit(functional.select, static_argnums=3)(x, source, shift, capacity)
         np.testing.assert_allclose(selected, expected, rtol=0, atol=1e-13)
 
 
@@ -192,7 +192,7 @@ def test_reallocate(dtype, recipe, fill):
     drawn_shift = recipe.shifts(salt=1)
     with precision(dtype):
         state = state_of(layer, dtype)
-        new = reallocate(state, drawn, drawn_shift.astype(dtype))
+        new = fill_slots(state, drawn, drawn_shift.astype(dtype))
     assert_same_state(new, oracle.reallocate(layer, drawn, drawn_shift), dtype)
     assert new.kernel.size == layer.kernel.size
     # The new kernel rows are zero: the layer's function does not change, to the last bit.

@@ -14,10 +14,10 @@ from array_functions import (
     deallocate,
     draw_often,
     expected_channel_damage,
+    fill_slots,
     keys,
     normalize_damage,
     normalized_of,
-    reallocate,
     shift_and_select,
     slack_of,
     state_of,
@@ -55,8 +55,8 @@ def test_jit_and_eager_agree():
     scores = channel_scores(normalized, state.source, None)
     drawn = functional.draw_sources(keys(32)[0], scores, state.gate, 3)
     np.testing.assert_array_equal(drawn, draw_often(keys(32), scores, state.gate, 3)[0])
-    new = functional.reallocate(state, drawn, shift)
-    assert_same_state(reallocate(state, drawn, shift), new, np.float32)
+    new = functional.fill_slots(state, drawn, shift)
+    assert_same_state(fill_slots(state, drawn, shift), new, np.float32)
 
 
 def whole_round(state, key):
@@ -64,7 +64,7 @@ def whole_round(state, key):
     gate, source, scores = close_and_score(state, 0.2)
     drawn = functional.draw_sources(key, scores, gate, 2)
     closed = dataclasses.replace(state, gate=gate, source=source)
-    return drawn, functional.reallocate(closed, drawn, state.shift + 1)
+    return drawn, functional.fill_slots(closed, drawn, state.shift + 1)
 
 
 def test_vmap_over_layers_is_a_loop_over_layers():

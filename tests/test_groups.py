@@ -8,7 +8,7 @@ import pytest
 from states import perturbed_variables
 
 import selconv_jax
-from selconv_jax import Allocation, SelectiveConv
+from selconv_jax import AllocationRule, SelectiveConv
 from selconv_jax.functional import deallocate, expected_channel_damage, normalize_damage
 from selconv_jax.functional._groups import group_count, kernel_rows
 
@@ -73,10 +73,10 @@ def grouped():
 def test_filling_slots_does_not_change_the_function(grouped):
     layer, x, variables = grouped
     key = jax.random.key(1)
-    allocation = Allocation(threshold=0.1)
-    closed, report = selconv_jax.reallocate(variables, key, Allocation(threshold=0.1, top_k=0))
+    allocation = AllocationRule(threshold=0.1)
+    closed, report = selconv_jax.reallocate(variables, key, AllocationRule(threshold=0.1, top_k=0))
     filled, same = selconv_jax.reallocate(variables, key, allocation)
-    assert report.closed == same.closed > 0
+    assert report.deallocated == same.deallocated > 0
     slots = np.flatnonzero(same.layers[""].reallocated)
     assert len(slots) == (~closed["selectivity"]["gate"]).sum() > 0
     apply = jax.jit(lambda variables: layer.apply(variables, x, train=False))
@@ -99,7 +99,7 @@ def test_a_round_against_the_oracle(grouped):
     layer = oracle.Layer(**arrays)
     normalized = oracle.normalize(oracle.damage(layer.kernel, layer.scale, layer.bias, layer.gate))
     gate, source = oracle.deallocate(normalized, layer.gate, layer.source, 0.1, groups=4)
-    new, report = selconv_jax.reallocate(variables, jax.random.key(1), Allocation(threshold=0.1))
+    new, report = selconv_jax.reallocate(variables, jax.random.key(1), AllocationRule(threshold=0.1))
     np.testing.assert_array_equal(report.layers[""].deallocated, layer.gate & ~gate)
     normalized = oracle.normalize(oracle.damage(layer.kernel, layer.scale, layer.bias, gate))
     best = oracle.candidates(oracle.scores(normalized, source), gate, 3)
@@ -115,14 +115,14 @@ def test_depthwise_layers_never_close():
     layer = SelectiveConv(8, (3,), feature_group_count=8)
     variables = perturbed_variables(layer, (2, 6, 8), seed=0)
     variables["params"]["kernel"] = variables["params"]["kernel"].at[:, 0, 3].set(0)  # does no damage
-    new, report = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.999))
-    assert report.closed == 0
+    new, report = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.999))
+    assert report.deallocated == 0
     assert new["selectivity"]["gate"].all()
 
 
 def test_optimizer_state_of_the_rewritten_rows(grouped):
     _, _, variables = grouped
-    new, report = selconv_jax.reallocate(variables, jax.random.key(1), Allocation(threshold=0.1))
+    new, report = selconv_jax.reallocate(variables, jax.random.key(1), AllocationRule(threshold=0.1))
     masks = selconv_jax.rewritten_mask(new["params"], report)
     assert masks["kernel"].shape == (1, 1, 4, 12)
     slots = np.flatnonzero(report.layers[""].reallocated)

@@ -362,7 +362,9 @@ def test_files_there_and_back(suffix, tmp_path, model, variables, arrays):
     pytest.importorskip("safetensors")
     path = tmp_path / f"weights{suffix}"
     path.write_text("what was there before")
-    save_state_dict(model, variables, path)
+    with pytest.raises(CheckpointError, match="there is a file already"):
+        save_state_dict(path, model, variables)
+    save_state_dict(path, model, variables, overwrite=True)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert_equal(load_state_dict(model, str(path)), variables)
     with pytest.raises(CheckpointError, match=re.escape(f"{path} does not fit DenseNet: 1 of another")):
@@ -374,7 +376,7 @@ def test_files_there_and_back(suffix, tmp_path, model, variables, arrays):
 def test_damaged_files(suffix, damage, tmp_path, model, variables):
     pytest.importorskip("safetensors")
     path = tmp_path / f"weights{suffix}"
-    save_state_dict(model, variables, path)
+    save_state_dict(path, model, variables)
     content = path.read_bytes()
     path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "other": b"weights" * 99}[damage])
     with pytest.raises(CheckpointError, match=f"{re.escape(str(path))}: not a whole {suffix[1:]} file"):
@@ -396,9 +398,9 @@ def test_missing_and_unknown_files(tmp_path, model, variables):
     with pytest.raises(CheckpointError, match=r"the suffix '\.h5' names no known kind .* \.npz, .*\.pth"):
         load_state_dict(model, tmp_path / "weights.h5")
     with pytest.raises(CheckpointError, match=r"the suffix '\.pt' .* use one of \.npz, \.safetensors\."):
-        save_state_dict(model, variables, tmp_path / "weights.pt")
+        save_state_dict(tmp_path / "weights.pt", model, variables)
     with pytest.raises(CheckpointError, match="there is no folder"):
-        save_state_dict(model, variables, tmp_path / "none" / "weights.npz")
+        save_state_dict(tmp_path / "none" / "weights.npz", model, variables)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, model, variables, monkeypatch):
@@ -410,7 +412,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, model, variables, monkeypa
     path.write_text("what was there before")
     monkeypatch.setattr(np, "savez", fail)
     with pytest.raises(CheckpointError, match=r"cannot be written \(disk full\)"):
-        save_state_dict(model, variables, path)
+        save_state_dict(path, model, variables, overwrite=True)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [
         (path.name, "what was there before")
     ]
@@ -427,7 +429,7 @@ def test_packages_that_are_not_installed(tmp_path, model, variables, monkeypatch
         with pytest.raises(CheckpointError, match=re.escape(remedy).replace(r"\.\*", ".*")):
             load_state_dict(model, tmp_path / name)
     with pytest.raises(CheckpointError, match=r"selconv-jax\[interop\]"):
-        save_state_dict(model, variables, tmp_path / "new.safetensors")
+        save_state_dict(tmp_path / "new.safetensors", model, variables)
     assert not (tmp_path / "new.safetensors").exists()
 
 

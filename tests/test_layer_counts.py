@@ -16,7 +16,7 @@ from selconv_jax.analysis._layer_counts import Count, count_layers, total_counts
 from selconv_jax.errors import ConfigError
 from selconv_jax.models import DenseNet, PreResNet, ResNeXt
 
-TINY = DenseNet(10, blocks=(1, 1), growth=2, slots=0.25)
+TINY = DenseNet(10, blocks=(1, 1), growth=2, capacity=0.25)
 
 
 def image(size, channels=3):
@@ -95,21 +95,21 @@ def test_by_hand():
 
 def test_with_nothing_allocated_all_forms_cost_the_same_but_for_slots():
     variables = allocated(TINY, image(8))
-    slots = total_counts(count_layers(TINY, variables, image(8)))
-    none = total_counts(count_layers(TINY.clone(slots=0.0), variables, image(8)))
+    capacity = total_counts(count_layers(TINY, variables, image(8)))
+    none = total_counts(count_layers(TINY.clone(capacity=0.0), variables, image(8)))
     assert none.plain.multiply_adds == none.selective.multiply_adds == none.compact.multiply_adds
-    assert slots.selective.multiply_adds > none.selective.multiply_adds
-    assert (slots.plain, slots.compact) == (none.plain, none.compact)
+    assert capacity.selective.multiply_adds > none.selective.multiply_adds
+    assert (capacity.plain, capacity.compact) == (none.plain, none.compact)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_totals(name):
     """The sums over the layers are the counts of the three networks as a whole."""
-    model = NETWORKS[name].clone(slots=0.5)
+    model = NETWORKS[name].clone(capacity=0.5)
     variables = allocated(model, image(8), some_closed, some_copied)
     total = total_counts(count_layers(model, variables, image(8)))
     plain = model.clone(variant="plain")
-    plan = plan_compaction(model, variables, example=image(8), compare=False)
+    plan = plan_compaction(model, variables, image(8), compare=False)
     shapes = shapes_of(model, image(8))
     expected = [
         (total.plain, plain, shapes_of(plain, image(8))),
@@ -128,9 +128,9 @@ def network_function(network):
 @pytest.mark.parametrize(
     "model",
     [
-        DenseNet(10, blocks=(2, 1), growth=8, compression=0.5, slots=0.25),
-        PreResNet(10, blocks=(1, 1), width=8, slots=0.25),
-        ResNeXt(10, blocks=(1, 1), groups=2, base_width=16, widen=1, slots=0.25),
+        DenseNet(10, blocks=(2, 1), growth=8, compression=0.5, capacity=0.25),
+        PreResNet(10, blocks=(1, 1), width=8, capacity=0.25),
+        ResNeXt(10, blocks=(1, 1), groups=2, base_width=16, widen=1, capacity=0.25),
     ],
     ids=lambda model: type(model).__name__,
 )
@@ -142,10 +142,10 @@ def test_the_compiler_counts_the_same(model):
     """
     variables = allocated(model, image(16), some_closed, some_copied)
     total = total_counts(count_layers(model, variables, image(16)))
-    plan = plan_compaction(model, variables, example=image(16), compare=False)
+    plan = plan_compaction(model, variables, image(16), compare=False)
     shapes = shapes_of(model, image(16))
     small = jax.eval_shape(plan.take, shapes)
-    networks = (model.clone(slots=0.0), shapes), (model, shapes), (plan.model, small)
+    networks = (model.clone(capacity=0.0), shapes), (model, shapes), (plan.model, small)
     for counts, (network, variables) in zip(
         (total.plain, total.selective, total.compact), networks, strict=True
     ):
@@ -165,7 +165,7 @@ def test_the_compiler_leaves_out_taps_on_padding():
 
 
 def test_a_single_layer_in_one_dimension():
-    layer = SelectiveConv(features=6, kernel_size=5, slots=0.5)
+    layer = SelectiveConv(features=6, kernel_size=5, capacity=0.5)
     signal = jax.ShapeDtypeStruct((2, 10, 4), jnp.float32)
     variables = allocated(layer, signal, sources=lambda source: np.array([-1, 0, -1, -1], np.int32))
     (counts,) = count_layers(layer, variables, signal)
@@ -201,7 +201,7 @@ class Looped(nn.Module):
 class Step(nn.Module):
     @nn.compact
     def __call__(self, x, train):
-        return SelectiveConv(4, (1, 1), slots=0.5, name="conv")(x, train), None
+        return SelectiveConv(4, (1, 1), capacity=0.5, name="conv")(x, train), None
 
 
 def test_stacked_layers_of_another_network():
@@ -224,9 +224,9 @@ def test_a_plain_network_is_the_same_in_all_forms():
 
 def test_too_few_slots():
     variables = tiny()
-    with pytest.raises(ConfigError, match=r"block1_layer1/conv1.*slots is 0.0.*but 1 of its 4 .*copies"):
-        count_layers(TINY.clone(slots=0.0), variables, image(8))
-    needed = TINY.clone(slots=selconv_jax.required_slots(_filled(variables)))
+    with pytest.raises(ConfigError, match=r"block1_layer1/conv1.*capacity is 0.0.*but 1 of its 4 .*copies"):
+        count_layers(TINY.clone(capacity=0.0), variables, image(8))
+    needed = TINY.clone(capacity=selconv_jax.required_capacity(_filled(variables)))
     assert count_layers(needed, variables, image(8))
 
 

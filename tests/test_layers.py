@@ -7,7 +7,7 @@ import pytest
 from flax.errors import ModifyScopeVariableError
 from states import perturbed_variables
 
-from selconv_jax import ConfigError, PlainConv, SelectiveConv
+from selconv_jax import BatchNormReLUConv, ConfigError, SelectiveConv
 from selconv_jax._xla.platforms import tracing_for
 from selconv_jax.functional import channel_shift, select
 
@@ -21,7 +21,7 @@ def test_variables_of_the_three_kinds():
     layers = {
         "selective": SelectiveConv(4, (3, 3)),
         "gate-only": SelectiveConv(4, (3, 3), gate_only=True),
-        "plain": PlainConv(4, (3, 3)),
+        "plain": BatchNormReLUConv(4, (3, 3)),
     }
     found = {
         name: {collection: sorted(leaves) for collection, leaves in variables_of(layer, shape).items()}
@@ -74,7 +74,7 @@ def test_untouched_layer_equals_its_plain_twin(gate_only, train):
         "batch_stats": variables["batch_stats"],
     }
     selective, stats = layer.apply(variables, x, train=train, mutable=["batch_stats"])
-    expected, plain_stats = PlainConv(5, (3, 3)).apply(plain, x, train=train, mutable=["batch_stats"])
+    expected, plain_stats = BatchNormReLUConv(5, (3, 3)).apply(plain, x, train=train, mutable=["batch_stats"])
     np.testing.assert_allclose(selective, expected, rtol=1e-5, atol=1e-5)
     for key in ("mean", "var"):
         np.testing.assert_allclose(stats["batch_stats"][key], plain_stats["batch_stats"][key], rtol=1e-6)
@@ -170,10 +170,8 @@ def test_grouped_gate_closes_the_right_rows():
         ({"feature_group_count": 3}, "features is 4, not a multiple of feature_group_count 3"),
         ({"dropout_rate": 1.0}, r"dropout_rate is 1.0; it must be in \[0, 1\)"),
         ({"momentum": 1.5}, "momentum is 1.5"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"top_k": 1}, r"top_k is 1; .* selconv_jax.Allocation\(top_k=...\)"),
-        ({"slots": 1.5}, "slots is 1.5"),
-        ({"slots": "all"}, "slots is 'all'"),
+        ({"capacity": 1.5}, "capacity is 1.5"),
+        ({"capacity": "all"}, "capacity is 'all'"),
         ({"features": 4.0}, "features is 4.0; it must be a whole number"),
         ({"epsilon": -1.0}, "epsilon is -1.0"),
         ({"kernel_size": (3.7, 3)}, r"kernel_size is \(3.7, 3\)"),
@@ -205,15 +203,15 @@ def test_wrong_rank_and_groups_of_the_input():
 def test_numbers_of_numpy_are_numbers():
     x = jnp.ones((2, 9, 3))
     arguments = {"strides": np.int64(2), "padding": np.int64(1), "kernel_dilation": np.int64(1)}
-    y, _ = PlainConv(4, np.int64(3), **arguments).init_with_output(jax.random.key(0), x, train=False)
+    y, _ = BatchNormReLUConv(4, np.int64(3), **arguments).init_with_output(jax.random.key(0), x, train=False)
     assert y.shape == (2, 5, 4)
 
 
-@pytest.mark.parametrize(("top_k", "names"), [(0, ["gate"]), (3, ["gate", "source"])])
-def test_top_k_of_the_method_is_understood(top_k, names):
-    collections = variables_of(SelectiveConv(4, (3, 3), top_k=top_k), (1, 8, 8, 6))
+@pytest.mark.parametrize(("gate_only", "names"), [(True, ["gate"]), (False, ["gate", "source"])])
+def test_variables_of_a_gate_only_layer(gate_only, names):
+    collections = variables_of(SelectiveConv(4, (3, 3), gate_only=gate_only), (1, 8, 8, 6))
     assert sorted(collections["selectivity"]) == names
-    assert ("shift" in collections["params"]) == (top_k > 0)
+    assert ("shift" in collections["params"]) == (not gate_only)
 
 
 def crowded(copies, channels=8):
@@ -231,43 +229,43 @@ def crowded(copies, channels=8):
 def test_more_copies_than_slots_are_never_another_number(platform, train):
     layer, variables, x = crowded(copies=3)
 
-    def apply(slots):
+    def apply(capacity):
         with tracing_for(platform):
-            of = layer.clone(slots=slots)
+            of = layer.clone(capacity=capacity)
             return jax.jit(lambda v: of.apply(v, x, train, mutable=["batch_stats"])[0])(variables)
 
     expected = apply(1.0)
     assert np.isfinite(expected).all()
     np.testing.assert_array_equal(apply(3 / 8), expected)
-    for slots in (2 / 8, 0.0):
-        assert np.isnan(apply(slots)).all()
+    for capacity in (2 / 8, 0.0):
+        assert np.isnan(apply(capacity)).all()
 
 
 def test_more_copies_than_slots_under_vmap_and_scan():
     layer, full, x = crowded(copies=3)
     _, fits, _ = crowded(copies=1)
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), fits, full)
-    for slots in (0.0, 2 / 8):
-        few = layer.clone(slots=slots)
+    for capacity in (0.0, 2 / 8):
+        few = layer.clone(capacity=capacity)
         mapped = jax.vmap(lambda v, few=few: few.apply(v, x, False))(stack)
         _, scanned = jax.lax.scan(lambda _, v, few=few: (None, few.apply(v, x, False)), None, stack)
         for y in (mapped, scanned):
             assert np.isnan(y[1]).all()
-            if slots:
+            if capacity:
                 np.testing.assert_allclose(y[0], layer.apply(fits, x, False), rtol=1e-5, atol=1e-5)
 
 
 def test_known_copies_without_slots_are_an_error():
     layer, variables, x = crowded(copies=3)
-    with pytest.raises(ConfigError, match=r"slots is 0\.25, which provides for 2 copies, but 3 of its 8"):
-        layer.clone(slots=0.25).apply(variables, x, train=False)
+    with pytest.raises(ConfigError, match=r"capacity is 0\.25, which provides for 2 copies, but 3 of its 8"):
+        layer.clone(capacity=0.25).apply(variables, x, train=False)
 
 
-@pytest.mark.parametrize("slots", [0, 1])
-def test_select_beyond_its_bound_is_nan(slots):
+@pytest.mark.parametrize("capacity", [0, 1])
+def test_select_beyond_its_bound_is_nan(capacity):
     x = jnp.ones((1, 3, 4))
     source, shift = jnp.array([-1, 0, 0, -1]), jnp.zeros((4, 1))
-    np.testing.assert_array_equal(np.isnan(select(x, source, shift, slots)).all((0, 1)), source >= 0)
+    np.testing.assert_array_equal(np.isnan(select(x, source, shift, capacity)).all((0, 1)), source >= 0)
     np.testing.assert_array_equal(select(x, source, shift, 2), x)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from states import perturbed_variables
 
-from selconv_jax import ConfigError, PlainConv, SelectiveConv
+from selconv_jax import BatchNormReLUConv, ConfigError, SelectiveConv
 
 SIZES = {1: (9,), 2: (7, 6), 3: (4, 5, 3)}
 CASES = {
@@ -49,7 +49,7 @@ def test_equals_conv_after_batch_norm_and_relu(name, dtype):
     rank, options = CASES[name]
     options = {"kernel_size": (3,) * rank, **options}
     x = jax.random.normal(jax.random.key(0), (2, *SIZES[rank], 4), dtype)
-    layer = PlainConv(6, **options, dtype=dtype)
+    layer = BatchNormReLUConv(6, **options, dtype=dtype)
     variables = perturbed_variables(layer, x.shape, seed=1)
     params, stats = variables["params"], variables["batch_stats"]
     norm = nn.BatchNorm(use_running_average=True, dtype=jnp.float32)
@@ -86,7 +86,9 @@ def test_gradients_of_padded_inputs(padding):
 
     def ours(kernel, x):
         variables = {"params": {"kernel": kernel, **norm}, "batch_stats": stats}
-        return jnp.sum(jnp.square(PlainConv(2, (3,), padding=padding).apply(variables, x, train=False)))
+        return jnp.sum(
+            jnp.square(BatchNormReLUConv(2, (3,), padding=padding).apply(variables, x, train=False))
+        )
 
     def theirs(kernel, x):
         active = nn.relu(x / jnp.sqrt(jnp.float32(1 + 1e-5)) + 1)
@@ -101,7 +103,7 @@ def test_gradients_of_padded_inputs(padding):
 
 def test_a_number_as_kernel_size_is_for_one_dimension():
     with pytest.raises(ValueError, match=r"kernel_size \(3,\) needs 3 dimensions"):
-        PlainConv(4, 3).init(jax.random.key(0), jnp.ones((1, 8, 8, 4)), train=False)
+        BatchNormReLUConv(4, 3).init(jax.random.key(0), jnp.ones((1, 8, 8, 4)), train=False)
 
 
 @pytest.mark.parametrize(
@@ -113,10 +115,10 @@ def test_a_number_as_kernel_size_is_for_one_dimension():
 )
 def test_refused_paddings(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        PlainConv(4, (3, 3), **arguments).init(jax.random.key(0), jnp.ones((1, 8, 8, 4)), train=False)
+        BatchNormReLUConv(4, (3, 3), **arguments).init(jax.random.key(0), jnp.ones((1, 8, 8, 4)), train=False)
 
 
 @pytest.mark.parametrize("kernel_size", [0, (3, 0)])
 def test_refused_kernel_sizes(kernel_size):
     with pytest.raises(ConfigError, match=r"kernel_size is .*; it must be a positive integer"):
-        PlainConv(4, kernel_size)
+        BatchNormReLUConv(4, kernel_size)

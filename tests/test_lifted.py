@@ -9,7 +9,7 @@ import pytest
 from states import perturbed_variables
 
 import selconv_jax
-from selconv_jax import Allocation, SelectiveConv
+from selconv_jax import AllocationRule, SelectiveConv
 
 AXES = {"params": 0, "batch_stats": 0, "selectivity": 0}
 LENGTH = 3
@@ -44,7 +44,7 @@ def layer_of(variables, index):
 def scanned(request):
     model = Scanned(request.param)
     variables = perturbed_variables(model, SHAPE, seed=1, closed=0.3, copies=0.3)
-    new, report = selconv_jax.reallocate(variables, jax.random.key(1), Allocation(threshold=0.2))
+    new, report = selconv_jax.reallocate(variables, jax.random.key(1), AllocationRule(threshold=0.2))
     return model, variables, new, report
 
 
@@ -52,7 +52,7 @@ def test_a_round_of_a_stack_is_a_round_of_each_layer(scanned):
     _, variables, new, report = scanned
     assert list(report.layers) == ["blocks/conv"]
     round_ = report.layers["blocks/conv"]
-    closing = Allocation(threshold=0.2, top_k=0)
+    closing = AllocationRule(threshold=0.2, top_k=0)
     for index in range(LENGTH):
         before, after = layer_of(variables, index), layer_of(new, index)
         closed, alone = selconv_jax.reallocate(before, jax.random.key(1), closing)
@@ -64,14 +64,14 @@ def test_a_round_of_a_stack_is_a_round_of_each_layer(scanned):
         np.testing.assert_array_equal(
             after["selectivity"]["blocks"]["conv"]["source"][kept], conv["source"][kept]
         )
-    assert report.closed > 0
+    assert report.deallocated > 0
     assert report.reallocated > 0
 
 
 def test_filling_slots_of_a_stack_does_not_change_the_function(scanned):
     model, variables, new, _ = scanned
     x = jax.random.normal(jax.random.key(0), SHAPE)
-    closed, _ = selconv_jax.reallocate(variables, jax.random.key(1), Allocation(threshold=0.2, top_k=0))
+    closed, _ = selconv_jax.reallocate(variables, jax.random.key(1), AllocationRule(threshold=0.2, top_k=0))
     apply = jax.jit(lambda variables: model.apply(variables, x, False))
     np.testing.assert_allclose(apply(new), apply(closed), rtol=1e-5, atol=1e-5)
     assert np.abs(apply(variables) - apply(closed)).max() > 0  # closing itself does change it
@@ -85,21 +85,21 @@ def test_counts_of_a_stack(scanned):
     np.testing.assert_array_equal(layer.copies, (conv["source"] >= 0).sum(axis=1))
     assert report.channels == LENGTH * 12
     assert report.open == conv["gate"].sum()
-    assert selconv_jax.required_slots(new) == pytest.approx(int(layer.copies.max()) / 12)
+    assert selconv_jax.required_capacity(new) == pytest.approx(int(layer.copies.max()) / 12)
     assert len(set(layer.copies.tolist())) > 1  # so that the largest of them is a choice
 
 
 def test_layers_of_a_stack_draw_apart_and_alike_in_longer_stacks(scanned):
     _, variables, new, _ = scanned
     short, _ = selconv_jax.reallocate(
-        jax.tree.map(lambda leaf: leaf[:2], variables), jax.random.key(1), Allocation(threshold=0.2)
+        jax.tree.map(lambda leaf: leaf[:2], variables), jax.random.key(1), AllocationRule(threshold=0.2)
     )
     for one, other in zip(jax.tree.leaves(short), jax.tree.leaves(new), strict=True):
         np.testing.assert_allclose(one, other[:2], rtol=1e-6)
     same = jax.tree.map(lambda leaf: jnp.stack([leaf[0]] * 2), variables)
     # Not replicas, which are refused.
     same["params"]["blocks"]["conv"]["bias"] += jnp.array([[0.0], [1e-6]])
-    twins, _ = selconv_jax.reallocate(same, jax.random.key(1), Allocation(threshold=0.2))
+    twins, _ = selconv_jax.reallocate(same, jax.random.key(1), AllocationRule(threshold=0.2))
     first, second = twins["params"]["blocks"]["conv"]["shift"]
     assert np.abs(first - second).max() > 0.1
 
@@ -108,11 +108,11 @@ def test_stacks_of_stacks():
     layer = SelectiveConv(4, (3,))
     flat = [perturbed_variables(layer, (2, 6, 8), seed=seed) for seed in range(6)]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(2, 3, *leaves[0].shape), *flat)
-    new, report = selconv_jax.reallocate(stack, jax.random.key(0), Allocation(threshold=0.3))
+    new, report = selconv_jax.reallocate(stack, jax.random.key(0), AllocationRule(threshold=0.3))
     assert report.layers[""].open.shape == (2, 3)
     assert new["params"]["shift"].shape == (2, 3, 8, 1)
     row = jax.tree.map(lambda leaf: leaf.reshape(6, *leaf.shape[2:]), stack)
-    expected, _ = selconv_jax.reallocate(row, jax.random.key(0), Allocation(threshold=0.3))
+    expected, _ = selconv_jax.reallocate(row, jax.random.key(0), AllocationRule(threshold=0.3))
     for one, other in zip(jax.tree.leaves(new), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one.reshape(other.shape), other, rtol=1e-6)
 
@@ -122,7 +122,7 @@ def test_a_stack_beside_single_layers_leaves_their_draws():
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), single)
     together = {name: {"single": single[name], "stack": stacked[name]} for name in single}
     alone = {name: {"single": single[name]} for name in single}
-    allocation = Allocation(threshold=0.2)
+    allocation = AllocationRule(threshold=0.2)
     new, _ = selconv_jax.reallocate(together, jax.random.key(3), allocation)
     expected, report = selconv_jax.reallocate(alone, jax.random.key(3), allocation)
     assert report.reallocated > 0
@@ -163,7 +163,7 @@ def test_under_vmap():
     )(4, (3, 3))
     x = jax.random.normal(jax.random.key(0), (2, *SHAPE))
     variables = jax.jit(lambda key: stack.init(key, x, False))(jax.random.key(1))
-    new, report = selconv_jax.reallocate(variables, jax.random.key(2), Allocation(threshold=0.3))
+    new, report = selconv_jax.reallocate(variables, jax.random.key(2), AllocationRule(threshold=0.3))
     assert report.layers[""].deallocated.shape == (2, 12)
     assert report.reallocated > 0
     output, changed = jax.jit(lambda: stack.apply(new, x, True, mutable=["batch_stats"]))()

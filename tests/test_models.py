@@ -7,7 +7,7 @@ import pytest
 from states import perturbed_variables
 
 import selconv_jax
-from selconv_jax import Allocation, ConfigError
+from selconv_jax import AllocationRule, ConfigError
 from selconv_jax._xla.platforms import tracing_for
 from selconv_jax.analysis._counting import count_parameters
 from selconv_jax.models import MODELS, CondenseNet, PreResNet, ResNeXt, create_model, stem_for
@@ -99,8 +99,8 @@ def test_reallocation_leaves_the_function_as_deallocation_left_it(family):
     images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
     apply = jax.jit(lambda v: model.apply(v, images, train=False))
     key = jax.random.key(0)
-    deallocated, _ = selconv_jax.reallocate(variables, key, Allocation(threshold=0.2, top_k=0))
-    reallocated, report = selconv_jax.reallocate(variables, key, Allocation(threshold=0.2, top_k=3))
+    deallocated, _ = selconv_jax.reallocate(variables, key, AllocationRule(threshold=0.2, top_k=0))
+    reallocated, report = selconv_jax.reallocate(variables, key, AllocationRule(threshold=0.2, top_k=3))
     assert report.reallocated > 0
     np.testing.assert_array_equal(apply(reallocated), apply(deallocated))
     assert np.abs(apply(deallocated) - apply(variables)).max() > 0  # closing itself does change it

@@ -7,7 +7,7 @@ import pytest
 from states import perturbed_variables
 
 import selconv_jax
-from selconv_jax import Allocation, ConfigError
+from selconv_jax import AllocationRule, ConfigError
 from selconv_jax.functional import expected_channel_damage, normalize_damage
 from selconv_jax.models import DenseNet, create_model
 
@@ -56,8 +56,8 @@ def test_reallocation_leaves_the_function_as_deallocation_left_it(compression, s
     variables = perturbed_variables(model, (1, 16, 16, 3), seed, closed=0.1, copies=0.3)
     images = jax.random.normal(jax.random.key(seed), (4, 16, 16, 3))
     apply = jax.jit(lambda v: model.apply(v, images, train=False))
-    closing = Allocation(threshold=0.2, top_k=0)
-    filling = Allocation(threshold=0.2, top_k=3)
+    closing = AllocationRule(threshold=0.2, top_k=0)
+    filling = AllocationRule(threshold=0.2, top_k=3)
     deallocated, _ = selconv_jax.reallocate(variables, jax.random.key(0), closing)
     reallocated, report = selconv_jax.reallocate(variables, jax.random.key(0), filling)
     assert report.reallocated > 0
@@ -69,16 +69,16 @@ def test_slots_do_not_change_the_result():
     images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
     model = DenseNet(num_classes=10, blocks=(1, 1), growth=4)
     variables = perturbed_variables(model, images.shape, 0, copies=0.3)
-    assert 0 < selconv_jax.required_slots(variables) <= 0.5
+    assert 0 < selconv_jax.required_capacity(variables) <= 0.5
 
-    def loss(params, slots):
-        logits, _ = model.clone(slots=slots).apply(
+    def loss(params, capacity):
+        logits, _ = model.clone(capacity=capacity).apply(
             {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
         )
         return jnp.sum(jnp.square(logits))
 
     value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    results = [value_and_grad(variables["params"], slots) for slots in (0.5, 1.0)]
+    results = [value_and_grad(variables["params"], capacity) for capacity in (0.5, 1.0)]
     for half, full in zip(*map(jax.tree.leaves, results), strict=True):
         scale = float(jnp.abs(full).max())
         np.testing.assert_allclose(half, full, rtol=0, atol=1e-5 * scale)
@@ -90,24 +90,24 @@ def test_what_deallocation_does_to_densenet40_and_what_was_predicted(record_prop
     model = create_model("densenet40", 10)
     variables = perturbed_variables(model, (1, 32, 32, 3), seed=0)
     images = jax.random.normal(jax.random.key(1), (16, 32, 32, 3))
-    apply = jax.jit(lambda v: model.clone(slots=0.0).apply(v, images, train=False))
+    apply = jax.jit(lambda v: model.clone(capacity=0.0).apply(v, images, train=False))
     before = np.asarray(apply(variables))
     changes = []
     for threshold in (1e-3, 1e-2, 1e-1):
-        allocation = Allocation(threshold=threshold, top_k=0)
+        allocation = AllocationRule(threshold=threshold, top_k=0)
         after, report = selconv_jax.reallocate(variables, jax.random.key(0), allocation)
         predicted = [
             float(_closed_damage(state, report.layers[name].deallocated))
             for name, state in selconv_jax.layer_states(variables).items()
         ]
         assert max(predicted) <= threshold * (1 + 1e-4)
-        assert report.closed > 0
+        assert report.deallocated > 0
         change = np.abs(np.asarray(apply(after)) - before).max() / np.abs(before).max()
         changes.append(change)
         with capsys.disabled():
             print(
-                f"\nthreshold {threshold:g}: closed {report.closed} of {report.channels}, predicted damage "
-                f"at most {max(predicted):.2e} of the output, logits moved by {change:.2e} of the largest"
+                f"\nthreshold {threshold:g}: closed {report.deallocated} of {report.channels}, "
+                f"predicted {max(predicted):.2e} of the output, measured {change:.2e} of the largest logit"
             )
     assert changes[0] < changes[1] < changes[2]
     assert changes[0] < 0.05

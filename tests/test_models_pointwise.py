@@ -73,7 +73,7 @@ def test_copies_see_neighbours_through_their_shifts_alone(shift_range, sees):
     """A re-allocated network; the new slots' weights, which restart at 0, are given values as by training."""
     model = Pointwise(10, **SMALL)
     variables = perturbed_variables(model, (1, *IMAGE), seed=0)
-    allocation = selconv_jax.Allocation(threshold=0.4, shift_range=shift_range)
+    allocation = selconv_jax.AllocationRule(threshold=0.4, shift_range=shift_range)
     variables, report = selconv_jax.reallocate(variables, jax.random.key(1), allocation)
     assert report.layers["block1_layer1"].copies > 0
     variables["params"] = jax.tree.map(lambda leaf: leaf, variables["params"])
@@ -96,7 +96,7 @@ def test_copies_see_neighbours_through_their_shifts_alone(shift_range, sees):
     ],
 )
 def test_costs(image, arguments, parameters, multiply_adds):
-    model = create_model("pointwise", 10, slots=0.0, **arguments)
+    model = create_model("pointwise", 10, capacity=0.0, **arguments)
 
     def init(x):
         return model.init(jax.random.key(0), x, train=False)

@@ -9,7 +9,7 @@ import optax
 import pytest
 from recorded import MODEL_CASES, assert_close, read
 
-from selconv_jax import Allocation, functional, layer_states
+from selconv_jax import AllocationRule, functional, layer_states
 from selconv_jax.interop.torch import load_state_dict, state_dict
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
 from selconv_jax.train._config import OptimizerConfig
@@ -51,7 +51,7 @@ def given_round(variables, after, allocation):
             drawn = jnp.where(~gate & wanted.gate, wanted.source, -1)
             candidates = np.argsort(-np.asarray(scores), kind="stable")[: allocation.top_k]
             assert set(np.asarray(drawn)[np.asarray(drawn) >= 0]) <= set(candidates)
-            state = functional.reallocate(state, drawn, wanted.shift)
+            state = functional.fill_slots(state, drawn, wanted.shift)
         states[path] = state
     return merge_layers(variables, states)
 
@@ -111,7 +111,7 @@ def test_recorded_training(name):
             if index == STEPS_BEFORE_ROUND:
                 realloc = section(case, "realloc")
                 if "selectivity" in variables:
-                    allocation = Allocation(threshold=0.4, max_copies=MAX_COPIES.get(name))
+                    allocation = AllocationRule(threshold=0.4, max_copies=MAX_COPIES.get(name))
                     variables = given_round(variables, load_state_dict(model, realloc), allocation)
                 assert_same_variables(model, variables, realloc)
                 momentum = {**variables, "params": optax.tree.get(opt_state, "trace")}

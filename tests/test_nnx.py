@@ -9,7 +9,7 @@ from flax import nnx
 from flax.core import meta
 
 import selconv_jax
-from selconv_jax import Allocation, SelectiveConv
+from selconv_jax import AllocationRule, SelectiveConv
 from selconv_jax.nnx._bridge import linen_variables, update_module
 
 
@@ -70,19 +70,19 @@ def test_trains_and_reallocates(module):
     losses = [float(train_step(module, optimizer)) for _ in range(3)]
     assert module.blocks[0].mean[...].any()  # running statistics move
     closed, _ = selconv_jax.reallocate(
-        linen_variables(module), jax.random.key(1), Allocation(threshold=0.2, top_k=0)
+        linen_variables(module), jax.random.key(1), AllocationRule(threshold=0.2, top_k=0)
     )
     variables, report = selconv_jax.reallocate(
-        linen_variables(module), jax.random.key(1), Allocation(threshold=0.2)
+        linen_variables(module), jax.random.key(1), AllocationRule(threshold=0.2)
     )
-    assert report.closed > report.reallocated > 0
+    assert report.deallocated > report.reallocated > 0
     stem = module.stem.kernel[...]
     update_module(module, closed)
     before = module(X, train=False)
     update_module(module, variables)
     np.testing.assert_allclose(module(X, train=False), before, rtol=1e-5, atol=1e-5)
     assert (module.blocks[0].source[...] >= 0).sum() == report.reallocated
-    assert (~module.blocks[1].gate[...]).sum() == report.closed - report.reallocated
+    assert (~module.blocks[1].gate[...]).sum() == report.deallocated - report.reallocated
     np.testing.assert_array_equal(module.stem.kernel[...], stem)
     shift = module.blocks[0].shift[...]
     losses += [float(train_step(module, optimizer)) for _ in range(4)]
@@ -94,7 +94,7 @@ def test_trains_and_reallocates(module):
 
 def test_optimizer_state_on_an_nnx_state(module):
     variables, report = selconv_jax.reallocate(
-        linen_variables(module), jax.random.key(1), Allocation(threshold=0.2)
+        linen_variables(module), jax.random.key(1), AllocationRule(threshold=0.2)
     )
     update_module(module, variables)
     params = nnx.state(module, nnx.Param)

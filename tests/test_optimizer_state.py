@@ -9,7 +9,7 @@ from flax.traverse_util import path_aware_map
 from states import perturbed_variables
 
 import selconv_jax
-from selconv_jax import Allocation
+from selconv_jax import AllocationRule
 from selconv_jax.models import DenseNet
 from selconv_jax.train._config import OptimizerConfig
 from selconv_jax.train._optimizer import make_optimizer
@@ -53,7 +53,7 @@ OPTIMIZERS = {
 def round_():
     model = DenseNet(num_classes=10, blocks=(1,), growth=4)
     variables = perturbed_variables(model, (1, 8, 8, 3), seed=0)
-    new, report = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3))
+    new, report = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.3))
     assert report.reallocated > 0
     return new["params"], report
 
@@ -127,10 +127,10 @@ def test_mask_broadcasts_against_the_parameters(round_):
     params, report = round_
     masks = selconv_jax.rewritten_mask(params, report)
     conv = masks["block1_layer1"]["conv1"]
-    slots = np.asarray(report.layers["block1_layer1/conv1"].reallocated)
+    capacity = np.asarray(report.layers["block1_layer1/conv1"].reallocated)
     assert conv["kernel"].shape == (1, 1, 8, 1)
     assert conv["shift"].shape == (8, 1)
-    np.testing.assert_array_equal(np.ravel(conv["kernel"]), slots)
+    np.testing.assert_array_equal(np.ravel(conv["kernel"]), capacity)
     assert not masks["stem"]["kernel"].any()
 
 

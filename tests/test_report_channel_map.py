@@ -7,8 +7,7 @@ import pytest
 from matplotlib.text import Annotation
 
 from selconv_jax.errors import SelconvError
-from selconv_jax.report import LayerAllocation, allocation_overview
-from selconv_jax.report import _channel_map as channel_map
+from selconv_jax.report import LayerAllocation, allocation_overview, channel_map
 
 
 def hand_made() -> LayerAllocation:
@@ -65,7 +64,11 @@ def test_states():
     np.testing.assert_array_equal(layer.own, [1, 1, 0, 0, 1, 0, 0, 0])
     np.testing.assert_array_equal(layer.copy, [0, 0, 1, 0, 0, 1, 1, 1])
     np.testing.assert_array_equal(layer.closed, [0, 0, 0, 1, 0, 0, 0, 0])
-    assert {source: list(slots) for source, slots in layer.copies_of.items()} == {5: [2, 5], 0: [6], 3: [7]}
+    assert {source: list(slots) for source, slots in layer.copies_of.items()} == {
+        5: [2, 5],
+        0: [6],
+        3: [7],
+    }
     assert list(layer.copies_of) == [5, 0, 3], "most copied first, equal ones by index"
 
 

@@ -21,7 +21,7 @@ def run(*accuracies: float, closed: int = 2, speed: float | None = 1000.0) -> li
             "test_loss": 2.0 / epoch,
             "test_accuracy": accuracy,
             "validation_accuracy": 1 - accuracy,
-            "closed": closed,
+            "deallocated": closed,
             "reallocated": closed - 1,
             "open_channels": 9,
             "copies": 3,
@@ -51,7 +51,7 @@ def test_numbers_of_a_run():
         "validation_accuracy": 0.375,
         "best_test_accuracy": 0.5,  # at the best epoch by validation accuracy
         "best_epoch": 1.0,
-        "closed": 6.0,
+        "deallocated": 6.0,
         "reallocated": 3.0,
         "copies": 3.0,
         "open_channels": 9.0,
@@ -64,7 +64,7 @@ def test_missing_numbers_are_none():
     numbers = run_numbers([{"epoch": 1, "test_accuracy": 0.5, "images_per_second": None}])
     assert numbers["test_error"] == 0.5
     assert numbers["images_per_second"] is None
-    assert numbers["closed"] is None
+    assert numbers["deallocated"] is None
     with pytest.raises(SelconvError, match="no finished epoch"):
         run_numbers([])
 
@@ -119,10 +119,10 @@ def test_differences_are_paired_by_seed():
     # Errors 0.25, 0.125 against 0.375, 0.25.
     assert differences["test_error"] == PairedDifference(-0.125, 0.0, (-0.125, -0.125), 2)
     assert differences["test_error"].excludes_zero
-    assert differences["closed"].mean == -2.0  # of one epoch less
+    assert differences["deallocated"].mean == -2.0  # of one epoch less
     one = ConfigurationResults("one", {0: [{"epoch": 1, "test_accuracy": 0.5}]})
     assert {"test_accuracy", "test_error"} <= set(number_differences(PLAIN, one))
-    assert "closed" not in number_differences(PLAIN, one)
+    assert "deallocated" not in number_differences(PLAIN, one)
     assert number_differences(one, ConfigurationResults("other", {1: run(0.5)})) == {}
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from selconv_jax.errors import SelconvError
 from selconv_jax.report import learning_curves
-from selconv_jax.report._records import best_index, last_change, series
+from selconv_jax.report._history import best_index, last_change, series
 
 
 def log(epochs: int, last_round: int, top5: bool = False) -> list[dict[str, float]]:
@@ -24,7 +24,7 @@ def log(epochs: int, last_round: int, top5: bool = False) -> list[dict[str, floa
                 "test_accuracy": [0.5, 0.75, 0.75, 0.625][epoch % 4],
                 "learning_rate": 0.1 / epoch,
                 "images_per_second": 1000.0,
-                "closed": 2 if epoch <= last_round else 0,
+                "deallocated": 2 if epoch <= last_round else 0,
                 "reallocated": 1 if epoch <= last_round else 0,
                 "open_channels": 10 - rounds,
                 "copies": rounds,
@@ -109,7 +109,7 @@ def test_no_freeze_is_claimed_before_it_is_known(epochs, last_round):
 
 
 def test_plain_model_has_no_allocation_panels():
-    keys = ("closed", "reallocated", "open_channels", "copies", "channels")
+    keys = ("deallocated", "reallocated", "open_channels", "copies", "channels")
     records = [{key: value for key, value in record.items() if key not in keys} for record in log(3, 0)]
     figure = learning_curves(records, "run")
     assert [axes.get_title("left") for axes in figure.axes] == [

@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.text import Annotation
 
-from selconv_jax.report import _method_picture as method_picture
+from selconv_jax.report import method_picture
 from selconv_jax.report._method_picture import _COPIES, _COPY_KERNEL, _DAMAGE, _KERNEL, _footprint
 
 

@@ -8,9 +8,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from selconv_jax.report import LayerAllocation, allocation_overview, learning_curves, save_figure
-from selconv_jax.report import _channel_map as channel_map
-from selconv_jax.report import _method_picture as method_picture
+from selconv_jax.report import (
+    LayerAllocation,
+    allocation_overview,
+    channel_map,
+    learning_curves,
+    method_picture,
+    save_figure,
+)
 from selconv_jax.report._comparison import ConfigurationResults
 from selconv_jax.report._comparison_picture import comparison_picture
 
@@ -47,7 +52,7 @@ def log(first: int, last: int) -> list[dict[str, float]]:
             "test_top5": 1.0,
             "learning_rate": 0.1 / epoch,
             "images_per_second": 123456.0,
-            "closed": 500 if epoch <= last // 2 + first // 2 else 0,
+            "deallocated": 500 if epoch <= last // 2 + first // 2 else 0,
             "reallocated": 400 if epoch <= last // 2 + first // 2 else 0,
             "open_channels": 80_000,
             "copies": 20_000,

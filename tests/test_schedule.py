@@ -83,8 +83,8 @@ def test_rounds_within_epochs(tmp_path, monkeypatch):
 def _assert_goes_on(config, tmp_path, console, monkeypatch):
     assert train_run(config, tmp_path / "whole", console) == 0
     records = read_metrics(tmp_path / "whole" / "metrics.jsonl")
-    assert records[0]["closed"] > 0  # after step 3
-    assert [record["closed"] > 0 for record in records[2:]] == [False]  # the last is due after step 6
+    assert records[0]["deallocated"] > 0  # after step 3
+    assert [record["deallocated"] > 0 for record in records[2:]] == [False]  # the last is due after step 6
     with monkeypatch.context() as patch:
         patch.setattr(loop, "stop_request", lambda: StopAfter(3))
         assert train_run(config, tmp_path / "broken", console) == 128 + signal.SIGTERM

@@ -8,7 +8,7 @@ from runs import compiled_once, final_arrays, quiet_console, tiny_config
 from selconv_jax._cli.main import main
 from selconv_jax._cli.pictures import print_run
 from selconv_jax.train import _loop as loop
-from selconv_jax.train import _opening as opening
+from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._compacting import compact_run
 
 
@@ -71,7 +71,7 @@ def test_no_data_is_needed(workdir, tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("the data was opened")
 
-    monkeypatch.setattr(opening, "open_data", refuse)
+    monkeypatch.setattr(run_setup, "open_data", refuse)
     other = renamed(workdir, tmp_path / "other", "fashion_mnist:3.0.1")
     assert total(shown(other)) == expected
 

@@ -38,8 +38,15 @@ def write_run(directory, config, accuracy, epochs=2, copies=None):
     environment = {"seed": config.seed, "versions": {"jax": "1.2.3"}, "backend": "cpu", "device": "cpu"}
     (directory / "environment.json").write_text(json.dumps({**environment, "devices": 1}))
     records = [
-        {"epoch": 1, "test_accuracy": 0.9, "closed": 4, "open_channels": 190, "copies": 4, "channels": 192},
-        {"epoch": 2, "test_accuracy": accuracy, "closed": 0, "open_channels": 190, "copies": copies}
+        {
+            "epoch": 1,
+            "test_accuracy": 0.9,
+            "deallocated": 4,
+            "open_channels": 190,
+            "copies": 4,
+            "channels": 192,
+        },
+        {"epoch": 2, "test_accuracy": accuracy, "deallocated": 0, "open_channels": 190, "copies": copies}
         | {"channels": 192},
     ]
     if copies is None:

@@ -20,7 +20,7 @@ with pytest.MonkeyPatch.context() as patch:
 
 def layer():
     """One layer of three channels and two outputs; the third channel is never positive."""
-    module = selconv_jax.SelectiveConv(features=2, kernel_size=(1,), top_k=0)
+    module = selconv_jax.SelectiveConv(features=2, kernel_size=(1,), gate_only=True)
     variables = module.init(jax.random.key(0), jnp.ones((1, 4, 3)), train=False)
     params = variables["params"] | {
         "kernel": jnp.array([[[1.0, -1.0], [0.5, 0.5], [3.0, -3.0]]]),

@@ -14,7 +14,7 @@ from selconv_jax.data import Split, StreamedData, load, open_data
 from selconv_jax.data._dataset import DatasetInfo
 from selconv_jax.data._stream import NO_IMAGE
 from selconv_jax.train import _loop as loop
-from selconv_jax.train import _opening as opening
+from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._feed import ResidentFeed, StreamedFeed
 from selconv_jax.train._loop import resume_run, train_run
@@ -116,7 +116,7 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
     assert_same_end(tmp_path / "broken", tmp_path / "whole")
     records = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert [record["epoch"] for record in records] == [1, 2]
-    trainer, _ = opening.prepare(CONFIG)
+    trainer, _ = run_setup.prepare(CONFIG)
     totals = trainer.evaluate(trainer.initial_state())
     assert totals.count == 1000
 

@@ -12,7 +12,7 @@ from runs import QUICK
 
 from selconv_jax import SelectiveConv
 from selconv_jax.train._distributed.sharding import Placement
-from selconv_jax.train._gradients import Examples, Mixture, Seen, of_batch
+from selconv_jax.train._gradients import Examples, Mixture, Seen, batch_gradients
 from selconv_jax.train._state import Totals
 
 BATCH = 16
@@ -24,8 +24,8 @@ class Small(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         x = nn.Conv(6, (3, 3), use_bias=False)(x)
-        x = SelectiveConv(8, (1, 1), slots=0.5)(x, train)
-        x = SelectiveConv(8, (3, 3), slots=0.0, dropout_rate=0.0)(x, train)
+        x = SelectiveConv(8, (1, 1), capacity=0.5)(x, train)
+        x = SelectiveConv(8, (3, 3), capacity=0.0, dropout_rate=0.0)(x, train)
         return nn.Dense(3)(jnp.mean(x, axis=(1, 2)))
 
 
@@ -92,7 +92,7 @@ def assert_same(result, grads, stats, totals):
 
 
 def compiled(**options):
-    function = functools.partial(of_batch, MODEL, **options)
+    function = functools.partial(batch_gradients, MODEL, **options)
     return jax.jit(function, compiler_options=QUICK)
 
 

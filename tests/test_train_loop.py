@@ -27,7 +27,7 @@ from selconv_jax.train import _loop as loop
 from selconv_jax.train import _trainer as trainer
 from selconv_jax.train._loop import NonFiniteLossError, evaluate_run, resume_run, train_run
 from selconv_jax.train._metrics import read_metrics
-from selconv_jax.train._opening import find_checkpoint
+from selconv_jax.train._run_setup import find_checkpoint
 from selconv_jax.train._trainer import Trainer
 from selconv_jax.train._workdir import create_workdir, default_workdir, lock
 
@@ -307,7 +307,7 @@ def test_bfloat16_and_reset_momentum_train(tmp_path):
             ConfigError,
             "batch_size is 2001; .* has 2000 training images",
         ),
-        ({"model": {"options": {"slots": 1.0}}}, ConfigError, "model.options.slots cannot be set"),
+        ({"model": {"options": {"capacity": 1.0}}}, ConfigError, "model.options.capacity cannot be set"),
         ({"model": {"options": {"blocks": "33"}}}, ConfigError, "blocks is '33'; it must be a list"),
         ({"devices": 3}, ConfigError, "a batch of 500 images does not divide over 3 devices"),
         ({"devices": 99}, ConfigError, "devices is 99; there are 8"),
@@ -396,14 +396,14 @@ def test_default_workdir_is_free(tmp_path):
 def test_slots_grow_with_the_copies():
     tested = Trainer(tiny_config(), load("fashion_mnist_sample"))
     state = tested.initial_state()
-    assert tested.program(state, 0).model.slots == 0.0
+    assert tested.program(state, 0).model.capacity == 0.0
     layers = state.selectivity["block1_layer1"]
     assert layers["conv1"]["source"].shape == (8,)
     for copies, bucket in ((1, 0.125), (2, 0.25), (3, 0.5), (4, 0.5), (5, 1.0), (8, 1.0)):
         source = np.where(np.arange(8) < copies, 0, -1)
         selectivity = {"block1_layer1": {**layers, "conv1": {**layers["conv1"], "source": source}}}
         program = tested.program(dataclasses.replace(state, selectivity=selectivity), 0)
-        assert program.model.slots == bucket
+        assert program.model.capacity == bucket
 
 
 def strip_speed(record):

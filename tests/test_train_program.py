@@ -39,7 +39,7 @@ def typed(name, dtype):
 def reallocated(model):
     """Variables with copies, and with a closed channel in every layer."""
     variables = model.init(jax.random.key(0), jnp.asarray(IMAGES, model.dtype), train=False)
-    allocation = selconv_jax.Allocation(threshold=0.2)
+    allocation = selconv_jax.AllocationRule(threshold=0.2)
     variables, _ = selconv_jax.reallocate(variables, jax.random.key(0), allocation)
     selectivity = traverse_util.flatten_dict(variables["selectivity"])
     for path, values in selectivity.items():
@@ -83,17 +83,17 @@ def test_trajectories_agree(name, dtype, tolerance):
     with precision(np.dtype(dtype).type):
         model, optimizer = typed(name, dtype), make_optimizer(OptimizerConfig(learning_rate=RATE), 100)
         variables = reallocated(model)
-        needed = selconv_jax.required_slots(variables)
+        needed = selconv_jax.required_capacity(variables)
         layers = selconv_jax.layer_states(variables).values()
         assert 0 < needed < 1
         assert not all(layer.gate.all() for layer in layers)
         bucket = bucket_program(model, needed)
         frozen = frozen_program(model, variables, jax.ShapeDtypeStruct(IMAGES.shape, model.dtype))
         assert frozen.key[0] == "frozen"
-        assert bucket.model.slots < 1
+        assert bucket.model.capacity < 1
         expected, after = losses(bucket.model, variables, optimizer)
         assert expected[-1] < expected[0]
-        for other in (model.clone(slots=1.0), frozen.model):
+        for other in (model.clone(capacity=1.0), frozen.model):
             found, end = losses(other, variables, optimizer)
             np.testing.assert_allclose(found, expected, rtol=tolerance)
             assert jax.tree.structure(end) == jax.tree.structure(after)
@@ -121,17 +121,17 @@ def test_the_program_follows_the_schedule():
     block = {**state.selectivity["block1_layer1"], "conv1": conv1}
     copied = dataclasses.replace(state, selectivity={"block1_layer1": block})
     assert [tested.program(copied, epoch).key[0] for epoch in range(4)] == [
-        "slots",
-        "slots",
+        "capacity",
+        "capacity",
         "frozen",
         "frozen",
     ]
     assert tested.program(copied, 2) == tested.program(copied, 3)
     # Nothing closed, nothing copied: the plain network's program, already compiled.
     assert tested.program(state, 3) == tested.program(state, 0)
-    assert tested.program(state, 0).model.slots == 0
+    assert tested.program(state, 0).model.capacity == 0
     unfrozen = Trainer(tiny_config(), load("fashion_mnist_sample"))
-    assert unfrozen.program(copied, 3).key == ("slots", 0.25)
+    assert unfrozen.program(copied, 3).key == ("capacity", 0.25)
 
 
 def test_the_program_follows_from_the_state_alone():
@@ -147,10 +147,15 @@ def test_the_program_follows_from_the_state_alone():
         at = dataclasses.replace(state, step=jnp.int32(step), selectivity=selectivity)
         return tested.program(at, epoch).key[0]
 
-    assert [kind(step, step // 4) for step in range(16)] == ["slots"] * 9 + ["frozen"] * 7
+    assert [kind(step, step // 4) for step in range(16)] == ["capacity"] * 9 + ["frozen"] * 7
     # The evaluation after an epoch computes what its last steps did: a round at its end comes later.
-    assert [kind(4 * (epoch + 1), epoch) for epoch in range(4)] == ["slots", "slots", "frozen", "frozen"]
+    assert [kind(4 * (epoch + 1), epoch) for epoch in range(4)] == [
+        "capacity",
+        "capacity",
+        "frozen",
+        "frozen",
+    ]
     by_epoch = Trainer(whole_config(), load("fashion_mnist_sample"))
     after = dataclasses.replace(state, step=jnp.int32(8), selectivity=selectivity)
-    assert by_epoch.program(after, 1).key[0] == "slots"
+    assert by_epoch.program(after, 1).key[0] == "capacity"
     assert by_epoch.program(after, 2).key[0] == "frozen"

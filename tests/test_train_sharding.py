@@ -64,4 +64,4 @@ def test_a_run_with_split_kernels_is_the_same_run(tmp_path):
         records.append(read_metrics(workdir / "metrics.jsonl"))
     for one, other in zip(*records, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
-        assert (one["closed"], one["reallocated"]) == (other["closed"], other["reallocated"])
+        assert (one["deallocated"], one["reallocated"]) == (other["deallocated"], other["reallocated"])

@@ -16,7 +16,7 @@ from selconv_jax import ConfigError, DataError
 from selconv_jax._cli import sweep as sweep_command
 from selconv_jax.data._loading import open_data
 from selconv_jax.train import _loop as loop
-from selconv_jax.train import _opening as opening
+from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._config import dump_config, parse_config
 from selconv_jax.train._loop import NonFiniteLossError, train_run
 from selconv_jax.train._metrics import read_metrics
@@ -38,7 +38,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
     """Runs that differ in their seed alone share what they compiled."""
-    prepared, prepare = {}, opening.prepare
+    prepared, prepare = {}, run_setup.prepare
 
     def shared(config):
         trainer, data = prepared.setdefault(repr(dataclasses.replace(config, seed=0)), prepare(config))
@@ -47,7 +47,7 @@ def compiled_once():
         return trainer, data
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "prepare", shared)
+        patch.setattr(run_setup, "prepare", shared)
         yield
 
 

@@ -17,8 +17,9 @@ from selconv_jax.train._config import dump_config
 from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._loop import train_run
 from selconv_jax.train._metrics import read_metrics
+from selconv_jax.train._program import bucket_program
 from selconv_jax.train._seeds.meeting import Abandoned, Meeting
-from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, Request
+from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, Request, common_program
 from selconv_jax.train._sweeps import together as sweep_together
 from selconv_jax.train._sweeps.configurations import check_sweep, plan_sweep
 from selconv_jax.train._sweeps.runs import run_sweep
@@ -346,10 +347,7 @@ def test_nobody_waits_when_the_user_insists():
 
 def test_one_program_holds_the_copies_of_all():
     config = config_of()
-    base = Trainer(config, open_data(*config.data.source))
-    programs = [base._bucket_program(base.initial_state()), None]
-    programs[1] = dataclasses.replace(
-        programs[0], key=("slots", 0.5), model=programs[0].model.clone(slots=0.5)
-    )
-    chosen = sweep_together.common_program([Request((0,), None, program) for program in programs])
-    assert chosen.model.slots == 0.5
+    model = Trainer(config, open_data(*config.data.source)).model
+    programs = [bucket_program(model, needed) for needed in (0.0, 0.4, 0.2)]
+    chosen = common_program([Request((0,), None, program) for program in programs])
+    assert chosen.model.capacity == 0.5

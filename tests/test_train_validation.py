@@ -16,12 +16,12 @@ from runs import (
 from selconv_jax import ConfigError, SelconvError
 from selconv_jax._cli.main import main
 from selconv_jax.train import _loop as loop
-from selconv_jax.train import _opening as opening
+from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 from selconv_jax.train._compacting import compact_run
 from selconv_jax.train._loop import evaluate_run, resume_run, train_run
 from selconv_jax.train._metrics import read_metrics
-from selconv_jax.train._opening import find_checkpoint
+from selconv_jax.train._run_setup import find_checkpoint
 from selconv_jax.train._sweeps.configurations import check_sweep, plan_sweep
 
 SPLITS = {"train_split": "train[:1200]", "validation_split": "train[1200:]", "test_split": "test[:700]"}
@@ -122,7 +122,7 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one(finished, tmp_path, monk
 def test_held_out_images_are_the_same_for_every_seed_and_never_trained_on():
     held, steps = [], []
     for seed in (0, 7):
-        trainer, data = opening.prepare(config(seed=seed, data={"validation": 0.25}))
+        trainer, data = run_setup.prepare(config(seed=seed, data={"validation": 0.25}))
         held.append(data.validation.images)
         steps.append(trainer.steps_per_epoch)
         rows = {image.tobytes() for image in data.validation.images}
@@ -133,7 +133,7 @@ def test_held_out_images_are_the_same_for_every_seed_and_never_trained_on():
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_named_splits_resident_and_streamed(streaming):
-    trainer, data = opening.prepare(config(eval_batch_size=300, data={**SPLITS, "streaming": streaming}))
+    trainer, data = run_setup.prepare(config(eval_batch_size=300, data={**SPLITS, "streaming": streaming}))
     assert trainer.steps_per_epoch == 2
     state = trainer.initial_state()
     totals = {key: trainer.evaluate(state, split=key) for key in ("validation", "test")}
@@ -146,7 +146,7 @@ def test_named_splits_resident_and_streamed(streaming):
 def test_evaluation_is_the_same_resident_and_streamed():
     results = []
     for streaming in (False, True):
-        trainer, _ = opening.prepare(config(eval_batch_size=300, data={**SPLITS, "streaming": streaming}))
+        trainer, _ = run_setup.prepare(config(eval_batch_size=300, data={**SPLITS, "streaming": streaming}))
         state = trainer.initial_state()
         totals = [trainer.evaluate(state, split=key) for key in ("validation", "test")]
         results.append([(float(total.loss), int(total.correct)) for total in totals])

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from states import perturbed_variables
 
 import selconv_jax
-from selconv_jax import Allocation, ConfigError, PlainConv, SelectiveConv
+from selconv_jax import AllocationRule, BatchNormReLUConv, ConfigError, SelectiveConv
 from selconv_jax.functional import expected_channel_damage
 from selconv_jax.models import DenseNet
 from selconv_jax.transforms import _reallocation as transform
@@ -43,7 +43,7 @@ def test_finds_every_layer_and_says_what_it_did(variables):
         "transition1",
         "transition2",
     ]
-    new, report = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3))
+    new, report = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.3))
     after = selconv_jax.layer_states(new)
     for name, layer in report.layers.items():
         before = states[name]
@@ -57,7 +57,7 @@ def test_finds_every_layer_and_says_what_it_did(variables):
         else:
             assert layer.copies == (after[name].source >= 0).sum()
     assert report.channels == sum(state.gate.size for state in states.values())
-    assert 0 < report.reallocated < report.closed
+    assert 0 < report.reallocated < report.deallocated
     assert report.open == sum(int(state.gate.sum()) for state in after.values())
     assert report.copies == report.reallocated
 
@@ -65,7 +65,7 @@ def test_finds_every_layer_and_says_what_it_did(variables):
 def test_structure_shapes_dtypes_and_shardings_stay(variables):
     mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))
     placed = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
-    new, _ = selconv_jax.reallocate(placed, jax.random.key(0), Allocation(threshold=0.3))
+    new, _ = selconv_jax.reallocate(placed, jax.random.key(0), AllocationRule(threshold=0.3))
     assert jax.tree.structure(new) == jax.tree.structure(placed)
     for old, leaf in zip(jax.tree.leaves(placed), jax.tree.leaves(new), strict=True):
         assert (leaf.shape, leaf.dtype) == (old.shape, old.dtype)
@@ -75,7 +75,7 @@ def test_structure_shapes_dtypes_and_shardings_stay(variables):
 @pytest.mark.parametrize("inner", [FrozenDict, dict])
 def test_types_of_mappings_and_empty_ones_stay(variables, inner):
     mixed = {**variables, "params": inner({**variables["params"], "empty": {}})}
-    new, report = selconv_jax.reallocate(mixed, jax.random.key(0), Allocation(threshold=0.3))
+    new, report = selconv_jax.reallocate(mixed, jax.random.key(0), AllocationRule(threshold=0.3))
     assert report.reallocated > 0
     assert jax.tree.structure(new) == jax.tree.structure(mixed)
     assert type(new["params"]) is inner
@@ -89,16 +89,16 @@ def test_wide_layers_may_be_sharded(variables):
     replicated = NamedSharding(mesh, PartitionSpec())
     placed = jax.device_put(variables, replicated)
     placed["params"]["block1_layer1"]["conv1"]["kernel"] = jax.device_put(kernel, sharding)
-    new, report = selconv_jax.reallocate(placed, jax.random.key(0), Allocation(threshold=0.3))
+    new, report = selconv_jax.reallocate(placed, jax.random.key(0), AllocationRule(threshold=0.3))
     assert new["params"]["block1_layer1"]["conv1"]["kernel"].sharding.is_equivalent_to(sharding, 4)
-    expected, same = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3))
-    assert report.closed == same.closed > 0
+    expected, same = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.3))
+    assert report.deallocated == same.deallocated > 0
     chex_equal(new, expected, rtol=1e-6)
 
 
 def test_other_leaves_pass_through_untouched(variables):
     extra = {**variables, "notes": {"version": jnp.ones(3)}}
-    new, _ = selconv_jax.reallocate(extra, jax.random.key(0), Allocation(threshold=0.3))
+    new, _ = selconv_jax.reallocate(extra, jax.random.key(0), AllocationRule(threshold=0.3))
     assert new["notes"]["version"] is extra["notes"]["version"]
     assert new["params"]["stem"]["kernel"] is variables["params"]["stem"]["kernel"]
     assert (
@@ -107,8 +107,8 @@ def test_other_leaves_pass_through_untouched(variables):
 
 
 def test_frozen_variables_stay_frozen(variables):
-    new, _ = selconv_jax.reallocate(freeze(variables), jax.random.key(0), Allocation(threshold=0.3))
-    expected, _ = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3))
+    new, _ = selconv_jax.reallocate(freeze(variables), jax.random.key(0), AllocationRule(threshold=0.3))
+    expected, _ = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.3))
     assert type(new) is type(freeze({}))
     chex_equal(new.unfreeze(), expected)
 
@@ -118,16 +118,16 @@ def test_compiles_once_per_model_and_allocation(variables, monkeypatch):
     original = transform._round
     monkeypatch.setattr(transform, "_round", lambda *args: traces.append(1) or original(*args))
     transform._jitted.cache_clear()
-    allocation = Allocation(threshold=0.123)
+    allocation = AllocationRule(threshold=0.123)
     for seed in range(3):
         variables, _ = selconv_jax.reallocate(variables, jax.random.key(seed), allocation)
         # Nor do other numbers compile anew.
-        allocation = Allocation(threshold=0.2 + seed / 10, shift_range=1.0 + seed)
+        allocation = AllocationRule(threshold=0.2 + seed / 10, shift_range=1.0 + seed)
     assert len(traces) == len(selconv_jax.layer_states(variables))
 
 
 def test_inside_of_jit_equals_outside(variables):
-    allocation = Allocation(threshold=0.3, max_copies=2)
+    allocation = AllocationRule(threshold=0.3, max_copies=2)
     outside, report = selconv_jax.reallocate(variables, jax.random.key(5), allocation)
     inside, same = jax.jit(lambda v, k: selconv_jax.reallocate(v, k, allocation))(
         variables, jax.random.key(5)
@@ -137,22 +137,24 @@ def test_inside_of_jit_equals_outside(variables):
 
 
 def test_threshold_as_an_array(variables):
-    expected, report = selconv_jax.reallocate(variables, jax.random.key(5), Allocation(threshold=0.3))
+    expected, report = selconv_jax.reallocate(variables, jax.random.key(5), AllocationRule(threshold=0.3))
     for threshold in (np.float32(0.3), jnp.asarray(0.3)):
-        new, same = selconv_jax.reallocate(variables, jax.random.key(5), Allocation(threshold=threshold))
+        new, same = selconv_jax.reallocate(variables, jax.random.key(5), AllocationRule(threshold=threshold))
         chex_equal(new, expected)
         assert same == report
 
     def closed(threshold):
-        return selconv_jax.reallocate(variables, jax.random.key(5), Allocation(threshold=threshold))[1].closed
+        return selconv_jax.reallocate(variables, jax.random.key(5), AllocationRule(threshold=threshold))[
+            1
+        ].deallocated
 
-    assert jax.jit(closed)(jnp.asarray(0.3)) == report.closed > 0
-    assert jax.vmap(closed)(jnp.array([0.3, 1.0])).tolist() == [report.closed, 0]
+    assert jax.jit(closed)(jnp.asarray(0.3)) == report.deallocated > 0
+    assert jax.vmap(closed)(jnp.array([0.3, 1.0])).tolist() == [report.deallocated, 0]
 
 
 def test_a_report_is_compared_counted_and_stored(variables):
     def run(threshold):
-        return selconv_jax.reallocate(variables, jax.random.key(5), Allocation(threshold=threshold))[1]
+        return selconv_jax.reallocate(variables, jax.random.key(5), AllocationRule(threshold=threshold))[1]
 
     report = run(0.3)
     assert report == run(0.3) != run(0.0)
@@ -174,7 +176,7 @@ def test_input_channels_may_be_sharded_on_a_mesh_of_explicit_axes(variables):
     )
 
     def run(variables):
-        return selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3))
+        return selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.3))
 
     expected, report = run(alone)
     assert report.reallocated > 0
@@ -187,7 +189,7 @@ def test_input_channels_may_be_sharded_on_a_mesh_of_explicit_axes(variables):
 
 
 def test_replicas_are_refused_and_stay_alike_where_they_are_traced(variables):
-    allocation = Allocation(threshold=0.3)
+    allocation = AllocationRule(threshold=0.3)
     replicas = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), variables)
     # As where each device has seen a batch of its own.
     moved = jax.tree.map(lambda leaf: leaf.at[1].add(0.5), replicas["batch_stats"])
@@ -207,19 +209,19 @@ def test_replicas_are_refused_and_stay_alike_where_they_are_traced(variables):
 def test_a_layer_with_a_parameter_that_is_not_a_number_is_left_alone(name):
     layer = SelectiveConv(4, (3, 3))
     variables = perturbed_variables(layer, (2, 6, 6, 16), seed=0)
-    _, report = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3))
-    assert report.closed > 0
+    _, report = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.3))
+    assert report.deallocated > 0
     leaf = variables["params"][name]
     broken = leaf.at[..., 3, :].set(jnp.nan) if name == "kernel" else leaf.at[3].set(jnp.nan)
     broken = {**variables, "params": {**variables["params"], name: broken}}
-    new, report = selconv_jax.reallocate(broken, jax.random.key(0), Allocation(threshold=0.3))
-    assert report.closed == report.reallocated == 0
+    new, report = selconv_jax.reallocate(broken, jax.random.key(0), AllocationRule(threshold=0.3))
+    assert report.deallocated == report.reallocated == 0
     chex_equal(new, broken)
 
 
 def test_draws_depend_on_key_and_path_only(variables):
     states = selconv_jax.layer_states(variables)
-    allocation = Allocation(threshold=0.3)
+    allocation = AllocationRule(threshold=0.3)
     _, report = selconv_jax.reallocate(variables, jax.random.key(1), allocation)
     other, _ = selconv_jax.reallocate(variables, jax.random.key(2), allocation)
     new, _ = selconv_jax.reallocate(variables, jax.random.key(1), allocation)
@@ -238,37 +240,37 @@ def test_draws_depend_on_key_and_path_only(variables):
 
 
 def test_threshold_0_and_1(variables):
-    _, none = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=1.0))
-    assert none.closed == 0
-    _, zero = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.0))
+    _, none = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=1.0))
+    assert none.deallocated == 0
+    _, zero = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.0))
     for name, state in selconv_jax.layer_states(variables).items():
         damage = expected_channel_damage(state.kernel, state.scale, state.bias, state.gate)
         harmless = np.asarray((damage == 0).all(axis=0))
         np.testing.assert_array_equal(zero.layers[name].deallocated, harmless, err_msg=name)
-    assert 0 < zero.closed < zero.channels
+    assert 0 < zero.deallocated < zero.channels
 
 
 def test_top_k_0_only_closes(variables):
-    new, report = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3, top_k=0))
-    assert report.closed > 0
+    new, report = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.3, top_k=0))
+    assert report.deallocated > 0
     assert report.reallocated == 0
-    assert report.open == report.channels - report.closed
-    assert selconv_jax.required_slots(new) == 0.0
+    assert report.open == report.channels - report.deallocated
+    assert selconv_jax.required_capacity(new) == 0.0
 
 
 def test_required_slots_is_the_largest_share(variables):
-    new, report = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3))
+    new, report = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.3))
     shares = [int(layer.copies) / layer.deallocated.size for layer in report.layers.values()]
-    assert selconv_jax.required_slots(new) == pytest.approx(max(shares), rel=1e-6)
+    assert selconv_jax.required_capacity(new) == pytest.approx(max(shares), rel=1e-6)
     assert max(shares) > 0
 
 
 def test_a_single_layer_is_a_model():
     layer = SelectiveConv(features=4, kernel_size=(3,))
     variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 16)), train=False)
-    new, report = selconv_jax.reallocate(variables, jax.random.key(1), Allocation(threshold=0.2))
+    new, report = selconv_jax.reallocate(variables, jax.random.key(1), AllocationRule(threshold=0.2))
     assert list(report.layers) == [""]
-    assert report.closed == report.reallocated == (new["selectivity"]["source"] >= 0).sum() > 0
+    assert report.deallocated == report.reallocated == (new["selectivity"]["source"] >= 0).sum() > 0
 
 
 @pytest.mark.parametrize(
@@ -288,11 +290,11 @@ def test_a_single_layer_is_a_model():
 )
 def test_allocation_out_of_bounds(change, message):
     with pytest.raises(ConfigError, match=message):
-        Allocation(**change)
+        AllocationRule(**change)
 
 
 def test_no_selective_layer():
-    layer = PlainConv(features=4, kernel_size=(1, 1))
+    layer = BatchNormReLUConv(features=4, kernel_size=(1, 1))
     variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 16)), train=False)
     with pytest.raises(ValueError, match="no selective layer found: looked for 'gate'"):
         selconv_jax.reallocate(variables, jax.random.key(0))
@@ -307,7 +309,7 @@ def test_missing_collection(variables):
 def test_uncommitted_arrays_stay_uncommitted(variables):
     """So that they may join a batch on any mesh, and the step does not compile anew."""
     assert not variables["params"]["block1_layer1"]["conv1"]["kernel"].committed
-    new, _ = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3))
+    new, _ = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.3))
     assert not any(leaf.committed for leaf in jax.tree.leaves(new))
 
 
@@ -334,7 +336,7 @@ def test_layers_of_other_dimensions_leave_the_draws():
         perturbed_variables(SelectiveConv(4, (3,) * rank), (2, *(6,) * rank, 12), seed=0) for rank in (1, 2)
     )
     together = {name: {"one": one[name], "two": two[name]} for name in one}
-    allocation = Allocation(threshold=0.2)
+    allocation = AllocationRule(threshold=0.2)
     new, report = selconv_jax.reallocate(together, jax.random.key(0), allocation)
     alone = {name: {"one": leaves} for name, leaves in one.items()}
     expected, _ = selconv_jax.reallocate(alone, jax.random.key(0), allocation)
@@ -350,8 +352,8 @@ def test_random_sources_are_any_open_channels():
 
     def sources(key, source, **options):
         given = {**variables, "selectivity": {**variables["selectivity"], "source": jnp.array(source)}}
-        new, report = selconv_jax.reallocate(given, jax.random.key(key), Allocation(**options))
-        assert report.closed == 0
+        new, report = selconv_jax.reallocate(given, jax.random.key(key), AllocationRule(**options))
+        assert report.deallocated == 0
         return np.asarray(new["selectivity"]["source"])[10:]
 
     own = [-1] * 40
@@ -373,19 +375,19 @@ def test_narrow_parameters_decide_like_wide_ones():
     layer = SelectiveConv(8, (3, 3), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     x = jnp.ones((1, 40, 40, 16), jnp.bfloat16)
     variables = perturbed_variables(layer, x.shape, seed=0)
-    new, report = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.2))
+    new, report = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.2))
     assert new["params"]["kernel"].dtype == jnp.bfloat16
     wide = jax.tree.map(
         lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, variables
     )
-    _, expected = selconv_jax.reallocate(wide, jax.random.key(0), Allocation(threshold=0.2))
-    assert report.closed == expected.closed > 0
+    _, expected = selconv_jax.reallocate(wide, jax.random.key(0), AllocationRule(threshold=0.2))
+    assert report.deallocated == expected.deallocated > 0
     np.testing.assert_array_equal(report.layers[""].deallocated, expected.layers[""].deallocated)
 
 
 def test_allocation_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Allocation().threshold = 0.5
+        AllocationRule().threshold = 0.5
 
 
 def at(tree, *path):

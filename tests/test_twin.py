@@ -9,7 +9,7 @@ from flax.core import freeze
 from states import perturbed_variables
 
 import selconv_jax
-from selconv_jax import Allocation, PlainConv, SelectiveConv, selectivize
+from selconv_jax import AllocationRule, BatchNormReLUConv, SelectiveConv, selectivize
 from selconv_jax.models import DenseNet
 
 SHAPE = (2, 16, 16, 3)
@@ -46,12 +46,12 @@ def test_the_twin_computes_the_same(plain, variant):
         assert state.source is None or ((state.source == -1).all() and not state.shift.any())
     kernel = variables["params"]["stem"]["kernel"]
     assert kernel is plain["params"]["stem"]["kernel"]
-    _, report = selconv_jax.reallocate(variables, jax.random.key(0), Allocation(threshold=0.3))
-    assert report.closed > 0
+    _, report = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.3))
+    assert report.deallocated > 0
 
 
 def test_stacked_and_frozen_variables():
-    layer = PlainConv(4, (3, 3), feature_group_count=2)
+    layer = BatchNormReLUConv(4, (3, 3), feature_group_count=2)
     plain = perturbed_variables(layer, (1, 6, 6, 8), seed=0)
     template = template_of(SelectiveConv(4, (3, 3), feature_group_count=2), (1, 6, 6, 8))
     stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), plain)

@@ -10,7 +10,7 @@ import pytest
 from runs import compiled_once, quiet_console, tiny_config
 
 from selconv_jax import ConfigError
-from selconv_jax.train import _opening as opening
+from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._loop import train_run
 from selconv_jax.train._trainer import Trainer
 from selconv_jax.train._workdir import create_workdir, free_workdir, lock, read_config
@@ -48,14 +48,14 @@ def test_the_configuration_is_that_of_the_run_that_holds_the_directory(tmp_path)
 
 
 def test_one_that_came_between_is_noticed(tmp_path, monkeypatch):
-    claimed = opening.claimed
+    claimed = run_setup.claimed
 
     def late(workdir, **options):
         with claimed(workdir, **options):
             create_workdir(workdir, tiny_config(seed=1))
         return claimed(workdir, **options)
 
-    monkeypatch.setattr(opening, "claimed", late)
+    monkeypatch.setattr(run_setup, "claimed", late)
     with pytest.raises(ConfigError, match="already holds a run"):
         train_run(tiny_config(seed=2), tmp_path / "run", quiet_console()[0])
     assert read_config(tmp_path / "run").seed == 1
@@ -64,8 +64,8 @@ def test_one_that_came_between_is_noticed(tmp_path, monkeypatch):
 def test_a_refused_start_is_in_nobodys_way(tmp_path, monkeypatch):
     """As that of processes which do not share the directory."""
     with monkeypatch.context() as patch:
-        patch.setattr(opening, "_SHARING_SECONDS", 0.0)
-        patch.setattr(opening, "lock_mark", lambda workdir: "of a run before")
+        patch.setattr(run_setup, "_SHARING_SECONDS", 0.0)
+        patch.setattr(run_setup, "lock_mark", lambda workdir: "of a run before")
         with pytest.raises(ConfigError, match="of process 0 is not the one here"):
             train_run(tiny_config(seed=1), tmp_path / "run", quiet_console()[0])
     assert not (tmp_path / "run" / "config.toml").exists()

@@ -23,7 +23,7 @@ from selconv_jax.data._stream import StreamedData
 from selconv_jax.train import _step as step_module
 from selconv_jax.train._distributed.agreement import check_same_state
 from selconv_jax.train._distributed.cluster import Cluster, join
-from selconv_jax.train._gradients import Seen, of_micro_batches
+from selconv_jax.train._gradients import Seen, accumulated_gradients
 from selconv_jax.train._trainer import Trainer
 
 STEPS_PER_EPOCH = 15
@@ -81,9 +81,9 @@ def digest(state):
 
 
 def simulated(count):
-    """`of_batch` with batch norm per device, for so many devices, on one, a device after the other."""
+    """`batch_gradients` with batch norm per device, for so many devices, on one, a device after the other."""
 
-    def of_batch(model, variables, examples, dropout_key, *, micro_batches, placement, batch_norm):
+    def batch_gradients(model, variables, examples, dropout_key, *, micro_batches, placement, batch_norm):
         assert placement.mesh.size == 1
         assert batch_norm == "per_device"
         results = []
@@ -95,7 +95,7 @@ def simulated(count):
 
             key = jax.random.fold_in(dropout_key, number)
             own = jax.tree.map(part, examples)
-            results.append(of_micro_batches(model, variables, own, key, micro_batches))
+            results.append(accumulated_gradients(model, variables, own, key, micro_batches))
 
         def mean(*leaves):
             return sum(leaves) / count
@@ -106,7 +106,7 @@ def simulated(count):
         grads = jax.tree.map(mean, *[grads for grads, _ in results])
         return grads, Seen(jax.tree.map(mean, *[seen.batch_stats for _, seen in results]), totals)
 
-    return of_batch
+    return batch_gradients
 
 
 def references(devices, extent):
@@ -115,7 +115,7 @@ def references(devices, extent):
     if extent == "part":
         return found
     found["eight"] = trajectory(8, "global")
-    step_module.of_batch = simulated(devices)
+    step_module.batch_gradients = simulated(devices)
     return {**found, "simulated": trajectory(1, "per_device")}
 
 

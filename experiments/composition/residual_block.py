@@ -14,11 +14,11 @@ import numpy as np
 import optax
 
 import selconv_jax
-from selconv_jax import Allocation, SelectiveConv
+from selconv_jax import AllocationRule, SelectiveConv
 from selconv_jax.data import load
 
 # The published threshold of 1e-3 is for hundreds of epochs; a run of seconds needs a bolder one.
-ALLOCATION = Allocation(threshold=0.15)
+ALLOCATION = AllocationRule(threshold=0.15)
 
 
 class Block(nn.Module):
@@ -88,7 +88,8 @@ def train(steps: int) -> tuple[nn.Module, dict, np.ndarray, list[float], list[se
             # Adam's memory of a slot belongs to the channel that it read before.
             opt_state = selconv_jax.reset_rewritten(optimizer, opt_state, variables["params"], report)
             print(
-                f"  closed {report.closed}, re-allocated {report.reallocated} of {report.channels} channels"
+                f"  de-allocated {report.deallocated}, re-allocated {report.reallocated} "
+                f"of {report.channels} channels"
             )
             reports.append(report)
     return model, variables, jnp.asarray(images), losses, reports

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import selconv_jax
-from selconv_jax import Allocation, SelectiveConv
+from selconv_jax import AllocationRule, SelectiveConv
 
 WAVES = {
     "sine": lambda phase: np.sin(2 * np.pi * phase),
@@ -24,7 +24,7 @@ WAVES = {
     "triangle": lambda phase: 4 * np.abs(phase % 1 - 0.5) - 1,
 }
 # The published threshold of 1e-3 is for hundreds of epochs; a run of seconds needs a bolder one.
-ALLOCATION = Allocation(threshold=0.15)
+ALLOCATION = AllocationRule(threshold=0.15)
 
 
 class WaveNetwork(nn.Module):
@@ -84,7 +84,8 @@ def train(steps: int) -> tuple[nn.Module, dict, np.ndarray, list[float], list[se
             key = jax.random.fold_in(jax.random.key(1), step)
             variables, report = selconv_jax.reallocate(variables, key, ALLOCATION)
             print(
-                f"  closed {report.closed}, re-allocated {report.reallocated} of {report.channels} channels"
+                f"  de-allocated {report.deallocated}, re-allocated {report.reallocated} "
+                f"of {report.channels} channels"
             )
             reports.append(report)
     return model, variables, jnp.asarray(signals), losses, reports

@@ -158,7 +158,7 @@ def _hours(workdir: Path) -> float | None:
 def _cost(config: Config) -> tuple[int, int]:
     """Parameters, and multiply-adds for an image, of which shifts have none."""
     info = KNOWN[config.data.name].info()
-    network = make_network(config.model, info.image_shape, info.num_classes).clone(slots=0.0)
+    network = make_network(config.model, info.image_shape, info.num_classes).clone(capacity=0.0)
 
     def init(images: jax.Array) -> Any:
         return network.init(jax.random.key(0), images, train=False)

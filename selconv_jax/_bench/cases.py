@@ -40,9 +40,9 @@ class Case:
     seeds: int = 1
 
 
-def step_name(slots: float) -> str:
-    """What the step of a selective network with a share of slots is called."""
-    return f"selective, slots {slots:g}"
+def step_name(capacity: float) -> str:
+    """What the step of a selective network with a capacity for copies is called."""
+    return f"selective, capacity {capacity:g}"
 
 
 def plan_cases(bench: Workbench) -> list[Case]:
@@ -68,12 +68,12 @@ def plan_cases(bench: Workbench) -> list[Case]:
     if what & {"step", "compile", "memory"}:
         if seeds:
             cases.append(_together(plain, functools.partial(bench.prepare_plain, seeds), timed, seeds))
-        for slots in settings.slots:
-            rival = torch_name(slots) if settings.torch else None
-            prepare = functools.partial(bench.prepare_slots, slots)
-            cases.append(Case(step_name(slots), group, PLAIN, rival, batch, prepare, timed, bench.steps))
+        for capacity in settings.capacity:
+            rival = torch_name(capacity) if settings.torch else None
+            prepare = functools.partial(bench.prepare_capacity, capacity)
+            cases.append(Case(step_name(capacity), group, PLAIN, rival, batch, prepare, timed, bench.steps))
             if seeds:
-                prepare = functools.partial(bench.prepare_slots, slots, seeds)
+                prepare = functools.partial(bench.prepare_capacity, capacity, seeds)
                 cases.append(_together(cases[-1], prepare, timed, seeds))
     if has_compaction():
         rival = torch_name(share) if settings.torch else None
@@ -102,9 +102,9 @@ def _together(alone: Case, prepare: Callable[[], Prepared], timed: bool, seeds: 
     )
 
 
-def torch_name(slots: float | None) -> str:
+def torch_name(capacity: float | None) -> str:
     """What the PyTorch step of a share of copies is called; None: of the plain network."""
-    return "torch plain" if slots is None else f"torch selective, {slots:g} re-allocated"
+    return "torch plain" if capacity is None else f"torch selective, {capacity:g} re-allocated"
 
 
 def _eval_cases(bench: Workbench) -> list[Case]:
@@ -114,9 +114,9 @@ def _eval_cases(bench: Workbench) -> list[Case]:
         return bench.prepare_eval(bench.plain, without_allocation(bench.initial.variables))
 
     def prepare_selective() -> Prepared:
-        return bench.prepare_eval(bench.selective.clone(slots=share), bench.copied(share))
+        return bench.prepare_eval(bench.selective.clone(capacity=share), bench.copied(share))
 
     return [
         Case("eval plain", group, None, None, batch, prepare_plain),
-        Case(f"eval selective, slots {share:g}", group, "eval plain", None, batch, prepare_selective),
+        Case(f"eval selective, capacity {share:g}", group, "eval plain", None, batch, prepare_selective),
     ]

@@ -17,7 +17,7 @@ from selconv_jax._bench.compilation import Program as Compiled
 from selconv_jax._bench.compilation import compile_lowered
 from selconv_jax._bench.hlo import entry_costs
 from selconv_jax._xla.platforms import tracing_for
-from selconv_jax.data._hollow import hollow_data
+from selconv_jax.data._abstract import abstract_data
 from selconv_jax.errors import ConfigError
 from selconv_jax.train._config import Config
 from selconv_jax.train._distributed.sharding import Placement
@@ -81,9 +81,9 @@ class PodPlan:
         batch_size: Images per training step.
         micro_batches: Parts of a batch that are computed one after the other. Where there are several, the
             cycles and messages within their loop are not counted, or once.
-        slots: Share of the channels that the step is compiled for.
+        capacity: Share of the channels that the step is compiled for.
         gradient_bytes: Of the gradient of all parameters.
-        capacity: Bytes of a chip's memory; None: the chip is not known.
+        memory_capacity: Bytes of a chip's memory; None: the chip is not known.
         clock: Cycles per second of a chip; None: likewise.
         programs: The training step, then the evaluation where it was asked for.
     """
@@ -92,9 +92,9 @@ class PodPlan:
     chips: int
     batch_size: int
     micro_batches: int
-    slots: float
+    capacity: float
     gradient_bytes: int
-    capacity: int | None
+    memory_capacity: int | None
     clock: float | None
     programs: Sequence[CompiledProgram]
 
@@ -104,7 +104,7 @@ def compile_for_pod(
     topology: str,
     devices: Sequence[Any],
     *,
-    slots: float = 0.25,
+    capacity: float = 0.25,
     evaluation: bool = True,
     tell: Callable[[str], None] = lambda what: None,
 ) -> PodPlan:
@@ -114,7 +114,7 @@ def compile_for_pod(
         config: The run; ``devices`` in it is not looked at.
         topology: Name of the topology.
         devices: Its chips, from `topology.topology_devices`.
-        slots: Share of the channels that the selective layers have room to re-allocate.
+        capacity: Share of the channels that the selective layers have room to re-allocate.
         evaluation: Also compile the evaluation.
         tell: Is told what comes next.
 
@@ -138,9 +138,9 @@ def compile_for_pod(
             f"parameter_shards is {config.parameter_shards}, which does not divide the {per_host} chips of a "
             f"host of {topology}."
         )
-    data = hollow_data(*config.data.source)
+    data = abstract_data(*config.data.source)
     trainer = Trainer(config, data, Placement.of(devices, config.parameter_shards))
-    program = bucket_program(trainer.model, slots if config.model.variant == "selective" else 0.0)
+    program = bucket_program(trainer.model, capacity if config.model.variant == "selective" else 0.0)
     chip = chip_of(topology)
     compiled = []
     lowers = {"training step": trainer.lower_step, "evaluation": trainer.lower_evaluation}
@@ -163,9 +163,9 @@ def compile_for_pod(
         chips=chips,
         batch_size=config.batch_size,
         micro_batches=config.micro_batches,
-        slots=slots,
+        capacity=capacity,
         gradient_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in params),
-        capacity=chip.memory if chip else None,
+        memory_capacity=chip.memory if chip else None,
         clock=chip.clock if chip else None,
         programs=compiled,
     )
@@ -176,7 +176,7 @@ def largest_batch(
     topology: str,
     devices: Sequence[Any],
     *,
-    slots: float = 0.25,
+    capacity: float = 0.25,
     tell: Callable[[str], None] = lambda what: None,
 ) -> PodPlan | None:
     """The plan with the largest batch that fits, of the run's and its doubles and halves.
@@ -185,14 +185,14 @@ def largest_batch(
         config: The run; the size of its batch is where the search begins.
         topology: Name of the topology.
         devices: Its chips.
-        slots: See `compile_for_pod`.
+        capacity: See `compile_for_pod`.
         tell: Is told what comes next.
 
     Returns:
         The plan, of the training step alone; None: not even one image per chip fits.
     """
     least = len(devices) * config.micro_batches
-    most = len(hollow_data(*config.data.source).train)
+    most = len(abstract_data(*config.data.source).train)
 
     def attempt(size: int) -> PodPlan | None:
         tried = dataclasses.replace(config, batch_size=size)
@@ -201,7 +201,7 @@ def largest_batch(
                 tried,
                 topology,
                 devices,
-                slots=slots,
+                capacity=capacity,
                 evaluation=False,
                 tell=lambda what: tell(f"{what}, batch of {size}"),
             )

@@ -20,7 +20,11 @@ def pod_table(plan: PodPlan, title: str) -> Table:
     Returns:
         A table for ``rich.print``.
     """
-    capacity = f"{plan.capacity / MEGA:,.0f} MB of a chip" if plan.capacity else "a chip's memory, not known"
+    capacity = (
+        f"{plan.memory_capacity / MEGA:,.0f} MB of a chip"
+        if plan.memory_capacity
+        else "a chip's memory, not known"
+    )
     table = new_table(
         title,
         "MB of one chip: arguments, outputs and temporary arrays less outputs in place of arguments; fits: "

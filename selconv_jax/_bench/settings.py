@@ -53,8 +53,8 @@ class BenchSettings:
         image: ``(H, W, C)``.
         dtype: Type of the computation; parameters and statistics stay float32.
         what: Of `WHAT`.
-        slots: Shares of the channels; at each, a step compiled for as many slots is looked at, in a network
-            with as many copies.
+        capacity: Fractions of the channels; for each, a step compiled for so many copies is measured, in a
+            network with as many copies.
         share: Of the channels: re-allocated for the frozen step and evaluation, closed for the compact step.
         repeats: Rounds of measurement.
         steps: Training steps per call of a compiled program; 0: as training runs do, 1 on CPU, 50 elsewhere.
@@ -73,7 +73,7 @@ class BenchSettings:
     image: tuple[int, int, int] = (32, 32, 3)
     dtype: str = "float32"
     what: tuple[str, ...] = tuple(name for name in WHAT if name != "compile")
-    slots: tuple[float, ...] = (0.0, 0.125, 0.25, 0.5, 1.0)
+    capacity: tuple[float, ...] = (0.0, 0.125, 0.25, 0.5, 1.0)
     share: float = 0.25
     repeats: int = 10
     steps: int = 0
@@ -95,14 +95,14 @@ class BenchSettings:
         for name in self.what:
             if name not in WHAT:
                 raise ConfigError(f"--what has {name!r}. {nearest(name, WHAT)}")
-        for share in (*self.slots, self.share):
+        for share in (*self.capacity, self.share):
             if not 0.0 <= share <= 1.0:
                 raise ConfigError(
-                    f"--slots and --share are shares of the channels, in [0, 1]; {share} is not one."
+                    f"--capacity and --share are shares of the channels, in [0, 1]; {share} is not one."
                 )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"--seed is {self.seed}; it must be in [0, 2**32).")
-        for key in ("variant", "dtype", "slots"):
+        for key in ("variant", "dtype", "capacity"):
             if key in self.options:
                 raise ConfigError(f"{key} cannot be set: the benchmark sets it itself. Leave it out.")
         if self.together < 0 or self.together == 1:
@@ -124,7 +124,7 @@ class BenchSettings:
             self.model(name, "selective")
 
     def model(self, name: str, variant: str) -> nn.Module:
-        """The network of a name; a selective one for no copies (clone it with other ``slots``).
+        """The network of a name; a selective one for no copies (clone it with other ``capacity``).
 
         Args:
             name: One of ``models``.
@@ -134,4 +134,4 @@ class BenchSettings:
             The network, for images of ``image`` and 10 classes.
         """
         arguments = {"stem": stem_for(self.image), "dtype": jnp.dtype(self.dtype), **self.options}
-        return create_model(name, _CLASSES, variant=variant, slots=0.0, **arguments)
+        return create_model(name, _CLASSES, variant=variant, capacity=0.0, **arguments)

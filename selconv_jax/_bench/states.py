@@ -11,8 +11,7 @@ import numpy as np
 from flax import traverse_util
 from numpy.typing import NDArray
 
-from selconv_jax.functional._allocation import LayerState
-from selconv_jax.functional._allocation import reallocate as fill_slots
+from selconv_jax.functional._allocation import LayerState, fill_slots
 from selconv_jax.functional._groups import group_count
 from selconv_jax.transforms._layer_tree import layer_states, merge_layers
 
@@ -40,7 +39,7 @@ def with_copies(variables: Mapping[str, Any], share: float, seed: int) -> Any:
         >>> import selconv_jax
         >>> layer = selconv_jax.SelectiveConv(features=2, kernel_size=(1, 1))
         >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 8)), train=False)
-        >>> selconv_jax.required_slots(with_copies(variables, 0.25, seed=0))
+        >>> selconv_jax.required_capacity(with_copies(variables, 0.25, seed=0))
         0.25
     """
     rng = np.random.default_rng(seed)

@@ -169,10 +169,10 @@ def _networks(bench: Workbench) -> Iterator[tuple[str, Callable[[], tuple[Any, A
     settings = bench.settings
     yield PLAIN, lambda: (bench.plain, without_allocation(bench.initial.variables))
     if "step" in settings.what:
-        for slots in settings.slots:
-            network = bench.selective.clone(slots=slots)
+        for capacity in settings.capacity:
+            network = bench.selective.clone(capacity=capacity)
             yield (
-                step_name(slots),
+                step_name(capacity),
                 functools.partial(lambda network: (network, bench.initial.variables), network),
             )
     if has_compaction():

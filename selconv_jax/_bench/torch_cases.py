@@ -79,7 +79,7 @@ def plan_torch_cases(bench: Workbench) -> list[Case]:
     torch.set_num_threads(cores())
     plain = functools.partial(_prepare, bench, None)
     cases = [Case(torch_name(None), group, None, None, settings.batch, plain, steps=bench.steps)]
-    shares = list(settings.slots) if "step" in settings.what else []
+    shares = list(settings.capacity) if "step" in settings.what else []
     if "frozen" in settings.what and has_compaction():
         shares.append(settings.share)
     for share in dict.fromkeys(shares):
@@ -89,13 +89,13 @@ def plan_torch_cases(bench: Workbench) -> list[Case]:
     return cases
 
 
-def _prepare(bench: Workbench, slots: float | None) -> Prepared:
+def _prepare(bench: Workbench, capacity: float | None) -> Prepared:
     """A step of the plain network, or of the selective one with a share of copies."""
     model: flax.linen.Module
-    if slots is None:
+    if capacity is None:
         model, variables = bench.plain, without_allocation(bench.initial.variables)
     else:
-        model, variables = bench.selective, bench.copied(slots)
+        model, variables = bench.selective, bench.copied(capacity)
     use_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
     device = torch.device("cuda" if use_gpu else "cpu")
     network = torch_network(model, bench.settings.image[2])

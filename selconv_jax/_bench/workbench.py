@@ -25,7 +25,7 @@ from selconv_jax.train._optimizer import make_optimizer
 from selconv_jax.train._seeds.trainer import over_members
 from selconv_jax.train._state import TrainState, initial_state
 from selconv_jax.train._step import eval_batch, train_step
-from selconv_jax.transforms._reallocation import Allocation, reallocate
+from selconv_jax.transforms._reallocation import AllocationRule, reallocate
 
 __all__ = ["Prepared", "Workbench", "has_compaction"]
 
@@ -175,15 +175,15 @@ class Workbench:
         """The step of the plain network."""
         return self.prepare_step(self.plain, without_allocation(self.initial.variables), seeds)
 
-    def prepare_slots(self, slots: float, seeds: int = 1) -> Prepared:
-        """The step of the selective network with as many copies as it has slots."""
-        return self.prepare_step(self.selective.clone(slots=slots), self.copied(slots), seeds)
+    def prepare_capacity(self, capacity: float, seeds: int = 1) -> Prepared:
+        """The step of the selective network with as many copies as it has capacity for."""
+        return self.prepare_step(self.selective.clone(capacity=capacity), self.copied(capacity), seeds)
 
     def frozen(self) -> tuple[Any, dict[str, Any]]:
         """The network for exactly the allocation there is, ``share`` re-allocated, and its variables."""
         plan_compaction = importlib.import_module(_COMPACTION).plan_compaction
         variables = self.copied(self.settings.share)
-        model = self.selective.clone(slots=self.settings.share)
+        model = self.selective.clone(capacity=self.settings.share)
         return plan_compaction(model, variables, compare=False).frozen_model(), variables
 
     def compact(self) -> tuple[Any, dict[str, Any]]:
@@ -204,7 +204,7 @@ class Workbench:
     def prepare_reallocate(self) -> Prepared:
         """One round for the whole network, as a training program calls it between epochs."""
         variables, key = self.initial.variables, jax.random.key(self.settings.seed)
-        allocation = Allocation(threshold=_THRESHOLD)
+        allocation = AllocationRule(threshold=_THRESHOLD)
 
         def call() -> None:
             jax.block_until_ready(reallocate(variables, key, allocation))

@@ -251,7 +251,7 @@ def _add_compile(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="images per step (default: the file's); search: the largest that fits, of doubles and halves",
     )
     compiling.add_argument(
-        "--slots",
+        "--capacity",
         type=float,
         default=0.25,
         metavar="SHARE",
@@ -286,7 +286,7 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "(default: all but compile)",
     )
     bench.add_argument(
-        "--slots",
+        "--capacity",
         metavar="SHARE,SHARE",
         help="shares of the channels that selective steps are compiled for and that are re-allocated then "
         "(default: 0,0.125,0.25,0.5,1)",

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from selconv_jax._bench.topology import TopologyResult, bench_topology, prepare_
 from selconv_jax._bench.topology_report import costs_table, cycles_panel, largest_table, topology_report
 from selconv_jax._cli.runs import share_compilations
 from selconv_jax._utils.console import progress_console
+from selconv_jax._utils.files import write_json
 from selconv_jax.errors import ConfigError
 from selconv_jax.report._save import save_figure
 from selconv_jax.train._signals import StopRequest
@@ -91,7 +91,7 @@ def _compile(settings: BenchSettings, devices: Sequence[Any], output: Path, cons
             console.print(costs_table(result, title))
             report = report_of(settings, machine, [])
             report["topology"] = [topology_report(result) for result in results]
-            _write_json(output / _REPORT, report)
+            write_json(output / _REPORT, report)
             panels = [cycles_panel(result, str(settings.topology)) for result in results if result.steps]
             if panels:
                 versions = machine["versions"]
@@ -138,7 +138,7 @@ def _print(console: Console, settings: BenchSettings, result: NetworkResult) -> 
 def _write(
     output: Path, settings: BenchSettings, machine: Mapping[str, Any], results: Sequence[NetworkResult]
 ) -> None:
-    _write_json(output / _REPORT, report_of(settings, machine, results))
+    write_json(output / _REPORT, report_of(settings, machine, results))
     panels: list[Panel] = [panel for result in results for panel in panels_of(result)]
     if panels:
         versions = machine["versions"]
@@ -156,12 +156,6 @@ def _rounds(results: Sequence[NetworkResult]) -> str:
     few, many = min(counts), max(counts)
     count = f"{many}" if few == many else f"{few} to {many}"
     return f"{count} round{'' if many == 1 else 's'}"
-
-
-def _write_json(path: Path, report: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _create(output: Path) -> None:
@@ -202,7 +196,7 @@ def _settings(options: argparse.Namespace) -> BenchSettings:
         "options": dict(map(_option, overrides)),
         "image": _numbers("--image", options.image, "x", int, "32x32x3"),
         "what": tuple(dict.fromkeys(options.what.split(","))) if options.what else None,
-        "slots": _shares(options.slots) if options.slots else None,
+        "capacity": _shares(options.capacity) if options.capacity else None,
     }
     plain = {key: getattr(options, key) for key in _PLAIN_OPTIONS}
     return BenchSettings(**plain, **{key: value for key, value in chosen.items() if value})
@@ -217,7 +211,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _shares(text: str) -> tuple[float, ...]:
-    return tuple(dict.fromkeys(_numbers("--slots", text, ",", float, "0,0.25")))
+    return tuple(dict.fromkeys(_numbers("--capacity", text, ",", float, "0,0.25")))
 
 
 def _numbers(name: str, text: str, separator: str, kind: type, example: str) -> tuple[Any, ...]:

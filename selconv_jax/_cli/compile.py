@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from selconv_jax._bench.pod import PodPlan, compile_for_pod, largest_batch
 from selconv_jax._bench.pod_report import messages_table, pod_table, scaling_line
 from selconv_jax._bench.topology import prepare_process, topology_devices
 from selconv_jax._utils.console import terminal_or_lines
+from selconv_jax._utils.files import write_json
 from selconv_jax.errors import ConfigError
 from selconv_jax.train._config import Config, load_config
 
@@ -23,8 +23,8 @@ __all__ = ["run"]
 def run(options: argparse.Namespace) -> int:
     """Compiles a run for chips that are not there; prints tables, writes JSON."""
     config = load_config(options.config, options.words)
-    if not 0.0 <= options.slots <= 1.0:
-        raise ConfigError(f"--slots is {options.slots}; it must be a share of the channels in [0, 1].")
+    if not 0.0 <= options.capacity <= 1.0:
+        raise ConfigError(f"--capacity is {options.capacity}; it must be a share of the channels in [0, 1].")
     if options.batch not in (None, "search"):
         if not options.batch.isdecimal() or int(options.batch) < 1:
             raise ConfigError(f"--batch is {options.batch!r}; it must be a number of images, or search.")
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     _print(plan, options.config, console)
     if output is not None:
         report = {"config": options.config, "environment": environment(), **dataclasses.asdict(plan)}
-        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(output, report)
         console.print(f"every number: {output}", highlight=False, markup=False, soft_wrap=True)
     return 0 if all(program.fits is not False for program in plan.programs) else 1
 
@@ -53,8 +53,8 @@ def _plan(config: Config, options: argparse.Namespace, devices: Any, console: Co
         )
 
     if options.batch != "search":
-        return compile_for_pod(config, options.topology, devices, slots=options.slots, tell=tell)
-    plan = largest_batch(config, options.topology, devices, slots=options.slots, tell=tell)
+        return compile_for_pod(config, options.topology, devices, capacity=options.capacity, tell=tell)
+    plan = largest_batch(config, options.topology, devices, capacity=options.capacity, tell=tell)
     if plan is None:
         raise ConfigError(
             f"not even {len(devices) * config.micro_batches} images per step fit on {options.topology}. Take "

@@ -12,7 +12,7 @@ from selconv_jax.report._tables import count_table
 from selconv_jax.train._config import Config
 from selconv_jax.train._network import make_network
 from selconv_jax.train._program import bucket_program
-from selconv_jax.transforms._reallocation import required_slots
+from selconv_jax.transforms._reallocation import required_capacity
 
 __all__ = ["run_counts"]
 
@@ -43,13 +43,13 @@ def run_counts(config: Config, variables: Mapping[str, Any]) -> RenderableType:
             "run's files"
         )
     network = make_network(config.model, known.image_shape, known.num_classes)
-    needed = required_slots(variables) if variables.get("selectivity") else 0.0
+    needed = required_capacity(variables) if variables.get("selectivity") else 0.0
     model = bucket_program(network, needed).model
     image = jax.ShapeDtypeStruct((1, *known.image_shape), model.dtype)
     size = "x".join(map(str, known.image_shape))
     title = f"{_HEADING} (in millions) per image of {size}"
     if not variables.get("selectivity"):
         return count_table(count_layers(model, variables, image), title, forms=("plain",))
-    copies = f"copies in up to {model.slots:.1%} of a layer's channels" if model.slots else "no copies"
+    copies = f"copies in up to {model.capacity:.1%} of a layer's channels" if model.capacity else "no copies"
     title += f"; selective: as compiled for {copies}"
     return count_table(count_layers(model, variables, image), title)

@@ -55,7 +55,7 @@ def _row(name: str) -> list[str]:
 def _counts(name: str, variant: str, image: tuple[int, int, int]) -> tuple[int, int]:
     """Parameters and multiply-adds of a network for one image."""
     model = create_model(
-        name, _IMAGES[image], variant=variant, stem=stem_for(image), slots=0.0, dtype=jnp.float32
+        name, _IMAGES[image], variant=variant, stem=stem_for(image), capacity=0.0, dtype=jnp.float32
     )
 
     def init(images: jax.Array) -> Any:

@@ -20,7 +20,7 @@ from selconv_jax.train._config import load_config
 from selconv_jax.train._distributed.agreement import exchange, is_first, together
 from selconv_jax.train._distributed.cluster import Cluster, join
 from selconv_jax.train._loop import evaluate_run, resume_run, train_run
-from selconv_jax.train._opening import (
+from selconv_jax.train._run_setup import (
     best_meaning,
     find_checkpoint,
     refuse_skipped,

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from selconv_jax._cli.runs import share_compilations
 from selconv_jax._utils.console import progress_console
+from selconv_jax._utils.files import write_json
 from selconv_jax.errors import ConfigError
 from selconv_jax.report._comparison import ConfigurationResults, comparison_table, run_numbers
 from selconv_jax.report._comparison_differences import difference_table, number_differences
@@ -162,10 +163,8 @@ def _write_report(
         "configurations": report,
         "differences": _differences_report([result for result in results if result.runs]),
     }
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, document)
 
 
 def _differences_report(results: Sequence[ConfigurationResults]) -> list[dict[str, Any]]:

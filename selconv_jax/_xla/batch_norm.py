@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
+from selconv_jax._xla.materialize import materialize
 from selconv_jax._xla.platforms import target_platform
-from selconv_jax._xla.stored import stored
 
 __all__ = [
     "Statistics",
@@ -86,7 +86,7 @@ def _batch_statistics_jvp(
     (x,), (change,) = primals, tangents
     statistics = batch_statistics(x)
     x, change = (array.astype(statistics.mean.dtype) for array in (x, change))
-    deviation = x - lax.expand_dims(stored(statistics.mean), _leading(x))
+    deviation = x - lax.expand_dims(materialize(statistics.mean), _leading(x))
     return statistics, Statistics(
         jnp.mean(change, axis=_leading(x)), 2 * jnp.mean(deviation * change, axis=_leading(x))
     )
@@ -186,7 +186,7 @@ def _batch_norm_relu_jvp(
     deviation = wide.astype(mean.dtype) - each(mean)
     passes = deviation * each(times) + each(plus) > 0
     moved = each(times) * change.astype(mean.dtype) + deviation * each_image(of_times) + each_image(of_plus)
-    return y, jnp.where(passes, stored(moved), 0).astype(x.dtype)
+    return y, jnp.where(passes, materialize(moved), 0).astype(x.dtype)
 
 
 def _factor(var: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:

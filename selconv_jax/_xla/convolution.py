@@ -12,8 +12,8 @@ from jax.sharding import AxisType
 
 from selconv_jax._utils.arguments import is_whole
 from selconv_jax._xla.apart import bilinear_apart, members_are_apart
+from selconv_jax._xla.materialize import materialize
 from selconv_jax._xla.platforms import target_platform
-from selconv_jax._xla.stored import stored
 from selconv_jax.errors import ConfigError, nearest
 
 __all__ = ["PADDINGS", "canonical_padding", "canonical_window", "convolve"]
@@ -66,18 +66,22 @@ def convolve(
         kernel = kernel.reshape(kernel.shape[-2:])
         if not _is_matrix(x):
             return jnp.dot(x, kernel, precision=precision)
-        rows = stored(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
-        return stored(jnp.dot(rows, kernel, precision=precision)).reshape(*x.shape[:-1], kernel.shape[-1])
+        rows = materialize(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+        return materialize(jnp.dot(rows, kernel, precision=precision)).reshape(
+            *x.shape[:-1], kernel.shape[-1]
+        )
     window = _Window(
         tuple(strides), padding if isinstance(padding, str) else tuple(padding), tuple(kernel_dilation)
     )
     if groups == 1:
-        return stored(_convolution(stored(x), kernel, window, precision))
+        return materialize(_convolution(materialize(x), kernel, window, precision))
     unit = all(step == 1 for step in (*window.strides, *window.kernel_dilation))
     if unit and kernel.shape[-2] >= _LEAST_GROUP_TO_SPLIT and target_platform() == "cpu":
         # One dense convolution per group: the compiler's own gradients of groups are many times slower.
         parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
-        results = [stored(_convolution(stored(part), rows, window, precision)) for part, rows in parts]
+        results = [
+            materialize(_convolution(materialize(part), rows, window, precision)) for part, rows in parts
+        ]
         return jnp.concatenate(results, axis=-1)
     return _convolution(x, kernel, window, precision, groups)
 

@@ -32,7 +32,7 @@ def count_multiply_adds(function: Callable[..., Any], *arguments: Any) -> dict[s
     usual; batch norms, activations and pools do not. Nothing is computed: the function is only traced. A
     loop (``lax.scan``) counts as often as it runs; of a ``lax.cond`` the most expensive branch; a
     ``lax.while_loop``, whose length is not known, once. A selective network has products for the copies that
-    its ``slots`` provide for: ``model.clone(slots=0.0)`` counts those of the plain one.
+    its ``capacity`` provide for: ``model.clone(capacity=0.0)`` counts those of the plain one.
 
     Args:
         function: Such as ``lambda images: model.apply(variables, images, train=False)``.

@@ -14,8 +14,8 @@ from flax.core import unfreeze
 
 from selconv_jax.analysis._counting import count_multiply_adds, count_parameters
 from selconv_jax.compaction import plan_compaction
-from selconv_jax.compaction._module import relative_path
-from selconv_jax.nn._layers import SelectiveConv, check_slots
+from selconv_jax.compaction._network import Compact, NetworkCall, example_inputs, network_call, relative_path
+from selconv_jax.nn._layers import SelectiveConv, check_capacity
 
 __all__ = ["Count", "LayerCounts", "count_layers", "total_counts"]
 
@@ -48,7 +48,7 @@ class LayerCounts:
     Attributes:
         path: Of the module, parts joined by ``/``; ``""`` for what belongs to the network itself.
         plain: All channels open, none a copy.
-        selective: As allocated, and compiled for the model's ``slots``.
+        selective: As allocated, and compiled for the model's ``capacity``.
         compact: Without what is not used.
     """
 
@@ -58,7 +58,9 @@ class LayerCounts:
     compact: Count
 
 
-def count_layers(model: nn.Module, variables: Variables, image: Any) -> list[LayerCounts]:
+def count_layers(
+    model: nn.Module, variables: Variables, *inputs: Any, method: Any = None, **options: Any
+) -> list[LayerCounts]:
     """Parameters and multiply-adds of every layer of a network: plain, selective, compact.
 
     Counted are the products that the compiled programs make in evaluation (``train=False``), as in
@@ -68,36 +70,38 @@ def count_layers(model: nn.Module, variables: Variables, image: Any) -> list[Lay
     - *plain*: its convolution with all channels open. Parameters are those of the plain network: shifts
       are not among them.
     - *selective*: the same, as closed channels are zeros in the kernel and save nothing, and for each
-      selective layer the copies that its ``slots`` provide for, ``s = ceil(slots * C)``, however many of them
-      are used: the interpolation, ``s H W (H + W)`` as its weights are a matrix per axis, and choosing the
-      shifts, ``2 s C``. In programs for TPUs (`platforms.target_platform`) reading the sources and putting
-      the copies into their places are products too, ``s H W C`` each. Parameters include the shift of every
-      channel.
+      selective layer the copies that its ``capacity`` provides for, ``s = ceil(capacity * C)``, however many
+      of them are used: the interpolation, ``s H W (H + W)`` as its weights are a matrix per axis, and
+      choosing the shifts, ``2 s C``. In programs for TPUs (`platforms.target_platform`) reading the sources
+      and putting the copies into their places are products too, ``s H W C`` each. Parameters include the
+      shift of every channel.
     - *compact*: the network of `plan_compaction`: open channels alone, and the copies themselves, each as in
       *selective* where it is computed in the place of a channel that is not read (`LayerLayout.is_in_place`),
       else its interpolation alone, ``H W (H + W)``. Parameters include the shifts of the copies. Where
       nothing is closed, copied or unused, it is the selective network itself, compiled for no copies.
 
-    So an allocation costs its copies, which *selective* rounds up to ``slots`` and *compact* does not, and
+    So an allocation costs its copies, which *selective* rounds up to ``capacity`` and *compact* does not, and
     saves its closed channels in *compact* alone. Nothing is computed or compiled: programs are only traced.
 
     Args:
-        model: The network; its ``slots`` are what the selective one is counted for, so take
-            ``model.clone(slots=...)`` with those it is to run with.
+        model: The network; its ``capacity`` are what the selective one is counted for, so take
+            ``model.clone(capacity=...)`` with those it is to run with.
         variables: Its variables; gates and sources are read, all else may be shapes.
-        image: An input ``[N, ...]``, or a `jax.ShapeDtypeStruct` of one. Multiply-adds are those of the whole
+        *inputs: What the network is called with, see `plan_compaction`. Multiply-adds are those of the whole
             batch; take ``N = 1``.
+        method: See `plan_compaction`.
+        **options: See `plan_compaction`.
 
     Returns:
         The modules that have parameters or products, in the order in which they are called.
 
     Raises:
-        ConfigError: A layer has more copies than its ``slots`` provide for; or see `plan_compaction`.
+        ConfigError: A layer has more copies than its ``capacity`` provide for; or see `plan_compaction`.
         ValueError: See `plan_compaction`.
 
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax
-        >>> network = selconv_jax.models.DenseNet(num_classes=10, blocks=(1, 1), growth=4, slots=0.0)
+        >>> network = selconv_jax.models.DenseNet(num_classes=10, blocks=(1, 1), growth=4, capacity=0.0)
         >>> image = jnp.ones((1, 8, 8, 3))
         >>> variables = network.init(jax.random.key(0), image, train=False)
         >>> variables["selectivity"]["block1_layer1"]["conv2"]["gate"] = jnp.arange(16) < 4
@@ -107,15 +111,16 @@ def count_layers(model: nn.Module, variables: Variables, image: Any) -> list[Lay
         >>> total_counts(layers).compact.parameters
         1442
     """
-    shapes, image = _shapes(variables), _shapes(image)
-    copies = _copies(variables)
-    plan = plan_compaction(model, variables, example=image, compare=False)
+    shapes, copies = _shapes(variables), _copies(variables)
+    plan = plan_compaction(model, variables, *inputs, compare=False, method=method, **options)
+    call, name = network_call(model, inputs or example_inputs(model, variables), method, options)
+    whole = Compact(model, method=name)
     small = jax.eval_shape(plan.take, shapes)
     order: dict[str, None] = {}
-    plain = _products(model, shapes, image, order, copies=None)
-    selective = _products(model, shapes, image, order, copies)
-    # Of the compacted layers none has slots; those that compaction leaves as they are keep theirs.
-    compact = _products(plan.model, small, image, order, copies={} if any(copies.values()) else None)
+    plain = _products(whole, shapes, call, order, copies=None)
+    selective = _products(whole, shapes, call, order, copies)
+    # Of the compacted layers none has a capacity; those that compaction leaves as they are keep theirs.
+    compact = _products(plan.model, small, call, order, copies={} if any(copies.values()) else None)
     parameters = [
         _parameters(shapes, without_shifts=copies.keys()),
         _parameters(shapes),
@@ -155,21 +160,25 @@ def total_counts(layers: Iterable[LayerCounts]) -> LayerCounts:
 
 
 def _products(
-    model: nn.Module, variables: Any, image: Any, order: dict[str, None], copies: Mapping[str, int] | None
+    model: Compact,
+    variables: Any,
+    call: NetworkCall,
+    order: dict[str, None],
+    copies: Mapping[str, int] | None,
 ) -> dict[str, int]:
     """Multiply-adds by the path of the innermost module, whose paths are added to ``order``.
 
     Args:
         model: The network.
         variables: Shapes of its variables.
-        image: Shape of its input.
+        call: How it is called.
         order: Paths of the modules that have been called, in order.
         copies: Copies of the selective layers, which must find room; None: compile them for none.
     """
     paths: list[str] = []
 
     def mark(
-        call: Callable[..., Any],
+        function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         context: nn.module.InterceptorContext,
@@ -177,22 +186,20 @@ def _products(
         module: Any = context.module
         path = relative_path(module, ())
         if isinstance(module, SelectiveConv) and context.method_name == "__call__":
-            if copies is None and module.slots:
-                return module.clone(slots=0.0, parent=module.scope)(*args, **kwargs)
-            check_slots(path, module.slots, args[0].shape[-1], (copies or {}).get(path, 0))
+            if copies is None and module.capacity:
+                return module.clone(capacity=0.0, parent=module.scope)(*args, **kwargs)
+            check_capacity(path, module.capacity, args[0].shape[-1], (copies or {}).get(path, 0))
         order.setdefault(path)
         paths.append(path)
         with jax.named_scope(f"{_MARK}{len(paths) - 1}"):
-            return call(*args, **kwargs)
+            return function(*args, **kwargs)
 
-    apply: Callable[..., Any] = model.apply
-
-    def run(variables: Any, image: Any) -> Any:
+    def run(variables: Any, *inputs: Any) -> Any:
         with nn.intercept_methods(mark):
-            return apply(variables, image, train=False)
+            return call.run(model, variables, inputs, call.modes[0])[0]
 
     products: dict[str, int] = {}
-    for scope, count in count_multiply_adds(run, variables, image).items():
+    for scope, count in count_multiply_adds(run, variables, *call.inputs).items():
         marks = re.findall(f"{_MARK}(\\d+)", scope)
         path = paths[int(marks[-1])] if marks else ""
         products[path] = products.get(path, 0) + count

@@ -17,28 +17,20 @@ import numpy as np
 from flax import traverse_util
 from flax.core import unfreeze
 
-from selconv_jax import models
+from selconv_jax._utils.files import check_target, write_atomically
 from selconv_jax._utils.versions import version_of
 from selconv_jax.compaction._layout import LayerLayout
-from selconv_jax.compaction._module import Compact
+from selconv_jax.compaction._network import Compact
 from selconv_jax.errors import CheckpointError
+from selconv_jax.models import MODELS
 
-__all__ = ["check_target", "load_compact", "save_compact"]
+__all__ = ["load_compact", "save_compact"]
 
-_FORMAT = 1
+_FORMAT = 2
 _DTYPES = ("dtype", "param_dtype")  # attributes that are types
-_UNSEEN = ("name", "parent", "slots")  # attributes that do not change what a network computes
+_UNSEEN = ("name", "parent", "capacity")  # attributes that do not change what a network computes
 _ENTRY = "selconv_jax"  # the description; variables have a "/" in their names
-_NETWORKS: dict[str, type[nn.Module]] = {
-    network.__name__: network
-    for network in (
-        models.CondenseNet,
-        models.DenseNet,
-        models.Pointwise,
-        models.PreResNet,
-        models.ResNeXt,
-    )
-}
+_NETWORKS: dict[str, Any] = {network.__name__: network for network, _ in MODELS.values()}
 
 
 def save_compact(
@@ -86,25 +78,11 @@ def save_compact(
         "dtypes": {name: array.dtype.name for name, array in arrays.items()},
     }
     entry = np.frombuffer(json.dumps(description).encode(), np.uint8)
-    partial = path.with_name(f"{path.name}.partial")
+    plain = {name: _plain(array) for name, array in arrays.items()}
     try:
-        with partial.open("wb") as file:
-            plain = {name: _plain(array) for name, array in arrays.items()}
-            np.savez(file, **{_ENTRY: entry, **plain})
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_atomically(path, lambda file: np.savez(file, **{_ENTRY: entry, **plain}))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot be written ({error}).") from error
-
-
-def check_target(path: Path, *, overwrite: bool = False) -> None:
-    """Raises a `CheckpointError` if there is a file already, or no folder to write it to."""
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path}: there is a file already. Choose another name or remove it first.")
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path}: there is no folder {path.parent}; make it first.")
 
 
 def load_compact(
@@ -114,8 +92,8 @@ def load_compact(
 
     Args:
         path: The file.
-        network: The whole network it was made from, with the attributes it had (``slots`` apart); None: one
-            of `selconv_jax.models`, whose description is in the file.
+        network: The whole network it was made from, with the attributes it had (``capacity`` apart); None:
+            one of `selconv_jax.models`, whose description is in the file.
 
     Returns:
         The compacted network and its variables, as `selconv_jax.compact` returned them.

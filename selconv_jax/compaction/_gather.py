@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from numpy.typing import NDArray
 
-from selconv_jax._xla.stored import stored
+from selconv_jax._xla.materialize import materialize
 
 __all__ = ["spread_channels", "take_channels", "take_repeated"]
 
@@ -68,7 +68,7 @@ def spread_channels(x: jax.Array, index: Index, size: int, axis: int = -1) -> ja
     inverse, mask = _inverse(index, size, axis, x.ndim)
     taken = _taken(x, inverse, axis)
     # The CPU compiler would gather anew for each reader.
-    return stored(jnp.where(mask, taken, jnp.zeros((), x.dtype)))
+    return materialize(jnp.where(mask, taken, jnp.zeros((), x.dtype)))
 
 
 def take_repeated(x: jax.Array, index: Index) -> jax.Array:
@@ -96,7 +96,7 @@ def take_repeated(x: jax.Array, index: Index) -> jax.Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _gather(x: jax.Array, index: Index, size: int, axis: int) -> jax.Array:
     del size
-    return stored(_taken(x, np.array(index, np.int32), axis))
+    return materialize(_taken(x, np.array(index, np.int32), axis))
 
 
 @_gather.defjvp
@@ -105,14 +105,14 @@ def _gather_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     # A scatter whose transpose is `spread_channels`.
     inverse, mask = _inverse(index, size, axis, tangents[0].ndim)
-    read = jnp.where(mask, stored(tangents[0]), jnp.zeros((), tangents[0].dtype))
+    read = jnp.where(mask, materialize(tangents[0]), jnp.zeros((), tangents[0].dtype))
     return _gather(*primals, index, size, axis), _put(read, inverse, len(index), axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _gather_repeated(x: jax.Array, index: Index, size: int) -> jax.Array:
     del size
-    return stored(_taken(x, np.array(index, np.int32), x.ndim - 1))
+    return materialize(_taken(x, np.array(index, np.int32), x.ndim - 1))
 
 
 @_gather_repeated.defjvp

@@ -7,8 +7,8 @@ from typing import Any
 from flax import traverse_util
 from flax.core import FrozenDict, freeze, unfreeze
 
-from selconv_jax.compaction._module import Compact
-from selconv_jax.compaction._reduction import Place
+from selconv_jax.compaction._liveness import Place
+from selconv_jax.compaction._network import Compact
 
 __all__ = ["CompactionPlan", "FrozenModel"]
 

@@ -14,10 +14,16 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive  # type: ignore[attr-defined]
 from jax.interpreters import batching
 
-from selconv_jax.compaction._calling import NetworkCall
-from selconv_jax.compaction._module import Compact, intercept_calls, is_layer, is_producer, relative_path
-from selconv_jax.compaction._static_layer import StaticConv, output_shape
-from selconv_jax.nn._layers import PlainConv
+from selconv_jax.compaction._network import (
+    Compact,
+    NetworkCall,
+    intercept_calls,
+    is_layer,
+    is_producer,
+    relative_path,
+)
+from selconv_jax.compaction._static_conv import StaticConv, output_shape
+from selconv_jax.nn._layers import BatchNormReLUConv
 
 __all__ = [
     "LAYER",
@@ -176,7 +182,7 @@ def _fields(variables: Any) -> list[Field]:
 
 
 def _layer_step(
-    layer: PlainConv, path: str, features: int, x: jax.Array, train: bool, statistics: Any = None
+    layer: BatchNormReLUConv, path: str, features: int, x: jax.Array, train: bool, statistics: Any = None
 ) -> jax.Array:
     del train
     dtype = canonicalize_dtype(x, np.zeros((), layer.param_dtype), dtype=layer.dtype)
@@ -216,7 +222,9 @@ def _bound(
     # Compared as text: numbers that the network's own code works out from its widths are among them.
     attributes = tuple(
         (field.name, str(getattr(module, field.name)))
-        for field in dataclasses.fields(PlainConv if isinstance(module, PlainConv) else module)
+        for field in dataclasses.fields(
+            BatchNormReLUConv if isinstance(module, BatchNormReLUConv) else module
+        )
         if field.name not in _NOT_COMPARED
     )
     y: jax.Array = step.bind(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from selconv_jax.data._known import ENTRIES, SAMPLE, Download, KnownSet
+from selconv_jax.data._catalog_entries import ENTRIES, SAMPLE, Download, KnownSet
 from selconv_jax.errors import DataError, nearest
 
 __all__ = [

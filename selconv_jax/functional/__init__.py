@@ -1,6 +1,6 @@
 """The mathematics of one layer as pure array functions, usable without Flax."""
 
-from selconv_jax.functional._allocation import LayerState, deallocate, draw_sources, reallocate
+from selconv_jax.functional._allocation import LayerState, deallocate, draw_sources, fill_slots
 from selconv_jax.functional._damage import channel_scores, expected_channel_damage, normalize_damage
 from selconv_jax.functional._shift import channel_shift, select
 
@@ -11,7 +11,7 @@ __all__ = [
     "deallocate",
     "draw_sources",
     "expected_channel_damage",
+    "fill_slots",
     "normalize_damage",
-    "reallocate",
     "select",
 ]

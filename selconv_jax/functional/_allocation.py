@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from selconv_jax._utils.arguments import check_whole
 from selconv_jax.functional._groups import kernel_rows
 
-__all__ = ["LayerState", "deallocate", "draw_sources", "reallocate", "sources_from_uniform"]
+__all__ = ["LayerState", "deallocate", "draw_sources", "fill_slots", "sources_from_uniform"]
 
 
 @jax.tree_util.register_dataclass
@@ -161,7 +161,7 @@ def sources_from_uniform(uniform: jax.Array, scores: jax.Array, gate: jax.Array,
     return jnp.where(gate | (number == 0), -1, candidates[pick]).astype(jnp.int32)
 
 
-def reallocate(state: LayerState, drawn: jax.Array, drawn_shift: jax.Array) -> LayerState:
+def fill_slots(state: LayerState, drawn: jax.Array, drawn_shift: jax.Array) -> LayerState:
     """Fills closed channels with shifted copies of the drawn ones (method, "Re-allocation" 4).
 
     A filled slot opens with an all-zero kernel row, so the layer computes what it computed before,
@@ -187,7 +187,7 @@ def reallocate(state: LayerState, drawn: jax.Array, drawn_shift: jax.Array) -> L
         >>> state = LayerState(kernel=jnp.ones((1, 2, 1)), scale=jnp.array([3.0, 1.0]), bias=ones,
         ...     mean=ones, var=ones, gate=jnp.array([True, False]),
         ...     source=jnp.array([-1, -1]), shift=jnp.zeros((2, 1)))
-        >>> new = reallocate(state, jnp.array([-1, 0]), jnp.array([[0.0], [1.5]]))
+        >>> new = fill_slots(state, jnp.array([-1, 0]), jnp.array([[0.0], [1.5]]))
         >>> new.gate.tolist(), new.source.tolist(), new.scale.tolist(), new.kernel.ravel().tolist()
         ([True, True], [-1, 0], [3.0, 3.0], [1.0, 0.0])
     """

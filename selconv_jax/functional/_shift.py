@@ -11,8 +11,8 @@ from jax import lax
 
 from selconv_jax._utils.arguments import check_whole
 from selconv_jax._xla.batch_norm import Statistics, batch_statistics, statistics_dtype
+from selconv_jax._xla.materialize import materialize
 from selconv_jax._xla.platforms import target_platform
-from selconv_jax._xla.stored import stored
 
 __all__ = ["channel_shift", "select", "select_with_statistics"]
 
@@ -96,13 +96,13 @@ def _interpolation_matrix(shift: jax.Array, size: int, dtype: jnp.dtype) -> jax.
     return (lower + upper).astype(dtype)
 
 
-def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None = None) -> jax.Array:
+def select(x: jax.Array, source: jax.Array, shift: jax.Array, capacity: int | None = None) -> jax.Array:
     """The input as a selective layer sees it (method, "One selective layer", step 1).
 
     Channel ``j`` of the result is ``x_j`` where ``source[j] = -1``, else the channel ``source[j]`` shifted
     by ``shift[j]``. A channel may be a shifted copy of itself: ``source[j] = j`` differs from -1.
 
-    The cost grows with the number of copies that are provided for, not with the channels. ``slots``
+    The cost grows with the number of copies that are provided for, not with the channels. ``capacity``
     fixes that number when the program is compiled; the result does not depend on it as long as it suffices.
 
     Args:
@@ -110,7 +110,7 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None 
         source: ``[C]`` int32 in ``-1 .. C - 1``.
         shift: ``[C, len(S)]`` floating, in pixels; without effect and without gradient where
             ``source`` is -1.
-        slots: Upper bound of the number of copies (entries of ``source`` other than -1); None: ``C``.
+        capacity: Upper bound of the number of copies (entries of ``source`` other than -1); None: ``C``.
             Where there are more, every copy is NaN.
 
     Returns:
@@ -122,14 +122,14 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, slots: int | None 
         >>> select(x, jnp.array([-1, 0]), jnp.array([[0.0], [1.0]]))[0].tolist()
         [[1.0, 2.0], [2.0, 2.0]]
     """
-    slots = _bound(slots, x)
-    if slots == 0:
+    capacity = _bound(capacity, x)
+    if capacity == 0:
         return _replaced(x, source >= 0, jnp.nan)
-    return _selected(x, source, shift, slots)[0]
+    return _selected(x, source, shift, capacity)[0]
 
 
 def select_with_statistics(
-    x: jax.Array, statistics: Statistics, source: jax.Array, shift: jax.Array, slots: int | None = None
+    x: jax.Array, statistics: Statistics, source: jax.Array, shift: jax.Array, capacity: int | None = None
 ) -> tuple[jax.Array, Statistics]:
     """Selects, and tells the statistics of what is selected without reading all of it.
 
@@ -138,16 +138,16 @@ def select_with_statistics(
         statistics: Those of ``x``, from `selconv_jax.nn.batch_statistics`.
         source: See `select`.
         shift: See `select`.
-        slots: See `select`.
+        capacity: See `select`.
 
     Returns:
         What `select` returns, and its statistics.
     """
-    slots = _bound(slots, x)
-    if slots == 0:
+    capacity = _bound(capacity, x)
+    if capacity == 0:
         selected, *new = (_replaced(values, source >= 0, jnp.nan) for values in (x, *statistics))
         return selected, Statistics(*new)
-    selected, copies, slot = _selected(x, source, shift, slots)
+    selected, copies, slot = _selected(x, source, shift, capacity)
 
     def placed(of_x: jax.Array, of_copies: jax.Array) -> jax.Array:
         # Products with 1 and 0, one 1 per channel: exact where the precision is.
@@ -157,12 +157,12 @@ def select_with_statistics(
     return selected, Statistics(*map(placed, statistics, batch_statistics(copies)))
 
 
-def _bound(slots: int | None, x: jax.Array) -> int:
+def _bound(capacity: int | None, x: jax.Array) -> int:
     """The number of copies that a program provides for."""
-    if slots is None:
+    if capacity is None:
         return x.shape[-1]
-    check_whole("slots", slots, 0, "a whole number of channels, at least 0, or None")
-    return min(slots, x.shape[-1])
+    check_whole("capacity", capacity, 0, "a whole number of channels, at least 0, or None")
+    return min(capacity, x.shape[-1])
 
 
 def _replaced(x: jax.Array, channels: jax.Array, value: float) -> jax.Array:
@@ -171,19 +171,19 @@ def _replaced(x: jax.Array, channels: jax.Array, value: float) -> jax.Array:
 
 
 def _selected(
-    x: jax.Array, source: jax.Array, shift: jax.Array, slots: int
+    x: jax.Array, source: jax.Array, shift: jax.Array, capacity: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The selected channels; the copies ``[N, *S, slots]``; ``[slots, C]`` bool: which channel each is."""
+    """The selected channels, the copies ``[N, *S, capacity]``, their channels as a mask ``[capacity, C]``."""
     channels = x.shape[-1]
     is_copy = source >= 0
     number = _numbers_of_copies(is_copy)
-    slot = is_copy[None, :] & (number[None, :] == jnp.arange(slots)[:, None])
+    slot = is_copy[None, :] & (number[None, :] == jnp.arange(capacity)[:, None])
     # Places that are not used read channel 0 and are written nowhere.
     # Indices are computed once, not for every pixel that a gather reads.
     origin = lax.optimization_barrier(jnp.sum(jnp.where(slot, source[None, :], 0), axis=1))
-    if slots < channels:
-        # One copy too many makes the displacement of all slots NaN: none is wrong, at no cost per pixel.
-        shift = jnp.where((number < slots)[:, None], shift, jnp.asarray(jnp.nan, shift.dtype))
+    if capacity < channels:
+        # One copy too many makes the displacement of all copies NaN: none is wrong, at no cost per pixel.
+        shift = jnp.where((number < capacity)[:, None], shift, jnp.asarray(jnp.nan, shift.dtype))
     read = jnp.where(is_copy[:, None], shift, jnp.zeros((), shift.dtype))
     displacement = jnp.dot(slot.astype(shift.dtype), read, precision=lax.Precision.HIGHEST)
     if target_platform() != "tpu":
@@ -206,7 +206,7 @@ def _numbers_of_copies(is_copy: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _gather(x: jax.Array, origin: jax.Array) -> jax.Array:
-    """The channels ``origin`` ``[slots]`` of ``x``; the gradient is a product and not a scatter."""
+    """The channels ``origin`` ``[capacity]`` of ``x``; the gradient is a product and not a scatter."""
     return _taken(x, origin)
 
 
@@ -225,14 +225,14 @@ def _replace(x: jax.Array, copies: jax.Array, source: jax.Array, slot: jax.Array
     place = jnp.sum(jnp.where(slot, jnp.arange(slot.shape[0])[:, None], 0), axis=0)  # [C]
     place = lax.optimization_barrier(place)
     is_copy = lax.expand_dims(source >= 0, range(x.ndim - 1))
-    return jnp.where(is_copy, jnp.take(stored(copies), place, axis=-1, mode="clip"), x)
+    return jnp.where(is_copy, jnp.take(materialize(copies), place, axis=-1, mode="clip"), x)
 
 
 @_replace.defjvp
 def _replace_jvp(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
     _, _, source, slot = primals
     of_x, of_copies, *_ = tangents
-    channel = jnp.sum(jnp.where(slot, jnp.arange(slot.shape[1])[None, :], 0), axis=1)  # [slots]
+    channel = jnp.sum(jnp.where(slot, jnp.arange(slot.shape[1])[None, :], 0), axis=1)  # [capacity]
     channel = lax.optimization_barrier(channel)
     # Places that are not used have read channel 0. A scatter, whose transpose is a gather.
     added = _replaced(of_copies, ~jnp.any(slot, axis=1), 0)
@@ -241,12 +241,12 @@ def _replace_jvp(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> t
 
 def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
     """Channels of ``x``; as columns of a matrix, which is the faster gather on CPU."""
-    return stored(jnp.take(_rows(x), index, axis=1, mode="clip")).reshape(*x.shape[:-1], index.shape[0])
+    return materialize(jnp.take(_rows(x), index, axis=1, mode="clip")).reshape(*x.shape[:-1], index.shape[0])
 
 
 def _added(x: jax.Array, changes: jax.Array, index: jax.Array) -> jax.Array:
     """``x`` with ``changes`` added to channels; its transpose is `_taken`."""
-    return _rows(x).at[:, index].add(stored(_rows(changes)), mode="clip").reshape(x.shape)
+    return _rows(x).at[:, index].add(materialize(_rows(changes)), mode="clip").reshape(x.shape)
 
 
 def _rows(x: jax.Array) -> jax.Array:

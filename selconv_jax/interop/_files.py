@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from selconv_jax._utils.files import check_target, write_atomically
 from selconv_jax.errors import CheckpointError
 
 __all__ = ["READABLE", "WRITABLE", "check_writable", "read_file", "write_file"]
@@ -44,13 +45,12 @@ def read_file(path: Path) -> Mapping[str, Any]:
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
 
-def check_writable(path: Path) -> None:
-    """Raises a `CheckpointError` if the suffix is unknown, or its package or the folder is missing."""
+def check_writable(path: Path, *, overwrite: bool = False) -> None:
+    """Raise a `CheckpointError` if the suffix is unknown, its package is missing, or see `check_target`."""
     _check_suffix(path, WRITABLE)
     if path.suffix == ".safetensors":
         _import_safetensors(path)
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path}: there is no folder {path.parent}; make it first.")
+    check_target(path, overwrite=overwrite)
 
 
 def write_file(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
@@ -63,17 +63,13 @@ def write_file(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
     Raises:
         CheckpointError: The file cannot be written.
     """
-    check_writable(path)
-    partial = path.with_name(f"{path.name}.partial")
+    check_writable(path, overwrite=True)
     try:
         if path.suffix == ".npz":
-            with partial.open("wb") as file:
-                np.savez(file, **dict(arrays))  # type: ignore[arg-type]
+            write_atomically(path, lambda file: np.savez(file, **dict(arrays)))  # type: ignore[arg-type]
         else:
-            _import_safetensors(path).save_file(dict(arrays), str(partial))
-        partial.replace(path)
-    except Exception as error:  # safetensors has an error type of its own, for a full disk, too
-        partial.unlink(missing_ok=True)
+            write_atomically(path, _import_safetensors(path).save(dict(arrays)))
+    except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error}).") from error
 
 

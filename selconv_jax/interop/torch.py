@@ -69,7 +69,7 @@ def load_state_dict(
 
     Returns:
         The variables, with the structure, shapes and types that ``model.init`` gives them (parameters in
-        ``param_dtype``). Take `selconv_jax.required_slots` of them before setting ``slots`` below 1.
+        ``param_dtype``). Take `selconv_jax.required_capacity` of them before setting ``capacity`` below 1.
 
     Raises:
         CheckpointError: The file cannot be read, or entries are missing, unexpected, of another shape, or
@@ -192,24 +192,26 @@ def state_dict(
 
 
 def save_state_dict(
+    path: str | os.PathLike[str],
     model: nn.Module,
     variables: Mapping[str, Any],
-    path: str | os.PathLike[str],
     *,
     image_shape: tuple[int, int, int] | None = None,
     align_corners: bool = False,
+    overwrite: bool = False,
 ) -> None:
-    """Writes `state_dict` to a file; one of that name is replaced.
+    """Writes `state_dict` to a file.
 
     Args:
+        path: Ends in ``.npz`` or ``.safetensors`` (needs the package safetensors).
         model: See `state_dict`.
         variables: See `state_dict`.
-        path: Ends in ``.npz`` or ``.safetensors`` (needs the package safetensors).
         image_shape: See `state_dict`.
         align_corners: See `state_dict`.
+        overwrite: Replace a file that is there.
 
     Raises:
-        CheckpointError: The file cannot be written, or the suffix is another.
+        CheckpointError: The file is there already, cannot be written, or has another suffix.
         ConfigError: The variables are not those of the network.
 
     Example:
@@ -218,11 +220,11 @@ def save_state_dict(
         >>> model = DenseNet(num_classes=10, blocks=(1,), growth=4, variant="plain")
         >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)), train=False)
         >>> path = pathlib.Path(tempfile.mkdtemp(), "weights.npz")
-        >>> save_state_dict(model, variables, path)
+        >>> save_state_dict(path, model, variables)
         >>> sorted(load_state_dict(model, path))
         ['batch_stats', 'params']
     """
-    check_writable(Path(path))
+    check_writable(Path(path), overwrite=overwrite)
     arrays = state_dict(model, variables, image_shape=image_shape, align_corners=align_corners)
     write_file(Path(path), arrays)
 

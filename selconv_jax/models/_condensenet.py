@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from selconv_jax._xla.batch_norm import Statistics, batch_statistics
 from selconv_jax.errors import ConfigError
+from selconv_jax.models._network import Network
 from selconv_jax.models._parts import (
     Classifier,
     Stem,
@@ -18,12 +19,12 @@ from selconv_jax.models._parts import (
     check_whole,
     selective_conv,
 )
-from selconv_jax.nn._layers import PlainConv
+from selconv_jax.nn._layers import BatchNormReLUConv
 
 __all__ = ["CondenseNet"]
 
 
-class CondenseNet(nn.Module):
+class CondenseNet(Network):
     """Densely connected network that grows faster from block to block, with grouped 3x3 convolutions.
 
     Every layer is a 1x1 convolution to ``4 * growth`` channels (gated, with dropout) and a plain 3x3 one in
@@ -37,7 +38,7 @@ class CondenseNet(nn.Module):
         groups: Groups of the 3x3 convolutions.
         stem: First convolution, see `parts.STEMS`.
         variant: ``"plain"``, ``"gate_only"`` or ``"selective"``.
-        slots: See `selconv_jax.SelectiveConv`.
+        capacity: See `selconv_jax.SelectiveConv`.
         dropout_rate: Dropout before the 1x1 convolutions.
         dtype: Type of the computation; None: that of the input.
         param_dtype: Type of the parameters.
@@ -59,7 +60,7 @@ class CondenseNet(nn.Module):
     groups: int = 4
     stem: str = "cifar"
     variant: str = "gate_only"
-    slots: float = 1.0
+    capacity: float = 1.0
     dropout_rate: float = 0.1
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -93,7 +94,7 @@ class CondenseNet(nn.Module):
                     growth,
                     self.groups,
                     self.variant,
-                    self.slots,
+                    self.capacity,
                     self.dropout_rate,
                     **types,
                     name=f"block{index}_layer{layer}",
@@ -107,7 +108,7 @@ class _Layer(nn.Module):
     growth: int
     groups: int
     variant: str
-    slots: float
+    capacity: float
     dropout_rate: float
     dtype: Any
     param_dtype: Any
@@ -120,14 +121,14 @@ class _Layer(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         y = selective_conv(
             self.variant,
-            self.slots,
+            self.capacity,
             features=4 * self.growth,
             kernel_size=(1, 1),
             dropout_rate=self.dropout_rate,
             **types,
             name="conv1",
         )(x, train, statistics)
-        y = PlainConv(
+        y = BatchNormReLUConv(
             self.growth, kernel_size=(3, 3), feature_group_count=self.groups, **types, name="conv2"
         )(y, train)
         return append_features(x, statistics, y)

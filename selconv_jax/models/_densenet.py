@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from selconv_jax._xla.batch_norm import Statistics, batch_statistics
 from selconv_jax.errors import ConfigError
+from selconv_jax.models._network import Network
 from selconv_jax.models._parts import (
     Classifier,
     Stem,
@@ -24,7 +25,7 @@ from selconv_jax.models._parts import (
 __all__ = ["DenseNet"]
 
 
-class DenseNet(nn.Module):
+class DenseNet(Network):
     """DenseNet (bottleneck 4, compression 1) or DenseNet-BC (compression below 1).
 
     Every layer of a block is a 1x1 convolution to ``4 * growth`` channels (selective) and a 3x3 one to
@@ -37,7 +38,7 @@ class DenseNet(nn.Module):
         compression: Share of the channels that a transition between blocks keeps; 1 has no transition.
         stem: First convolution, see `parts.STEMS`.
         variant: ``"plain"``, ``"selective"``, or ``"gate_only"`` (de-allocation without re-allocation).
-        slots: See `selconv_jax.SelectiveConv`.
+        capacity: See `selconv_jax.SelectiveConv`.
         dropout_rate: Dropout before every convolution of the blocks.
         dtype: Type of the computation; None: that of the input.
         param_dtype: Type of the parameters.
@@ -59,7 +60,7 @@ class DenseNet(nn.Module):
     compression: float = 1.0
     stem: str = "cifar"
     variant: str = "selective"
-    slots: float = 1.0
+    capacity: float = 1.0
     dropout_rate: float = 0.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -84,7 +85,7 @@ class DenseNet(nn.Module):
                 x, statistics = DenseLayer(
                     self.growth,
                     self.variant,
-                    self.slots,
+                    self.capacity,
                     self.dropout_rate,
                     **types,
                     name=f"block{index}_layer{layer}",
@@ -96,7 +97,7 @@ class DenseNet(nn.Module):
                 channels = int(channels * self.compression)
                 x = selective_conv(
                     self.variant,
-                    self.slots,
+                    self.capacity,
                     features=channels,
                     kernel_size=(1, 1),
                     dropout_rate=self.dropout_rate,
@@ -112,7 +113,7 @@ class DenseLayer(nn.Module):
 
     growth: int
     variant: str
-    slots: float
+    capacity: float
     dropout_rate: float
     dtype: Any
     param_dtype: Any
@@ -129,7 +130,7 @@ class DenseLayer(nn.Module):
         }
         y = selective_conv(
             self.variant,
-            self.slots,
+            self.capacity,
             features=4 * self.growth,
             kernel_size=(1, 1),
             **common,

@@ -11,10 +11,10 @@ from flax.linen.dtypes import promote_dtype
 
 from selconv_jax._xla.batch_norm import Statistics, batch_statistics, join_statistics, statistics_dtype
 from selconv_jax._xla.convolution import convolve
+from selconv_jax._xla.materialize import materialize
 from selconv_jax._xla.platforms import target_platform
-from selconv_jax._xla.stored import stored
 from selconv_jax.errors import ConfigError, nearest
-from selconv_jax.nn._layers import BatchNormReLU, PlainConv, SelectiveConv, fan_out_normal
+from selconv_jax.nn._layers import BatchNormReLU, BatchNormReLUConv, SelectiveConv, fan_out_normal
 
 __all__ = [
     "STEMS",
@@ -111,16 +111,18 @@ class Classifier(nn.Module):
         return logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)
 
 
-def selective_conv(variant: str, slots: float, **arguments: Any) -> PlainConv:
+def selective_conv(variant: str, capacity: float, **arguments: Any) -> BatchNormReLUConv:
     """A layer that the method makes selective, in the given variant of a network."""
     if variant == "plain":
-        return PlainConv(**arguments)
-    return SelectiveConv(gate_only=variant == "gate_only", slots=slots, **arguments)
+        return BatchNormReLUConv(**arguments)
+    return SelectiveConv(gate_only=variant == "gate_only", capacity=capacity, **arguments)
 
 
-def gated_conv(variant: str, **arguments: Any) -> PlainConv:
+def gated_conv(variant: str, **arguments: Any) -> BatchNormReLUConv:
     """A layer that the method makes gate-only, in the given variant of a network."""
-    return PlainConv(**arguments) if variant == "plain" else SelectiveConv(gate_only=True, **arguments)
+    return (
+        BatchNormReLUConv(**arguments) if variant == "plain" else SelectiveConv(gate_only=True, **arguments)
+    )
 
 
 def average_pool(x: jax.Array) -> jax.Array:
@@ -171,7 +173,7 @@ def append_channels(x: jax.Array, y: jax.Array) -> jax.Array:
     # As rows of channels: the CPU compiler joins arrays of more dimensions in one thread.
     rows = [part.reshape(math.prod(part.shape[:-1]), part.shape[-1]) for part in (x, y)]
     joined = jnp.concatenate(rows, axis=-1)
-    return stored(joined.reshape(*x.shape[:-1], joined.shape[-1]))
+    return materialize(joined.reshape(*x.shape[:-1], joined.shape[-1]))
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from selconv_jax.errors import ConfigError
+from selconv_jax.models._network import Network
 from selconv_jax.models._parts import (
     Classifier,
     Stem,
@@ -24,7 +25,7 @@ __all__ = ["Pointwise"]
 _SHIFT_RANGE = 1.5
 
 
-class Pointwise(nn.Module):
+class Pointwise(Network):
     """A chain of 1x1 convolutions with average pools between the blocks and one over all that is left.
 
     Plain, it sees of an image what its pools leave: the order of the pixels within a pool's cell is lost to
@@ -41,7 +42,7 @@ class Pointwise(nn.Module):
             of a new network are alike, so the first ones are taken. Needs the selective variant.
         stem: First convolution, see `parts.STEMS`; stride and pool are taken from there.
         variant: ``"plain"``, ``"selective"``, or ``"gate_only"`` (de-allocation without re-allocation).
-        slots: See `selconv_jax.SelectiveConv`.
+        capacity: See `selconv_jax.SelectiveConv`.
         dtype: Type of the computation; None: that of the input.
         param_dtype: Type of the parameters.
 
@@ -65,7 +66,7 @@ class Pointwise(nn.Module):
     shifted: float = 0.0
     stem: str = "cifar"
     variant: str = "selective"
-    slots: float = 1.0
+    capacity: float = 1.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -103,7 +104,7 @@ class Pointwise(nn.Module):
                 is_last = index + 1 == layers and block + 1 < len(self.blocks)
                 layer = selective_conv(
                     self.variant,
-                    self.slots,
+                    self.capacity,
                     features=self.widths[block + is_last],
                     kernel_size=(self.kernel_size, self.kernel_size),
                     **types,

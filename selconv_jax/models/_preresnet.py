@@ -7,13 +7,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from selconv_jax.models._network import Network
 from selconv_jax.models._parts import Classifier, Stem, check_network, check_whole
 from selconv_jax.models._residual import residual_blocks
 
 __all__ = ["PreResNet"]
 
 
-class PreResNet(nn.Module):
+class PreResNet(Network):
     """Pre-activation ResNet: 1x1 (selective), 3x3 (gate-only) and 1x1 (selective) around a shortcut.
 
     Block ``i`` (from 0) has ``p = width * 2 ** i`` channels inside its bottlenecks and ``4 p`` between them;
@@ -25,7 +26,7 @@ class PreResNet(nn.Module):
         width: Channels of the stem; None: 64 on ImageNet's stem, 16 on the others.
         stem: First convolution, see `parts.STEMS`.
         variant: ``"plain"``, ``"selective"``, or ``"gate_only"`` (de-allocation without re-allocation).
-        slots: See `selconv_jax.SelectiveConv`.
+        capacity: See `selconv_jax.SelectiveConv`.
         dtype: Type of the computation; None: that of the input.
         param_dtype: Type of the parameters.
 
@@ -45,7 +46,7 @@ class PreResNet(nn.Module):
     width: int | None = None
     stem: str = "cifar"
     variant: str = "selective"
-    slots: float = 1.0
+    capacity: float = 1.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -68,7 +69,7 @@ class PreResNet(nn.Module):
             widths=widths,
             features=[4 * width for width in widths],
             variant=self.variant,
-            slots=self.slots,
+            capacity=self.capacity,
             **types,
         )
         return Classifier(self.num_classes, **types, name="classifier")(x, train)

@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from selconv_jax._xla.stored import stored
+from selconv_jax._xla.materialize import materialize
 from selconv_jax.models._parts import average_pool, gated_conv, selective_conv
-from selconv_jax.nn._layers import PlainConv
+from selconv_jax.nn._layers import BatchNormReLUConv
 
 __all__ = ["Bottleneck", "residual_blocks"]
 
@@ -25,7 +25,7 @@ class Bottleneck(nn.Module):
         features: Channels of the sum, at least those of the input.
         groups: Groups of the 3x3 convolution.
         variant: See `parts.VARIANTS`.
-        slots: See `selconv_jax.SelectiveConv`.
+        capacity: See `selconv_jax.SelectiveConv`.
         dtype: Type of the computation.
         param_dtype: Type of the parameters.
     """
@@ -34,7 +34,7 @@ class Bottleneck(nn.Module):
     features: int
     groups: int
     variant: str
-    slots: float
+    capacity: float
     dtype: Any
     param_dtype: Any
 
@@ -44,17 +44,19 @@ class Bottleneck(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         pointwise = {"kernel_size": (1, 1), **types}
         window = {"features": self.width, "kernel_size": (3, 3), **types, "name": "conv2"}
-        y = selective_conv(self.variant, self.slots, features=self.width, **pointwise, name="conv1")(x, train)
+        y = selective_conv(self.variant, self.capacity, features=self.width, **pointwise, name="conv1")(
+            x, train
+        )
         if self.groups == 1:
             y = gated_conv(self.variant, **window)(y, train)
         else:
-            y = PlainConv(feature_group_count=self.groups, **window)(y, train)
-        y = selective_conv(self.variant, self.slots, features=self.features, **pointwise, name="conv3")(
+            y = BatchNormReLUConv(feature_group_count=self.groups, **window)(y, train)
+        y = selective_conv(self.variant, self.capacity, features=self.features, **pointwise, name="conv3")(
             y, train
         )
         grown = y.shape[-1] - x.shape[-1]  # which a compacted network has fewer of
         y = y + jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, grown))).astype(y.dtype)
-        return stored(y)
+        return materialize(y)
 
 
 def residual_blocks(

@@ -7,13 +7,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from selconv_jax.models._network import Network
 from selconv_jax.models._parts import Classifier, Stem, check_network, check_whole
 from selconv_jax.models._residual import residual_blocks
 
 __all__ = ["ResNeXt"]
 
 
-class ResNeXt(nn.Module):
+class ResNeXt(Network):
     """ResNeXt: 1x1 (selective), grouped 3x3 (plain) and 1x1 (selective) around a shortcut.
 
     Block ``i`` (from 0) has ``groups * base_width * 2 ** i`` channels inside its bottlenecks and
@@ -28,7 +29,7 @@ class ResNeXt(nn.Module):
         widen: Multiple of 64 that the first block's bottlenecks end with.
         stem: First convolution, see `parts.STEMS`.
         variant: ``"plain"``, ``"selective"``, or ``"gate_only"`` (de-allocation without re-allocation).
-        slots: See `selconv_jax.SelectiveConv`.
+        capacity: See `selconv_jax.SelectiveConv`.
         dtype: Type of the computation; None: that of the input.
         param_dtype: Type of the parameters.
 
@@ -50,7 +51,7 @@ class ResNeXt(nn.Module):
     widen: int = 4
     stem: str = "cifar"
     variant: str = "selective"
-    slots: float = 1.0
+    capacity: float = 1.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -72,7 +73,7 @@ class ResNeXt(nn.Module):
             features=[64 * self.widen * 2**index for index in range(len(self.blocks))],
             groups=self.groups,
             variant=self.variant,
-            slots=self.slots,
+            capacity=self.capacity,
             **types,
         )
         return Classifier(self.num_classes, **types, name="classifier")(x, train)

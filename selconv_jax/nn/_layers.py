@@ -24,19 +24,17 @@ from selconv_jax.errors import ConfigError
 from selconv_jax.functional._groups import without_rows
 from selconv_jax.functional._shift import select, select_with_statistics
 
-__all__ = ["BatchNormReLU", "PlainConv", "SelectiveConv", "check_slots", "fan_out_normal"]
+__all__ = ["BatchNormReLU", "BatchNormReLUConv", "SelectiveConv", "check_capacity", "fan_out_normal"]
 
 Array = jax.Array
 Initializer = Callable[..., Any]
 _Selected = tuple[Array, Array, Statistics | None]
 
-_PUBLISHED_TOP_K = 3
-
 # Normal with standard deviation sqrt(2 / (kh * kw * O)); method, "One selective layer".
 fan_out_normal: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-class PlainConv(nn.Module):
+class BatchNormReLUConv(nn.Module):
     """Batch norm, ReLU, dropout and convolution without bias: the plain twin of `SelectiveConv`.
 
     Variables, with ``C`` input channels: ``params`` kernel ``[*kernel_size, C / groups, features]``, scale
@@ -172,23 +170,21 @@ class PlainConv(nn.Module):
         return x, kernel, statistics
 
 
-class SelectiveConv(PlainConv):
+class SelectiveConv(BatchNormReLUConv):
     """Selective convolution: channel selection, batch norm, ReLU, dropout, gate, convolution.
 
     Computes the forward pass of the method's "One selective layer". It never rewrites its allocation;
     `selconv_jax.reallocate` does, for all such layers of a model at once.
 
-    Variables beside those of `PlainConv`: ``selectivity`` gate ``[C]`` bool and source ``[C]`` int32 (-1:
-    the channel reads itself); ``params`` shift ``[C, len(kernel_size)]`` in pixels, row first. A gate-only
-    layer has the gate alone: closed channels are never given away. How many channels compete for the slots
-    is a setting of the round, not of the layer: `selconv_jax.Allocation.top_k`.
+    Variables beside those of `BatchNormReLUConv`: ``selectivity`` gate ``[C]`` bool and source ``[C]`` int32
+    (-1: the channel reads itself); ``params`` shift ``[C, len(kernel_size)]`` in pixels, row first. A
+    gate-only layer has the gate alone: closed channels are never given away. How many channels compete for
+    the slots is a setting of the round, not of the layer: `selconv_jax.AllocationRule.top_k`.
 
     Attributes:
-        top_k: In the method's words, 0 is ``gate_only=True``, and 3 (published) or None is not. A layer
-            knows no other number: it is a setting of the round.
         slots: Share of the channels that the compiled program provides for copies, in [0, 1]. The
             result is the same for any share that is large enough, the cost grows with it; at 0 the
-            program is that of the plain layer. `selconv_jax.required_slots` tells what a model needs. With
+            program is that of the plain layer. `selconv_jax.required_capacity` tells what a model needs. With
             more copies than that, a layer raises a `selconv_jax.ConfigError` where it knows them, and
             computes NaN where they are traced.
         gate_only: The layer closes channels and never copies any.
@@ -204,18 +200,12 @@ class SelectiveConv(PlainConv):
         ((2, 6, 6, 8), ['gate', 'source'])
     """
 
-    top_k: int | None = None
-    slots: float = 1.0
+    capacity: float = 1.0
     gate_only: bool = False
 
     def __post_init__(self) -> None:
-        if self.top_k not in (None, 0, _PUBLISHED_TOP_K):
-            raise ConfigError(
-                f"top_k is {self.top_k}; of a layer it can only be 0, which makes it gate-only. How many "
-                "channels compete for slots is said when re-allocating: selconv_jax.Allocation(top_k=...)."
-            )
         check_number(
-            "slots", self.slots, lambda share: 0.0 <= share <= 1.0, "a share of the channels in [0, 1]"
+            "capacity", self.capacity, lambda share: 0.0 <= share <= 1.0, "a share of the channels in [0, 1]"
         )
         super().__post_init__()
 
@@ -224,35 +214,36 @@ class SelectiveConv(PlainConv):
         channels = x.shape[-1]
         gate = self.variable("selectivity", "gate", jnp.ones, (channels,), jnp.bool_)
         kernel = without_rows(kernel, ~gate.value)
-        if self.gate_only or self.top_k == 0:
+        if self.gate_only:
             return x, kernel, statistics
         source = self.variable("selectivity", "source", jnp.full, (channels,), -1, jnp.int32).value
         shift = self.param("shift", nn.initializers.zeros, (channels, x.ndim - 2), self.param_dtype)
         if not isinstance(source, jax.core.Tracer) and getattr(source, "is_fully_addressable", True):
             copies = int(np.count_nonzero(np.asarray(source) >= 0))
-            check_slots("/".join(self.path) or type(self).__name__, self.slots, channels, copies)
-        slots = math.ceil(self.slots * channels)
-        if slots == 0:
+            check_capacity("/".join(self.path) or type(self).__name__, self.capacity, channels, copies)
+        capacity = math.ceil(self.capacity * channels)
+        if capacity == 0:
             # Copies without a slot make the sum NaN, where it costs nothing per pixel.
             return x, without_rows(kernel, source >= 0, jnp.nan), statistics
         if statistics is None:
-            return select(x, source, shift, slots), kernel, None
-        x, statistics = select_with_statistics(x, statistics, source, shift, slots)
+            return select(x, source, shift, capacity), kernel, None
+        x, statistics = select_with_statistics(x, statistics, source, shift, capacity)
         return x, kernel, statistics
 
 
-def check_slots(name: str, slots: float, channels: int, copies: int) -> None:
-    """Raises a `ConfigError` if a layer has more copies than its ``slots`` provide for."""
-    if copies > math.ceil(slots * channels):
+def check_capacity(name: str, capacity: float, channels: int, copies: int) -> None:
+    """Raises a `ConfigError` if a layer has more copies than its ``capacity`` provide for."""
+    room = math.ceil(capacity * channels)
+    if copies > room:
         raise ConfigError(
-            f"layer {name!r}: slots is {slots}, which provides for {math.ceil(slots * channels)} copies, but "
-            f"{copies} of its {channels} channels are copies. Take model.clone(slots=s) with s of at least "
-            "selconv_jax.required_slots(variables)."
+            f"layer {name!r}: capacity is {capacity}, which provides for {room} copies, but {copies} of its "
+            f"{channels} channels are copies. Take model.clone(capacity=c) with c of at least "
+            "selconv_jax.required_capacity(variables)."
         )
 
 
 class BatchNormReLU(nn.Module):
-    """Batch norm and ReLU alone, as at the end of a network; the same variables as in `PlainConv`.
+    """Batch norm and ReLU alone, as at the end of a network; the same variables as in `BatchNormReLUConv`.
 
     Attributes:
         momentum: Share of the running statistics that survives a step.
@@ -270,12 +261,12 @@ class BatchNormReLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool, statistics: Statistics | None = None) -> Array:
-        """Normalizes ``[N, *S, C]`` and clips it at 0, see `PlainConv.__call__`."""
+        """Normalizes ``[N, *S, C]`` and clips it at 0, see `BatchNormReLUConv.__call__`."""
         return _batch_norm_relu(self, x, train, statistics)
 
 
 def _batch_norm_relu(
-    module: PlainConv | BatchNormReLU, x: Array, train: bool, statistics: Statistics | None
+    module: BatchNormReLUConv | BatchNormReLU, x: Array, train: bool, statistics: Statistics | None
 ) -> Array:
     """Batch norm and ReLU with the variables of ``module``; moves the running ones in training."""
     channels = (x.shape[-1],)
@@ -295,7 +286,7 @@ def _batch_norm_relu(
     return batch_norm_relu(x, mean, var, scale, bias, module.epsilon)
 
 
-def _check_normalization(module: PlainConv | BatchNormReLU) -> None:
+def _check_normalization(module: BatchNormReLUConv | BatchNormReLU) -> None:
     check_number("momentum", module.momentum, lambda share: 0.0 <= share <= 1.0, "in [0, 1]")
     check_number(
         "epsilon", module.epsilon, lambda value: 0.0 <= value < math.inf, "a finite number, at least 0"

@@ -30,7 +30,7 @@ def linen_variables(module: nnx.Module) -> dict[str, Any]:
         >>> from flax import nnx
         >>> layer = nnx.bridge.ToNNX(selconv_jax.SelectiveConv(4, (3, 3)), rngs=nnx.Rngs(0))
         >>> layer = layer.lazy_init(jnp.ones((1, 8, 8, 16)), train=False)
-        >>> allocation = selconv_jax.Allocation(threshold=0.1)
+        >>> allocation = selconv_jax.AllocationRule(threshold=0.1)
         >>> variables, report = selconv_jax.reallocate(linen_variables(layer), jax.random.key(0), allocation)
         >>> update_module(layer, variables)
         >>> int((layer.source[...] >= 0).sum()) == report.reallocated > 0

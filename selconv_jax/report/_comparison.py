@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selconv_jax.errors import SelconvError
-from selconv_jax.report._records import best_index, require_records, series
+from selconv_jax.report._history import best_index, require_records, series
 from selconv_jax.report._statistics import Spread, spread
 
 __all__ = ["ConfigurationResults", "comparison_table", "run_numbers"]
@@ -21,7 +21,7 @@ _COLUMNS = (
     ("test_accuracy", "test\nacc. %", 100, ".2f"),
     ("test_error", "test\nerror %", 100, ".2f"),
     ("best_test_accuracy", "test at\nbest %", 100, ".2f"),
-    ("closed", "\nclosed", 1, ",.1f"),
+    ("deallocated", "\nclosed", 1, ",.1f"),
     ("reallocated", "re-allo-\ncated", 1, ",.1f"),
     ("images_per_second", "images\nper s", 1, ",.0f"),
 )
@@ -106,7 +106,7 @@ def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]
         "validation_accuracy": last("validation_accuracy"),
         "best_test_accuracy": None if best is None else float(records[best]["test_accuracy"]),
         "best_epoch": None if best is None else float(records[best]["epoch"]),
-        "closed": over_epochs("closed", np.nansum),
+        "deallocated": over_epochs("deallocated", np.nansum),
         "reallocated": over_epochs("reallocated", np.nansum),
         "copies": last("copies"),
         "open_channels": last("open_channels"),

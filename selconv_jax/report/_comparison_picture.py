@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from selconv_jax.errors import SelconvError
 from selconv_jax.report._comparison import ConfigurationResults
 from selconv_jax.report._comparison_differences import MARK, number_differences
-from selconv_jax.report._records import series
+from selconv_jax.report._history import series
 from selconv_jax.report._statistics import spread
 from selconv_jax.report._style import INK, heading, new_figure, styled
 

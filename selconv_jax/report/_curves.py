@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from selconv_jax.report._records import best_index, last_change, require_records, series
+from selconv_jax.report._history import best_index, last_change, require_records, series
 from selconv_jax.report._style import CLOSED, COPY, INK, OWN, heading, new_figure, styled
 
 __all__ = ["learning_curves"]
@@ -171,10 +171,10 @@ def _draw_states(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDArr
 
 def _draw_changes(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDArray[np.float64]) -> None:
     """Narrow bars before wide ones: most closed channels are re-allocated at once, the two nearly agree."""
-    closed = np.nan_to_num(series(records, "closed"))
+    closed = np.nan_to_num(series(records, "deallocated"))
     reallocated = np.nan_to_num(series(records, "reallocated"))
     handles: list[Artist | Container] = [
-        axes.bar(epochs, closed, 1.0, color="#B0B0B0", label="closed", linewidth=0)
+        axes.bar(epochs, closed, 1.0, color="#B0B0B0", label="de-allocated", linewidth=0)
     ]
     if reallocated.any():
         handles.append(axes.bar(epochs, reallocated, 0.5, color=COPY, label="re-allocated", linewidth=0))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from selconv_jax._utils.files import write_atomically
 from selconv_jax.errors import ConfigError
 from selconv_jax.report._style import styled
 
@@ -16,8 +17,7 @@ __all__ = ["save_figure"]
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure as PNG, atomically; equal figures give equal bytes.
 
-    The picture is drawn in memory, written beside its destination and moved there, so that an
-    interrupted or failed call leaves the file that was there before. The metadata is fixed: neither
+    An interrupted or failed call leaves the file that was there before. The metadata is fixed: neither
     the date nor the version of the drawing library gets into the file.
 
     Args:
@@ -37,9 +37,4 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": "selconv_jax"})
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(picture.getvalue())
-        beside.replace(path)  # os.replace: atomic within one folder
-    finally:
-        beside.unlink(missing_ok=True)
+    write_atomically(path, picture.getvalue())

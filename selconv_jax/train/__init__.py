@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     )
     from selconv_jax.train._loop import NonFiniteLossError, evaluate_run, resume_run, train_run
     from selconv_jax.train._metrics import read_metrics
-    from selconv_jax.train._opening import restore_run
+    from selconv_jax.train._run_setup import restore_run
     from selconv_jax.train._state import TrainState
     from selconv_jax.train._trainer import Trainer
 

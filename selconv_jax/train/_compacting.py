@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
+from selconv_jax._utils.files import check_target
 from selconv_jax.analysis._counting import count_multiply_adds, count_parameters
 from selconv_jax.compaction import Compact, CompactionPlan, save_compact
-from selconv_jax.compaction._files import check_target
-from selconv_jax.train._opening import restore_run
+from selconv_jax.train._epoch_record import evaluation_metrics
 from selconv_jax.train._program import Program
-from selconv_jax.train._record import evaluation_metrics
+from selconv_jax.train._run_setup import restore_run
 from selconv_jax.train._state import TrainState
 from selconv_jax.transforms._layer_tree import layer_states
 

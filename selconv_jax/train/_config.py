@@ -16,7 +16,7 @@ from selconv_jax.errors import ConfigError, check_value, nearest
 from selconv_jax.models import MODELS
 from selconv_jax.train._config_text import apply_override, hint, remedy
 from selconv_jax.train._data_config import DataConfig
-from selconv_jax.transforms._reallocation import Allocation
+from selconv_jax.transforms._reallocation import AllocationRule
 from selconv_jax.transforms._schedule import ReallocationSchedule
 
 __all__ = [
@@ -51,7 +51,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AllocationConfig:
-    """``[allocation]``: see `selconv_jax.Allocation` and `selconv_jax.ReallocationSchedule`.
+    """``[allocation]``: see `selconv_jax.AllocationRule` and `selconv_jax.ReallocationSchedule`.
 
     Attributes:
         threshold: Share of the damage that a round may lose by closing channels, in [0, 1].
@@ -82,9 +82,9 @@ class AllocationConfig:
         _ = self.allocation, self.schedule  # their constructors check the values
 
     @property
-    def allocation(self) -> Allocation:
+    def allocation(self) -> AllocationRule:
         """How a round decides."""
-        return Allocation(
+        return AllocationRule(
             threshold=self.threshold,
             top_k=self.top_k,
             max_copies=self.max_copies,

@@ -16,7 +16,7 @@ from selconv_jax.train._classification import classification_totals
 from selconv_jax.train._distributed.sharding import BATCH_AXES, Placement
 from selconv_jax.train._state import Totals
 
-__all__ = ["BatchNormScope", "Examples", "Mixture", "Seen", "of_batch", "of_micro_batches"]
+__all__ = ["BatchNormScope", "Examples", "Mixture", "Seen", "accumulated_gradients", "batch_gradients"]
 
 Array = jax.Array
 BatchNormScope: TypeAlias = Literal["global", "per_device"]
@@ -66,7 +66,7 @@ class Seen:
     totals: Totals
 
 
-def of_batch(
+def batch_gradients(
     model: nn.Module,
     variables: Any,
     examples: Examples,
@@ -83,7 +83,7 @@ def of_batch(
         variables: Its variables.
         examples: The batch.
         dropout_key: A PRNG key.
-        micro_batches: See `of_micro_batches`.
+        micro_batches: See `accumulated_gradients`.
         placement: The devices; None: one.
         batch_norm: ``"global"``: the statistics are those of the whole (micro-)batch, wherever its examples
             lie, which takes messages between devices in every layer, forward and back. ``"per_device"``: each
@@ -95,7 +95,7 @@ def of_batch(
     """
 
     def local(variables: Any, examples: Examples, dropout_key: Array) -> tuple[Any, Seen]:
-        return of_micro_batches(model, variables, examples, dropout_key, micro_batches, placement)
+        return accumulated_gradients(model, variables, examples, dropout_key, micro_batches, placement)
 
     if batch_norm == "global" or placement is None or placement.mesh.size == 1:
         return local(variables, examples, dropout_key)
@@ -104,7 +104,7 @@ def of_batch(
 
     def of_device(variables: Any, examples: Examples, key_data: Array) -> tuple[Any, Seen]:
         key = jax.random.fold_in(jax.random.wrap_key_data(key_data), jax.lax.axis_index(BATCH_AXES))
-        grads, seen = of_micro_batches(model, variables, examples, key, micro_batches)
+        grads, seen = accumulated_gradients(model, variables, examples, key, micro_batches)
         grads, batch_stats = jax.tree.map(lambda leaf: leaf / devices, (grads, seen.batch_stats))
         return _sum_of_devices(grads), _sum_of_devices(Seen(batch_stats, seen.totals))
 
@@ -115,7 +115,7 @@ def of_batch(
     )(variables, examples, jax.random.key_data(dropout_key))
 
 
-def of_micro_batches(
+def accumulated_gradients(
     model: nn.Module,
     variables: Any,
     examples: Examples,

@@ -13,14 +13,14 @@ from rich.console import Console
 from selconv_jax.data._dataset import DatasetInfo, ImageData
 from selconv_jax.data._stream import StreamedData
 from selconv_jax.errors import SelconvError
-from selconv_jax.train import _opening as opening
+from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 from selconv_jax.train._config import Config
 from selconv_jax.train._distributed.agreement import check_same_state, first_decides, is_first, together
+from selconv_jax.train._epoch_record import channel_counts, evaluation_metrics, sentence
 from selconv_jax.train._metrics import MetricsLog, read_metrics
 from selconv_jax.train._program import Program
 from selconv_jax.train._progress import Display, ProgressDisplay
-from selconv_jax.train._record import channel_counts, evaluation_metrics, sentence
 from selconv_jax.train._signals import StopRequest, stop_request
 from selconv_jax.train._state import TrainState
 from selconv_jax.train._trainer import Trainer
@@ -47,8 +47,8 @@ class Host:
         self.console = console
 
     def prepare(self, config: Config) -> tuple[Trainer, ImageData | StreamedData]:
-        """Its compiled functions and its images, see `opening.prepare`."""
-        return opening.prepare(config)
+        """Its compiled functions and its images, see `run_setup.prepare`."""
+        return run_setup.prepare(config)
 
     def display(self, trainer: Trainer, step: int) -> Display:
         """Where its progress is shown, from a step on."""
@@ -81,7 +81,7 @@ def train_run(config: Config, workdir: Path, console: Console, host: Host | None
     host = host or Host(console)
     trainer, data = host.prepare(config)
     together(lambda: check_free(workdir) if is_first() else None)
-    with opening.claimed(workdir, make=True), opening.open_store(config, workdir) as store:
+    with run_setup.claimed(workdir, make=True), run_setup.open_store(config, workdir) as store:
         # Not before: another job may have been about to make its run here.
         together(lambda: create_workdir(workdir, config) if is_first() else None)
         host.say(f"run in {workdir}")
@@ -106,11 +106,11 @@ def resume_run(
         SelconvError: Something the user can mend.
     """
     host = host or Host(console)
-    config = opening.read_again(workdir, overrides)
-    trainer, data = opening.prepare_again(config, host.prepare)
-    with opening.claimed(workdir), opening.open_store(config, workdir) as store:
+    config = run_setup.read_again(workdir, overrides)
+    trainer, data = run_setup.prepare_again(config, host.prepare)
+    with run_setup.claimed(workdir), run_setup.open_store(config, workdir) as store:
         if first_decides(bool(store.steps())):
-            restored = opening.restore(store, trainer)
+            restored = run_setup.restore(store, trainer)
             for note in restored.skipped:
                 host.say(f"skipped: {note}")
             state = restored.state
@@ -137,7 +137,7 @@ def evaluate_run(
     Raises:
         SelconvError: Something the user can mend.
     """
-    trainer, info, step, state = opening.restore_run(workdir, step, overrides)
+    trainer, info, step, state = run_setup.restore_run(workdir, step, overrides)
     # As after the epoch that the checkpoint belongs to.
     epoch = max(step - 1, 0) // trainer.steps_per_epoch
     metrics = evaluation_metrics(trainer, state, trainer.program(state, epoch), info)
@@ -263,7 +263,7 @@ class _Run:
         step = int(state.step)
         if state.selectivity and trainer.next_round(step) == step:
             state = self._reallocate(state)
-        closed, reallocated = jax.device_get(state.changed).tolist()
+        deallocated, reallocated = jax.device_get(state.changed).tolist()
         record: dict[str, Any] = {
             "epoch": epoch + 1,
             "train_loss": float(train.loss) / int(train.count),
@@ -271,7 +271,7 @@ class _Run:
             **metrics,
             "learning_rate": trainer.learning_rate(step - 1),
             "images_per_second": speed,
-            "closed": closed,
+            "deallocated": deallocated,
             "reallocated": reallocated,
             **channel_counts(state),
         }

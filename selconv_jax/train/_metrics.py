@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from selconv_jax._utils.files import write_atomically
 from selconv_jax.errors import DataError
 from selconv_jax.train._events import EventLog
 
@@ -81,10 +82,8 @@ class MetricsLog:
     ) -> None:
         self._path = path
         self.records = [record for record in read_metrics(path) if record["epoch"] <= epochs_done]
-        temporary = path.with_name(f".{path.name}.new")
         try:
-            temporary.write_text("".join(map(_line, self.records)), encoding="utf-8")
-            temporary.replace(path)
+            write_atomically(path, "".join(map(_line, self.records)))
         except OSError as error:
             raise _unwritable(path, error) from None
         # Events of dropped epochs stay in the older files; TensorBoard no longer shows them.

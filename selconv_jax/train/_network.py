@@ -14,12 +14,12 @@ _SET_ELSEWHERE = {
     "variant": "it is model.variant",
     "dtype": "it is model.dtype",
     "param_dtype": "parameters are float32",
-    "slots": "it follows from the allocation",
+    "capacity": "it follows from the allocation",
 }
 
 
 def make_network(config: ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The network of a run, for no particular number of slots.
+    """The network of a run, for no particular capacity.
 
     Args:
         config: The section ``[model]`` of the run.

@@ -7,10 +7,10 @@ from typing import Any
 
 from selconv_jax.compaction import plan_compaction
 
-__all__ = ["SLOT_BUCKETS", "Program", "bucket_program", "frozen_program"]
+__all__ = ["CAPACITIES", "Program", "bucket_program", "frozen_program"]
 
 # Shares of the channels that a step may be compiled for: few programs, little waste.
-SLOT_BUCKETS = (0.0, 0.125, 0.25, 0.5, 1.0)
+CAPACITIES = (0.0, 0.125, 0.25, 0.5, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,19 +33,19 @@ def bucket_program(model: Any, needed: float) -> Program:
 
     Args:
         model: The network.
-        needed: Largest share of copies in a layer, from `selconv_jax.required_slots`.
+        needed: Largest share of copies in a layer, from `selconv_jax.required_capacity`.
 
     Returns:
-        That of the smallest of `SLOT_BUCKETS` which holds them.
+        That of the smallest of `CAPACITIES` which holds them.
 
     Example:
         >>> from selconv_jax import SelectiveConv
-        >>> bucket_program(SelectiveConv(8, (3, 3)), needed=0.2).model.slots
+        >>> bucket_program(SelectiveConv(8, (3, 3)), needed=0.2).model.capacity
         0.25
     """
-    slots = next(bucket for bucket in SLOT_BUCKETS if bucket >= needed)
-    note = f" for copies in up to {slots:.1%} of a layer's channels" if slots else ""
-    return Program(("slots", slots), model.clone(slots=slots), note)
+    capacity = next(bucket for bucket in CAPACITIES if bucket >= needed)
+    note = f" for copies in up to {capacity:.1%} of a layer's channels" if capacity else ""
+    return Program(("capacity", capacity), model.clone(capacity=capacity), note)
 
 
 def frozen_program(model: Any, variables: Any, example: Any) -> Program:
@@ -60,7 +60,7 @@ def frozen_program(model: Any, variables: Any, example: Any) -> Program:
         A compacted network under the names and shapes of the whole one; where nothing is closed and nothing
         copied, the program of the plain network.
     """
-    plan = plan_compaction(model.clone(slots=0.0), variables, example=example, compare=False)
+    plan = plan_compaction(model.clone(capacity=0.0), variables, example, compare=False)
     if not plan.model.layouts and not plan.model.widths:
         return bucket_program(model, 0.0)
     reads = sum(layout.reads for _, layout in plan.model.layouts)

@@ -14,7 +14,7 @@ from selconv_jax.data._dataset import DatasetInfo
 from selconv_jax.data._mixup import draw_mixup, mix
 from selconv_jax.train._classification import classification_totals
 from selconv_jax.train._distributed.sharding import Placement
-from selconv_jax.train._gradients import BatchNormScope, Examples, Mixture, of_batch
+from selconv_jax.train._gradients import BatchNormScope, Examples, Mixture, batch_gradients
 from selconv_jax.train._state import Totals, TrainState
 
 __all__ = ["Purpose", "epoch_order", "eval_batch", "fold", "train_step"]
@@ -80,9 +80,9 @@ def train_step(
         info: Augmentation and normalization.
         steps_per_epoch: The totals start anew with the first step of an epoch.
         mixup: Parameter of the distribution of weights, see `data._mixup`; 0: no mixup.
-        micro_batches: See `gradients.of_micro_batches`.
+        micro_batches: See `gradients.accumulated_gradients`.
         placement: The devices; None: one.
-        batch_norm: See `gradients.of_batch`.
+        batch_norm: See `batch_gradients`.
 
     Returns:
         The state after.
@@ -99,7 +99,7 @@ def train_step(
         batch = shard_batch(mix(batch, weight, partners))
         others = shard_batch(jnp.take(labels, partners, axis=0))
         mixture = Mixture(others, jnp.broadcast_to(weight, labels.shape))
-    grads, seen = of_batch(
+    grads, seen = batch_gradients(
         model,
         state.variables,
         Examples(batch, labels, mixture),

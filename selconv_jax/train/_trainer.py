@@ -24,7 +24,7 @@ from selconv_jax.train._state import Totals, TrainState, initial_state
 from selconv_jax.train._step import Purpose, eval_batch, fold, train_step
 from selconv_jax.train._trial import notes_on, try_on_shapes
 from selconv_jax.transforms._optimizer_state import reset_rewritten
-from selconv_jax.transforms._reallocation import reallocate, required_slots
+from selconv_jax.transforms._reallocation import reallocate, required_capacity
 from selconv_jax.transforms._report import Report
 
 __all__ = ["Trainer"]
@@ -49,7 +49,7 @@ class Trainer:
         config: The run.
         steps_per_epoch: Steps of an epoch.
         steps: Steps of the run.
-        model: The network, compiled for no particular number of slots.
+        model: The network, compiled for no particular capacity.
         optimizer: The optimizer.
         notes: Sentences on what the configuration allows, yet is probably not meant.
     """
@@ -143,7 +143,7 @@ class Trainer:
         return self._bucket_program(state)
 
     def _bucket_program(self, state: TrainState) -> Program:
-        return bucket_program(self.model, required_slots(state.variables) if state.selectivity else 0.0)
+        return bucket_program(self.model, required_capacity(state.variables) if state.selectivity else 0.0)
 
     def _frozen_program(self, state: TrainState) -> Program:
         allocation = b"".join(leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(state.selectivity)))
@@ -192,7 +192,7 @@ class Trainer:
     def plan_compaction(self, state: TrainState, multiple: int = 1) -> CompactionPlan:
         """Plans the network without what the state's allocation does not use, see `selconv_jax.compact`."""
         model = self._bucket_program(state).model
-        return plan_compaction(model, state.variables, example=self._example, multiple=multiple)
+        return plan_compaction(model, state.variables, self._example, multiple=multiple)
 
     def evaluate(
         self,
@@ -246,7 +246,7 @@ class Trainer:
         if settings.reset_momentum:
             opt_state = reset_rewritten(self.optimizer, state.opt_state, variables["params"], report)
             state = dataclasses.replace(state, opt_state=opt_state)
-        changed = np.asarray([report.closed, report.reallocated], np.int32)
+        changed = np.asarray([report.deallocated, report.reallocated], np.int32)
         state = dataclasses.replace(state.with_variables(variables), changed=state.changed + changed)
         if self.config.parameter_shards > 1:
             state = jax.device_put(state, self._placement.state_sharding(state))

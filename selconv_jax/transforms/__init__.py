@@ -2,19 +2,19 @@
 
 from selconv_jax.transforms._layer_tree import layer_states
 from selconv_jax.transforms._optimizer_state import reset_rewritten, rewritten_mask
-from selconv_jax.transforms._reallocation import Allocation, reallocate, required_slots
+from selconv_jax.transforms._reallocation import AllocationRule, reallocate, required_capacity
 from selconv_jax.transforms._report import LayerReport, Report
 from selconv_jax.transforms._schedule import ReallocationSchedule
 from selconv_jax.transforms._selectivize import selectivize
 
 __all__ = [
-    "Allocation",
+    "AllocationRule",
     "LayerReport",
     "ReallocationSchedule",
     "Report",
     "layer_states",
     "reallocate",
-    "required_slots",
+    "required_capacity",
     "reset_rewritten",
     "rewritten_mask",
     "selectivize",

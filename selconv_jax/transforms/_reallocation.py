@@ -13,20 +13,19 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from selconv_jax._utils.arguments import check_number, check_whole
-from selconv_jax.functional._allocation import LayerState, deallocate, sources_from_uniform
-from selconv_jax.functional._allocation import reallocate as fill_slots
+from selconv_jax.functional._allocation import LayerState, deallocate, fill_slots, sources_from_uniform
 from selconv_jax.functional._damage import channel_scores, expected_channel_damage, normalize_damage
 from selconv_jax.functional._groups import group_count
 from selconv_jax.transforms._layer_tree import are_replicas, layer_states, merge_layers, refuse_replicas
 from selconv_jax.transforms._report import LayerReport, Report
 
-__all__ = ["Allocation", "reallocate", "required_slots"]
+__all__ = ["AllocationRule", "reallocate", "required_capacity"]
 
 Variables = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Allocation:
+class AllocationRule:
     """How a round of de-allocation and re-allocation decides (method, "De-allocation" and after).
 
     Attributes:
@@ -43,7 +42,7 @@ class Allocation:
         ConfigError: A value is out of bounds.
 
     Example:
-        >>> Allocation(threshold=2.0)
+        >>> AllocationRule(threshold=2.0)
         Traceback (most recent call last):
         ...
         selconv_jax.errors.ConfigError: threshold is 2.0; it must be in [0, 1].
@@ -66,7 +65,7 @@ class Allocation:
 
 
 def reallocate(
-    variables: Variables, key: jax.Array, allocation: Allocation | None = None
+    variables: Variables, key: jax.Array, allocation: AllocationRule | None = None
 ) -> tuple[Any, Report]:
     """Closes useless channels in every selective layer and gives their weights to the best ones.
 
@@ -101,11 +100,11 @@ def reallocate(
         >>> layer = selconv_jax.SelectiveConv(features=4, kernel_size=(3, 3))
         >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 16)), train=False)
         >>> variables, report = selconv_jax.reallocate(
-        ...     variables, jax.random.key(1), selconv_jax.Allocation(threshold=0.1))
-        >>> report.closed == report.reallocated > 0
+        ...     variables, jax.random.key(1), selconv_jax.AllocationRule(threshold=0.1))
+        >>> report.deallocated == report.reallocated > 0
         True
     """
-    allocation = allocation or Allocation()
+    allocation = allocation or AllocationRule()
     states = layer_states(variables)
     numbers = _Numbers(allocation.threshold, allocation.shift_range)
     limit = allocation.max_copies
@@ -124,8 +123,8 @@ def reallocate(
     return merge_layers(variables, new_states), Report(layers)
 
 
-def required_slots(variables: Variables) -> float:
-    """The largest share of copies among the channels of any selective layer, see `SelectiveConv.slots`.
+def required_capacity(variables: Variables) -> float:
+    """The largest share of copies among the channels of any selective layer, see `SelectiveConv.capacity`.
 
     Args:
         variables: The model's variables, holding concrete arrays.
@@ -137,7 +136,7 @@ def required_slots(variables: Variables) -> float:
         >>> import jax, jax.numpy as jnp, selconv_jax
         >>> layer = selconv_jax.SelectiveConv(features=2, kernel_size=(1, 1))
         >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 8)), train=False)
-        >>> selconv_jax.required_slots(variables)
+        >>> selconv_jax.required_capacity(variables)
         0.0
     """
     sources = [state.source for state in layer_states(variables).values() if state.source is not None]
@@ -146,13 +145,13 @@ def required_slots(variables: Variables) -> float:
 
 
 class _Numbers(NamedTuple):
-    """What of an `Allocation` is an argument of the compiled round."""
+    """What of an `AllocationRule` is an argument of the compiled round."""
 
     threshold: float | jax.Array
     shift_range: float | jax.Array
 
 
-def _compiled(states: dict[str, LayerState], allocation: Allocation) -> Any:
+def _compiled(states: dict[str, LayerState], allocation: AllocationRule) -> Any:
     """The jitted round whose results lie where its arguments lie."""
     # An array that was not committed to a device stays so: it may join others on any mesh.
     shardings = tuple(
@@ -162,13 +161,13 @@ def _compiled(states: dict[str, LayerState], allocation: Allocation) -> Any:
 
 
 @functools.lru_cache(maxsize=32)
-def _jitted(structure: Any, shardings: tuple[Any, ...], allocation: Allocation) -> Any:
+def _jitted(structure: Any, shardings: tuple[Any, ...], allocation: AllocationRule) -> Any:
     out_shardings = jax.tree.unflatten(structure, shardings)
     return jax.jit(functools.partial(_rewrite, allocation=allocation), out_shardings=(out_shardings, None))
 
 
 def _rewrite(
-    states: dict[str, LayerState], key: jax.Array, numbers: _Numbers, allocation: Allocation
+    states: dict[str, LayerState], key: jax.Array, numbers: _Numbers, allocation: AllocationRule
 ) -> tuple[dict[str, LayerState], dict[str, LayerReport]]:
     # On a mesh of explicit axes each operation would have to say where its result lies.
     leaves, structure = jax.tree.flatten(states)
@@ -241,7 +240,7 @@ def _layer_keys(stacks: dict[str, tuple[int, ...]], key: jax.Array) -> jax.Array
 
 
 def _rounds(
-    state: LayerState, uniform: jax.Array, numbers: _Numbers, allocation: Allocation
+    state: LayerState, uniform: jax.Array, numbers: _Numbers, allocation: AllocationRule
 ) -> tuple[LayerState, LayerReport]:
     """`_round`, for each layer of a stack."""
     if state.gate.ndim == 1:
@@ -250,7 +249,7 @@ def _rounds(
 
 
 def _round(
-    state: LayerState, uniform: jax.Array, numbers: _Numbers, allocation: Allocation
+    state: LayerState, uniform: jax.Array, numbers: _Numbers, allocation: AllocationRule
 ) -> tuple[LayerState, LayerReport]:
     """De-allocates and re-allocates one layer with its numbers of `_draws`."""
     groups = group_count(state.gate.shape[0], state.kernel.shape)
@@ -274,7 +273,7 @@ def _round(
     )
 
 
-def _drawn_sources(state: LayerState, uniform: jax.Array, allocation: Allocation) -> jax.Array:
+def _drawn_sources(state: LayerState, uniform: jax.Array, allocation: AllocationRule) -> jax.Array:
     """The source of every free slot ``[C]`` int32, -1 for none."""
     if not allocation.random_sources:
         scores = channel_scores(_normalized(state), state.source, allocation.max_copies)

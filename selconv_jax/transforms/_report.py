@@ -56,14 +56,14 @@ class Report:
         >>> layer = selconv_jax.SelectiveConv(features=2, kernel_size=(1, 1))
         >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 8)), train=False)
         >>> variables, report = selconv_jax.reallocate(variables, jax.random.key(1))
-        >>> report.closed, report.reallocated, report.channels
+        >>> report.deallocated, report.reallocated, report.channels
         (0, 0, 8)
     """
 
     layers: dict[str, LayerReport]
 
     @property
-    def closed(self) -> int:
+    def deallocated(self) -> int:
         """Channels that the round closed, in all layers."""
         return self._total("deallocated")
 

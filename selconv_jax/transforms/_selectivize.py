@@ -18,10 +18,10 @@ def selectivize(plain: Mapping[str, Any], template: Mapping[str, Any]) -> Any:
     """Takes a trained network over into its selective twin, which computes exactly the same.
 
     The twin is the same model with `selconv_jax.SelectiveConv` in the places of
-    `selconv_jax.PlainConv`, or of any module that does batch norm, ReLU and convolution with parameters
-    ``kernel``, ``scale``, ``bias`` and statistics ``mean``, ``var``. All variables keep their values; the
-    allocation is that of a new layer: every gate open, every channel read from itself, shifts 0. The
-    network can then be trained on and re-allocated.
+    `selconv_jax.BatchNormReLUConv`, or of any module that does batch norm, ReLU and convolution with
+    parameters ``kernel``, ``scale``, ``bias`` and statistics ``mean``, ``var``. All variables keep their
+    values; the allocation is that of a new layer: every gate open, every channel read from itself, shifts 0.
+    The network can then be trained on and re-allocated.
 
     Variables with other names are renamed first. Of a network made of ``nn.BatchNorm``, ``nn.relu`` and
     ``nn.Conv(..., use_bias=False)``, the layer ``"conv"`` of the twin gets::
@@ -44,7 +44,7 @@ def selectivize(plain: Mapping[str, Any], template: Mapping[str, Any]) -> Any:
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax
         >>> x = jnp.ones((1, 8, 8, 16))
-        >>> plain = selconv_jax.PlainConv(features=4, kernel_size=(3, 3))
+        >>> plain = selconv_jax.BatchNormReLUConv(features=4, kernel_size=(3, 3))
         >>> trained = plain.init(jax.random.key(0), x, train=False)
         >>> twin = selconv_jax.SelectiveConv(features=4, kernel_size=(3, 3))
         >>> variables = selconv_jax.selectivize(trained, twin.init(jax.random.key(1), x, train=False))

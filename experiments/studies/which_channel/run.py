@@ -26,7 +26,7 @@ from selconv_jax._cli.main import main as selconv
 from selconv_jax.analysis import count_multiply_adds, count_parameters
 from selconv_jax.compaction import CompactionPlan
 from selconv_jax.train import Trainer, TrainState
-from selconv_jax.train._opening import prepare_again, restore_run
+from selconv_jax.train._run_setup import prepare_again, restore_run
 from selconv_jax.train._workdir import CONFIG, read_config
 
 STUDY = Path(__file__).resolve().parent

@@ -77,7 +77,7 @@ class Request:
 
 def common_program(requests: Sequence[Request]) -> Program:
     """What computes for all: the copies of each fit where the most do."""
-    return max((each.program for each in requests), key=lambda program: program.model.slots)
+    return max((each.program for each in requests), key=lambda program: program.model.capacity)
 
 
 class JointTrainer(Trainer):

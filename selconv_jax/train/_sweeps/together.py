@@ -17,7 +17,7 @@ from rich.console import Console
 from selconv_jax.data._dataset import ImageData
 from selconv_jax.data._stream import StreamedData
 from selconv_jax.errors import SelconvError
-from selconv_jax.train import _opening as opening
+from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._config import Config
 from selconv_jax.train._loop import Host
 from selconv_jax.train._progress import Display
@@ -47,7 +47,7 @@ def make_together(runs: Sequence[SweepRun], console: Console) -> list[tuple[int,
         For each what `make_run` returns.
     """
     try:
-        trainer, data = opening.prepare(runs[0].config)
+        trainer, data = run_setup.prepare(runs[0].config)
     except SelconvError as error:
         return [(1, one_line(error))] * len(runs)
     return _Together(runs, trainer, data, console).make()

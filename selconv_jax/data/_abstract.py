@@ -13,7 +13,7 @@ from selconv_jax.data._splits import SplitChoice, held_out_count, resolve_splits
 from selconv_jax.data._stream import StreamedData
 from selconv_jax.errors import DataError
 
-__all__ = ["hollow_data"]
+__all__ = ["abstract_data"]
 
 _DEFAULT = SplitChoice()
 
@@ -31,7 +31,7 @@ class _NoImages:
         raise DataError(f"image {index} is asked for, of a set that was opened without images.")
 
 
-def hollow_data(
+def abstract_data(
     name: str,
     data_dir: str | None = None,
     streaming: bool | None = None,
@@ -54,7 +54,7 @@ def hollow_data(
         DataError: The name is none of the catalog, and no prepared set has it.
 
     Example:
-        >>> len(hollow_data("imagenet2012").train)
+        >>> len(abstract_data("imagenet2012").train)
         1281167
     """
     known = find_known(name)

@@ -15,14 +15,14 @@ from selconv_jax.compaction._gather import spread_channels, take_channels, take_
 from selconv_jax.compaction._layout import LayerLayout
 from selconv_jax.functional._groups import without_rows
 from selconv_jax.functional._shift import channel_shift, select, select_with_statistics
-from selconv_jax.nn._layers import PlainConv
+from selconv_jax.nn._layers import BatchNormReLUConv
 
 __all__ = ["StaticConv", "call_static", "output_shape"]
 
 Array = jax.Array
 
 
-class StaticConv(PlainConv):
+class StaticConv(BatchNormReLUConv):
     """Reads the channels of its layout, then batch norm, ReLU, dropout and convolution of just these.
 
     Variables, with ``R`` channels that are read: ``params`` kernel ``[*kernel_size, R / groups, features]``,
@@ -45,12 +45,12 @@ class StaticConv(PlainConv):
 
     @nn.compact
     def __call__(self, x: Array, train: bool, statistics: Statistics | None = None) -> Array:
-        """Applies the layer, see `PlainConv.__call__`.
+        """Applies the layer, see `BatchNormReLUConv.__call__`.
 
         Args:
             x: ``[N, *S, layout.inputs]`` floating.
-            train: See `PlainConv`.
-            statistics: Those of ``x``, where they are known, see `PlainConv`.
+            train: See `BatchNormReLUConv`.
+            statistics: Those of ``x``, where they are known, see `BatchNormReLUConv`.
 
         Returns:
             ``[N, *S', features]``.
@@ -129,7 +129,7 @@ def _gathered(
 
 
 def call_static(
-    layer: PlainConv, layout: LayerLayout, x: Array, train: bool, statistics: Statistics | None = None
+    layer: BatchNormReLUConv, layout: LayerLayout, x: Array, train: bool, statistics: Statistics | None = None
 ) -> Array:
     """What a layer of a network computes with a fixed allocation, with variables in the same place.
 
@@ -137,8 +137,8 @@ def call_static(
         layer: The layer, bound.
         layout: Its layout.
         x: ``[N, *S, layout.inputs]``.
-        train: See `PlainConv`.
-        statistics: See `PlainConv`.
+        train: See `BatchNormReLUConv`.
+        statistics: See `BatchNormReLUConv`.
 
     Returns:
         ``[N, *S', layout.outputs]``.
@@ -147,7 +147,7 @@ def call_static(
         return jnp.zeros((*output_shape(layer, x)[:-1], 0), _promoted(layer, x).dtype)
     arguments: dict[str, Any] = {
         field.name: getattr(layer, field.name)
-        for field in dataclasses.fields(PlainConv)
+        for field in dataclasses.fields(BatchNormReLUConv)
         if field.name not in ("name", "parent")
     }
     arguments |= {"features": layout.outputs, "feature_group_count": layout.groups, "layout": layout}
@@ -155,7 +155,7 @@ def call_static(
     return StaticConv(**arguments)(x, train, statistics)
 
 
-def output_shape(layer: PlainConv, x: Any) -> tuple[int, ...]:
+def output_shape(layer: BatchNormReLUConv, x: Any) -> tuple[int, ...]:
     """The shape ``[N, *S', features]`` of a layer's output for an input ``[N, *S, C]``."""
     window = layer._window()
     if len(x.shape) != len(window) + 2:
@@ -179,6 +179,6 @@ def output_shape(layer: PlainConv, x: Any) -> tuple[int, ...]:
     return (*jax.eval_shape(apply, one, kernel).shape[:-1], layer.features)
 
 
-def _promoted(layer: PlainConv, x: Array) -> Array:
+def _promoted(layer: BatchNormReLUConv, x: Array) -> Array:
     """The input in the type that the layer computes in."""
     return promote_dtype(x, jnp.zeros((), layer.param_dtype), dtype=layer.dtype)[0]

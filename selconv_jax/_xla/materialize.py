@@ -6,12 +6,12 @@ from jax import lax
 
 from selconv_jax._xla.platforms import target_platform
 
-__all__ = ["stored"]
+__all__ = ["materialize"]
 
 T = TypeVar("T")
 
 
-def stored(x: T) -> T:
+def materialize(x: T) -> T:
     """The same value, on CPU kept in memory; its derivatives likewise, forward and back.
 
     There the compiler fuses cheap operations into each of their readers. A sum along a chain of residual
@@ -23,7 +23,7 @@ def stored(x: T) -> T:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> stored(jnp.arange(3.0)).tolist()
+        >>> materialize(jnp.arange(3.0)).tolist()
         [0.0, 1.0, 2.0]
     """
     return lax.optimization_barrier(x) if target_platform() == "cpu" else x

@@ -8,38 +8,28 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from flax.core import unfreeze
 
-from selconv_jax.compaction._calling import NetworkCall, network_call
-from selconv_jax.compaction._check import joins_the_same
-from selconv_jax.compaction._comparison import random_case, same_numbers
 from selconv_jax.compaction._flow import Flow, channel_flow
-from selconv_jax.compaction._liveness import Allocated, Kept, needed_channels
-from selconv_jax.compaction._module import Compact
+from selconv_jax.compaction._liveness import HostAllocation, Kept, needed_channels, reduction
+from selconv_jax.compaction._network import Compact, NetworkCall, example_inputs, network_call
 from selconv_jax.compaction._plan import CompactionPlan
-from selconv_jax.compaction._reduction import reduction
 from selconv_jax.compaction._trace import Trace, coarsest_step, trace_network
+from selconv_jax.compaction._verification import joins_the_same, random_case, same_numbers
 from selconv_jax.errors import ConfigError
-from selconv_jax.models import CondenseNet, DenseNet, Pointwise, PreResNet, ResNeXt
-from selconv_jax.models._parts import STEMS
 
 __all__ = ["compact", "plan_compaction"]
-
-_NETWORKS = (CondenseNet, DenseNet, Pointwise, PreResNet, ResNeXt)
-# Sizes of the images that the stems are for (experiments, "Stem").
-_STEM_IMAGES = {"cifar": 32, "tiny_imagenet": 64, "imagenet": 224}
 
 
 def compact(
     model: nn.Module,
     variables: Mapping[str, Any],
-    example: Any = None,
+    *inputs: Any,
     multiple: int = 1,
-    *,
     method: Any = None,
+    **options: Any,
 ) -> tuple[Compact, Any]:
     """Removes what a network does not use: closed channels, and all that is computed for nobody.
 
@@ -60,12 +50,15 @@ def compact(
     Args:
         model: The network.
         variables: Its variables, with values: gates and sources are read.
-        example: An input ``[N, ...]``, or a `jax.ShapeDtypeStruct` of one; a tuple of several; None for the
-            networks of `selconv_jax.models`. Only its shape matters.
+        *inputs: What the network is called with, ``model.apply(variables, *inputs)``: arrays, or
+            `jax.ShapeDtypeStruct`, as only shapes matter. May be left out for `selconv_jax.models`.
         multiple: Widths are rounded up to a multiple of it, such as 8, by keeping closed channels whose
             kernel rows are zero and stay zero.
         method: The network's method that is to be compacted, or its name; None: ``__call__``. It is what the
             smaller network does when called.
+        **options: Further arguments by name that do not change from call to call, such as
+            ``deterministic=True``. With ``train`` among them the network is compacted for that mode alone,
+            without, for all that it has.
 
     Returns:
         The smaller network and its variables.
@@ -82,36 +75,37 @@ def compact(
         >>> x = jnp.ones((1, 8, 8, 16))
         >>> variables = layer.init(jax.random.key(0), x, train=False)
         >>> variables["selectivity"]["gate"] = jnp.arange(16) < 6
-        >>> small, small_variables = selconv_jax.compact(layer, variables, example=x)
+        >>> small, small_variables = selconv_jax.compact(layer, variables, x)
         >>> count_parameters(variables["params"]), count_parameters(small_variables["params"])
         (640, 228)
         >>> y, expected = small.apply(small_variables, x, train=False), layer.apply(variables, x, train=False)
         >>> bool(jnp.allclose(y, expected, rtol=1e-5))
         True
     """
-    plan = plan_compaction(model, variables, example=example, multiple=multiple, method=method)
+    plan = plan_compaction(model, variables, *inputs, multiple=multiple, method=method, **options)
     return plan.model, plan.take(variables)
 
 
 def plan_compaction(
     model: nn.Module,
     variables: Mapping[str, Any],
-    *,
-    example: Any = None,
+    *inputs: Any,
     multiple: int = 1,
     method: Any = None,
     compare: bool = True,
+    **options: Any,
 ) -> CompactionPlan:
     """Plans what `compact` does, for loops that keep the variables of the whole network.
 
     Args:
         model: See `compact`.
         variables: See `compact`; those of the layers may be shapes, but for gates and sources.
-        example: See `compact`.
+        *inputs: See `compact`.
         multiple: See `compact`.
         method: See `compact`.
         compare: Compare the two networks on numbers, too. Else nothing is computed or compiled, and what is
             known of their programs has to do.
+        **options: See `compact`.
 
     Returns:
         The plan. If nothing is closed, copied or unused, its model has no layouts and takes the variables
@@ -122,8 +116,7 @@ def plan_compaction(
         ValueError: See `compact`.
     """
     multiple = _checked(model, variables, multiple)
-    example = _default_example(model, variables) if example is None else example
-    call, name = network_call(model, example, method)
+    call, name = network_call(model, inputs or example_inputs(model, variables), method, options)
     whole = Compact(model, method=name)
     shapes = jax.eval_shape(lambda tree: tree, unfreeze(dict(variables)))
     call, traces = _traces(whole, shapes, call)
@@ -185,10 +178,13 @@ def _traces(whole: Compact, shapes: Any, call: NetworkCall) -> tuple[NetworkCall
                 jax.eval_shape(lambda tree, x, run=run: run(tree, x)[0], shapes, call.inputs)
             except Exception:
                 if call.may_lack_train:
-                    return _traces(whole, shapes, NetworkCall(call.inputs, (None,)))
-                arguments = "" if train is None else ", train=False"
+                    return _traces(
+                        whole, shapes, dataclasses.replace(call, modes=(None,), may_lack_train=False)
+                    )
+                arguments = ", *inputs" if call.inputs else ""
+                arguments += "" if train is None else f", train={train}"
                 raise ConfigError(
-                    f"the network does not run as model.{whole.method or 'apply'}(variables, example"
+                    f"the network does not run as model.{whole.method or 'apply'}(variables"
                     f"{arguments}): {' '.join(str(error).split())}"
                 ) from error
             return call, []
@@ -213,7 +209,7 @@ def _say(model: nn.Module, what: str) -> None:
 
 def _allocations(
     traces: Sequence[Trace], flow: Flow, variables: Mapping[str, Any]
-) -> tuple[dict[str, Allocated], frozenset[str]]:
+) -> tuple[dict[str, HostAllocation], frozenset[str]]:
     """The allocation of every layer that may be changed, and which of them have a gate."""
     gates = traverse_util.flatten_dict(unfreeze(variables.get("selectivity", {})))
     if any(isinstance(leaf, jax.core.Tracer) for leaf in gates.values()):
@@ -241,7 +237,7 @@ def _allocations(
                 "variables of this model."
             )
         source = gates.get((*parts, "source"), np.full(len(ids), -1))
-        layers[path] = Allocated(np.asarray(gate, bool), np.asarray(source, np.int64), groups[path])
+        layers[path] = HostAllocation(np.asarray(gate, bool), np.asarray(source, np.int64), groups[path])
     return layers, frozenset(selective)
 
 
@@ -258,22 +254,3 @@ def _without_fixed(flow: Flow) -> Flow:
         inputs={path: ids for path, ids in flow.inputs.items() if path not in flow.fixed},
         outputs={path: ids for path, ids in flow.outputs.items() if path not in flow.fixed},
     )
-
-
-def _default_example(model: nn.Module, variables: Mapping[str, Any]) -> Any:
-    """The shape of an image for one of the library's networks."""
-    if not isinstance(model, _NETWORKS):
-        raise ConfigError(
-            f"example is None; a {type(model).__name__} is none of the library's networks, so pass an input, "
-            "such as jnp.ones((1, 32, 32, 3)), or its shape as a jax.ShapeDtypeStruct."
-        )
-    try:
-        channels = variables["params"]["stem"]["kernel"].shape[-2]
-    except KeyError as error:
-        raise ValueError("the variables have no params/stem/kernel: they are not the network's.") from error
-    size, stride, pool = STEMS[model.stem]
-    del size
-    # Large enough for all pools.
-    least = stride * (2 if pool else 1) * 2 ** len(model.blocks)
-    size = max(_STEM_IMAGES[model.stem], least)
-    return jax.ShapeDtypeStruct((1, size, size, channels), model.dtype or jnp.float32)

@@ -77,6 +77,6 @@ def sentence(record: Mapping[str, Any], epochs: int) -> str:
     ]
     if record["images_per_second"]:
         parts.append(f"{record['images_per_second']:,.0f} images/s")
-    if record["closed"] or record["reallocated"]:
-        parts.append(f"closed {record['closed']}, re-allocated {record['reallocated']} channels")
+    if record["deallocated"] or record["reallocated"]:
+        parts.append(f"de-allocated {record['deallocated']}, re-allocated {record['reallocated']} channels")
     return "  ".join(parts)

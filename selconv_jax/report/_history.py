@@ -78,7 +78,7 @@ def last_change(records: Sequence[Mapping[str, Any]]) -> int | None:
         The last epoch (1-based) whose round closed or re-allocated a channel; None if none did, or
         if no epoch was recorded after it, so that nothing is known yet about its being the last.
     """
-    changes = np.nan_to_num(series(records, "closed"))
+    changes = np.nan_to_num(series(records, "deallocated"))
     changes = changes + np.nan_to_num(series(records, "reallocated"))
     changed = np.flatnonzero(changes)
     if changed.size == 0 or changed[-1] == len(records) - 1:

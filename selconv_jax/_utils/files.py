@@ -1,0 +1,48 @@
+"""Files that are either whole or not there."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from selconv_jax.errors import CheckpointError
+
+__all__ = ["check_target", "write_atomically", "write_json"]
+
+
+def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
+    """Write a file beside its place and move it there; a failure leaves what was there before.
+
+    Args:
+        path: The file; its folder exists.
+        content: Text (written as UTF-8), bytes, or a function that writes to the open file.
+
+    Raises:
+        OSError: It cannot be written; nothing is left beside it.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        with beside.open("wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash after the move could leave an empty file
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a document as indented JSON, see `write_atomically`."""
+    write_atomically(path, json.dumps(document, indent=1) + "\n")
+
+
+def check_target(path: Path, *, overwrite: bool = False) -> None:
+    """Raise a `CheckpointError` if there is a file already, or no folder to write it to."""
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path}: there is a file already. Choose another name or remove it first.")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: there is no folder {path.parent}; make it first.")
