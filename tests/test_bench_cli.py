@@ -45,18 +45,17 @@ def test_leaves_every_number_and_a_picture(finished):
     (network,) = report["networks"]
     assert network["complete"] is True
     cases = {case["name"]: case for case in network["cases"]}
-    names = ["plain", "selective, slots 0", "selective, slots 0.5", "one round, whole network"]
-    names += ["eval plain", "eval selective, slots 0.25", "gather and augment"]
-    if importlib.util.find_spec("selconv_jax.compaction"):
-        names[3:3] = ["frozen, 0.25 re-allocated", "compact, 0.25 closed"]
-        assert network["notes"] == []
+    names = ["plain", "selective, capacity 0", "selective, capacity 0.5", "one round, whole network"]
+    names += ["eval plain", "eval selective, capacity 0.25", "gather and augment"]
+    names[3:3] = ["frozen, 0.25 re-allocated", "compact, 0.25 closed"]
+    assert network["notes"] == []
     assert list(cases) == names
     for name, case in cases.items():
         assert len(case["seconds"]) == case["summary"]["count"] == 3, name
         assert min(case["seconds"]) == case["summary"]["minimum"] > 0
     assert all(sorted(seconds) == sorted(names) for seconds in network["rounds"])
-    assert cases["selective, slots 0"]["ratio"]["to"] == "plain"
-    assert cases["eval selective, slots 0.25"]["ratio"]["to"] == "eval plain"
+    assert cases["selective, capacity 0"]["ratio"]["to"] == "plain"
+    assert cases["eval selective, capacity 0.25"]["ratio"]["to"] == "eval plain"
     assert cases["gather and augment"]["images_per_second"] > 0
     memory = cases["plain"]["memory"]
     total = memory["arguments"] + memory["outputs"] + memory["temporary"] - memory["in_place"]
@@ -64,12 +63,17 @@ def test_leaves_every_number_and_a_picture(finished):
 
 
 def test_seeds_together_beside_one_after_the_other(tmp_path, capsys):
-    arguments = ["--slots", "0.5", "--what", "step,memory", "--repeats", "1", "--together", "3"]
+    arguments = ["--capacity", "0.5", "--what", "step,memory", "--repeats", "1", "--together", "3"]
     assert bench(*TINY, *arguments, "--output", tmp_path / "out") == 0
     (network,) = json.loads((tmp_path / "out" / "bench.json").read_text())["networks"]
     cases, text = {case["name"]: case for case in network["cases"]}, capsys.readouterr().out
-    assert list(cases) == ["plain", "plain, 3 seeds", "selective, slots 0.5", "selective, slots 0.5, 3 seeds"]
-    for name in ("plain", "selective, slots 0.5"):
+    assert list(cases) == [
+        "plain",
+        "plain, 3 seeds",
+        "selective, capacity 0.5",
+        "selective, capacity 0.5, 3 seeds",
+    ]
+    for name in ("plain", "selective, capacity 0.5"):
         alone, together = cases[name], cases[f"{name}, 3 seeds"]
         assert (alone["seeds"], together["seeds"], together["base"]) == (1, 3, name)
         # Of one step of one seed.
@@ -120,7 +124,7 @@ def test_against_torch(tmp_path):
     cases = {case["name"]: case for case in network["cases"]}
     assert "augmented" in network["notes"][0]
     assert cases["plain"]["torch_ratio"]["to"] == "torch plain"
-    assert cases["selective, slots 0.5"]["torch_ratio"]["to"] == "torch selective, 0.5 re-allocated"
+    assert cases["selective, capacity 0.5"]["torch_ratio"]["to"] == "torch selective, 0.5 re-allocated"
 
 
 @pytest.mark.parametrize(

@@ -28,15 +28,15 @@ RESULT = NetworkResult(
     "densenet40",
     [
         Measured(case("plain", rival="torch plain"), 1.0, 2.0, {**MEMORY, "total": 10_000_000}),
-        Measured(case("selective, slots 0.5", base="plain"), 1.5, 4.0, {**MEMORY, "total": 15_000_000}),
+        Measured(case("selective, capacity 0.5", base="plain"), 1.5, 4.0, {**MEMORY, "total": 15_000_000}),
         Measured(case("torch plain")),
         Measured(case("one round", "re-allocation", base="plain", images=0)),
         Measured(case("never timed")),
     ],
     [
-        {"plain": 0.1, "selective, slots 0.5": 0.2, "torch plain": 0.2, "one round": 0.01},
-        {"torch plain": 0.5, "one round": 0.02, "plain": 0.2, "selective, slots 0.5": 0.3},
-        {"plain": 0.4, "selective, slots 0.5": 0.4},
+        {"plain": 0.1, "selective, capacity 0.5": 0.2, "torch plain": 0.2, "one round": 0.01},
+        {"torch plain": 0.5, "one round": 0.02, "plain": 0.2, "selective, capacity 0.5": 0.3},
+        {"plain": 0.4, "selective, capacity 0.5": 0.4},
     ],
     complete=False,
     notes=["a note"],
@@ -59,7 +59,7 @@ def test_ratios_by_hand():
     assert rows["plain"].ratio is None
     assert rows["plain"].images_per_second == pytest.approx(40.0)
     assert rows["plain"].torch_ratio == Ratio("torch plain", pytest.approx(0.2 / 0.35), pytest.approx(0.45))
-    selective = rows["selective, slots 0.5"]
+    selective = rows["selective, capacity 0.5"]
     assert selective.ratio == Ratio("plain", pytest.approx(1.5), pytest.approx(1.5))
     assert selective.memory_ratio == 1.5
     assert selective.torch_ratio is None
@@ -71,11 +71,11 @@ def test_tables():
     text = printed(time_table(RESULT, "title [x]"))
     assert "title [x]" in text  # no markup
     assert row_of(text, "plain")[0] == "200.0"
-    assert row_of(text, "selective, slots 0.5") == [
+    assert row_of(text, "selective, capacity 0.5") == [
         *("300.0", "250.0", "-", "350.0", "200.0", "3", "27", "1.50", "(1.50)")
     ]
     assert "never timed" not in text
-    assert row_of(printed(memory_table(RESULT, "memory")), "selective, slots 0.5") == [
+    assert row_of(printed(memory_table(RESULT, "memory")), "selective, capacity 0.5") == [
         *("4.0", "4.0", "3.0", "5.0", "15.0", "1.50")
     ]
     assert row_of(printed(compile_table(RESULT, "compile")), "plain") == ["1.00", "2.00", "3.00"]
@@ -91,7 +91,7 @@ def test_report_holds_every_number():
     assert network["complete"] is False
     assert network["notes"] == ["a note"]
     assert network["rounds"] == list(RESULT.rounds)
-    assert list(network["rounds"][1]) == ["torch plain", "one round", "plain", "selective, slots 0.5"]
+    assert list(network["rounds"][1]) == ["torch plain", "one round", "plain", "selective, capacity 0.5"]
     selective = network["cases"][1]
     assert selective["seconds"] == [0.2, 0.3, 0.4]
     assert selective["summary"]["median"] == 0.3
@@ -107,7 +107,7 @@ def test_picture_draws_medians_and_quartiles():
     assert [panel.title for panel in panels] == ["densenet40: training step", "densenet40: re-allocation"]
     steps, _ = bar_picture(panels, "title", "caption").axes
     assert [label.get_text() for label in steps.get_yticklabels()] == [
-        *("plain", "selective, slots 0.5", "torch plain")
+        *("plain", "selective, capacity 0.5", "torch plain")
     ]
     assert [bar.get_width() for bar in steps.patches] == pytest.approx([200, 300, 350])
     assert [text.get_text() for text in steps.texts][1] == "300 ms   1.50 x plain"

@@ -106,7 +106,7 @@ def test_reports():
     largest = [CostedOperation("fusion.1", 4000, "jit(step)/[x]"), CostedOperation("dot", 1000, "")]
     steps = [
         CompiledStep("plain", 5000, 1.0, memory, 1.0, 3.0, largest),
-        CompiledStep("selective, slots 0.5", 7500, 1.5, None, None, 4.0, largest[:1]),
+        CompiledStep("selective, capacity 0.5", 7500, 1.5, None, None, 4.0, largest[:1]),
     ]
     result = TopologyResult("densenet40", 4, steps, complete=True)
     text = io.StringIO()

@@ -184,7 +184,7 @@ def test_a_single_layer_in_one_dimension():
 
 
 class Looped(nn.Module):
-    """Three stacked layers, recomputed in the backward pass, whose slots are set in the model's code."""
+    """Three stacked layers, recomputed in the backward pass, whose capacity is set in the model's code."""
 
     @nn.compact
     def __call__(self, x, train):

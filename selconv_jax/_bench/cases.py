@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable
 
 from selconv_jax._bench.states import without_allocation
-from selconv_jax._bench.workbench import Prepared, Workbench, has_compaction
+from selconv_jax._bench.workbench import Prepared, Workbench
 
 __all__ = ["PLAIN", "Case", "plan_cases", "step_name", "torch_name"]
 
@@ -75,14 +75,13 @@ def plan_cases(bench: Workbench) -> list[Case]:
             if seeds:
                 prepare = functools.partial(bench.prepare_capacity, capacity, seeds)
                 cases.append(_together(cases[-1], prepare, timed, seeds))
-    if has_compaction():
+    if "frozen" in what:
         rival = torch_name(share) if settings.torch else None
-        if "frozen" in what:
-            name = f"frozen, {share:g} re-allocated"
-            cases.append(Case(name, group, PLAIN, rival, batch, bench.prepare_frozen, steps=bench.steps))
-        if "compact" in what:
-            name = f"compact, {share:g} closed"
-            cases.append(Case(name, group, PLAIN, None, batch, bench.prepare_compact, steps=bench.steps))
+        name = f"frozen, {share:g} re-allocated"
+        cases.append(Case(name, group, PLAIN, rival, batch, bench.prepare_frozen, steps=bench.steps))
+    if "compact" in what:
+        name = f"compact, {share:g} closed"
+        cases.append(Case(name, group, PLAIN, None, batch, bench.prepare_compact, steps=bench.steps))
     if "reallocate" in what:
         cases.append(
             Case("one round, whole network", "re-allocation", PLAIN, None, 0, bench.prepare_reallocate)

@@ -7,7 +7,7 @@ from typing import Protocol
 from selconv_jax._bench.cases import Case, plan_cases
 from selconv_jax._bench.measure import Round, take_rounds
 from selconv_jax._bench.settings import BenchSettings
-from selconv_jax._bench.workbench import Prepared, Workbench, has_compaction
+from selconv_jax._bench.workbench import Prepared, Workbench
 
 __all__ = ["Listener", "Measured", "NetworkResult", "bench_network", "measure"]
 
@@ -74,9 +74,6 @@ def bench_network(
     """
     bench = Workbench(model, settings)
     cases, notes = plan_cases(bench), []
-    absent = [name for name in ("frozen", "compact") if name in settings.what]
-    if absent and not has_compaction():
-        notes.append(f"left out: {', '.join(absent)} (this version has no selconv_jax.compaction)")
     if settings.torch:
         from selconv_jax._bench.torch_cases import TORCH_NOTE, plan_torch_cases
 

@@ -20,7 +20,7 @@ from selconv_jax._bench.hlo import CostedOperation, entry_costs
 from selconv_jax._bench.run import Listener
 from selconv_jax._bench.settings import BenchSettings, check_topology
 from selconv_jax._bench.states import without_allocation
-from selconv_jax._bench.workbench import Workbench, has_compaction
+from selconv_jax._bench.workbench import Workbench
 from selconv_jax._xla.platforms import tracing_for
 from selconv_jax.errors import ConfigError
 from selconv_jax.train._distributed.sharding import Placement
@@ -70,14 +70,12 @@ class TopologyResult:
         chips: Number of chips of the topology, over which a batch is split.
         steps: The compiled steps, the plain one first.
         complete: Whether nothing was cut short.
-        notes: What the reader should know.
     """
 
     model: str
     chips: int
     steps: Sequence[CompiledStep]
     complete: bool
-    notes: Sequence[str] = ()
 
 
 def prepare_process() -> None:
@@ -159,9 +157,7 @@ def bench_topology(
         network, variables = make()
         program = _compile(bench, network, variables, placement)
         steps.append(_step(name, program, steps[0] if steps else None))
-    absent = [name for name in ("frozen", "compact") if name in settings.what and not has_compaction()]
-    notes = [f"left out: {', '.join(absent)} (this version has no selconv_jax.compaction)"] if absent else []
-    return TopologyResult(model, len(devices), steps, True, notes)
+    return TopologyResult(model, len(devices), steps, True)
 
 
 def _networks(bench: Workbench) -> Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]:
@@ -175,11 +171,10 @@ def _networks(bench: Workbench) -> Iterator[tuple[str, Callable[[], tuple[Any, A
                 step_name(capacity),
                 functools.partial(lambda network: (network, bench.initial.variables), network),
             )
-    if has_compaction():
-        if "frozen" in settings.what:
-            yield f"frozen, {settings.share:g} re-allocated", bench.frozen
-        if "compact" in settings.what:
-            yield f"compact, {settings.share:g} closed", bench.compact
+    if "frozen" in settings.what:
+        yield f"frozen, {settings.share:g} re-allocated", bench.frozen
+    if "compact" in settings.what:
+        yield f"compact, {settings.share:g} closed", bench.compact
 
 
 def _compile(bench: Workbench, network: Any, variables: Any, placement: Placement) -> Program:

@@ -13,7 +13,7 @@ from selconv_jax._bench.cases import Case, torch_name
 from selconv_jax._bench.environment import cores
 from selconv_jax._bench.states import without_allocation
 from selconv_jax._bench.torch_networks import torch_network
-from selconv_jax._bench.workbench import Prepared, Workbench, has_compaction
+from selconv_jax._bench.workbench import Prepared, Workbench
 from selconv_jax.interop.torch import state_dict
 from selconv_jax.train._config import OptimizerConfig
 
@@ -80,7 +80,7 @@ def plan_torch_cases(bench: Workbench) -> list[Case]:
     plain = functools.partial(_prepare, bench, None)
     cases = [Case(torch_name(None), group, None, None, settings.batch, plain, steps=bench.steps)]
     shares = list(settings.capacity) if "step" in settings.what else []
-    if "frozen" in settings.what and has_compaction():
+    if "frozen" in settings.what:
         shares.append(settings.share)
     for share in dict.fromkeys(shares):
         prepare = functools.partial(_prepare, bench, share)

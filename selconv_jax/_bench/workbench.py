@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from selconv_jax._bench.compilation import Program, compile_program
 from selconv_jax._bench.settings import BenchSettings
 from selconv_jax._bench.states import with_closed, with_copies, without_allocation
+from selconv_jax.compaction import plan_compaction
 from selconv_jax.data._augment import augment, normalize
 from selconv_jax.data._dataset import DatasetInfo, ImageData, Split
 from selconv_jax.errors import SelconvError
@@ -27,9 +27,7 @@ from selconv_jax.train._state import TrainState, initial_state
 from selconv_jax.train._step import eval_batch, train_step
 from selconv_jax.transforms._reallocation import AllocationRule, reallocate
 
-__all__ = ["Prepared", "Workbench", "has_compaction"]
-
-_COMPACTION = "selconv_jax.compaction"
+__all__ = ["Prepared", "Workbench"]
 
 # The speed does not depend on the rate; with a small one a network stays finite on images of noise.
 _OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
@@ -50,11 +48,6 @@ class Prepared:
 
     call: Callable[[], object]
     program: Program | None = None
-
-
-def has_compaction() -> bool:
-    """Whether this version can compile frozen allocations and smaller networks."""
-    return importlib.util.find_spec(_COMPACTION) is not None
 
 
 class Workbench:
@@ -181,14 +174,12 @@ class Workbench:
 
     def frozen(self) -> tuple[Any, dict[str, Any]]:
         """The network for exactly the allocation there is, ``share`` re-allocated, and its variables."""
-        plan_compaction = importlib.import_module(_COMPACTION).plan_compaction
         variables = self.copied(self.settings.share)
         model = self.selective.clone(capacity=self.settings.share)
         return plan_compaction(model, variables, compare=False).frozen_model(), variables
 
     def compact(self) -> tuple[Any, dict[str, Any]]:
         """The smaller network that is left when ``share`` of the channels are closed, and its variables."""
-        plan_compaction = importlib.import_module(_COMPACTION).plan_compaction
         variables = self.closed(self.settings.share)
         plan = plan_compaction(self.selective, variables, compare=False)
         return plan.model, plan.take(variables)

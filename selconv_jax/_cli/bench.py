@@ -85,8 +85,6 @@ def _compile(settings: BenchSettings, devices: Sequence[Any], output: Path, cons
                 result = bench_topology(model, settings, devices, progress, lambda: bool(stop))
             results.append(result)
             title = f"{model} for {settings.topology} ({describe(settings)})"
-            for note in result.notes:
-                _say(console, f"{model}: {note}")
             console.print(largest_table(result, title))
             console.print(costs_table(result, title))
             report = report_of(settings, machine, [])
