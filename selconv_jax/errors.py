@@ -1,4 +1,4 @@
-"""Errors a user can mend, and what makes their sentences: bounds of a value, the name that was meant."""
+"""User-fixable errors, and the parts of their messages: bounds of a value, the nearest known name."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ __all__ = ["CheckpointError", "ConfigError", "DataError", "SelconvError", "check
 
 
 class SelconvError(Exception):
-    """Something the user can mend; the message names the key, path or value and the remedy.
+    """A user-fixable error; its message names the key, path or value and the remedy.
 
     The command line prints such an error as one paragraph, without a traceback.
     """

@@ -254,7 +254,7 @@ def test_stopped_sweep_goes_on(tiny, tmp_path, monkeypatch):
 
 
 def test_failed_runs_are_reported_and_the_others_are_made(tiny, tmp_path, monkeypatch):
-    def failing(config, workdir, console):
+    def failing(config, workdir, console, context=None):
         if config.seed == 1:
             raise NonFiniteLossError("the loss of step 3 (epoch 1) is not finite")
         if config.seed == 2:

@@ -18,7 +18,7 @@ from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._loop import train_run
 from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._program import bucket_program
-from selconv_jax.train._seeds.meeting import Abandoned, Meeting
+from selconv_jax.train._seeds.rendezvous import Abandoned, Rendezvous
 from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, Request, common_program
 from selconv_jax.train._sweeps import together as sweep_together
 from selconv_jax.train._sweeps.configurations import check_sweep, plan_sweep
@@ -140,6 +140,8 @@ def test_seeds_are_split_over_devices():
     for _ in range(2):
         np.testing.assert_allclose(one.steps(0, 1), two.steps(0, 1), rtol=1e-5)
     assert two.joint._mesh.size == 2
+    evaluated = [every.joint.answer(list(every.evaluate()), lambda: False) for every in (one, two)]
+    np.testing.assert_allclose(*[[totals.loss for totals in each] for each in evaluated], rtol=1e-5)
     kernel = two.joint._last[1].params["classifier"]["linear"]["kernel"]
     assert {shard.data.shape[0] for shard in kernel.addressable_shards} == {1}
     # Three do not divide: all share both.
@@ -295,16 +297,16 @@ class Asked:
 
 def meet(plans, answer):
     """Lets members ask, one after the other, what their plans say; what each got, and what was answered."""
-    meeting, got, answered = Meeting(list(plans)), {name: [] for name in plans}, []
+    rendezvous, got, answered = Rendezvous(list(plans)), {name: [] for name in plans}, []
 
     def member(name):
         try:
             for number in plans[name]:
-                got[name].append(meeting.ask(name, Asked((number,), f"{name}{number}")))
+                got[name].append(rendezvous.ask(name, Asked((number,), f"{name}{number}")))
         except (Abandoned, ValueError) as error:
             got[name].append(type(error))
         finally:
-            meeting.leave(name)
+            rendezvous.leave(name)
 
     def serve(requests):
         answered.append([request.text for request in requests])
@@ -314,7 +316,7 @@ def meet(plans, answer):
     for thread in threads:
         thread.start()
     try:
-        meeting.serve(serve)
+        rendezvous.serve(serve)
     finally:
         for thread in threads:
             thread.join()

@@ -29,7 +29,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Maps ``[N, H, W, C]`` to ``[N, H / stride, W / stride, features]``."""
+        """Map ``[N, H, W, C]`` to ``[N, H / stride, W / stride, features]``."""
         y = SelectiveConv(self.features // 2, (1, 1))(x, train)
         y = SelectiveConv(self.features // 2, (3, 3), strides=self.stride, feature_group_count=4)(y, train)
         # Gate-only: the last layer closes channels and never copies.
@@ -44,7 +44,7 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Maps images ``[N, H, W, C]`` to logits ``[N, 10]``."""
+        """Map images ``[N, H, W, C]`` to logits ``[N, 10]``."""
         x = nn.Conv(16, (3, 3), strides=2)(images)
         for features, stride in ((32, 1), (64, 2)):
             x = Block(features, stride)(x, train)
@@ -96,7 +96,7 @@ def train(steps: int) -> tuple[nn.Module, dict, np.ndarray, list[float], list[se
 
 
 def main() -> None:
-    """Reads the number of steps, trains, and prints the accuracy on test images."""
+    """Read the number of steps, train, and print the accuracy on test images."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40)
     model, variables, *_ = train(parser.parse_args().steps)

@@ -32,7 +32,7 @@ class WaveNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, signals: jax.Array, train: bool) -> jax.Array:
-        """Maps signals ``[N, T, sensors]`` to logits ``[N, waves]``."""
+        """Map signals ``[N, T, sensors]`` to logits ``[N, waves]``."""
         x = nn.Conv(24, 7)(signals)
         x = SelectiveConv(32, 5, strides=2, padding="CAUSAL")(x, train)
         x = SelectiveConv(32, 5, strides=2, kernel_dilation=2)(x, train)
@@ -92,7 +92,7 @@ def train(steps: int) -> tuple[nn.Module, dict, np.ndarray, list[float], list[se
 
 
 def main() -> None:
-    """Reads the number of steps, trains, and prints the accuracy on signals of another seed."""
+    """Read the number of steps, train, and print the accuracy on signals of another seed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60)
     model, variables, *_ = train(parser.parse_args().steps)

@@ -29,7 +29,7 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Maps images ``[N, H, W, C]`` to logits of the foreground ``[N, H, W]``."""
+        """Map images ``[N, H, W, C]`` to logits of the foreground ``[N, H, W]``."""
         skips = []
         x = nn.Conv(self.width, (3, 3))(images)
         for level in (1, 2):
@@ -94,7 +94,7 @@ def train(steps: int) -> tuple[nn.Module, dict, np.ndarray, list[float], list[se
 
 
 def main() -> None:
-    """Reads the number of steps, trains, and prints how well the masks of test images are found."""
+    """Read the number of steps, train, and print how well the masks of test images are found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30)
     model, variables, *_ = train(parser.parse_args().steps)

@@ -246,7 +246,7 @@ def _machine(environment: dict[str, Any]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Writes the three files; an error is one line."""
+    """Write the three files; an error is one line."""
     parser = argparse.ArgumentParser(description="Turns the runs of a study into numbers, table and picture.")
     parser.add_argument("study", type=Path, help="folder of the study's configurations")
     parser.add_argument("runs", type=Path, nargs="*", help="directories of its runs; none: results.json")

@@ -41,7 +41,7 @@ def take_rounds(
     should_stop: Callable[[], bool] = lambda: False,
     on_turn: Callable[[int, str], None] = lambda number, name: None,
 ) -> list[Round]:
-    """Calls everything in every round, in an order of its own in each, and takes the times.
+    """Call everything in every round, in an order of its own in each, and take the times.
 
     Each is called twice in a row, and the second call is timed: in a training run, too, a step follows on a
     step of the same program, and finds memory and caches as that has left them.

@@ -1,4 +1,4 @@
-"""A run's step and evaluation compiled for a TPU pod that is not there: memory, messages, cycles.
+"""A run's step and evaluation compiled ahead of time for a TPU pod: memory, collectives, cycles.
 
 The compiler is the real one, of the package libtpu; nothing is run.
 """

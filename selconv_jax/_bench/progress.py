@@ -39,7 +39,7 @@ class BenchProgress:
         self._show(f"{self._network}: round {number + 1}/{count}, {name}", always=False)
 
     def close(self) -> None:
-        """Takes the changing line away."""
+        """Take the changing line away."""
         if self._live is not None:
             self._live.stop()
 

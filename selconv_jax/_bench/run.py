@@ -61,7 +61,7 @@ class NetworkResult:
 def bench_network(
     model: str, settings: BenchSettings, listener: Listener, should_stop: Callable[[], bool]
 ) -> NetworkResult:
-    """Makes all measurements of a network.
+    """Make all measurements of a network.
 
     Args:
         model: Its name.

@@ -64,7 +64,7 @@ def with_copies(variables: Mapping[str, Any], share: float, seed: int) -> Any:
 
 
 def with_closed(variables: Mapping[str, Any], share: float, seed: int) -> Any:
-    """Closes a share of the channels of every selective and gate-only layer, chosen at random.
+    """Close a share of the channels of every selective and gate-only layer, chosen at random.
 
     Args:
         variables: A model's variables, nothing of which is closed.

@@ -1,4 +1,4 @@
-"""Training steps compiled for TPUs that are not there: cycles and memory as the TPU compiler sees them.
+"""Training steps compiled ahead of time for a TPU topology: estimated cycles and memory.
 
 The compiler is the real one, of the package libtpu; nothing is run. Its cycles are estimates for one chip,
 of use to compare programs with each other. The programs are traced as on a TPU, see `_xla.platforms`.
@@ -79,7 +79,7 @@ class TopologyResult:
 
 
 def prepare_process() -> None:
-    """Keeps JAX on the CPU and the TPU compiler from looking for TPUs; before JAX first uses a device."""
+    """Keep JAX on the CPU and the TPU compiler from looking for TPUs; before JAX first uses a device."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")

@@ -57,7 +57,7 @@ class TorchStep:
         )
 
     def __call__(self) -> None:
-        """Makes a step; on a GPU it may return before the step is done."""
+        """Make a step; on a GPU it may return before the step is done."""
         self._optimizer.zero_grad(set_to_none=True)
         with self._autocast:
             logits = self.network(self._images)

@@ -15,7 +15,7 @@ __all__ = ["PlainLayer", "SelectiveLayer", "shifted"]
 
 
 def shifted(x: Tensor, shift: Tensor, identity: Tensor) -> Tensor:
-    """Reads every channel at a position of its own, by PyTorch's bilinear sampling of a grid.
+    """Read every channel at a position of its own, by PyTorch's bilinear sampling of a grid.
 
     Channels take the place of the batch, so that each has a grid of its own, as in the authors' code.
 
@@ -68,7 +68,7 @@ class PlainLayer(nn.Module):
         self.dropout_rate = dropout_rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[N, C, H, W]`` to ``[N, O, H', W']``."""
+        """Map ``[N, C, H, W]`` to ``[N, O, H', W']``."""
         x = functional.relu(self.norm(self.select(x)), inplace=True)
         if self.dropout_rate:
             x = functional.dropout(x, self.dropout_rate, self.training)
@@ -120,7 +120,7 @@ class SelectiveLayer(PlainLayer):
             self.register_load_state_dict_post_hook(lambda module, _: module.read_allocation())
 
     def read_allocation(self) -> None:
-        """Looks up which channels are copies, and of which others."""
+        """Look up which channels are copies, and of which others."""
         copies = (self._ind_ptr >= 0).nonzero()[:, 0]
         self.copies, self.sources = (copies, self._ind_ptr[copies]) if len(copies) else (None, None)
 

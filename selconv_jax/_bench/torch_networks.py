@@ -73,7 +73,7 @@ class _Network(nn.Module):
         self.classifier = nn.Linear(width, model.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps ``[N, C, H, W]`` to ``[N, num_classes]``."""
+        """Map ``[N, C, H, W]`` to ``[N, num_classes]``."""
         parts = dict(self.features.named_children())
         x = self.get_submodule(self.stem_name)(images)
         if self.has_max_pool:

@@ -29,7 +29,7 @@ from selconv_jax.transforms._reallocation import AllocationRule, reallocate
 
 __all__ = ["Prepared", "Workbench"]
 
-# The speed does not depend on the rate; with a small one a network stays finite on images of noise.
+# The speed does not depend on the rate; with a small one a network stays finite on synthetic images.
 _OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
 _STEPS = 10**6
 _THRESHOLD = 0.1  # of the timed re-allocation
@@ -86,7 +86,7 @@ class Workbench:
 
     @functools.cached_property
     def batch(self) -> tuple[jax.Array, jax.Array]:
-        """Images ``[B, H, W, C]`` uint8 of noise, and labels ``[B]`` int32."""
+        """Synthetic images ``[B, H, W, C]`` uint8, and labels ``[B]`` int32."""
         images, labels = self.noise(self.settings.batch)
         return jnp.asarray(images), jnp.asarray(labels)
 

@@ -43,7 +43,7 @@ def restart_command(
 
 
 def keep_memory() -> None:
-    """Starts the process anew where `restart_command` says so; returns if there is nothing to do."""
+    """Start the process anew where `restart_command` says so; return if there is nothing to do."""
     if restart := restart_command(os.environ, sys.orig_argv):
         command, environ = restart
         os.execve(command[0], command, environ)

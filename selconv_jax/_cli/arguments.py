@@ -44,7 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--workdir", metavar="DIR", help="directory of the run (default: runs/NAME)")
     _add_cluster(train)
 
-    resume = commands.add_parser("resume", help="go on with a run", description="Goes on with a run.")
+    resume = commands.add_parser(
+        "resume", help="resume a run", description="Resumes a run from its last checkpoint."
+    )
     _add_run(resume)
     _add_cluster(resume)
 
@@ -222,7 +224,7 @@ def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--together",
         action="store_true",
         help="make all seeds of a configuration in one program: faster where one run does not fill a GPU; "
-        "runs begun without it are gone on with, and the other way round",
+        "runs begun without it are resumed with it, and the other way round",
     )
     sweep.add_argument(
         "--nice",
@@ -236,9 +238,9 @@ def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:
 def _add_compile(commands: "argparse._SubParsersAction[_Parser]") -> None:
     compiling = commands.add_parser(
         "compile",
-        help="see whether a run fits on TPUs that are not there",
-        description="Compiles the training step and the evaluation of a run for TPUs that need not be there "
-        "(needs libtpu), and prints memory of a chip, messages between chips, and estimated cycles. Nothing "
+        help="compile a run ahead of time for a TPU topology",
+        description="Compiles the training step and the evaluation of a run ahead of time for a TPU topology "
+        "(needs libtpu, no TPU), and prints the memory of a chip, collectives, and estimated cycles. Nothing "
         "is run, no image is read.",
     )
     _add_config(compiling)
@@ -264,7 +266,7 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
     bench = commands.add_parser(
         "bench",
         help="time training steps, plain and selective",
-        description="Times training steps of networks in turns, on images of noise: a table, DIR/bench.json "
+        description="Times training steps of networks in turns, on synthetic images: a table, DIR/bench.json "
         "and DIR/bench.png. Ctrl-C ends it with what has been measured.",
     )
     bench.add_argument(

@@ -77,7 +77,7 @@ def _measure(settings: BenchSettings, output: Path, console: Console) -> int:
 
 def _compile(settings: BenchSettings, devices: Sequence[Any], output: Path, console: Console) -> int:
     results: list[TopologyResult] = []
-    # What is compiled for chips that are not there cannot be read back from the cache.
+    # Programs for another platform cannot be read back from the compilation cache.
     with StopRequest() as stop, without_compilation_cache():
         machine = environment()
         for model in settings.models:

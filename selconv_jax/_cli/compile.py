@@ -21,7 +21,7 @@ __all__ = ["run"]
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compiles a run for chips that are not there; prints tables, writes JSON."""
+    """Compile a run ahead of time for a TPU topology; print tables, write JSON."""
     config = load_config(options.config, options.words)
     if not 0.0 <= options.capacity <= 1.0:
         raise ConfigError(f"--capacity is {options.capacity}; it must be a share of the channels in [0, 1].")
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     prepare_process()
     devices = topology_devices(options.topology)
     console = terminal_or_lines()
-    # What is compiled for chips that are not there cannot be read back from the cache.
+    # Programs for another platform cannot be read back from the compilation cache.
     with without_compilation_cache():
         plan = _plan(config, options, devices, console)
     _print(plan, options.config, console)

@@ -12,7 +12,7 @@ __all__ = ["run"]
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the chosen action."""
+    """Run the chosen action."""
     return _prepare(options) if options.action == "prepare" else _list(options)
 
 

@@ -10,7 +10,7 @@ __all__ = ["run"]
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the table of a folder's configurations, or writes it into the folder's README."""
+    """Print the table of a folder's configurations, or write it into the folder's README."""
     directory = Path(options.directory)
     if options.write:
         terminal_or_lines().print(f"written: {write_experiment_table(directory)}", highlight=False)

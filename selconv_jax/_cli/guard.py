@@ -17,7 +17,7 @@ DEBUG = "SELCONV_DEBUG"
 """The environment variable that asks for tracebacks, unless it is empty or 0."""
 
 # What the compilers of XLA and the TPU write past Python: pages on the features of the processor where a
-# program comes from the cache, warnings of TPUs that are not there. What matters comes as an exception; what
+# program comes from the cache, warnings of missing TPUs. What matters comes as an exception; what
 # ends the process is written all the same.
 _QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
 
@@ -30,7 +30,7 @@ def is_debugging() -> bool:
 
 
 def prepare_process(*, debug: bool) -> None:
-    """Makes streams, messages and failures of this process such that nothing but our lines is seen.
+    """Make streams, messages and failures of this process such that nothing but our lines is seen.
 
     Args:
         debug: Whether tracebacks, and what the compilers say, are asked for; handed on to processes that this
@@ -61,7 +61,7 @@ def prepare_process(*, debug: bool) -> None:
 
 
 def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
-    """Runs a command; says what ended it in one line.
+    """Run a command; say what ended it in one line.
 
     Args:
         action: The command; returns its exit code.

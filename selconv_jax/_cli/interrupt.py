@@ -18,6 +18,6 @@ def interrupt_in_order() -> None:
 
 
 def _exchange_handler(old: object, new: Callable[..., object] | signal.Handlers) -> None:
-    """Replaces what is done about Ctrl-C, unless somebody else has decided on it."""
+    """Replace what is done about Ctrl-C, unless somebody else has decided on it."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is old:
         signal.signal(signal.SIGINT, new)

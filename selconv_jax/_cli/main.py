@@ -10,13 +10,13 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Run a command.
 
     Args:
         arguments: The command line without the program's name; None: that of the process.
 
     Returns:
-        The exit code: 0; 1 for an error the user can mend; 2 for a wrong command line; 128 plus the
+        The exit code: 0; 1 for a user-fixable error; 2 for a wrong command line; 128 plus the
         number of the signal that ended it.
     """
     if arguments is not None:

@@ -20,7 +20,7 @@ _COLUMN = 9  # characters, and a space; with 15 of the name all fit a terminal o
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints one row per network as soon as it has been counted."""
+    """Print one row per network as soon as it has been counted."""
     for name in options.names:
         if name not in MODELS:
             raise ConfigError(f"there is no model {name!r}. {nearest(name, MODELS)}")

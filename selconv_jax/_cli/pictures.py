@@ -25,7 +25,7 @@ __all__ = ["draw_run", "print_run"]
 
 
 def print_run(workdir: Path, console: Console) -> None:
-    """Prints the tables of a run: its epochs, its layers, their parameters and multiply-adds.
+    """Print the tables of a run: its epochs, its layers, their parameters and multiply-adds.
 
     Args:
         workdir: The directory of the run.

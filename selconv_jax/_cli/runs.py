@@ -56,7 +56,7 @@ def resume(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Prints loss and accuracy of a checkpoint."""
+    """Print loss and accuracy of a checkpoint."""
     share_compilations()
     workdir = Path(options.workdir)
     with _joined(options, shares_stops=False):
@@ -82,7 +82,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def compact(options: argparse.Namespace) -> int:
-    """Writes the network of a checkpoint, without what it does not use, into a file."""
+    """Write the network of a checkpoint, without what it does not use, into a file."""
     workdir = Path(options.workdir)
     output = Path(options.output) if options.output else workdir / "compact.npz"
     checkpoint = find_checkpoint(workdir, options.checkpoint)
@@ -103,7 +103,7 @@ def _print_sizes(compacted: CompactedRun) -> None:
 
 
 def show(options: argparse.Namespace) -> int:
-    """Prints the tables of a run and draws its pictures."""
+    """Print the tables of a run and draw its pictures."""
     workdir = Path(options.workdir)
     output = Path(options.output) if options.output else workdir / "pictures"
     console = terminal_or_lines()
@@ -147,7 +147,7 @@ def _finish(code: int, workdir: Path) -> int:
 
 
 def share_compilations() -> None:
-    """Keeps compiled programs in a folder of the user's, unless JAX has been told where."""
+    """Keep compiled programs in a folder of the user's, unless JAX has been told where."""
     if jax.config.jax_compilation_cache_dir is None:
         folder = platformdirs.user_cache_path("selconv_jax") / "compiled"
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))

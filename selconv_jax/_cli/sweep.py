@@ -35,7 +35,7 @@ _PICTURE = "sweep.png"
 
 
 def run(options: argparse.Namespace) -> int:
-    """Makes the runs of a sweep, then compares the complete ones in tables, a file and a picture."""
+    """Make the runs of a sweep, then compares the complete ones in tables, a file and a picture."""
     _be_nice(options.nice)
     share_compilations()
     if options.jobs > 1:

@@ -28,7 +28,7 @@ def is_whole(value: Any) -> bool:
 
 
 def check_whole(name: str, value: Any, least: int, requirement: str = "") -> None:
-    """Raises a `ConfigError` unless a value is a whole number of at least ``least``.
+    """Raise a `ConfigError` unless a value is a whole number of at least ``least``.
 
     Args:
         name: What the user calls the value.
@@ -49,7 +49,7 @@ def check_whole(name: str, value: Any, least: int, requirement: str = "") -> Non
 
 
 def check_number(name: str, value: Any, is_valid: Callable[[Any], Any], requirement: str) -> None:
-    """Raises a `ConfigError` unless a value is a number, or an array of one, within its bounds.
+    """Raise a `ConfigError` unless a value is a number, or an array of one, within its bounds.
 
     Of a traced number only the shape can be checked.
 

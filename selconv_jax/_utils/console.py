@@ -60,7 +60,7 @@ class ForgivingStream(io.TextIOBase):
         return True
 
     def write(self, text: str, /) -> int:
-        """Writes what can be written."""
+        """Write what can be written."""
         if self._stream is not None:
             shown = text.encode(self.encoding, "replace").decode(self.encoding, "replace")
             self._attempt(self._stream.write, shown)
@@ -110,7 +110,7 @@ class _Console(Console):
             self._width = before
 
     def on_broken_pipe(self) -> None:
-        """Raises the error again, while which this is called."""
+        """Raise the error again, while which this is called."""
         raise
 
 

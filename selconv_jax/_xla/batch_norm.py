@@ -113,7 +113,7 @@ def join_statistics(*parts: Statistics) -> Statistics:
 def batch_norm(
     x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> jax.Array:
-    """Normalizes each channel and applies scale and bias.
+    """Normalize each channel and apply scale and bias.
 
     Args:
         x: ``[..., C]`` floating.
@@ -136,7 +136,7 @@ def batch_norm(
 def batch_norm_relu(
     x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> jax.Array:
-    """Normalizes each channel, applies scale and bias, and clips at 0, for training.
+    """Normalize each channel, apply scale and bias, and clip at 0, for training.
 
     The same as ``relu(batch_norm(...))``, with a gradient that reads ``x`` once: two sums over the batch and
     one product. What of it goes through the statistics follows from them, see `batch_statistics`; where
@@ -209,7 +209,7 @@ def update_running_statistics(
     count: int,
     momentum: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Moves the running statistics towards those of a batch.
+    """Move the running statistics towards those of a batch.
 
     The running variance takes the unbiased estimate, ``count / (count - 1)`` times the biased one
     (method, "One selective layer", step 2).

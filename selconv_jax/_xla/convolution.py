@@ -11,9 +11,9 @@ from jax import lax
 from jax.sharding import AxisType
 
 from selconv_jax._utils.arguments import is_whole
-from selconv_jax._xla.apart import bilinear_apart, members_are_apart
 from selconv_jax._xla.materialize import materialize
 from selconv_jax._xla.platforms import target_platform
+from selconv_jax._xla.vmapped_convolution import convolutions_are_unrolled, unrolled_bilinear
 from selconv_jax.errors import ConfigError, nearest
 
 __all__ = ["PADDINGS", "canonical_padding", "canonical_window", "convolve"]
@@ -87,7 +87,7 @@ def convolve(
 
 
 def _pad(x: jax.Array, padding: Padding, reach: Sequence[int]) -> tuple[jax.Array, Padding]:
-    """Takes care of the paddings that the compiler's convolution does not have.
+    """Take care of the paddings that the compiler's convolution does not have.
 
     Args:
         x: ``[N, *S, C]``.
@@ -138,7 +138,9 @@ def _convolution(
         feature_group_count=groups,
         precision=precision,
     )
-    return bilinear_apart(convolution, x, kernel) if members_are_apart() else convolution(x, kernel)
+    return (
+        unrolled_bilinear(convolution, x, kernel) if convolutions_are_unrolled() else convolution(x, kernel)
+    )
 
 
 def canonical_window(value: int | Sequence[int] | None, rank: int, name: str) -> tuple[int, ...]:

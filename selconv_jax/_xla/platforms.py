@@ -22,7 +22,7 @@ def target_platform() -> str:
 
 @contextlib.contextmanager
 def tracing_for(platform: str) -> Iterator[None]:
-    """Traces for another platform than the default one, as when compiling for devices that are not there.
+    """Trace for another platform than the default one, for ahead-of-time compilation.
 
     What is already traced stays so: give `jax.jit` a function of its own inside of the context.
 

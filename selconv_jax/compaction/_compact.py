@@ -31,7 +31,7 @@ def compact(
     method: Any = None,
     **options: Any,
 ) -> tuple[Compact, Any]:
-    """Removes what a network does not use: closed channels, and all that is computed for nobody.
+    """Remove what a network does not use: closed channels, and all that is computed for nobody.
 
     A closed channel goes from the layer that reads it and, where no one else reads it, from the layer that
     makes it, through concatenations, sums, pools and groups; a layer that makes nothing any more goes as a

@@ -36,7 +36,7 @@ _NETWORKS: dict[str, Any] = {network.__name__: network for network, _ in MODELS.
 def save_compact(
     path: str | os.PathLike[str], model: Compact, variables: Mapping[str, Any], *, overwrite: bool = False
 ) -> None:
-    """Writes a compacted network into one file, complete or not at all.
+    """Write a compacted network into one file, complete or not at all.
 
     Args:
         path: The file; ``.npz`` by custom.
@@ -88,7 +88,7 @@ def save_compact(
 def load_compact(
     path: str | os.PathLike[str], *, network: nn.Module | None = None
 ) -> tuple[Compact, dict[str, Any]]:
-    """Reads a file of `save_compact`.
+    """Read a file of `save_compact`.
 
     Args:
         path: The file.
@@ -190,7 +190,7 @@ def _description(value: Any) -> Any:
 
 
 def _check_attributes(path: Path, network: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Raises a `CheckpointError` if an attribute is not as it is in the file; in older files some are not."""
+    """Raise a `CheckpointError` if an attribute is not as it is in the file; in older files some are not."""
     given = json.loads(json.dumps(_attributes(network)))
     if difference := _difference(saved, given):
         name, one, other = difference

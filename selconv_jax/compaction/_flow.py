@@ -144,7 +144,7 @@ class _Walk:
         return [value(atom) for atom in jaxpr.outvars]
 
     def _need(self, value: _Value) -> None:
-        """Notes that all of an array is read."""
+        """Note that all of an array is read."""
         if isinstance(value, np.ndarray):
             self.needed.extend(value.tolist())
         elif isinstance(value, tuple):

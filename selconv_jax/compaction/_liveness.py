@@ -54,7 +54,7 @@ class Kept:
 
 
 def needed_channels(flow: Flow, layers: Mapping[str, HostAllocation], multiple: int) -> Kept:
-    """Finds the channels that some live layer reads, and rounds the widths.
+    """Find the channels that some live layer reads, and round the widths.
 
     A channel is needed if something other than a layer reads it, or a layer with a needed output does,
     through an open gate: directly, or as the source of a copy. All groups of a convolution keep equally
@@ -127,7 +127,7 @@ class _Search:
         return chosen.reshape(-1)
 
     def _level_outputs(self, path: str) -> None:
-        """Keeps as many outputs in every group that has some, and a whole multiple of them."""
+        """Keep as many outputs in every group that has some, and a whole multiple of them."""
         ids = self._flow.outputs[path]
         if path not in self._layers:  # another convolution always makes something
             groups = 1

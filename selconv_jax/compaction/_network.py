@@ -59,11 +59,11 @@ class Compact(nn.Module):
     method: str | None = None
 
     def setup(self) -> None:
-        """Gives the network's variables their own names, without a part for this wrapper."""
+        """Give the network's variables their own names, without a part for this wrapper."""
         nn.share_scope(self, self.network)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the network, see there."""
+        """Run the network, see there."""
         layouts, widths = dict(self.layouts), dict(self.widths)
         root = tuple(filter(None, relative_path(self, ()).split("/")))
 
@@ -179,7 +179,7 @@ class NetworkCall:
 def network_call(
     model: nn.Module, inputs: tuple[Any, ...], method: Any, options: Mapping[str, Any]
 ) -> tuple[NetworkCall, str | None]:
-    """Finds out how a network is to be called.
+    """Find out how a network is to be called.
 
     Args:
         model: The network.

@@ -45,7 +45,7 @@ class StaticConv(BatchNormReLUConv):
 
     @nn.compact
     def __call__(self, x: Array, train: bool, statistics: Statistics | None = None) -> Array:
-        """Applies the layer, see `BatchNormReLUConv.__call__`.
+        """Apply the layer, see `BatchNormReLUConv.__call__`.
 
         Args:
             x: ``[N, *S, layout.inputs]`` floating.

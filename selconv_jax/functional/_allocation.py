@@ -51,7 +51,7 @@ def deallocate(
     threshold: float | jax.Array,
     groups: int = 1,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Closes the channels whose joint damage stays below a threshold (method, "De-allocation").
+    """Close the channels whose joint damage stays below a threshold (method, "De-allocation").
 
     Channels are taken in ascending order of their largest damage to any output. The longest run of
     them whose summed damage exceeds ``threshold`` for no output is closed. If not even all channels
@@ -162,7 +162,7 @@ def sources_from_uniform(uniform: jax.Array, scores: jax.Array, gate: jax.Array,
 
 
 def fill_slots(state: LayerState, drawn: jax.Array, drawn_shift: jax.Array) -> LayerState:
-    """Fills closed channels with shifted copies of the drawn ones (method, "Re-allocation" 4).
+    """Fill closed channels with shifted copies of the drawn ones (method, "Re-allocation" 4).
 
     A filled slot opens with an all-zero kernel row, so the layer computes what it computed before,
     and with the batch norm of the channel it copies. A copy of a copy reads the original. All slots

@@ -18,7 +18,7 @@ __all__ = ["channel_shift", "select", "select_with_statistics"]
 
 
 def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
-    """Reads every channel at a position of its own, displaced by ``shift``.
+    """Read every channel at a position of its own, displaced by ``shift``.
 
     Multilinear interpolation (method, "One selective layer"): the output at pixel ``(h, w)`` is ``x``
     at ``(h + shift[c, 0], w + shift[c, 1])``, each coordinate clamped to the image. The displacement is
@@ -131,7 +131,7 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, capacity: int | No
 def select_with_statistics(
     x: jax.Array, statistics: Statistics, source: jax.Array, shift: jax.Array, capacity: int | None = None
 ) -> tuple[jax.Array, Statistics]:
-    """Selects, and tells the statistics of what is selected without reading all of it.
+    """Select, and tell the statistics of what is selected without reading all of it.
 
     Args:
         x: ``[N, *S, C]`` floating.

@@ -36,7 +36,7 @@ def to_numpy(value: Any) -> Array:
 
 
 def find_fault(entry: Entry, array: Array, dtype: np.dtype[Any]) -> str | None:
-    """Looks for values that the variable cannot have.
+    """Look for values that the variable cannot have.
 
     Args:
         entry: The variable.
@@ -64,7 +64,7 @@ def find_fault(entry: Entry, array: Array, dtype: np.dtype[Any]) -> str | None:
 
 
 def from_torch(entry: Entry, array: Array, dtype: np.dtype[Any], units: ShiftUnits) -> Array:
-    """Turns their array into ours.
+    """Turn their array into ours.
 
     Args:
         entry: The variable.
@@ -83,7 +83,7 @@ def from_torch(entry: Entry, array: Array, dtype: np.dtype[Any], units: ShiftUni
 
 
 def to_torch(entry: Entry, array: Array, dtype: np.dtype[Any], units: ShiftUnits) -> Array:
-    """Turns our array into theirs; the way back of `from_torch`.
+    """Turn our array into theirs; the way back of `from_torch`.
 
     Args:
         entry: The variable.

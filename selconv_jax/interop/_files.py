@@ -24,7 +24,7 @@ READABLE = (*WRITABLE, *_PICKLES)
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
-    """Reads a file of named arrays; the suffix says of what kind it is.
+    """Read a file of named arrays; the suffix says of what kind it is.
 
     Args:
         path: A file that ends in one of `READABLE`.
@@ -54,7 +54,7 @@ def check_writable(path: Path, *, overwrite: bool = False) -> None:
 
 
 def write_file(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    """Writes named arrays; a file of that name is replaced once the new one is complete.
+    """Write named arrays; a file of that name is replaced once the new one is complete.
 
     Args:
         path: A file that ends in one of `WRITABLE`.

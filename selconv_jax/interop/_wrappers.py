@@ -31,7 +31,7 @@ class Found:
 
 
 def find_network(content: Mapping[Any, Any], names: Collection[str], needed: Collection[str]) -> Found:
-    """Takes the arrays of a network out of dictionaries and prefixes, in any order and nesting.
+    """Take the arrays of a network out of dictionaries and prefixes, in any order and nesting.
 
     All wrappers are prefixes here: a dictionary below the key ``model`` puts ``model.`` before its names,
     as a Lightning module puts it before those of its attribute. The network is where most of its names

@@ -47,7 +47,7 @@ def load_state_dict(
     image_shape: tuple[int, int, int] | None = None,
     align_corners: bool = False,
 ) -> dict[str, Any]:
-    """Reads a checkpoint of the authors' code as variables of our network.
+    """Read a checkpoint of the authors' code as variables of our network.
 
     Shifts are turned from (column, row) into (row, column), and from the authors' unit into pixels: on
     square images these are the same, unless PyTorch before 1.3 was used (see ``align_corners``). Sources
@@ -137,7 +137,7 @@ def state_dict(
     image_shape: tuple[int, int, int] | None = None,
     align_corners: bool = False,
 ) -> dict[str, Array]:
-    """Turns variables of our network into a state dict of the authors' code: `load_state_dict` reversed.
+    """Turn variables of our network into a state dict of the authors' code: `load_state_dict` reversed.
 
     With ``torch.from_numpy`` of every array it is what their network's ``load_state_dict`` takes, strictly:
     the counts of batches (``num_batches_tracked``) are 0, the constants (``_eye``) are there.
@@ -200,7 +200,7 @@ def save_state_dict(
     align_corners: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Writes `state_dict` to a file.
+    """Write `state_dict` to a file.
 
     Args:
         path: Ends in ``.npz`` or ``.safetensors`` (needs the package safetensors).

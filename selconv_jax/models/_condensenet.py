@@ -82,7 +82,7 @@ class CondenseNet(Network):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Maps images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
+        """Map images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = Stem(2 * self.growth[0], self.stem, **types, name="stem")(images)
         for index, (layers, growth) in enumerate(zip(self.blocks, self.growth, strict=True), start=1):
@@ -117,7 +117,7 @@ class _Layer(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, statistics: Statistics | None
     ) -> tuple[jax.Array, Statistics | None]:
-        """Maps ``[N, H, W, C]`` to ``[N, H, W, C + growth]``, and the statistics of one to those of both."""
+        """Map ``[N, H, W, C]`` to ``[N, H, W, C + growth]``, and the statistics of one to those of both."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         y = selective_conv(
             self.variant,

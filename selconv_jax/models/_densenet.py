@@ -74,7 +74,7 @@ class DenseNet(Network):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Maps images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
+        """Map images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         # Not taken from the arrays: those of a compacted network have fewer.
         channels = 2 * self.growth
@@ -122,7 +122,7 @@ class DenseLayer(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, statistics: Statistics | None
     ) -> tuple[jax.Array, Statistics | None]:
-        """Maps ``[N, H, W, C]`` to ``[N, H, W, C + growth]``, and the statistics of one to those of both."""
+        """Map ``[N, H, W, C]`` to ``[N, H, W, C + growth]``, and the statistics of one to those of both."""
         common = {
             "dropout_rate": self.dropout_rate,
             "dtype": self.dtype,

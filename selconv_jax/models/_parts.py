@@ -62,7 +62,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Maps images ``[N, H, W, C]`` to ``[N, H', W', features]``."""
+        """Map images ``[N, H, W, C]`` to ``[N, H', W', features]``."""
         size, stride, pool = STEMS[self.kind]
         size = self.kernel_size or size
         # Padding is symmetric: "SAME" would pad strided windows on one side only.
@@ -96,7 +96,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, statistics: Statistics | None = None) -> jax.Array:
-        """Maps features ``[N, H, W, C]``, and their statistics if known, to logits ``[N, num_classes]``."""
+        """Map features ``[N, H, W, C]``, and their statistics if known, to logits ``[N, num_classes]``."""
         x = BatchNormReLU(param_dtype=self.param_dtype, name="norm")(x, train, statistics)
         x = jnp.mean(x, axis=(1, 2))
         uniform = _uniform(1 / math.sqrt(x.shape[-1]))
@@ -151,7 +151,7 @@ def average_pool(x: jax.Array) -> jax.Array:
 def append_features(
     x: jax.Array, statistics: Statistics | None, y: jax.Array
 ) -> tuple[jax.Array, Statistics | None]:
-    """Joins features ``[N, H, W, C]`` of known statistics with new ones ``[N, H, W, k]``.
+    """Join features ``[N, H, W, C]`` of known statistics with new ones ``[N, H, W, k]``.
 
     Every later layer of a dense block reads the features, so their statistics are taken once, here.
 
@@ -169,7 +169,7 @@ def append_features(
 
 
 def append_channels(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Joins ``[N, H, W, C]`` and ``[N, H, W, k]`` to ``[N, H, W, C + k]``, computed once."""
+    """Join ``[N, H, W, C]`` and ``[N, H, W, k]`` to ``[N, H, W, C + k]``, computed once."""
     # As rows of channels: the CPU compiler joins arrays of more dimensions in one thread.
     rows = [part.reshape(math.prod(part.shape[:-1]), part.shape[-1]) for part in (x, y)]
     joined = jnp.concatenate(rows, axis=-1)
@@ -177,19 +177,19 @@ def append_channels(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:
-    """Raises a `ConfigError` unless ``value`` is one of ``choices``."""
+    """Raise a `ConfigError` unless ``value`` is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name} is {value!r}. {nearest(str(value), choices)}")
 
 
 def check_whole(name: str, value: Any) -> None:
-    """Raises a `ConfigError` unless ``value`` is a whole number of at least 1."""
+    """Raise a `ConfigError` unless ``value`` is a whole number of at least 1."""
     if not _is_whole(value):
         raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
 
 
 def check_network(network: Any) -> None:
-    """Raises a `ConfigError` unless what networks share is in bounds: stem, variant, classes, blocks, ..."""
+    """Raise a `ConfigError` unless what networks share is in bounds: stem, variant, classes, blocks, ..."""
     check_choice("stem", network.stem, STEMS)
     check_choice("variant", network.variant, VARIANTS)
     check_whole("num_classes", network.num_classes)

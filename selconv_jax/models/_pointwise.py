@@ -93,7 +93,7 @@ class Pointwise(Network):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Maps images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
+        """Map images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = Stem(self.widths[0], self.stem, self.kernel_size, **types, name="stem")(images)
         for block, layers in enumerate(self.blocks):
@@ -116,7 +116,7 @@ class Pointwise(Network):
         return Classifier(self.num_classes, **types, name="classifier")(x, train)
 
     def _shift(self, layer: nn.Module, channels: int) -> None:
-        """Replaces the initial values of a layer's sources and shifts."""
+        """Replace the initial values of a layer's sources and shifts."""
         channel = jnp.arange(channels, dtype=jnp.int32)
         is_shifted = channel < math.floor(self.shifted * channels + 0.5)
         drawn = jax.random.uniform(

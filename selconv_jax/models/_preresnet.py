@@ -58,7 +58,7 @@ class PreResNet(Network):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Maps images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
+        """Map images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         width = self.width or (64 if self.stem == "imagenet" else 16)
         widths = [width * 2**index for index in range(len(self.blocks))]

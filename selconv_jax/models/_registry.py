@@ -30,7 +30,7 @@ MODELS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
 
 
 def create_model(name: str, num_classes: int, **arguments: Any) -> nn.Module:
-    """Builds a network by name.
+    """Build a network by name.
 
     Args:
         name: A key of `MODELS`.

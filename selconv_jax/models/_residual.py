@@ -40,7 +40,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Maps ``[N, H, W, C]`` to ``[N, H, W, features]``."""
+        """Map ``[N, H, W, C]`` to ``[N, H, W, features]``."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         pointwise = {"kernel_size": (1, 1), **types}
         window = {"features": self.width, "kernel_size": (3, 3), **types, "name": "conv2"}

@@ -63,7 +63,7 @@ class ResNeXt(Network):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Maps images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
+        """Map images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = residual_blocks(
             Stem(64, self.stem, **types, name="stem")(images),

@@ -93,7 +93,7 @@ class BatchNormReLUConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool, statistics: Statistics | None = None) -> Array:
-        """Applies the layer.
+        """Apply the layer.
 
         Args:
             x: ``[N, *S, C]`` floating.
@@ -232,7 +232,7 @@ class SelectiveConv(BatchNormReLUConv):
 
 
 def check_capacity(name: str, capacity: float, channels: int, copies: int) -> None:
-    """Raises a `ConfigError` if a layer has more copies than its ``capacity`` provide for."""
+    """Raise a `ConfigError` if a layer has more copies than its ``capacity`` provides for."""
     room = math.ceil(capacity * channels)
     if copies > room:
         raise ConfigError(
@@ -261,7 +261,7 @@ class BatchNormReLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool, statistics: Statistics | None = None) -> Array:
-        """Normalizes ``[N, *S, C]`` and clips it at 0, see `BatchNormReLUConv.__call__`."""
+        """Normalize ``[N, *S, C]`` and clip it at 0, see `BatchNormReLUConv.__call__`."""
         return _batch_norm_relu(self, x, train, statistics)
 
 

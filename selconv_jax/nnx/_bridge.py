@@ -45,7 +45,7 @@ def linen_variables(module: nnx.Module) -> dict[str, Any]:
 
 
 def update_module(module: nnx.Module, variables: Mapping[str, Any]) -> None:
-    """Sets the variables of an NNX module, in place, to those of a dictionary.
+    """Set the variables of an NNX module, in place, to those of a dictionary.
 
     Args:
         module: The module that `linen_variables` was called with.

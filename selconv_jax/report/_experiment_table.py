@@ -58,7 +58,7 @@ def experiment_table(directory: Path) -> str:
 
 
 def write_experiment_table(directory: Path) -> Path:
-    """Writes the tables of a folder into its ``README.md``, between the two comments that mark the place.
+    """Write the tables of a folder into its ``README.md``, between the two comments that mark the place.
 
     Args:
         directory: The folder of the TOML files.

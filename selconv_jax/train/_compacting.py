@@ -63,7 +63,7 @@ def compact_run(
         The network and what is known of it.
 
     Raises:
-        SelconvError: Something the user can mend.
+        SelconvError: A user-fixable error.
     """
     if output is not None:
         check_target(output)

@@ -215,7 +215,7 @@ class Config:
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Reads a TOML file and applies overrides.
+    """Read a TOML file and apply overrides.
 
     Args:
         path: The file.
@@ -243,7 +243,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
-    """Applies overrides as `load_config` does.
+    """Apply overrides as `load_config` does.
 
     Args:
         config: A configuration.
@@ -259,7 +259,7 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
-    """Checks a nested mapping, as TOML gives it, and makes a `Config` of it.
+    """Check a nested mapping, as TOML gives it, and make a `Config` of it.
 
     Args:
         tree: Keys and values; missing keys take their defaults.
@@ -304,7 +304,7 @@ def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
     directory = config.data.directory
     if directory is None or "://" in directory:
         return config
-    # The run may be gone on with from any other directory.
+    # The run may be resumed from any other directory.
     data = dataclasses.replace(config.data, directory=os.fspath(Path(directory).expanduser().absolute()))
     return dataclasses.replace(config, data=data)
 

@@ -27,7 +27,7 @@ _SHOWN = 5
 
 
 def with_changes(config: Config, overrides: Sequence[str]) -> Config:
-    """The configuration of a run that is gone on with or read elsewhere.
+    """The configuration of a run that is resumed or read elsewhere.
 
     Args:
         config: That of the run's directory.

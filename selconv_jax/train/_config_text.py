@@ -20,7 +20,7 @@ _REMEDIES = {
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Changes a value of a configuration.
+    """Change a value of a configuration.
 
     Args:
         tree: The configuration as TOML gives it; changed in place.

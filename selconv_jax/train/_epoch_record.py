@@ -21,7 +21,7 @@ def evaluation_metrics(
     info: DatasetInfo,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Evaluates a state on all validation images, if there are any, and on all test images.
+    """Evaluate a state on all validation images, if there are any, and on all test images.
 
     Args:
         trainer: Evaluates.

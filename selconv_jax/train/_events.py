@@ -31,7 +31,7 @@ class EventLog:
         self._failed = False
 
     def write(self, number: int, values: Mapping[str, float]) -> None:
-        """Adds values; on return they are on the disk.
+        """Add values; on return they are on the disk.
 
         Args:
             number: What they are drawn over, such as the epoch.
@@ -55,7 +55,7 @@ class EventLog:
             self._say(f"no more events for TensorBoard: {self._folder} cannot be written: {error.strerror}")
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         if self._writer is not None:
             with contextlib.suppress(OSError):  # of which `write` has told
                 self._writer.close()

@@ -26,7 +26,7 @@ from selconv_jax.train._state import TrainState
 from selconv_jax.train._trainer import Trainer
 from selconv_jax.train._workdir import METRICS, check_free, create_workdir
 
-__all__ = ["Host", "NonFiniteLossError", "evaluate_run", "resume_run", "train_run"]
+__all__ = ["NonFiniteLossError", "RunContext", "evaluate_run", "resume_run", "train_run"]
 
 _REFRESH_SECONDS = 0.5
 _DISPATCHES_BETWEEN_LOOKS = 20  # at the clock, which takes a message to all processes
@@ -36,8 +36,8 @@ class NonFiniteLossError(SelconvError):
     """The training loss became infinite or not a number."""
 
 
-class Host:
-    """What a run has from where it is made; this one is for a run that is made alone.
+class RunContext:
+    """Where a run gets its functions and images, shows its progress, and is asked to stop; here, made alone.
 
     Args:
         console: Where its progress is shown.
@@ -47,49 +47,49 @@ class Host:
         self.console = console
 
     def prepare(self, config: Config) -> tuple[Trainer, ImageData | StreamedData]:
-        """Its compiled functions and its images, see `run_setup.prepare`."""
+        """Return its compiled functions and its images, see `run_setup.prepare`."""
         return run_setup.prepare(config)
 
     def display(self, trainer: Trainer, step: int) -> Display:
-        """Where its progress is shown, from a step on."""
+        """Return where its progress is shown, from a step on."""
         return ProgressDisplay(trainer.steps, step, trainer.steps_per_epoch, self.console)
 
     def stop_request(self) -> StopRequest:
-        """What asks it to stop."""
+        """Return what asks it to stop."""
         return stop_request()
 
     def say(self, text: str) -> None:
-        """Writes a line that stays."""
+        """Write a line that stays."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def train_run(config: Config, workdir: Path, console: Console, host: Host | None = None) -> int:
+def train_run(config: Config, workdir: Path, console: Console, context: RunContext | None = None) -> int:
     """Trains from the start in a new directory.
 
     Args:
         config: The run.
         workdir: A directory that does not exist or is empty.
         console: Where progress is shown.
-        host: Of a run that is not made alone, see `_seeds`.
+        context: Where it is made; None: alone.
 
     Returns:
         0 when the run is complete, 128 plus the signal's number when it was asked to stop.
 
     Raises:
-        SelconvError: Something the user can mend; nothing was overwritten.
+        SelconvError: A user-fixable error; nothing was overwritten.
     """
-    host = host or Host(console)
-    trainer, data = host.prepare(config)
+    context = context or RunContext(console)
+    trainer, data = context.prepare(config)
     together(lambda: check_free(workdir) if is_first() else None)
     with run_setup.claimed(workdir, make=True), run_setup.open_store(config, workdir) as store:
         # Not before: another job may have been about to make its run here.
         together(lambda: create_workdir(workdir, config) if is_first() else None)
-        host.say(f"run in {workdir}")
-        return _Run(trainer, data.info, workdir, store, host).go_on(trainer.initial_state())
+        context.say(f"run in {workdir}")
+        return _Run(trainer, data.info, workdir, store, context).go_on(trainer.initial_state())
 
 
 def resume_run(
-    workdir: Path, console: Console, overrides: Sequence[str] = (), host: Host | None = None
+    workdir: Path, console: Console, overrides: Sequence[str] = (), context: RunContext | None = None
 ) -> int:
     """Goes on with a run from its newest good checkpoint, exactly as it would have gone on by itself.
 
@@ -97,34 +97,34 @@ def resume_run(
         workdir: The directory of the run.
         console: Where progress is shown.
         overrides: ``"key=value"``, of keys that do not change the result, for this time only.
-        host: See `train_run`.
+        context: See `train_run`.
 
     Returns:
         As `train_run`.
 
     Raises:
-        SelconvError: Something the user can mend.
+        SelconvError: A user-fixable error.
     """
-    host = host or Host(console)
+    context = context or RunContext(console)
     config = run_setup.read_again(workdir, overrides)
-    trainer, data = run_setup.prepare_again(config, host.prepare)
+    trainer, data = run_setup.prepare_again(config, context.prepare)
     with run_setup.claimed(workdir), run_setup.open_store(config, workdir) as store:
         if first_decides(bool(store.steps())):
             restored = run_setup.restore(store, trainer)
             for note in restored.skipped:
-                host.say(f"skipped: {note}")
+                context.say(f"skipped: {note}")
             state = restored.state
-            host.say(f"going on from step {restored.step} of {trainer.steps}")
+            context.say(f"going on from step {restored.step} of {trainer.steps}")
         else:
             state = trainer.initial_state()
-            host.say("there is no checkpoint yet: starting from the beginning")
-        return _Run(trainer, data.info, workdir, store, host).go_on(state)
+            context.say("there is no checkpoint yet: starting from the beginning")
+        return _Run(trainer, data.info, workdir, store, context).go_on(state)
 
 
 def evaluate_run(
     workdir: Path, step: int | None = None, overrides: Sequence[str] = ()
 ) -> tuple[int, dict[str, float]]:
-    """Evaluates a checkpoint on all validation images, if the run has any, and on all test images.
+    """Evaluate a checkpoint on all validation images, if the run has any, and on all test images.
 
     Args:
         workdir: The directory of the run.
@@ -135,7 +135,7 @@ def evaluate_run(
         The step of the checkpoint, and the numbers of `record.evaluation_metrics`.
 
     Raises:
-        SelconvError: Something the user can mend.
+        SelconvError: A user-fixable error.
     """
     trainer, info, step, state = run_setup.restore_run(workdir, step, overrides)
     # As after the epoch that the checkpoint belongs to.
@@ -153,7 +153,7 @@ class _Run:
     info: DatasetInfo
     workdir: Path
     store: CheckpointStore
-    host: Host
+    context: RunContext
 
     def go_on(self, state: TrainState) -> int:
         trainer, step = self.trainer, int(state.step)
@@ -169,12 +169,12 @@ class _Run:
         self._log: MetricsLog | None = None
         if is_first():
             self._log = MetricsLog(metrics, self.workdir / "tensorboard", epoch, self._say)
-        self._display = self.host.display(trainer, step)
+        self._display = self.context.display(trainer, step)
         self._last_save = time.monotonic()
         self._saved_step = step
         self._dispatches = 0
         try:
-            with self.host.stop_request() as self._stop:
+            with self.context.stop_request() as self._stop:
                 while epoch < trainer.config.epochs:
                     complete = False
                     if not ended:
@@ -191,7 +191,7 @@ class _Run:
         return 0
 
     def _say(self, note: str) -> None:
-        self.host.say(f"note: {note}")
+        self.context.say(f"note: {note}")
 
     def _train_epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, float | None]:
         """Trains to the end of the epoch or until asked to stop; returns images per second too."""
@@ -251,7 +251,7 @@ class _Run:
         return state
 
     def _end_epoch(self, state: TrainState, epoch: int, speed: float | None) -> tuple[TrainState, bool]:
-        """Evaluates, saves, re-allocates and records, in this order; false if asked to stop before."""
+        """Evaluate, save, re-allocate and record, in this order; false if asked to stop before."""
         trainer, config = self.trainer, self.trainer.config
         program = trainer.program(state, epoch)
         metrics = evaluation_metrics(trainer, state, program, self.info, self._stop.check)

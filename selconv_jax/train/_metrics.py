@@ -90,7 +90,7 @@ class MetricsLog:
         self._events = EventLog(events, say, first=epochs_done + 1 if epochs_done else None)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Adds the record of an epoch; on return it is on the disk.
+        """Add the record of an epoch; on return it is on the disk.
 
         Args:
             record: ``epoch``, counted from 1, and numbers by name; None where a number is not known.
@@ -114,7 +114,7 @@ class MetricsLog:
         self._events.write(record["epoch"], numbers)
 
     def close(self) -> None:
-        """Closes the file of the events."""
+        """Close the file of the events."""
         self._events.close()
 
 

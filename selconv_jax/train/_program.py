@@ -69,5 +69,5 @@ def frozen_program(model: Any, variables: Any, example: Any) -> Program:
     return Program(
         ("frozen", digest),
         plan.frozen_model(),
-        f" for the frozen allocation ({reads} channels are left to be read, of {arriving} that arrive)",
+        f" for the frozen allocation ({reads:,} of {arriving:,} input channels kept)",
     )

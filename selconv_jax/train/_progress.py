@@ -17,13 +17,13 @@ class Display(Protocol):
     """Where a run shows its progress, see `ProgressDisplay`."""
 
     def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Shows a new state."""
+        """Show a new state."""
 
     def line(self, text: str) -> None:
-        """Writes a line that stays."""
+        """Write a line that stays."""
 
     def close(self) -> None:
-        """Ends the showing."""
+        """Take the bar away."""
 
 
 class ProgressDisplay:
@@ -66,7 +66,7 @@ class ProgressDisplay:
             self._bar.start()
 
     def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Shows a new state.
+        """Show a new state.
 
         Args:
             step: Training steps done, of the whole run.
@@ -88,11 +88,11 @@ class ProgressDisplay:
             self.line(f"epoch {epoch}  step {step}/{self._total}  {numbers}{self._left(step, now)}")
 
     def line(self, text: str) -> None:
-        """Writes a line that stays."""
+        """Write a line that stays."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
 

@@ -53,7 +53,7 @@ def prepare(config: Config) -> tuple[Trainer, ImageData | StreamedData]:
         Its compiled functions, and its images.
 
     Raises:
-        SelconvError: Something the user can mend, on every process.
+        SelconvError: A user-fixable error, on every process.
     """
 
     def of_this_process() -> tuple[Trainer, ImageData | StreamedData]:
@@ -110,7 +110,7 @@ def restore(store: CheckpointStore, trainer: Trainer, step: int | None = None) -
 
 @contextlib.contextmanager
 def claimed(workdir: Path, *, make: bool = False) -> Iterator[None]:
-    """Holds the run for the processes of this job; the first one stands for all.
+    """Hold the run for the processes of this job; the first one stands for all.
 
     Args:
         workdir: The directory of the run, the same one for all processes.
@@ -128,7 +128,7 @@ def claimed(workdir: Path, *, make: bool = False) -> Iterator[None]:
 
 
 def _await_mark(workdir: Path, mark: str) -> None:
-    """Waits until what the first process left in its directory is seen in this process's."""
+    """Wait until what the first process left in its directory is seen in this process's."""
     end = time.monotonic() + _SHARING_SECONDS
     while lock_mark(workdir) != mark:
         if time.monotonic() > end:
@@ -177,7 +177,7 @@ def restore_run(
         The run's compiled functions, the facts of its images, the step, the state.
 
     Raises:
-        SelconvError: Something the user can mend.
+        SelconvError: A user-fixable error.
     """
     config = read_again(workdir, overrides)
     trainer, data = prepare_again(_on_present_devices(config))

@@ -133,7 +133,7 @@ def eval_batch(
     info: DatasetInfo,
     placement: Placement | None = None,
 ) -> Totals:
-    """Evaluates a batch.
+    """Evaluate a batch.
 
     Args:
         variables: The model's variables.

@@ -163,7 +163,7 @@ class Trainer:
     def run_steps(
         self, state: TrainState, batches: Iterator[Arguments], program: Program, count: int
     ) -> tuple[TrainState, jax.Array]:
-        """Makes ``count`` training steps; the given state is used up.
+        """Make ``count`` training steps; ``state`` is donated.
 
         Args:
             state: The state before.

@@ -24,7 +24,7 @@ __all__ = ["notes_on", "try_on_shapes"]
 def try_on_shapes(
     config: Config, model: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...]
 ) -> TrainState:
-    """Makes the state of a run, a step of its optimizer and a reset after a round, of shapes alone.
+    """Make the state of a run, a step of its optimizer and a reset after a round, of shapes alone.
 
     Args:
         config: The run.
@@ -131,7 +131,7 @@ def _keeps_parameters(optimizer: optax.GradientTransformation) -> bool:
 
 @contextlib.contextmanager
 def _refused(message: str) -> Iterator[None]:
-    """Turns whatever is raised into an error of one line, in which it takes the place of ``{}``."""
+    """Turn whatever is raised into an error of one line, in which it takes the place of ``{}``."""
     try:
         yield
     except SelconvError:

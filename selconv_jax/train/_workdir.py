@@ -47,7 +47,7 @@ def default_workdir(config_path: str | os.PathLike[str], parent: str | os.PathLi
 
 @contextlib.contextmanager
 def free_workdir(config_path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Makes the `default_workdir`, which no other process then gets; an empty one goes in the end.
+    """Make the `default_workdir`, which no other process then gets; an empty one goes in the end.
 
     Raises:
         ConfigError: It cannot be made.
@@ -99,7 +99,7 @@ def check_free(workdir: Path) -> None:
 
 
 def create_workdir(workdir: Path, config: Config) -> None:
-    """Writes what determines a new run into its directory.
+    """Write what determines a new run into its directory.
 
     Args:
         workdir: The directory, which this process holds, see `lock`.
@@ -141,7 +141,7 @@ def read_config(workdir: Path) -> Config:
 
 @contextlib.contextmanager
 def lock(workdir: Path, *, make: bool = False) -> Iterator[str]:
-    """Holds the run for this process; the system lets go of it however the process ends.
+    """Hold the run for this process; the system lets go of it however the process ends.
 
     Args:
         workdir: The directory of the run.

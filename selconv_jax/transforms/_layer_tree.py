@@ -101,7 +101,7 @@ def are_replicas(states: Mapping[str, LayerState]) -> jax.Array | None:
 
 
 def refuse_replicas(states: Mapping[str, LayerState]) -> None:
-    """Raises a ValueError if layers, whose values are known, are `are_replicas`."""
+    """Raise a ValueError if layers, whose values are known, are `are_replicas`."""
     replicas = jax.jit(are_replicas)(states)
     if replicas is not None and replicas:
         count = next(iter(states.values())).gate.shape[0]

@@ -61,7 +61,7 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 def reset_rewritten(
     optimizer: optax.GradientTransformation, opt_state: Any, params: Mapping[str, Any], report: Report
 ) -> Any:
-    """Starts the optimizer's state anew for the parameter entries that re-allocation rewrote.
+    """Start the optimizer's state anew for the parameter entries that re-allocation rewrote.
 
     The published method leaves the momentum of a filled slot as it was under the channel's old
     meaning; not calling this function does the same. Calling it makes a slot start from rest.

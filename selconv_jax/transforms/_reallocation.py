@@ -67,7 +67,7 @@ class AllocationRule:
 def reallocate(
     variables: Variables, key: jax.Array, allocation: AllocationRule | None = None
 ) -> tuple[Any, Report]:
-    """Closes useless channels in every selective layer and gives their weights to the best ones.
+    """Close useless channels in every selective layer and give their weights to the best ones.
 
     One round of the method's "De-allocation" and "Re-allocation" for all layers of any Flax model; the
     layers are found by the ``selectivity`` collection. Gate-only layers are only de-allocated.

@@ -15,7 +15,7 @@ _SHOWN = 5  # misfits that an error lists
 
 
 def selectivize(plain: Mapping[str, Any], template: Mapping[str, Any]) -> Any:
-    """Takes a trained network over into its selective twin, which computes exactly the same.
+    """Take a trained network over into its selective twin, which computes exactly the same.
 
     The twin is the same model with `selconv_jax.SelectiveConv` in the places of
     `selconv_jax.BatchNormReLUConv`, or of any module that does batch norm, ReLU and convolution with

@@ -23,7 +23,7 @@ ABLATION_SEEDS = "0,1,2"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Makes both sweeps; the exit code is that of the first one that did not end well."""
+    """Make both sweeps; the exit code is that of the first one that did not end well."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--workdir", type=Path, default=Path("runs/small_densenet"))
     options, rest = parser.parse_known_args(arguments)

@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the picture and the table."""
+    """Write the picture and the table."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("results", type=Path)
     parser.add_argument("picture", type=Path)

@@ -89,7 +89,7 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def write_arrays(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
-    """Writes the arrays of a process that is alone, and keeps the terminal clean when that fails.
+    """Write the arrays of a process that is alone, and keep the terminal clean when that fails.
 
     Orbax closes its event loop at the first write that fails. Each of the others, still under way,
     then ends in an exception that nobody can catch, and Python prints every one of them.
@@ -113,7 +113,7 @@ def write_arrays(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
 
 
 def start_writing(folder: Path, leaves: Mapping[str, Any]) -> Any:
-    """Starts to write the arrays of all processes, which all call this.
+    """Start to write the arrays of all processes, which all call this.
 
     Args:
         folder: A new one, which all processes see; its name `is_plain`.
@@ -126,7 +126,7 @@ def start_writing(folder: Path, leaves: Mapping[str, Any]) -> Any:
 
 
 def read_arrays(folder: Path, leaves: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Reads arrays whole, whoever wrote them; a process does so without the others.
+    """Read arrays whole, whoever wrote them; a process does so without the others.
 
     Args:
         folder: Of a verified checkpoint.

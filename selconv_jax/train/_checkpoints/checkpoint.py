@@ -115,7 +115,7 @@ class CheckpointStore:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, state: PyTree, score: float | None = None) -> None:
-        """Copies a state to the host and starts to write it; a checkpoint of the step is replaced.
+        """Copy a state to the host and start to write it; a checkpoint of the step is replaced.
 
         Once it is complete, all but the best and the last `keep` up to `step` are removed. Those
         after `step` (the run went back to an earlier one) stay until they are replaced.
@@ -148,7 +148,7 @@ class CheckpointStore:
         self._pending = self._writer.submit(self._complete_together, step, arrays, score, written)
 
     def restore(self, template: PyTree, step: int | None = None) -> Restored:
-        """Verifies a checkpoint and reads it back, bit for bit.
+        """Verify a checkpoint and read it back, bit for bit.
 
         Args:
             template: Arrays or `jax.ShapeDtypeStruct`, with shardings if any. NumPy leaves come
@@ -168,7 +168,7 @@ class CheckpointStore:
         return Restored(found.step, state, found.damaged)
 
     def find(self, step: int | None = None) -> Restored:
-        """Verifies a checkpoint; what it returns has no state.
+        """Verify a checkpoint; what it returns has no state.
 
         Args:
             step: Which one; None: the newest that is not damaged.
@@ -180,7 +180,7 @@ class CheckpointStore:
         return Restored(found.step, None, found.damaged)
 
     def read(self, step: int | None = None) -> tuple[int, dict[str, np.ndarray]]:
-        """Verifies a checkpoint and reads its arrays without a template, as tables and pictures need.
+        """Verify a checkpoint and read its arrays without a template, as tables and pictures need.
 
         Args:
             step: Which one; None: the newest that is not damaged.
@@ -222,7 +222,7 @@ class CheckpointStore:
         return tuple(problems)
 
     def check(self) -> None:
-        """Looks at the save in progress without waiting for it.
+        """Look at the save in progress without waiting for it.
 
         Raises:
             CheckpointError: It could not be written.
@@ -231,7 +231,7 @@ class CheckpointStore:
             self._wait()
 
     def close(self) -> None:
-        """Waits for the save in progress.
+        """Wait for the save in progress.
 
         Raises:
             CheckpointError: It could not be written.
@@ -292,7 +292,7 @@ class CheckpointStore:
         return max(scores, key=scores.__getitem__, default=None)  # the first of equal ones
 
     def _write(self, step: int, leaves: Mapping[str, np.ndarray], score: float | None) -> None:
-        """Writes, completes and publishes one checkpoint, then prunes (in the thread)."""
+        """Write, complete and publish one checkpoint, then prune (in the thread)."""
         with told(step, self.directory):
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -307,14 +307,14 @@ class CheckpointStore:
     def _complete_together(
         self, step: int, leaves: Mapping[str, Any], score: float | None, written: Any
     ) -> None:
-        """Waits until all processes have written their shares; the first one completes (in the thread)."""
+        """Wait until all processes have written their shares; the first one completes (in the thread)."""
         with told(step, self.directory):
             written.result()
             if jax.process_index() == 0:
                 self._complete(step, leaves, score)
 
     def _complete(self, step: int, leaves: Mapping[str, Any], score: float | None) -> None:
-        """Reads the arrays that are written, adds the manifest, and gives the folder its name."""
+        """Read the arrays that are written, add the manifest, and give the folder its name."""
         partial = self.directory / f"{step}.partial"
         final, replaced = self.directory / f"{step}", self.directory / f"{step}.replaced"
         if jax.process_count() == 1:
@@ -347,7 +347,7 @@ class _Found:
 
 
 def _prove(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
-    """Reads back what was written, as a reader does."""
+    """Read back what was written, as a reader does."""
     arrays = read_arrays(folder, {name: describe(leaf) for name, leaf in leaves.items()})
     for name, leaf in leaves.items():
         if arrays[name].tobytes() != leaf.tobytes():

@@ -16,7 +16,7 @@ __all__ = ["told"]
 
 @contextmanager
 def told(step: int, directory: Path) -> Iterator[None]:
-    """Turns what goes wrong while a checkpoint is written into a `CheckpointError`.
+    """Turn what goes wrong while a checkpoint is written into a `CheckpointError`.
 
     Args:
         step: Of the checkpoint.

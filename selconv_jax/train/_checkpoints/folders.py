@@ -37,7 +37,7 @@ def step_folders(directory: Path) -> dict[int, Path]:
 
 
 def sweep(directory: Path) -> None:
-    """Removes what killed or failed saves left; a `.replaced` that counts gets its name.
+    """Remove what killed or failed saves left; a `.replaced` that counts gets its name.
 
     Args:
         directory: Of the store.

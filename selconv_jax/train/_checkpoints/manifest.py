@@ -26,7 +26,7 @@ def describe(leaf: Any) -> str:
 def write_manifest(
     folder: Path, leaves: Mapping[str, Any], score: float | None, origin: Mapping[str, Any]
 ) -> None:
-    """Describes a checkpoint of which all else is written.
+    """Describe a checkpoint of which all else is written.
 
     Args:
         folder: Of the checkpoint.

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other: that all are ready, alike, and of one mind.
+"""Consistency checks and decisions across the processes of a run.
 
 All of these are no-ops in a run of one process. Every process has to call them, in the same order, from the
 thread that also starts the computations.
@@ -65,7 +65,7 @@ def first_decides(value: bool) -> bool:
 
 
 def together(action: Callable[[], T]) -> T:
-    """Does something on every process that may fail on some, without messages between them.
+    """Do something on every process that may fail on some, without messages between them.
 
     Args:
         action: Returns a value, or raises an exception.
@@ -101,7 +101,7 @@ def together(action: Callable[[], T]) -> T:
 
 
 def require_same(values: Mapping[str, str]) -> None:
-    """Checks that all processes have the same settings.
+    """Check that all processes have the same settings.
 
     Args:
         values: What must be the same, by what a user calls it; lines are compared one by one.
@@ -127,7 +127,7 @@ def require_same(values: Mapping[str, str]) -> None:
 
 
 def check_same_state(tree: Any, when: str) -> None:
-    """Compares a fingerprint of arrays that all processes should hold alike.
+    """Compare a fingerprint of arrays that all processes should hold alike.
 
     Args:
         tree: Arrays, of each of which every process holds the whole.

@@ -184,7 +184,7 @@ def join(cluster: Cluster, *, shares_stops: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ended_by_loss() -> Iterator[None]:
-    """Turns the failure of a message between processes into a clear end.
+    """Turn the failure of a message between processes into a clear end.
 
     The processes which are left learn of a loss at different moments and in different words, none of which
     says who was lost; the runtime does, as soon as the heartbeats have stayed away long enough, and ends this

@@ -31,7 +31,7 @@ class Placement:
     def over(
         cls, devices: int, batch_size: int, *, parameter_shards: int = 1, micro_batches: int = 1
     ) -> "Placement":
-        """Takes so many devices of the run, of every process the same number, or all if it is 0.
+        """Take so many devices of the run, of every process the same number, or all if it is 0.
 
         Args:
             devices: Number of devices, over all processes.
@@ -92,7 +92,7 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
 
     def replicate(self, tree: Any) -> Any:
-        """Puts a whole copy of every array, which all processes have alike, on every device."""
+        """Put a whole copy of every array, which all processes have alike, on every device."""
         return jax.tree.map(
             lambda leaf: jax.make_array_from_callback(
                 np.shape(leaf), self.replicated, lambda index: np.asarray(leaf)[index]
@@ -133,7 +133,7 @@ class Placement:
         return np.unique(np.concatenate([np.arange(size)[index] for index in slices if index is not None]))
 
     def from_processes(self, tree: Any) -> Any:
-        """Makes batches of the `rows_of_process` that each process has in its memory."""
+        """Make batches of the `rows_of_process` that each process has in its memory."""
         return jax.tree.map(lambda part: jax.make_array_from_process_local_data(self.split, part), tree)
 
     def shard_batch(self, x: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ class SharedDisplay:
         self._open: set[str] = set()
 
     def of(self, name: str, trainer: Trainer, step: int) -> Display:
-        """The part of a run.
+        """Return the part of a run.
 
         Args:
             name: Of the run.
@@ -39,12 +39,12 @@ class SharedDisplay:
         return _Part(self, name)
 
     def line(self, text: str) -> None:
-        """Writes a line that stays."""
+        """Write a line that stays."""
         with self._lock:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, name: str, *numbers: float) -> None:
-        """Shows a new state of a run, as `ProgressDisplay.update` takes it."""
+        """Show a new state of a run, as `ProgressDisplay.update` takes it."""
         step, loss, accuracy, speed = numbers
         with self._lock:
             self._numbers[name] = int(step), loss, accuracy, speed
@@ -55,7 +55,7 @@ class SharedDisplay:
                 self._display.update(min(steps), mean_loss, mean_accuracy, sum(speeds))
 
     def close(self, name: str) -> None:
-        """A run has ended."""
+        """End the showing of a run."""
         with self._lock:
             self._open.discard(name)
             self._numbers.pop(name, None)

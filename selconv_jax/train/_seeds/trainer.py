@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from selconv_jax._xla.apart import members_apart
+from selconv_jax._xla.vmapped_convolution import unrolled_convolutions
 from selconv_jax.train._config import Config
 from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._feed import Arguments
@@ -26,7 +26,7 @@ _EVALUATION, _STEPS = range(2)
 
 
 def over_members(one: Callable[..., Any], state: Any, arguments: Arguments, mesh: Mesh | None = None) -> Any:
-    """Calls a function of a network's state for several states at once, inside of ``jit``.
+    """Call a function of a network's state for several states at once, inside of ``jit``.
 
     Args:
         one: Of a state and further arguments.
@@ -39,7 +39,7 @@ def over_members(one: Callable[..., Any], state: Any, arguments: Arguments, mesh
     """
     axes = tuple(0 if isinstance(argument, tuple) else None for argument in arguments)
     stacked = [jnp.stack(each) if isinstance(each, tuple) else each for each in arguments]
-    with members_apart():
+    with unrolled_convolutions():
         function = jax.vmap(one, in_axes=(0, *axes))
         if mesh is not None:
             split, whole = PartitionSpec(_AXIS), PartitionSpec()
@@ -53,7 +53,7 @@ class Request:
     """What a run wants computed.
 
     Attributes:
-        order: The step it stands at and what it is about to do there, see `meeting.Ordered`.
+        order: The step it stands at and what it is about to do there, see `rendezvous.Ordered`.
         state: Its state.
         program: What its state needs at least.
         batches: Of training steps; None: an evaluation is wanted.
@@ -69,14 +69,14 @@ class Request:
     split: str = ""
 
     def answer(self, trainer: Trainer, should_stop: Callable[[], bool]) -> Any:
-        """Does it for this run alone."""
+        """Do it for this run alone."""
         if self.batches is None:
             return trainer.evaluate(self.state, should_stop, self.program, self.split)
         return trainer.run_steps(self.state, self.batches, self.program, self.count)
 
 
 def common_program(requests: Sequence[Request]) -> Program:
-    """What computes for all: the copies of each fit where the most do."""
+    """Return what computes for all: the copies of each fit where the most do."""
     return max((each.program for each in requests), key=lambda program: program.model.capacity)
 
 
@@ -116,7 +116,7 @@ class JointTrainer(Trainer):
         self._last: tuple[list[TrainState], TrainState] | None = None
 
     def answer(self, requests: Sequence[Request], should_stop: Callable[[], bool]) -> Sequence[Any]:
-        """Does what runs that stand at the same step want.
+        """Do what runs that stand at the same step want.
 
         Args:
             requests: Of one order, one of each run.
@@ -139,7 +139,7 @@ class JointTrainer(Trainer):
         return answers
 
     def forget(self) -> None:
-        """Frees the memory of the states, which others have taken over."""
+        """Free the memory of the states, which others have taken over."""
         self._last = None
 
     def _joint(self, states: Sequence[TrainState]) -> TrainState:
@@ -211,7 +211,7 @@ class MemberTrainer(Trainer):
         return self._bucket_program(state)
 
     def is_compiled(self, program: Program) -> bool:
-        """True: who makes the steps also says what is compiled."""
+        """Return true: who makes the steps also says what is compiled."""
         return True
 
     def batches(self, state: TrainState, epoch: int) -> Generator[Arguments]:

@@ -1,7 +1,7 @@
 """Which runs a sweep has: every configuration of a grid with every seed.
 
 Each is an ordinary run, as `train_run` makes it, in a directory of its own: nothing
-is known of a sweep but its runs, so that calling it again goes on with it.
+is known of a sweep but its runs, so that calling it again resumes it.
 
 Runs of one seed start from the same values of the variables that their networks have in common, and take
 the images of each epoch in the same order with the same augmentation, whatever the variant of the network:
@@ -174,7 +174,7 @@ def check_sweep(runs: Sequence[SweepRun], jobs: int = 1, *, together: bool = Fal
         together: Whether all seeds of a configuration are made in one program.
 
     Raises:
-        SelconvError: A run cannot be made or gone on with, and the message names it; or runs cannot be made
+        SelconvError: A run cannot be made or resumed, and the message names it; or runs cannot be made
             at once.
     """
     if jobs < 1:

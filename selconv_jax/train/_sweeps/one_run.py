@@ -7,19 +7,19 @@ import traceback
 from rich.console import Console
 
 from selconv_jax.errors import SelconvError
-from selconv_jax.train._loop import Host, resume_run, train_run
+from selconv_jax.train._loop import RunContext, resume_run, train_run
 from selconv_jax.train._sweeps.configurations import SweepRun
 
 __all__ = ["make_run", "one_line"]
 
 
-def make_run(run: SweepRun, console: Console, host: Host | None = None) -> tuple[int, str]:
-    """Makes a run, or goes on with it, in this process.
+def make_run(run: SweepRun, console: Console, context: RunContext | None = None) -> tuple[int, str]:
+    """Make a run, or resume it, in this process.
 
     Args:
         run: The run.
         console: Where its progress is shown.
-        host: See `train_run`.
+        context: See `train_run`.
 
     Returns:
         0 when it is complete, 1 when it has failed, 128 plus the signal's number when it was asked to stop;
@@ -27,8 +27,8 @@ def make_run(run: SweepRun, console: Console, host: Host | None = None) -> tuple
     """
     try:
         if run.has_started:
-            return resume_run(run.workdir, console, host=host), ""
-        return train_run(run.config, run.workdir, console, host), ""
+            return resume_run(run.workdir, console, context=context), ""
+        return train_run(run.config, run.workdir, console, context), ""
     except SelconvError as error:
         return 1, one_line(error)
     except Exception as error:  # out of memory, say: the other runs may fit
@@ -43,5 +43,5 @@ def make_run(run: SweepRun, console: Console, host: Host | None = None) -> tuple
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, shortened to its first line."""
+    """Return what an error says, shortened to its first line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")

@@ -21,7 +21,7 @@ __all__ = ["main"]
 
 
 def main() -> int:
-    """Makes the run; returns as `make_run`, having printed a failure as the last line."""
+    """Make the run; return as `make_run`, having printed a failure as the last line."""
     order = json.loads(sys.stdin.readline())
     run = SweepRun(
         order["configuration"], parse_config(tomllib.loads(order["config"])), Path(order["workdir"])

@@ -50,7 +50,7 @@ class SweepEnd:
 def run_sweep(
     runs: Sequence[SweepRun], console: Console, jobs: int = 1, *, together: bool = False
 ) -> SweepEnd:
-    """Makes the runs; complete ones are kept, begun ones gone on with.
+    """Make the runs; complete ones are kept, begun ones resumed.
 
     A run that fails leaves the others as they are. A signal ends the sweep as it ends a run: saved.
 
@@ -68,7 +68,7 @@ def run_sweep(
 
 
 def share_devices() -> None:
-    """Keeps this process, and those it starts, from taking most of a GPU's memory each for itself.
+    """Keep this process, and those it starts, from taking most of a GPU's memory each for itself.
 
     To be called before JAX sees to its devices; what the environment says of it already stays.
     """
@@ -121,7 +121,7 @@ class _Sweep:
         return 0
 
     def _at_once(self, waiting: collections.deque[tuple[int, SweepRun]]) -> int:
-        """Keeps as many processes busy as asked for; a request to stop is handed to each of them once."""
+        """Keep as many processes busy as asked for; a request to stop is handed to each of them once."""
         processes: dict[subprocess.Popen[str], tuple[int, SweepRun]] = {}
         shown, told = time.monotonic(), False
         with StopRequest() as stop:
@@ -216,7 +216,7 @@ def _start(run: SweepRun) -> subprocess.Popen[str]:
 
 
 def _end_now(processes: Sequence[subprocess.Popen[str]]) -> None:
-    """Ends what is left when somebody insists; runs go on from their last checkpoint."""
+    """End what is left when somebody insists; runs go on from their last checkpoint."""
     for process in processes:
         process.terminate()
     for process in processes:

@@ -15,7 +15,7 @@ class Pace:
 
     Attributes:
         configuration: Runs of one are taken to be equally fast.
-        epochs: Epochs made since it was started or gone on with.
+        epochs: Epochs made since it was started or resumed.
         seconds: Time that took.
         left: Epochs to come.
     """

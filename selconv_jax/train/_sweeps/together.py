@@ -1,9 +1,9 @@
 """Runs of a sweep that differ in their seed alone, made in one program.
 
 Each is an ordinary run in a thread of its own, with its own images, checkpoints and records: only where it
-would compute steps or an evaluation it waits for the others, and one program does it for all. So a
-run may be begun alone and gone on with together, or the other way round; one that is behind the others is
-brought up to them first.
+would compute steps or an evaluation it waits for the others, and one program does it for all. So a run may
+be begun alone and resumed together, or the other way round; one that is behind the others is brought up to
+them first.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from selconv_jax.data._stream import StreamedData
 from selconv_jax.errors import SelconvError
 from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._config import Config
-from selconv_jax.train._loop import Host
+from selconv_jax.train._loop import RunContext
 from selconv_jax.train._progress import Display
 from selconv_jax.train._seeds.display import SharedDisplay
-from selconv_jax.train._seeds.meeting import Abandoned, Meeting
+from selconv_jax.train._seeds.rendezvous import Abandoned, Rendezvous
 from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, Request, common_program
 from selconv_jax.train._signals import StopRequest, stop_request
 from selconv_jax.train._sweeps.configurations import SweepRun
@@ -35,7 +35,7 @@ _SECONDS_TO_LEAVE = 10.0
 
 
 def make_together(runs: Sequence[SweepRun], console: Console) -> list[tuple[int, str]]:
-    """Makes runs that differ in their seed alone, or goes on with them, in one program.
+    """Make runs that differ in their seed alone, or resume them, in one program.
 
     A run that fails leaves the others as they are; it is marked in its `SweepRun.log`.
 
@@ -48,8 +48,9 @@ def make_together(runs: Sequence[SweepRun], console: Console) -> list[tuple[int,
     """
     try:
         trainer, data = run_setup.prepare(runs[0].config)
-    except SelconvError as error:
-        return [(1, one_line(error))] * len(runs)
+    except Exception as error:  # out of memory, say: another configuration may fit
+        kind = "" if isinstance(error, SelconvError) else f"{type(error).__name__}: "
+        return [(1, f"{kind}{one_line(error)}")] * len(runs)
     return _Together(runs, trainer, data, console).make()
 
 
@@ -65,7 +66,7 @@ class _Together:
     ) -> None:
         self.runs, self.data, self._trainer = runs, data, trainer
         self.display = SharedDisplay(console)
-        self.meeting = Meeting[Request](range(len(runs)))
+        self.rendezvous = Rendezvous[Request](range(len(runs)))
         self._lock = threading.Lock()
         # What the runs have heard of a request to stop. It changes only while all of them wait, so that they
         # stop at the same step.
@@ -82,21 +83,21 @@ class _Together:
             try:
                 for thread in threads:
                     thread.start()
-                self.meeting.serve(lambda requests: self._answer(requests, stop))
+                self.rendezvous.serve(lambda requests: self._answer(requests, stop))
             finally:
                 # Nothing is left to do but to write; if somebody insists, not for long.
                 for thread in threads:
-                    thread.join(_SECONDS_TO_LEAVE if self.meeting.is_abandoned else None)
+                    thread.join(_SECONDS_TO_LEAVE if self.rendezvous.is_abandoned else None)
         return self._ends
 
     def _make_run(self, member: int) -> None:
-        """Makes one run, in its thread."""
-        run, host = self.runs[member], _MemberHost(self, member)
+        """Make one run, in its thread."""
+        run, context = self.runs[member], _MemberContext(self, member)
         try:
-            code, error = make_run(run, self.display.console, host)
+            code, error = make_run(run, self.display.console, context)
             self._ends[member] = code, error
             if error:
-                host.say(f"failed: {error}")
+                context.say(f"failed: {error}")
                 with contextlib.suppress(OSError):  # the disk may be what has failed
                     run.log.parent.mkdir(parents=True, exist_ok=True)
                     with run.log.open("a", encoding="utf-8") as log:
@@ -104,7 +105,7 @@ class _Together:
         except Abandoned:
             pass
         finally:
-            self.meeting.leave(member)
+            self.rendezvous.leave(member)
 
     def _answer(self, requests: Sequence[Request], stop: StopRequest) -> Sequence[Any]:
         def should_stop() -> bool:
@@ -128,12 +129,14 @@ class _Together:
         return [requests[0].answer(trainer, should_stop)]
 
     def member(self, config: Config, member: int) -> MemberTrainer:
-        """The trainer of a run."""
-        return MemberTrainer(self._trainer, config, functools.partial(self.meeting.ask, member), self._lock)
+        """Return the trainer of a run."""
+        return MemberTrainer(
+            self._trainer, config, functools.partial(self.rendezvous.ask, member), self._lock
+        )
 
 
-class _MemberHost(Host):
-    """What one of the runs has from the others' side."""
+class _MemberContext(RunContext):
+    """Where one of the runs is made: beside the others."""
 
     def __init__(self, together: _Together, member: int) -> None:
         super().__init__(together.display.console)

@@ -1,4 +1,4 @@
-"""Convolutions of several members of a `jax.vmap`, such as seeds, each as a dense one of its own."""
+"""A batching rule for convolutions: under `jax.vmap` over networks, a dense one for each of them."""
 
 import contextlib
 import contextvars
@@ -9,40 +9,40 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-__all__ = ["bilinear_apart", "members_apart", "members_are_apart"]
+__all__ = ["convolutions_are_unrolled", "unrolled_bilinear", "unrolled_convolutions"]
 
 Array = jax.Array
 
-_apart: contextvars.ContextVar[bool] = contextvars.ContextVar("members_apart", default=False)
+_unrolled: contextvars.ContextVar[bool] = contextvars.ContextVar("unrolled_convolutions", default=False)
 
 
-def members_are_apart() -> bool:
-    """Whether what is being traced goes under a `jax.vmap` over networks, see `members_apart`."""
-    return _apart.get()
+def convolutions_are_unrolled() -> bool:
+    """Tell whether what is being traced goes under a `jax.vmap` over networks, see `unrolled_convolutions`."""
+    return _unrolled.get()
 
 
 @contextlib.contextmanager
-def members_apart() -> Iterator[None]:
-    """Traces convolutions for a `jax.vmap` over networks: every member makes a dense one of its own.
+def unrolled_convolutions() -> Iterator[None]:
+    """Trace convolutions for a `jax.vmap` over networks: every member makes a dense one of its own.
 
     JAX itself makes one grouped convolution of them, which takes an array with the members next to the
     channels, and many times as long. Everything else is batched as usual. Traced so, a network has no
     derivative in forward mode. As with `platforms.tracing_for`, what is traced already stays so.
 
     Example:
-        >>> with members_apart():
-        ...     members_are_apart()
+        >>> with unrolled_convolutions():
+        ...     convolutions_are_unrolled()
         True
     """
-    token = _apart.set(True)
+    token = _unrolled.set(True)
     try:
         yield
     finally:
-        _apart.reset(token)
+        _unrolled.reset(token)
 
 
-def bilinear_apart(function: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
-    """A bilinear function that `jax.vmap`, also of its gradient, calls once for every member.
+def unrolled_bilinear(function: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
+    """Call a bilinear function, which `jax.vmap`, also of its gradient, calls once for every member.
 
     Args:
         function: Linear in each argument.

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selconv_jax._xla.apart import members_apart
 from selconv_jax._xla.convolution import convolve
+from selconv_jax._xla.vmapped_convolution import unrolled_convolutions
 
 MEMBERS = 3
 CASES = {
@@ -49,7 +49,7 @@ def test_each_member_as_alone(name, shared):
     x = jax.random.normal(jax.random.key(0), image if shared else (MEMBERS, *image))
     kernels = jax.random.normal(jax.random.key(1), (MEMBERS, *kernel_shape))
     one = gradients(options)
-    with members_apart():
+    with unrolled_convolutions():
         together = jax.vmap(one, in_axes=(None if shared else 0, 0))
         groups, batch_groups = groups_of(together, x, kernels)
         actual = jax.jit(together)(x, kernels)
@@ -72,7 +72,7 @@ def test_a_network_alone_is_another_program_only_where_that_is_asked_for():
         return str(jax.make_jaxpr(lambda x, kernel: convolve(x, kernel, **options))(x, kernel))
 
     plain = text()
-    with members_apart():
+    with unrolled_convolutions():
         assert "custom_vjp_call" in text()
         np.testing.assert_array_equal(convolve(x, kernel, **options), convolve(x, kernel, **options))
     assert text() == plain

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-__all__ = ["Abandoned", "Meeting", "Ordered"]
+__all__ = ["Abandoned", "Ordered", "Rendezvous"]
 
 
 class Ordered(Protocol):
@@ -26,7 +26,7 @@ class Abandoned(BaseException):
     """Nobody answers any more."""
 
 
-class Meeting(Generic[R]):
+class Rendezvous(Generic[R]):
     """Members, each in a thread of its own, ask; one thread answers once all that are left have asked.
 
     A member that is behind (its requests have a lower order) is so answered alone until it has caught up.
@@ -44,11 +44,11 @@ class Meeting(Generic[R]):
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether nobody answers any more."""
+        """Tell whether nobody answers any more."""
         return self._abandoned
 
     def ask(self, member: Hashable, request: R) -> Any:
-        """Waits for the answer to a request.
+        """Wait for the answer to a request.
 
         Args:
             member: Who asks, in its thread.
@@ -73,13 +73,13 @@ class Meeting(Generic[R]):
         return answer
 
     def leave(self, member: Hashable) -> None:
-        """A member will ask no more."""
+        """Leave: a member will ask no more."""
         with self._condition:
             self._present.discard(member)
             self._condition.notify_all()
 
     def serve(self, answer: Callable[[Sequence[R]], Sequence[Any]]) -> None:
-        """Answers until all members have left.
+        """Answer until all members have left.
 
         Args:
             answer: Of requests of the same order, in the order of the members, an answer for each.
