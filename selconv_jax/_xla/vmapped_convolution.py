@@ -17,7 +17,7 @@ _unrolled: contextvars.ContextVar[bool] = contextvars.ContextVar("unrolled_convo
 
 
 def convolutions_are_unrolled() -> bool:
-    """Tell whether what is being traced goes under a `jax.vmap` over networks, see `unrolled_convolutions`."""
+    """Tell whether what is traced goes under a `jax.vmap` over networks, see `unrolled_convolutions`."""
     return _unrolled.get()
 
 
