@@ -50,7 +50,7 @@ __getattr__, __dir__ = lazy_exports(
         "evaluate_run": "_loop",
         "load_config": "_config",
         "read_metrics": "_metrics",
-        "restore_run": "_opening",
+        "restore_run": "_run_setup",
         "resume_run": "_loop",
         "train_run": "_loop",
     },
