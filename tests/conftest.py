@@ -25,3 +25,5 @@ def _quickly_compiled(request):
     """Most programs run once, and to compile them well takes longer; some are compiled as users' are."""
     quickly = request.node.get_closest_marker("optimized") is None
     jax.config.update("jax_disable_most_optimizations", quickly)
+    yield
+    jax.clear_caches()  # else a worker keeps every compiled program of every module

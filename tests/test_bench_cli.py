@@ -62,6 +62,28 @@ def test_leaves_every_number_and_a_picture(finished):
     assert memory["total"] == total > 0
 
 
+def test_seeds_together_beside_one_after_the_other(tmp_path, capsys):
+    arguments = ["--capacity", "0.5", "--what", "step,memory", "--repeats", "1", "--together", "3"]
+    assert bench(*TINY, *arguments, "--output", tmp_path / "out") == 0
+    (network,) = json.loads((tmp_path / "out" / "bench.json").read_text())["networks"]
+    cases, text = {case["name"]: case for case in network["cases"]}, capsys.readouterr().out
+    assert list(cases) == [
+        "plain",
+        "plain, 3 seeds",
+        "selective, capacity 0.5",
+        "selective, capacity 0.5, 3 seeds",
+    ]
+    for name in ("plain", "selective, capacity 0.5"):
+        alone, together = cases[name], cases[f"{name}, 3 seeds"]
+        assert (alone["seeds"], together["seeds"], together["base"]) == (1, 3, name)
+        # Of one step of one seed.
+        (seconds,) = together["seconds"]
+        assert together["images_per_second"] == pytest.approx(4 / seconds)
+        gain = f"3 seeds together make {alone['seconds'][0] / seconds:.2f} times as many steps per second"
+        assert f"{gain} as one after the other ({name})" in text
+        assert 2 < together["memory"]["arguments"] / alone["memory"]["arguments"] < 3.1
+
+
 def test_is_never_written_over(finished, capsys):
     before = (finished / "bench.json").read_bytes()
     assert bench(*TINY, "--output", finished) == 1
@@ -125,6 +147,8 @@ def test_against_torch(tmp_path):
         (["--seed", "-1"], "--seed is -1"),
         (["--torch", "--topology", "v5e:1x1"], "do not go together"),
         (["--topology", "tpu"], "--topology is 'tpu'"),
+        (["--together", "1"], "--together is 1; it must be at least 2 seeds"),
+        (["--together", "2", "--topology", "v5e:1x1"], "do not go together"),
     ],
 )
 def test_refusals(arguments, said, tmp_path, capsys):

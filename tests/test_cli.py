@@ -57,6 +57,7 @@ def test_train_leaves_records_and_pictures(finished):
         assert path.read_bytes()[:8] == PNG
 
 
+@pytest.mark.slow
 def test_a_run_that_nobody_reads_is_the_same(config, finished, tmp_path):
     workdir = tmp_path / "run"
     with subprocess.Popen(

@@ -41,11 +41,11 @@ def assert_same(seed):
     return bool(narrower or plan.model.widths)
 
 
-def test_two_dozen():
-    assert sum(assert_same(seed) for seed in range(24)) > 5
+def test_a_dozen():
+    assert sum(assert_same(seed) for seed in range(12)) > 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(24, 1024, 50))
+@pytest.mark.parametrize("first", range(12, 1012, 50))
 def test_a_thousand(first):
     assert sum(assert_same(seed) for seed in range(first, first + 50)) > 5

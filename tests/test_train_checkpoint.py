@@ -262,3 +262,27 @@ def test_the_checkpoint_of_another_model(tmp_path: Path) -> None:
     assert "... and 2 more" in message
     with pytest.raises(CheckpointError, match=r"gone: expected none, found float64\[1\]"):
         store.restore({name: leaf for name, leaf in state.items() if name != "gone"})
+
+
+def test_stores_of_one_process_are_written_at_the_same_time(tmp_path):
+    """As of seeds that are made together; Orbax itself loses files of such saves."""
+    states = [{f"leaf{leaf}": np.full((3, 3), number) for leaf in range(30)} for number in range(4)]
+    failures: list[BaseException] = []
+
+    def save(number):
+        try:
+            with CheckpointStore(tmp_path / str(number)) as store:
+                for step in range(1, 6):
+                    store.save(step, states[number])
+        except CheckpointError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=save, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    for number, state in enumerate(states):
+        with CheckpointStore(tmp_path / str(number)) as store:
+            assert_same(store.restore(state).state, state)

@@ -69,14 +69,14 @@ def test_what_a_run_leaves(finished):
             "test_top5",
             "learning_rate",
             "images_per_second",
-            "closed",
+            "deallocated",
             "reallocated",
         }
         assert record["test_accuracy"] <= record["test_top5"] <= 1
     assert records[-1]["train_loss"] < records[0]["train_loss"] < 3
     # Re-allocation after the first half of the epochs only.
-    assert all(record["closed"] > 0 and record["reallocated"] > 0 for record in records[:2])
-    assert all(record["closed"] == record["reallocated"] == 0 for record in records[2:])
+    assert all(record["deallocated"] > 0 and record["reallocated"] > 0 for record in records[:2])
+    assert all(record["deallocated"] == record["reallocated"] == 0 for record in records[2:])
     assert records[-1]["copies"] == records[1]["copies"] > 0
     assert records[-1]["learning_rate"] < records[0]["learning_rate"] < 0.1
     about = json.loads((workdir / "environment.json").read_text())
@@ -118,7 +118,7 @@ def test_evaluation_repeats_the_recorded_numbers(finished):
 
 
 @pytest.mark.parametrize(
-    "questions", [3, 12, *(pytest.param(number, marks=pytest.mark.slow) for number in (0, 1, 5, 6, 9, 20))]
+    "questions", [12, *(pytest.param(number, marks=pytest.mark.slow) for number in (0, 1, 3, 5, 6, 9, 20))]
 )
 def test_stopped_and_resumed_run_equals_an_unbroken_one(finished, tmp_path, monkeypatch, questions):
     """Stops in the middle of an epoch, at its end, during evaluation."""
@@ -182,10 +182,9 @@ def test_resuming_before_the_first_checkpoint_starts_anew(finished, tmp_path, mo
     assert_same_end(workdir, finished[0])
 
 
-@pytest.mark.parametrize("name", ["lr=[0.1]", "a\\b*"])
-def test_a_directory_of_any_name(finished, tmp_path, monkeypatch, name):
+def test_a_directory_of_any_name(finished, tmp_path, monkeypatch):
     """As sweeps name folders; Orbax takes the name for a pattern."""
-    workdir = tmp_path / name
+    workdir = tmp_path / "lr=[0.1] a\\b*"
     console, _ = quiet_console()
     with monkeypatch.context() as patch:
         patch.setattr(loop, "stop_request", lambda: StopAfter(14))
@@ -234,7 +233,7 @@ def test_steps_in_one_dispatch_agree_with_single_ones(two_epochs, tmp_path):
     assert train_run(tiny_config(steps_per_dispatch=3, epochs=2), workdir, console) == 0
     records = read_metrics(workdir / "metrics.jsonl")
     assert records[0]["train_loss"] == pytest.approx(two_epochs[0]["train_loss"], rel=1e-4)
-    assert records[0]["closed"] == two_epochs[0]["closed"]
+    assert records[0]["deallocated"] == two_epochs[0]["deallocated"]
 
 
 @pytest.mark.slow
@@ -246,7 +245,7 @@ def test_devices_agree_with_one(two_epochs, tmp_path):
     record, _ = read_metrics(workdir / "metrics.jsonl")
     expected, _ = two_epochs
     assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
-    assert record["closed"] == expected["closed"]
+    assert record["deallocated"] == expected["deallocated"]
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -283,7 +282,7 @@ def test_other_variants_train(tmp_path, variant):
     first, second = read_metrics(workdir / "metrics.jsonl")
     assert second["train_loss"] < first["train_loss"]
     assert first["reallocated"] == first["copies"] == 0
-    assert (first["closed"] > 0) == (variant == "gate_only")
+    assert (first["deallocated"] > 0) == (variant == "gate_only")
 
 
 @pytest.mark.slow

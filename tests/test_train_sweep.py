@@ -254,7 +254,7 @@ def test_stopped_sweep_goes_on(tiny, tmp_path, monkeypatch):
 
 
 def test_failed_runs_are_reported_and_the_others_are_made(tiny, tmp_path, monkeypatch):
-    def failing(config, workdir, console):
+    def failing(config, workdir, console, context=None):
         if config.seed == 1:
             raise NonFiniteLossError("the loss of step 3 (epoch 1) is not finite")
         if config.seed == 2:
@@ -263,7 +263,7 @@ def test_failed_runs_are_reported_and_the_others_are_made(tiny, tmp_path, monkey
 
     console, text = quiet_console()
     runs = plan_sweep([tiny], tmp_path / "sweep", seeds=[1, 2, 0])
-    monkeypatch.setattr("selconv_jax.train._sweeps.runs.train_run", failing)
+    monkeypatch.setattr("selconv_jax.train._sweeps.one_run.train_run", failing)
     end = run_sweep(runs, console)
     assert end.code == 1
     assert end.failures == {

@@ -102,7 +102,9 @@ def test_evaluation_says_what_best_means(finished, capsys):
     assert compacted["validation_accuracy"] == pytest.approx(records[-1]["validation_accuracy"], abs=2 / 900)
 
 
-@pytest.mark.parametrize("questions", [3, 4, 5, 6, 7])
+@pytest.mark.parametrize(
+    "questions", [5, *(pytest.param(number, marks=pytest.mark.slow) for number in (3, 4, 6, 7))]
+)
 def test_stopped_and_resumed_run_equals_an_unbroken_one(finished, tmp_path, monkeypatch, questions):
     """Stops in the first two epochs: between steps, and during the evaluation of either split."""
     console, _ = quiet_console()

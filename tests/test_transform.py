@@ -158,7 +158,7 @@ def test_a_report_is_compared_counted_and_stored(variables):
 
     report = run(0.3)
     assert report == run(0.3) != run(0.0)
-    totals = ("closed", "reallocated", "channels", "open", "copies")
+    totals = ("deallocated", "reallocated", "channels", "open", "copies")
     traced = jax.jit(lambda report: [getattr(report, name) for name in totals])(report)
     assert traced == [getattr(report, name) for name in totals]
     stored = serialization.to_bytes(report)

@@ -26,6 +26,7 @@ class Case:
         prepare: Compiles it and calls it for the first time.
         timed: Whether it is to be timed, not just compiled.
         steps: Steps that one call makes; times are given for one of them.
+        seeds: Networks of which one call makes so many; times are given for one of one network.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Case:
     prepare: Callable[[], Prepared]
     timed: bool = True
     steps: int = 1
+    seeds: int = 1
 
 
 def step_name(capacity: float) -> str:
@@ -53,7 +55,7 @@ def plan_cases(bench: Workbench) -> list[Case]:
         The cases, the base of each before it.
     """
     settings = bench.settings
-    what, batch, share = set(settings.what), settings.batch, settings.share
+    what, batch, share, seeds = set(settings.what), settings.batch, settings.share, settings.together
     timed = "step" in what
     group = "training step"
     cases = []
@@ -64,10 +66,15 @@ def plan_cases(bench: Workbench) -> list[Case]:
         plain = Case(PLAIN, group, None, rival, batch, bench.prepare_plain, timed_base, bench.steps)
         cases.append(plain)
     if what & {"step", "compile", "memory"}:
+        if seeds:
+            cases.append(_together(plain, functools.partial(bench.prepare_plain, seeds), timed, seeds))
         for capacity in settings.capacity:
             rival = torch_name(capacity) if settings.torch else None
             prepare = functools.partial(bench.prepare_capacity, capacity)
             cases.append(Case(step_name(capacity), group, PLAIN, rival, batch, prepare, timed, bench.steps))
+            if seeds:
+                prepare = functools.partial(bench.prepare_capacity, capacity, seeds)
+                cases.append(_together(cases[-1], prepare, timed, seeds))
     if "frozen" in what:
         rival = torch_name(share) if settings.torch else None
         name = f"frozen, {share:g} re-allocated"
@@ -84,6 +91,14 @@ def plan_cases(bench: Workbench) -> list[Case]:
     if "input" in what:
         cases.append(Case("gather and augment", "input", None, None, batch, bench.prepare_input))
     return cases
+
+
+def _together(alone: Case, prepare: Callable[[], Prepared], timed: bool, seeds: int) -> Case:
+    """The same steps of several networks in one program."""
+    name = f"{alone.name}, {seeds} seeds"
+    return dataclasses.replace(
+        alone, name=name, base=alone.name, rival=None, prepare=prepare, timed=timed, seeds=seeds
+    )
 
 
 def torch_name(capacity: float | None) -> str:

@@ -16,6 +16,7 @@ __all__ = [
     "MEGA",
     "compile_table",
     "describe",
+    "gains",
     "memory_table",
     "new_table",
     "ratio_text",
@@ -60,8 +61,8 @@ def time_table(result: NetworkResult, title: str) -> Table:
     """
     table = new_table(
         title,
-        "times in ms per step or call; ratio: of the medians, in brackets the median of the ratios within "
-        "each round; to PyTorch: below 1 is faster than it",
+        "times in ms per step (of one seed) or call; ratio: of the medians, in brackets the median of the "
+        "ratios within each round; to PyTorch: below 1 is faster than it",
     )
     table.add_column("\ncase", no_wrap=True)
     headings = ("\nmedian", "\nquartiles", "\nmin.", "repe-\ntitions", "images\nper s", "ratio to the base")
@@ -86,6 +87,16 @@ def time_table(result: NetworkResult, title: str) -> Table:
             _ratio(row.torch_ratio),
         )
     return table
+
+
+def gains(result: NetworkResult) -> list[str]:
+    """What it gains to make seeds together: a sentence for each case that does so and has been timed."""
+    return [
+        f"{row.measured.case.seeds} seeds together make {1 / row.ratio.medians:.2f} times as many steps per "
+        f"second as one after the other ({row.measured.case.base})"
+        for row in rows_of(result)
+        if row.measured.case.seeds > 1 and row.ratio is not None
+    ]
 
 
 def memory_table(result: NetworkResult, title: str) -> Table:
@@ -175,6 +186,7 @@ def _case_report(row: Row, with_compile: bool) -> dict[str, Any]:
         "base": measured.case.base,
         "images": measured.case.images,
         "steps_per_call": measured.case.steps,
+        "seeds": measured.case.seeds,
         "summary": None if row.summary is None else dataclasses.asdict(row.summary),
         "images_per_second": row.images_per_second,
         "ratio": None if row.ratio is None else dataclasses.asdict(row.ratio),

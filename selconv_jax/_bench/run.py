@@ -124,7 +124,7 @@ def measure(
         should_stop=should_stop,
         on_turn=lambda number, name: listener.turn(number, repeats, name),
     )
-    steps = {case.name: case.steps for case in cases}
+    steps = {case.name: case.steps * case.seeds for case in cases}
     rounds = [{name: value / steps[name] for name, value in seconds.items()} for seconds in rounds]
     complete = len(rounds) == repeats and all(len(seconds) == len(prepared) for seconds in rounds)
     return measured, rounds, complete

@@ -60,6 +60,7 @@ class BenchSettings:
         steps: Training steps per call of a compiled program; 0: as training runs do, 1 on CPU, 50 elsewhere.
         torch: Also the same steps in PyTorch.
         topology: Compile for these TPUs, such as ``"v5e:1x1"``, and time nothing; None: time.
+        together: Also the same steps of so many seeds in one program; 0: of none.
         seed: Of the order of measurement, the images, the networks and the allocations.
 
     Raises:
@@ -78,6 +79,7 @@ class BenchSettings:
     steps: int = 0
     torch: bool = False
     topology: str | None = None
+    together: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -103,6 +105,12 @@ class BenchSettings:
         for key in ("variant", "dtype", "capacity"):
             if key in self.options:
                 raise ConfigError(f"{key} cannot be set: the benchmark sets it itself. Leave it out.")
+        if self.together < 0 or self.together == 1:
+            raise ConfigError(f"--together is {self.together}; it must be at least 2 seeds, or 0 for none.")
+        if self.together and self.topology:
+            raise ConfigError(
+                "--together and --topology do not go together: nothing is timed. Leave one out."
+            )
         if self.topology is not None:
             check_topology(self.topology)
         if self.torch and self.topology:

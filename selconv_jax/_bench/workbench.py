@@ -22,6 +22,7 @@ from selconv_jax.train._config import OptimizerConfig
 from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._feed import ResidentFeed
 from selconv_jax.train._optimizer import make_optimizer
+from selconv_jax.train._seeds.trainer import over_members
 from selconv_jax.train._state import TrainState, initial_state
 from selconv_jax.train._step import eval_batch, train_step
 from selconv_jax.transforms._reallocation import AllocationRule, reallocate
@@ -133,33 +134,43 @@ class Workbench:
             placement=placement,
         )
 
-    def prepare_step(self, model: Any, variables: dict[str, Any]) -> Prepared:
-        """Compiles the step of a network, for a state with these variables."""
-        state = self.state(variables)
+    def prepare_step(self, model: Any, variables: dict[str, Any], seeds: int = 1) -> Prepared:
+        """Compiles the step of a network, for a state with these variables, or of so many at once."""
+        state, batch = self.state(variables), tuple[Any, ...](self.batch)
         one, count = self.step(model), self.steps
 
-        def steps(state: TrainState, *batch: jax.Array) -> TrainState:
+        def steps(state: TrainState, *batch: Any) -> TrainState:
+            if count == 1:
+                return one(state, *batch)
             return jax.lax.scan(lambda state, _: (one(state, *batch), None), state, length=count)[0]
 
-        program = compile_program(one if count == 1 else steps, state, *self.batch, donate_argnums=0)
+        function: Callable[..., TrainState] = steps
+        if seeds > 1:
+            state = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds), state)
+            batch = tuple((each,) * seeds for each in batch)
+
+            def function(state: TrainState, *batch: Any) -> TrainState:
+                return over_members(steps, state, batch)
+
+        program = compile_program(function, state, *batch, donate_argnums=0)
         step = program.run
 
         def call() -> None:
             nonlocal state
-            state = jax.block_until_ready(step(state, *self.batch))
+            state = jax.block_until_ready(step(state, *batch))
 
         call()
-        if int(state.failed_step) >= 0:
+        if np.any(np.asarray(state.failed_step) >= 0):
             raise SelconvError("the loss of the first step is not finite: take other options of the network.")
         return Prepared(call, program)
 
-    def prepare_plain(self) -> Prepared:
+    def prepare_plain(self, seeds: int = 1) -> Prepared:
         """The step of the plain network."""
-        return self.prepare_step(self.plain, without_allocation(self.initial.variables))
+        return self.prepare_step(self.plain, without_allocation(self.initial.variables), seeds)
 
-    def prepare_capacity(self, capacity: float) -> Prepared:
+    def prepare_capacity(self, capacity: float, seeds: int = 1) -> Prepared:
         """The step of the selective network with as many copies as it has capacity for."""
-        return self.prepare_step(self.selective.clone(capacity=capacity), self.copied(capacity))
+        return self.prepare_step(self.selective.clone(capacity=capacity), self.copied(capacity), seeds)
 
     def frozen(self) -> tuple[Any, dict[str, Any]]:
         """The network for exactly the allocation there is, ``share`` re-allocated, and its variables."""

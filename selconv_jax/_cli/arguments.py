@@ -209,6 +209,12 @@ def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="make up to N runs at once, each in a process of its own, which share the devices (default: 1)",
     )
     sweep.add_argument(
+        "--together",
+        action="store_true",
+        help="make all seeds of a configuration in one program: faster where one run does not fill a GPU; "
+        "runs begun without it are resumed with it, and the other way round",
+    )
+    sweep.add_argument(
         "--nice",
         type=int,
         default=0,
@@ -291,6 +297,13 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
         metavar="N",
         help="training steps per call of a compiled program (default: as training runs do, 1 on CPU, 50 "
         "elsewhere)",
+    )
+    bench.add_argument(
+        "--together",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also time the steps of N seeds in one program, as `selconv sweep --together` makes them",
     )
     bench.add_argument("--torch", action="store_true", help="also time the same steps in PyTorch")
     bench.add_argument(

@@ -14,7 +14,7 @@ from selconv_jax._bench.compilation import without_compilation_cache
 from selconv_jax._bench.environment import environment, load_average
 from selconv_jax._bench.picture import Panel, bar_picture, panels_of
 from selconv_jax._bench.progress import BenchProgress
-from selconv_jax._bench.report import compile_table, describe, memory_table, report_of, time_table
+from selconv_jax._bench.report import compile_table, describe, gains, memory_table, report_of, time_table
 from selconv_jax._bench.rows import rows_of
 from selconv_jax._bench.run import NetworkResult, bench_network
 from selconv_jax._bench.settings import BenchSettings
@@ -33,7 +33,7 @@ __all__ = ["run"]
 _REPORT = "bench.json"
 _PICTURE = "bench.png"
 _BUSY = 0.5  # load average
-_PLAIN_OPTIONS = ("batch", "dtype", "share", "repeats", "steps", "torch", "topology", "seed")
+_PLAIN_OPTIONS = ("batch", "dtype", "share", "repeats", "steps", "torch", "topology", "seed", "together")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -125,6 +125,8 @@ def _print(console: Console, settings: BenchSettings, result: NetworkResult) -> 
         _say(console, f"{result.model}: {note}")
     if result.rounds:
         console.print(time_table(result, title))
+        for gain in gains(result):
+            _say(console, f"{result.model}: {gain}")
     if "memory" in settings.what:
         console.print(memory_table(result, f"memory, {title}"))
     if "compile" in settings.what:

@@ -48,10 +48,10 @@ def run(options: argparse.Namespace) -> int:
     runs = plan_sweep(
         files, workdir, seeds=seeds, own_seeds=own_seeds, vary=options.vary, overrides=overrides
     )
-    check_sweep(runs, options.jobs)
+    check_sweep(runs, options.jobs, together=options.together)
     with _written(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-    end = run_sweep(runs, console, options.jobs)
+    end = run_sweep(runs, console, options.jobs, together=options.together)
     with _written(workdir):
         _compare(runs, end, workdir, console)
     for name, error in end.failures.items():

@@ -1,5 +1,6 @@
 """Convolutions in NHWC, 1x1 ones as matrix products, and canonical forms of their arguments."""
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from jax.sharding import AxisType
 from selconv_jax._utils.arguments import is_whole
 from selconv_jax._xla.materialize import materialize
 from selconv_jax._xla.platforms import target_platform
+from selconv_jax._xla.vmapped_convolution import convolutions_are_unrolled, unrolled_bilinear
 from selconv_jax.errors import ConfigError, nearest
 
 __all__ = ["PADDINGS", "canonical_padding", "canonical_window", "convolve"]
@@ -127,15 +129,17 @@ def _convolution(
 ) -> jax.Array:
     rank = kernel.ndim - 2
     spatial = "DHW"[-rank:] if rank <= 3 else "".join(map(str, range(rank)))
-    return lax.conv_general_dilated(
-        x,
-        kernel,
+    convolution = functools.partial(
+        lax.conv_general_dilated,
         window_strides=window.strides,
         padding=window.padding,
         rhs_dilation=window.kernel_dilation,
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
         feature_group_count=groups,
         precision=precision,
+    )
+    return (
+        unrolled_bilinear(convolution, x, kernel) if convolutions_are_unrolled() else convolution(x, kernel)
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from selconv_jax.data._dataset import DatasetInfo
+from selconv_jax.data._dataset import DatasetInfo, ImageData
+from selconv_jax.data._stream import StreamedData
 from selconv_jax.errors import SelconvError
 from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
@@ -19,13 +20,13 @@ from selconv_jax.train._distributed.agreement import check_same_state, first_dec
 from selconv_jax.train._epoch_record import channel_counts, evaluation_metrics, sentence
 from selconv_jax.train._metrics import MetricsLog, read_metrics
 from selconv_jax.train._program import Program
-from selconv_jax.train._progress import ProgressDisplay
-from selconv_jax.train._signals import stop_request
+from selconv_jax.train._progress import Display, ProgressDisplay
+from selconv_jax.train._signals import StopRequest, stop_request
 from selconv_jax.train._state import TrainState
 from selconv_jax.train._trainer import Trainer
 from selconv_jax.train._workdir import METRICS, check_free, create_workdir
 
-__all__ = ["NonFiniteLossError", "evaluate_run", "resume_run", "train_run"]
+__all__ = ["NonFiniteLossError", "RunContext", "evaluate_run", "resume_run", "train_run"]
 
 _REFRESH_SECONDS = 0.5
 _DISPATCHES_BETWEEN_LOOKS = 20  # at the clock, which takes a message to all processes
@@ -35,13 +36,41 @@ class NonFiniteLossError(SelconvError):
     """The training loss became infinite or not a number."""
 
 
-def train_run(config: Config, workdir: Path, console: Console) -> int:
+class RunContext:
+    """Where a run gets its functions and images, shows its progress, and is asked to stop; here, made alone.
+
+    Args:
+        console: Where its progress is shown.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def prepare(self, config: Config) -> tuple[Trainer, ImageData | StreamedData]:
+        """Return its compiled functions and its images, see `run_setup.prepare`."""
+        return run_setup.prepare(config)
+
+    def display(self, trainer: Trainer, step: int) -> Display:
+        """Return where its progress is shown, from a step on."""
+        return ProgressDisplay(trainer.steps, step, trainer.steps_per_epoch, self.console)
+
+    def stop_request(self) -> StopRequest:
+        """Return what asks it to stop."""
+        return stop_request()
+
+    def say(self, text: str) -> None:
+        """Write a line that stays."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def train_run(config: Config, workdir: Path, console: Console, context: RunContext | None = None) -> int:
     """Trains from the start in a new directory.
 
     Args:
         config: The run.
         workdir: A directory that does not exist or is empty.
         console: Where progress is shown.
+        context: Where it is made; None: alone.
 
     Returns:
         0 when the run is complete, 128 plus the signal's number when it was asked to stop.
@@ -49,22 +78,26 @@ def train_run(config: Config, workdir: Path, console: Console) -> int:
     Raises:
         SelconvError: A user-fixable error; nothing was overwritten.
     """
-    trainer, data = run_setup.prepare(config)
+    context = context or RunContext(console)
+    trainer, data = context.prepare(config)
     together(lambda: check_free(workdir) if is_first() else None)
     with run_setup.claimed(workdir, make=True), run_setup.open_store(config, workdir) as store:
         # Not before: another job may have been about to make its run here.
         together(lambda: create_workdir(workdir, config) if is_first() else None)
-        console.print(f"run in {workdir}", highlight=False, markup=False, soft_wrap=True)
-        return _Run(trainer, data.info, workdir, store, console).go_on(trainer.initial_state())
+        context.say(f"run in {workdir}")
+        return _Run(trainer, data.info, workdir, store, context).go_on(trainer.initial_state())
 
 
-def resume_run(workdir: Path, console: Console, overrides: Sequence[str] = ()) -> int:
+def resume_run(
+    workdir: Path, console: Console, overrides: Sequence[str] = (), context: RunContext | None = None
+) -> int:
     """Goes on with a run from its newest good checkpoint, exactly as it would have gone on by itself.
 
     Args:
         workdir: The directory of the run.
         console: Where progress is shown.
         overrides: ``"key=value"``, of keys that do not change the result, for this time only.
+        context: See `train_run`.
 
     Returns:
         As `train_run`.
@@ -72,19 +105,20 @@ def resume_run(workdir: Path, console: Console, overrides: Sequence[str] = ()) -
     Raises:
         SelconvError: A user-fixable error.
     """
+    context = context or RunContext(console)
     config = run_setup.read_again(workdir, overrides)
-    trainer, data = run_setup.prepare_again(config)
+    trainer, data = run_setup.prepare_again(config, context.prepare)
     with run_setup.claimed(workdir), run_setup.open_store(config, workdir) as store:
         if first_decides(bool(store.steps())):
             restored = run_setup.restore(store, trainer)
             for note in restored.skipped:
-                console.print(f"skipped: {note}", highlight=False, markup=False, soft_wrap=True)
+                context.say(f"skipped: {note}")
             state = restored.state
-            console.print(f"going on from step {restored.step} of {trainer.steps}", highlight=False)
+            context.say(f"going on from step {restored.step} of {trainer.steps}")
         else:
             state = trainer.initial_state()
-            console.print("there is no checkpoint yet: starting from the beginning", highlight=False)
-        return _Run(trainer, data.info, workdir, store, console).go_on(state)
+            context.say("there is no checkpoint yet: starting from the beginning")
+        return _Run(trainer, data.info, workdir, store, context).go_on(state)
 
 
 def evaluate_run(
@@ -119,7 +153,7 @@ class _Run:
     info: DatasetInfo
     workdir: Path
     store: CheckpointStore
-    console: Console
+    context: RunContext
 
     def go_on(self, state: TrainState) -> int:
         trainer, step = self.trainer, int(state.step)
@@ -135,12 +169,12 @@ class _Run:
         self._log: MetricsLog | None = None
         if is_first():
             self._log = MetricsLog(metrics, self.workdir / "tensorboard", epoch, self._say)
-        self._display = ProgressDisplay(trainer.steps, step, trainer.steps_per_epoch, self.console)
+        self._display = self.context.display(trainer, step)
         self._last_save = time.monotonic()
         self._saved_step = step
         self._dispatches = 0
         try:
-            with stop_request() as self._stop:
+            with self.context.stop_request() as self._stop:
                 while epoch < trainer.config.epochs:
                     complete = False
                     if not ended:
@@ -157,7 +191,7 @@ class _Run:
         return 0
 
     def _say(self, note: str) -> None:
-        self.console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        self.context.say(f"note: {note}")
 
     def _train_epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, float | None]:
         """Trains to the end of the epoch or until asked to stop; returns images per second too."""

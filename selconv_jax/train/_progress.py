@@ -2,14 +2,28 @@
 
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-__all__ = ["ProgressDisplay"]
+__all__ = ["Display", "ProgressDisplay"]
 
 _SECONDS_BETWEEN_LINES = 20.0
+
+
+class Display(Protocol):
+    """Where a run shows its progress, see `ProgressDisplay`."""
+
+    def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
+        """Show a new state."""
+
+    def line(self, text: str) -> None:
+        """Write a line that stays."""
+
+    def close(self) -> None:
+        """Take the bar away."""
 
 
 class ProgressDisplay:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -84,10 +84,12 @@ def read_again(workdir: Path, overrides: Sequence[str] = ()) -> Config:
     return together(lambda: with_changes(read_config(workdir), overrides))
 
 
-def prepare_again(config: Config) -> tuple[Trainer, ImageData | StreamedData]:
-    """As `prepare`, of a run that has begun; its images may have gone elsewhere since."""
+def prepare_again(
+    config: Config, how: Callable[[Config], tuple[Trainer, ImageData | StreamedData]] | None = None
+) -> tuple[Trainer, ImageData | StreamedData]:
+    """As `prepare`, or ``how``, of a run that has begun; its images may have gone elsewhere since."""
     try:
-        return prepare(config)
+        return (how or prepare)(config)
     except DataError as error:
         raise DataError(f"{error} If its folder has moved, add data.directory=FOLDER.") from error
 

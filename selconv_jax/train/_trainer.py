@@ -103,14 +103,17 @@ class Trainer:
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on all devices."""
-        make = functools.partial(
-            initial_state, self.model, self.optimizer, self._info.image_shape, self.config.seed
-        )
+        return self._initial(np.uint32(self.config.seed))
+
+    @functools.cached_property
+    def _initial(self) -> Callable[[Any], TrainState]:
+        """`initial_state` of a seed, compiled once for all."""
+        make = functools.partial(initial_state, self.model, self.optimizer, self._info.image_shape)
         # Drawing many small arrays is a huge program that runs once: on CPU, where optimizing it takes
         # minutes, it is not optimized.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         sharding = self._placement.state_sharding(self._state_shape)
-        return jax.jit(make, out_shardings=sharding, compiler_options=options)()
+        return jax.jit(make, out_shardings=sharding, compiler_options=options)
 
     def state_shape(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without computing it."""
@@ -266,7 +269,16 @@ class Trainer:
         return self._compiled[key]
 
     def _make_steps(self, model: Any, count: int) -> Any:
-        def step(state: TrainState, arguments: Arguments) -> TrainState:
+        sharding = self._placement.state_sharding(self.state_shape()), self._placement.replicated
+        steps = functools.partial(self._steps, model, count, self._placement)
+        return jax.jit(steps, donate_argnums=0, out_shardings=sharding)
+
+    def _steps(
+        self, model: Any, count: int, placement: Placement | None, state: TrainState, *arguments: Any
+    ) -> tuple[TrainState, jax.Array]:
+        """What `run_steps` computes."""
+
+        def step(state: TrainState) -> TrainState:
             return train_step(
                 state,
                 *self._feed.take(state.step, *arguments),
@@ -276,36 +288,28 @@ class Trainer:
                 steps_per_epoch=self.steps_per_epoch,
                 mixup=self.config.data.mixup,
                 micro_batches=self.config.micro_batches,
-                placement=self._placement,
+                placement=placement,
                 batch_norm=self.config.batch_norm,
             )
 
-        def steps(state: TrainState, *arguments: Any) -> tuple[TrainState, Any]:
-            if count == 1:
-                state = step(state, arguments)
-            else:
-                state, _ = jax.lax.scan(lambda carry, _: (step(carry, arguments), None), state, length=count)
-            seen = state.totals.count.astype(jnp.float32)
-            correct = state.totals.correct.astype(jnp.float32)
-            failed = (state.failed_step >= 0).astype(jnp.float32)
-            return state, jnp.stack([state.totals.loss / seen, correct / seen, failed])
-
-        sharding = self._placement.state_sharding(self.state_shape()), self._placement.replicated
-        return jax.jit(steps, donate_argnums=0, out_shardings=sharding)
+        if count == 1:
+            state = step(state)
+        else:
+            state, _ = jax.lax.scan(lambda carry, _: (step(carry), None), state, length=count)
+        seen = state.totals.count.astype(jnp.float32)
+        correct = state.totals.correct.astype(jnp.float32)
+        failed = (state.failed_step >= 0).astype(jnp.float32)
+        return state, jnp.stack([state.totals.loss / seen, correct / seen, failed])
 
     def _make_eval(self, model: Any, count: int) -> Any:
         del count
-
-        def evaluate(variables: Any, *arguments: Any) -> Totals:
-            return eval_batch(
-                variables,
-                *self._feed.take_evaluation(*arguments),
-                model=model,
-                info=self._info,
-                placement=self._placement,
-            )
-
+        evaluate = functools.partial(self._evaluation, model, self._placement)
         return jax.jit(evaluate, out_shardings=self._placement.replicated)
+
+    def _evaluation(self, model: Any, placement: Placement | None, variables: Any, *arguments: Any) -> Totals:
+        """What `evaluate` computes of a batch."""
+        batch = self._feed.take_evaluation(*arguments)
+        return eval_batch(variables, *batch, model=model, info=self._info, placement=placement)
 
     @property
     def _example(self) -> jax.ShapeDtypeStruct:

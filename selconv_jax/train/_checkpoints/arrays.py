@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,9 @@ PyTree: TypeAlias = Any
 _DESCRIPTION = re.compile(r"(\w+)(\[.*\])")
 _SHOWN_LEAVES = 5
 _PLAIN = re.compile(r"[\w /.,:;=+@~-]*")
+
+# Of two saves of one process at the same time Orbax loses files.
+_one_at_a_time = threading.Lock()
 
 # Orbax reports every phase of every save; what matters is raised.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -99,7 +103,7 @@ def write_arrays(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
         None if str(report.exc_value) == "Event loop is closed" else hook(report)
     )
     try:
-        with _under_plain_name(folder) as plain:
+        with _under_plain_name(folder) as plain, _one_at_a_time:
             ocp.save(plain, _storable(leaves))
     except BaseException:
         time.sleep(1.0)  # for the others to end
@@ -148,7 +152,7 @@ def read_arrays(folder: Path, leaves: Mapping[str, str]) -> dict[str, np.ndarray
         context.multiprocessing.active_processes = {alone}
         context.multiprocessing.barrier_sync_key_prefix = f"process{alone}"
     try:
-        with context, _under_plain_name(folder) as plain:
+        with context, _under_plain_name(folder) as plain, _one_at_a_time:
             arrays = ocp.load(plain, _storable(like))
     except MemoryError:
         raise

@@ -165,12 +165,13 @@ def split_values(text: str) -> tuple[str, list[str]]:
     return key.strip(), values
 
 
-def check_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> None:
+def check_sweep(runs: Sequence[SweepRun], jobs: int = 1, *, together: bool = False) -> None:
     """Refuses what would fail later: foreign runs in the way, missing data, networks that do not fit.
 
     Args:
         runs: From `plan_sweep`.
         jobs: Runs at once.
+        together: Whether all seeds of a configuration are made in one program.
 
     Raises:
         SelconvError: A run cannot be made or resumed, and the message names it; or runs cannot be made
@@ -178,6 +179,8 @@ def check_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> None:
     """
     if jobs < 1:
         raise ConfigError(f"--jobs is {jobs}; it must be at least 1.")
+    if together:
+        _check_together(jobs)
     for run in runs:
         if run.has_started and (there := read_config(run.workdir)) != run.config:
             raise ConfigError(
@@ -197,6 +200,21 @@ def check_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> None:
                 raise type(error)(f"{run.configuration}: {error}") from None
     if jobs > 1 and jax.default_backend() == "tpu":
         raise ConfigError("--jobs: a TPU serves one process at a time; leave it out.")
+
+
+def _check_together(jobs: int) -> None:
+    if jobs > 1:
+        raise ConfigError(
+            "--together and --jobs do not go together: the seeds of a configuration are one program of one "
+            "process. Leave one of them out."
+        )
+    if jax.process_count() > 1:
+        raise ConfigError("--together is for one process, and there are several. Leave it out.")
+    if "threefry" not in str(jax.config.jax_default_prng_impl):
+        raise ConfigError(
+            f"--together: random numbers of {jax.config.jax_default_prng_impl} depend on what is made with "
+            "them. Leave it out, or unset JAX_DEFAULT_PRNG_IMPL."
+        )
 
 
 def _names(files: Sequence[Path]) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from selconv_jax._utils.console import progress_console
 from selconv_jax.train._config import parse_config
 from selconv_jax.train._sweeps.configurations import SweepRun
-from selconv_jax.train._sweeps.runs import make_run
+from selconv_jax.train._sweeps.one_run import make_run
 
 __all__ = ["main"]
 

@@ -3,28 +3,28 @@
 import collections
 import contextlib
 import dataclasses
-import gc
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from rich.console import Console
 
-from selconv_jax.errors import SelconvError
 from selconv_jax.train._config import dump_config
-from selconv_jax.train._loop import resume_run, train_run
 from selconv_jax.train._progress import format_duration
 from selconv_jax.train._signals import StopRequest
 from selconv_jax.train._sweeps.configurations import SweepRun
+from selconv_jax.train._sweeps.one_run import make_run
 from selconv_jax.train._sweeps.time_left import SweepClock
+from selconv_jax.train._sweeps.together import make_together
 
-__all__ = ["SweepEnd", "make_run", "run_sweep", "share_devices"]
+__all__ = ["SweepEnd", "run_sweep", "share_devices"]
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_BETWEEN_LINES = 30.0
@@ -47,7 +47,9 @@ class SweepEnd:
     failures: Mapping[str, str]
 
 
-def run_sweep(runs: Sequence[SweepRun], console: Console, jobs: int = 1) -> SweepEnd:
+def run_sweep(
+    runs: Sequence[SweepRun], console: Console, jobs: int = 1, *, together: bool = False
+) -> SweepEnd:
     """Make the runs; complete ones are kept, begun ones resumed.
 
     A run that fails leaves the others as they are. A signal ends the sweep as it ends a run: saved.
@@ -57,11 +59,12 @@ def run_sweep(runs: Sequence[SweepRun], console: Console, jobs: int = 1) -> Swee
         console: Where progress is shown.
         jobs: Runs at once. One is made in this process; more are made in processes of their own, whose
             output goes to `SweepRun.log`.
+        together: All seeds of a configuration at once, in one program of this process, see `make_together`.
 
     Returns:
         How it ended.
     """
-    return _Sweep(runs, console, jobs).make()
+    return _Sweep(runs, console, jobs, together).make()
 
 
 def share_devices() -> None:
@@ -72,44 +75,16 @@ def share_devices() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
-def make_run(run: SweepRun, console: Console) -> tuple[int, str]:
-    """Make a run, or resume it, in this process.
-
-    Args:
-        run: The run.
-        console: Where its progress is shown.
-
-    Returns:
-        0 when it is complete, 1 when it has failed, 128 plus the signal's number when it was asked to stop;
-        and the error in one line. The traceback of what is no fault of the user's goes to `SweepRun.log`.
-    """
-    try:
-        if run.has_started:
-            return resume_run(run.workdir, console), ""
-        return train_run(run.config, run.workdir, console), ""
-    except SelconvError as error:
-        return 1, _one_line(error)
-    except Exception as error:  # out of memory, say: the other runs may fit
-        text, more = traceback.format_exc(), ""
-        with contextlib.suppress(OSError):  # the disk may be what has failed
-            run.log.parent.mkdir(parents=True, exist_ok=True)
-            with run.log.open("a", encoding="utf-8") as log:
-                log.write(text)
-            more = f" (more in {run.log})"
-        gc.collect()  # frees what the run held on the devices
-        return 1, f"{type(error).__name__}: {_one_line(error)}{more}"
-
-
-def _one_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-
-
 class _Sweep:
     """A sweep in progress."""
 
-    def __init__(self, runs: Sequence[SweepRun], console: Console, jobs: int) -> None:
+    def __init__(self, runs: Sequence[SweepRun], console: Console, jobs: int, together: bool) -> None:
         self._runs, self._console, self._jobs = runs, console, jobs
-        self._clock = SweepClock(runs, jobs)
+        self._key: Callable[[tuple[int, SweepRun]], Any] = lambda each: each
+        if together:
+            self._key = lambda each: each[1].configuration
+        most = max(len(list(group)) for _, group in itertools.groupby(enumerate(runs), self._key))
+        self._clock = SweepClock(runs, jobs if jobs > 1 else most)
         self._failures: dict[str, str] = {}
 
     def make(self) -> SweepEnd:
@@ -126,17 +101,23 @@ class _Sweep:
             return SweepEnd(code, self._failures)
         return SweepEnd(1 if self._failures else 0, self._failures)
 
-    def _in_turn(self, waiting: collections.deque[tuple[int, SweepRun]]) -> int:
-        for number, run in waiting:
-            self._say(self._title(number, run) + self._left())
-            self._clock.start(run)
-            code, error = make_run(run, self._console)
-            self._clock.end(run)
-            if code > 1:
-                return code
-            if code:
-                self._failures[run.name] = error
-                self._say(f"{_FAILED}{error}")
+    def _in_turn(self, waiting: Sequence[tuple[int, SweepRun]]) -> int:
+        for _, group in itertools.groupby(waiting, self._key):
+            runs = []
+            for number, run in group:
+                self._say(self._title(number, run) + self._left())
+                self._clock.start(run)
+                runs.append(run)
+            alone = len(runs) == 1
+            ends = [make_run(run, self._console)] if alone else make_together(runs, self._console)
+            for run, (code, error) in zip(runs, ends, strict=True):
+                self._clock.end(run)
+                if code == 1:
+                    self._failures[run.name] = error
+                    if alone:  # else it has been said
+                        self._say(f"{_FAILED}{error}")
+            if stopped := [code for code, _ in ends if code > 1]:
+                return stopped[0]
         return 0
 
     def _at_once(self, waiting: collections.deque[tuple[int, SweepRun]]) -> int:

@@ -1,0 +1,1 @@
+"""Runs that differ in their seed alone, whose steps are made in one program."""

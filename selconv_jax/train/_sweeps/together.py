@@ -1,0 +1,159 @@
+"""Runs of a sweep that differ in their seed alone, made in one program.
+
+Each is an ordinary run in a thread of its own, with its own images, checkpoints and records: only where it
+would compute steps or an evaluation it waits for the others, and one program does it for all. So a run may
+be begun alone and resumed together, or the other way round; one that is behind the others is brought up to
+them first.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from selconv_jax.data._dataset import ImageData
+from selconv_jax.data._stream import StreamedData
+from selconv_jax.errors import SelconvError
+from selconv_jax.train import _run_setup as run_setup
+from selconv_jax.train._config import Config
+from selconv_jax.train._loop import RunContext
+from selconv_jax.train._progress import Display
+from selconv_jax.train._seeds.display import SharedDisplay
+from selconv_jax.train._seeds.rendezvous import Abandoned, Rendezvous
+from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, Request, common_program
+from selconv_jax.train._signals import StopRequest, stop_request
+from selconv_jax.train._sweeps.configurations import SweepRun
+from selconv_jax.train._sweeps.one_run import make_run, one_line
+from selconv_jax.train._trainer import Trainer
+
+__all__ = ["make_together"]
+
+_SECONDS_TO_LEAVE = 10.0
+
+
+def make_together(runs: Sequence[SweepRun], console: Console) -> list[tuple[int, str]]:
+    """Make runs that differ in their seed alone, or resume them, in one program.
+
+    A run that fails leaves the others as they are; it is marked in its `SweepRun.log`.
+
+    Args:
+        runs: At least one.
+        console: Where their progress is shown.
+
+    Returns:
+        For each what `make_run` returns.
+    """
+    try:
+        trainer, data = run_setup.prepare(runs[0].config)
+    except Exception as error:  # out of memory, say: another configuration may fit
+        kind = "" if isinstance(error, SelconvError) else f"{type(error).__name__}: "
+        return [(1, f"{kind}{one_line(error)}")] * len(runs)
+    return _Together(runs, trainer, data, console).make()
+
+
+class _Together:
+    """Runs in progress."""
+
+    def __init__(
+        self,
+        runs: Sequence[SweepRun],
+        trainer: Trainer,
+        data: ImageData | StreamedData,
+        console: Console,
+    ) -> None:
+        self.runs, self.data, self._trainer = runs, data, trainer
+        self.display = SharedDisplay(console)
+        self.rendezvous = Rendezvous[Request](range(len(runs)))
+        self._lock = threading.Lock()
+        # What the runs have heard of a request to stop. It changes only while all of them wait, so that they
+        # stop at the same step.
+        self.heard = StopRequest()
+        self._joint: dict[int, JointTrainer] = {}
+        self._ends: list[tuple[int, str]] = [(1, "it was abandoned")] * len(runs)
+
+    def make(self) -> list[tuple[int, str]]:
+        threads = [
+            threading.Thread(target=self._make_run, args=(member,), daemon=True, name=run.name)
+            for member, run in enumerate(self.runs)
+        ]
+        with stop_request() as stop:
+            try:
+                for thread in threads:
+                    thread.start()
+                self.rendezvous.serve(lambda requests: self._answer(requests, stop))
+            finally:
+                # Nothing is left to do but to write; if somebody insists, not for long.
+                for thread in threads:
+                    thread.join(_SECONDS_TO_LEAVE if self.rendezvous.is_abandoned else None)
+        return self._ends
+
+    def _make_run(self, member: int) -> None:
+        """Make one run, in its thread."""
+        run, context = self.runs[member], _MemberContext(self, member)
+        try:
+            code, error = make_run(run, self.display.console, context)
+            self._ends[member] = code, error
+            if error:
+                context.say(f"failed: {error}")
+                with contextlib.suppress(OSError):  # the disk may be what has failed
+                    run.log.parent.mkdir(parents=True, exist_ok=True)
+                    with run.log.open("a", encoding="utf-8") as log:
+                        log.write(f"failed: {error}\n")
+        except Abandoned:
+            pass
+        finally:
+            self.rendezvous.leave(member)
+
+    def _answer(self, requests: Sequence[Request], stop: StopRequest) -> Sequence[Any]:
+        def should_stop() -> bool:
+            stopping = stop.check()
+            self.heard.signal = stop.signal
+            return stopping
+
+        should_stop()
+        count, program = len(requests), common_program(requests)
+        trainer: Trainer | JointTrainer = self._trainer
+        if count > 1:
+            trainer = self._joint.get(count) or self._joint.setdefault(count, JointTrainer(trainer, count))
+        for other in self._joint.values():
+            if other is not trainer:
+                other.forget()
+        if requests[0].batches is not None and not trainer.is_compiled(program):
+            of = "one seed" if count == 1 else f"{count} seeds"
+            self.display.line(f"compiling the training step of {of}{program.note}")
+        if isinstance(trainer, JointTrainer):
+            return trainer.answer(requests, should_stop)
+        return [requests[0].answer(trainer, should_stop)]
+
+    def member(self, config: Config, member: int) -> MemberTrainer:
+        """Return the trainer of a run."""
+        return MemberTrainer(
+            self._trainer, config, functools.partial(self.rendezvous.ask, member), self._lock
+        )
+
+
+class _MemberContext(RunContext):
+    """Where one of the runs is made: beside the others."""
+
+    def __init__(self, together: _Together, member: int) -> None:
+        super().__init__(together.display.console)
+        self._together, self._member = together, member
+        self._name = f"seed {together.runs[member].config.seed}"
+
+    def prepare(self, config: Config) -> tuple[Trainer, ImageData | StreamedData]:
+        trainer = self._together.member(config, self._member)
+        if self._member:
+            trainer.notes = ()  # the first one has said them
+        return trainer, self._together.data
+
+    def display(self, trainer: Trainer, step: int) -> Display:
+        return self._together.display.of(self._name, trainer, step)
+
+    def stop_request(self) -> StopRequest:
+        return self._together.heard
+
+    def say(self, text: str) -> None:
+        self._together.display.line(f"{self._name}: {text}")
