@@ -25,7 +25,7 @@ def convolutions_are_unrolled() -> bool:
 def unrolled_convolutions() -> Iterator[None]:
     """Trace convolutions for a `jax.vmap` over networks, with one dense convolution per network.
 
-    By default JAX batches them to one grouped convolution, which needs the networks' axis next to the channels
+    JAX would batch them to one grouped convolution, which needs the networks' axis next to the channels
     and takes many times as long. All other operations are batched as usual. A network traced this way has no
     forward-mode derivative. As with `tracing_for`, functions that are already traced are not traced again.
 
