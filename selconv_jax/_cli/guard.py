@@ -81,6 +81,13 @@ def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
         _show(error)
         _say(f"error: {error}")
         code = 1
+    except ModuleNotFoundError as error:
+        _show(error)
+        _say(
+            f"error: the package {error.name} is not installed; commands need the extra `train`: "
+            "pip install 'selconv-jax[train]'."
+        )
+        code = 1
     except BrokenPipeError:
         # Whoever read the output has enough of it.
         code = 141
