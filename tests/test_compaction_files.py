@@ -97,7 +97,7 @@ def test_foreign_files(saved, tmp_path):
 
     entry = json.loads(arrays["selconv_jax"].tobytes())
     refused("has no entry 'selconv_jax'", selconv_jax=None)
-    refused("in format 2, this version reads format 1", {**entry, "format": 2})
+    refused("in format 1, this version reads format 2", {**entry, "format": 1})
     refused("holds a UNet, none of the library's", {**entry, "network": "UNet"})
     refused("the description in it is damaged", {"format": 1})
     refused("the description in it is damaged", selconv_jax=np.zeros(3, np.uint8))

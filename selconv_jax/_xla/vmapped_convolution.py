@@ -1,4 +1,4 @@
-"""A batching rule for convolutions: under `jax.vmap` over networks, a dense one for each of them."""
+"""Batching rule for convolutions under `jax.vmap` over networks: one dense convolution per network."""
 
 import contextlib
 import contextvars
@@ -17,17 +17,17 @@ _unrolled: contextvars.ContextVar[bool] = contextvars.ContextVar("unrolled_convo
 
 
 def convolutions_are_unrolled() -> bool:
-    """Tell whether what is traced goes under a `jax.vmap` over networks, see `unrolled_convolutions`."""
+    """Return whether convolutions are traced for a `jax.vmap` over networks, see `unrolled_convolutions`."""
     return _unrolled.get()
 
 
 @contextlib.contextmanager
 def unrolled_convolutions() -> Iterator[None]:
-    """Trace convolutions for a `jax.vmap` over networks: every member makes a dense one of its own.
+    """Trace convolutions for a `jax.vmap` over networks, with one dense convolution per network.
 
-    JAX itself makes one grouped convolution of them, which takes an array with the members next to the
-    channels, and many times as long. Everything else is batched as usual. Traced so, a network has no
-    derivative in forward mode. As with `platforms.tracing_for`, what is traced already stays so.
+    JAX would batch them to one grouped convolution, which needs the networks' axis next to the channels
+    and takes many times as long. All other operations are batched as usual. A network traced this way has no
+    forward-mode derivative. As with `tracing_for`, functions that are already traced are not traced again.
 
     Example:
         >>> with unrolled_convolutions():
@@ -42,7 +42,7 @@ def unrolled_convolutions() -> Iterator[None]:
 
 
 def unrolled_bilinear(function: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
-    """Call a bilinear function, which `jax.vmap`, also of its gradient, calls once for every member.
+    """Call a bilinear function; `jax.vmap` of it or its gradient calls it once per member of the batch.
 
     Args:
         function: Linear in each argument.
@@ -79,7 +79,7 @@ def unrolled_bilinear(function: Callable[[Array, Array], Array], x: Array, y: Ar
 
 
 def _each(function: Callable[..., Array]) -> Callable[..., Array]:
-    """The function; under `jax.vmap` it is called once for every member."""
+    """Wrap a function so that `jax.vmap` calls it once per member of the batch."""
     call: Any = custom_vmap(function)
 
     def of_members(size: int, batched: list[bool], *arguments: Array) -> tuple[Array, bool]:
