@@ -8,6 +8,7 @@ import runpy
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.transforms import Bbox
@@ -18,10 +19,12 @@ from selconv_jax.train._optimizer import learning_rate_schedule
 STUDY = Path(__file__).resolve().parent.parent / "experiments" / "studies" / "equal_training"
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(STUDY)  # as for a script that is run; what it adds itself is taken back too
-    COMPARE = runpy.run_path(str(STUDY / "compare.py"))
+    COMPARE, COUPLED = (runpy.run_path(str(STUDY / name)) for name in ("compare.py", "coupled.py"))
 CONFIG = load_config(STUDY / "selective.toml")
 RESULTS = json.loads((STUDY / "results.json").read_text())
-AUTHORS = json.loads((STUDY / "authors.json").read_text())["runs"]
+AUTHORS, SAME_START = (
+    json.loads((STUDY / name).read_text())["runs"] for name in ("authors.json", "authors_same_start.json")
+)
 
 
 def metrics(accuracy, copies):
@@ -72,7 +75,20 @@ def test_differences_against_numbers_worked_out_by_hand():
     assert ("deallocated", "last epoch") not in by_name
 
 
-def write_study(folder, epochs=2, seeds=(0, 1)):
+def test_paired_differences_against_numbers_worked_out_by_hand():
+    rows = COMPARE["compare"](*sides([(0.6, 5), (0.8, 5)], [(0.5, 4), (0.5, 4)]), COMPARE["paired_interval"])
+    accuracy = next(row for row in rows if (row["quantity"], row["when"]) == ("accuracy", "last epoch"))
+    # Differences 10 and 30: standard error 10; t of one degree of freedom at 97.5% is 12.7062.
+    assert accuracy["interval"] == pytest.approx((20 - 127.062, 20 + 127.062), abs=1e-2)
+    # One degree of freedom: Student's distribution is Cauchy's.
+    reach = 10 * np.tan(np.pi / 2 * (1 - 0.05 / 9))
+    assert accuracy["joint_interval"] == pytest.approx((20 - reach, 20 + reach), rel=1e-6)
+    copies = next(row for row in rows if (row["quantity"], row["when"]) == ("copies", "last epoch"))
+    assert copies["interval"] == (1, 1)
+    assert copies["differs"]
+
+
+def write_study(folder, epochs=2, seeds=(0, 1), paired_seeds=(0, 1)):
     """A study of two epochs with runs of both sides; the arguments that compare them."""
     study, runs = folder / "study", folder / "runs"
     study.mkdir()
@@ -82,6 +98,8 @@ def write_study(folder, epochs=2, seeds=(0, 1)):
     for run in there:
         run["metrics"] = {key: values[:epochs] for key, values in run["metrics"].items()}
     (study / "authors.json").write_text(json.dumps({"runs": there}))
+    same = [{**run, "seed": seed} for run, seed in zip(there, paired_seeds, strict=True)]
+    (study / "authors_same_start.json").write_text(json.dumps({"runs": same}))
     for seed in seeds:
         directory = runs / f"seed{seed}"
         directory.mkdir(parents=True)
@@ -119,6 +137,12 @@ def test_files_made_of_runs(tmp_path):
     [
         ({"epochs": 1}, None, "differ in their epochs"),
         ({"seeds": (0,)}, None, "there is one run of this project"),
+        (
+            {"paired_seeds": (0, 2)},
+            None,
+            "authors_same_start.json has other seeds than the runs of this project",
+        ),
+        ({}, "authors_same_start.json", "there is no .*start.json: it holds the other side's numbers"),
         ({}, "authors.json", "there is no .*authors.json: it holds the other side's numbers"),
     ],
 )
@@ -134,7 +158,7 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, capsys, options, missing,
 
 
 def test_table_and_picture_are_those_of_the_results(tmp_path):
-    for name in ("authors.json", "results.json"):
+    for name in ("authors.json", "authors_same_start.json", "results.json"):
         shutil.copy(STUDY / name, tmp_path)
     assert COMPARE["main"](["--study", str(tmp_path)]) == 0
     for name in ("results.json", "table.md"):
@@ -144,8 +168,16 @@ def test_table_and_picture_are_those_of_the_results(tmp_path):
 def test_both_sides_are_complete_and_have_the_same_settings():
     (row,) = RESULTS["results"]
     rates = learning_rate_schedule(CONFIG.optimizer, CONFIG.epochs * 2000 // CONFIG.batch_size)
-    for runs in (row["runs"], AUTHORS):
-        assert [run["seed"] for run in runs] == [0, 1, 2, 3, 4]
+    more = json.loads((STUDY / "more_seeds.json").read_text())
+    first, others = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]
+    for runs, seeds in (
+        (row["runs"], first),
+        (AUTHORS, first),
+        (SAME_START, first),
+        (more["here"], others),
+        (more["there"], others),
+    ):
+        assert [run["seed"] for run in runs] == seeds
         for run in runs:
             columns = {key: np.array(values) for key, values in run["metrics"].items()}
             assert columns["epoch"].tolist() == list(range(1, CONFIG.epochs + 1))
@@ -159,8 +191,31 @@ def test_both_sides_are_complete_and_have_the_same_settings():
             np.testing.assert_array_equal(columns["open_channels"], 408 + np.cumsum(opened))
 
 
+def assert_coupled(here, there):
+    assert COUPLED["relative_differences"](here["loss"], there["loss"]).max() < 1e-9
+    for key in ("closed", "copies", "test_correct"):
+        assert here[key] == there[key][: len(here[key])]
+
+
+def test_coupled_training_is_the_same_to_the_end():
+    record = json.loads((STUDY / "coupled.json").read_text())
+    here, there = record["here"], record["there"]
+    assert len(here["loss"]) == len(there["loss"]) == CONFIG.epochs * COUPLED["STEPS"]
+    assert len(here["copies"]) == len(there["copies"]) == CONFIG.epochs
+    assert_coupled(here, there)
+
+
+@pytest.mark.slow
+def test_coupled_training_starts_as_recorded():
+    there = json.loads((STUDY / "coupled.json").read_text())["there"]
+    with jax.enable_x64(True):
+        here = COUPLED["train"](3)
+    assert len(here["loss"]) == 3
+    assert_coupled(here, there)
+
+
 def test_picture_has_a_panel_for_every_quantity_none_over_another():
-    figure = COMPARE["picture"](RESULTS, AUTHORS)
+    figure = COMPARE["picture"](RESULTS, AUTHORS, SAME_START)
     figure.draw_without_rendering()
     assert len(figure.axes) == len(COMPARE["QUANTITIES"]) + 1
     boxes = [axes.get_tightbbox() for axes in figure.axes]
@@ -192,7 +247,23 @@ def test_readme_states_what_the_files_hold():
         row = rows[quantity, "last epoch"]
         means, deviations = row["means"], row["deviations"]
         assert statement.format(means[0], deviations[0], means[1], deviations[1]) in text
-    assert not any(row["differs"] for row in RESULTS["comparison"])
+    assert not any(row["differs"] for key in ("comparison", "same_start") for row in RESULTS[key])
+    outside = [row for row in RESULTS["same_start"] if not row["interval"][0] <= 0 <= row["interval"][1]]
+    (row,) = outside
+    assert (row["quantity"], row["when"]) == ("loss", "average of the epochs")
+    assert "{:.3f} here and {:.3f} there".format(*row["means"]) in text
+    assert "from {:.3f} to {:.3f}".format(*row["interval"]) in text
+    more = json.loads((STUDY / "more_seeds.json").read_text())
+    ten = COMPARE["compare"](
+        RESULTS["results"][0]["runs"] + more["here"], SAME_START + more["there"], COMPARE["paired_interval"]
+    )
+    assert all(row["interval"][0] < 0 < row["interval"][1] for row in ten)
+    by_name = {(row["quantity"], row["when"]): row for row in ten}
+    assert "{:.3f} to {:+.3f}".format(*by_name["loss", "average of the epochs"]["interval"]) in text
+    assert by_name["copies", "last epoch"]["difference"] == pytest.approx(0, abs=1e-9)
+    record = json.loads((STUDY / "coupled.json").read_text())
+    differences = COUPLED["relative_differences"](*(record[side]["loss"] for side in ("here", "there")))
+    assert f"{differences.max():.1e} of their" in text
     for runs, statement in ((RESULTS["results"][0]["runs"], "180 of 180"), (AUTHORS, "177 of 177")):
         copies = np.array([run["metrics"]["copies"] for run in runs])[:, :6]
         survivors = copies - np.array([run["metrics"]["reallocated"] for run in runs])[:, :6]

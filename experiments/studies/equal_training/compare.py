@@ -3,14 +3,15 @@
     python experiments/studies/equal_training/compare.py RUNS [RUNS ...]    collect these directories' runs
     python experiments/studies/equal_training/compare.py    table and picture anew, from results.json
 
-The other side's numbers are those of ``authors.json``, of every seed and epoch. The two sides have no random
-numbers in common, so their seeds are no pairs: differences are those of two independent samples.
+The other side's numbers, of every seed and epoch, are those of ``authors.json``, whose runs have no random
+numbers in common with ours: differences are those of two independent samples. And those of
+``authors_same_start.json``, which start from the initial values of our seeds: differences are paired by seed.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ STUDY = Path(__file__).resolve().parent
 sys.path.insert(0, str(STUDY.parent))
 import report  # noqa: E402 - it lies in the folder of all studies
 
-AUTHORS, RESULTS, TABLE, PICTURE = "authors.json", "results.json", "table.md", "equal_training.png"
+AUTHORS, SAME_START = "authors.json", "authors_same_start.json"
+RESULTS, TABLE, PICTURE = "results.json", "table.md", "equal_training.png"
 SIDES = ("this project", "authors' program")
-_COLOURS = (INK, "#D55E00")
+_COLOURS = (INK, "#D55E00", "#0072B2")  # the last: the other side from our initial values
 
 # Name, unit and decimals of what is compared, in the order of the table.
 QUANTITIES = {
@@ -45,6 +47,8 @@ LAST, AVERAGE = "last epoch", "average of the epochs"
 CONFIDENCE = 0.95
 
 Runs = Sequence[Mapping[str, Any]]
+Samples = NDArray[np.float64]
+Interval = Callable[[Samples, Samples, float], tuple[float, float]]
 
 
 def curves(runs: Runs, quantity: str) -> NDArray[np.float64]:
@@ -60,12 +64,32 @@ def curves(runs: Runs, quantity: str) -> NDArray[np.float64]:
     return column("train_loss" if quantity == "loss" else quantity)
 
 
-def compare(ours: Runs, authors: Runs) -> list[dict[str, Any]]:
-    """Every difference of the two sides that the study tests, with Welch's intervals.
+def welch_interval(first: Samples, second: Samples, confidence: float) -> tuple[float, float]:
+    """Welch's t-interval of the difference of two means; the variances of the two samples may differ."""
+    errors = np.array([sample.var(ddof=1) / len(sample) for sample in (first, second)])
+    difference = float(first.mean() - second.mean())
+    if not errors.any():  # no variance: the difference is known
+        return difference, difference
+    degrees = errors.sum() ** 2 / (errors**2 / (len(first) - 1, len(second) - 1)).sum()
+    reach = float(stdtrit(degrees, (1 + confidence) / 2) * np.sqrt(errors.sum()))
+    return difference - reach, difference + reach
+
+
+def paired_interval(first: Samples, second: Samples, confidence: float) -> tuple[float, float]:
+    """Student's t-interval of the mean difference of two samples whose elements are pairs."""
+    differences = first - second
+    error = differences.std(ddof=1) / np.sqrt(len(differences))
+    reach = float(stdtrit(len(differences) - 1, (1 + confidence) / 2) * error)
+    return float(differences.mean()) - reach, float(differences.mean()) + reach
+
+
+def compare(ours: Runs, authors: Runs, find_interval: Interval = welch_interval) -> list[dict[str, Any]]:
+    """Every difference of the two sides that the study tests, with its intervals.
 
     Args:
         ours: The runs of this project, with their metrics by name and epoch.
         authors: Those of the other side.
+        find_interval: Takes a value of every run of either side, and the confidence.
 
     Returns:
         For each quantity, at the last epoch and as the average of the epochs: mean and standard deviation
@@ -83,7 +107,7 @@ def compare(ours: Runs, authors: Runs) -> list[dict[str, Any]]:
         sides = [curves(runs, quantity) for runs in (ours, authors)]
         samples = [side[:, -1] if when == LAST else side.mean(axis=1) for side in sides]
         found = [spread(sample.tolist()) for sample in samples]
-        joint = welch_interval(*samples, 1 - (1 - CONFIDENCE) / len(tests))
+        joint = find_interval(*samples, 1 - (1 - CONFIDENCE) / len(tests))
         rows.append(
             {
                 "quantity": quantity,
@@ -91,7 +115,7 @@ def compare(ours: Runs, authors: Runs) -> list[dict[str, Any]]:
                 "means": [side.mean for side in found],
                 "deviations": [side.std for side in found],
                 "difference": found[0].mean - found[1].mean,
-                "interval": welch_interval(*samples, CONFIDENCE),
+                "interval": find_interval(*samples, CONFIDENCE),
                 "joint_interval": joint,
                 "differs": not joint[0] <= 0 <= joint[1],
             }
@@ -99,27 +123,38 @@ def compare(ours: Runs, authors: Runs) -> list[dict[str, Any]]:
     return rows
 
 
-def welch_interval(
-    first: NDArray[np.float64], second: NDArray[np.float64], confidence: float
-) -> tuple[float, float]:
-    """Welch's t-interval of the difference of two means; the variances of the two samples may differ."""
-    errors = np.array([sample.var(ddof=1) / len(sample) for sample in (first, second)])
-    difference = float(first.mean() - second.mean())
-    if not errors.any():  # no variance: the difference is known
-        return difference, difference
-    degrees = errors.sum() ** 2 / (errors**2 / (len(first) - 1, len(second) - 1)).sum()
-    reach = float(stdtrit(degrees, (1 + confidence) / 2) * np.sqrt(errors.sum()))
-    return difference - reach, difference + reach
-
-
 def table(results: Mapping[str, Any], authors: Runs) -> str:
-    """Two Markdown tables: the differences that are tested, and both sides epoch by epoch."""
+    """Three Markdown tables: the differences tested, of both comparisons, and both sides epoch by epoch."""
     ours = results["results"][0]["runs"]
+    start = (
+        f"Mean ± standard deviation over {len(ours)} seeds here and {len(authors)} there; {SIDES[0]} minus "
+        f"{SIDES[1]}; Welch's intervals, by themselves and at the joint level of all rows (Bonferroni)."
+    )
+    paired = (
+        "The other side from the initial values of the seeds here; differences and Student's intervals are "
+        "paired by seed."
+    )
+    heads = ("accuracy (%)", "loss", "de-allocated", "closed", "copies")
+    columns = [f"{head}, {side}" for head in heads for side in ("here", "there")]
+    epochs = [f"| epoch | {' | '.join(columns)} |", f"| {' | '.join(['---'] * (len(columns) + 1))} |"]
+    for number, epoch in enumerate(ours[0]["metrics"]["epoch"]):
+        cells = [
+            _cell(curves(runs, key)[:, number], QUANTITIES[key][2])
+            for key in QUANTITIES
+            for runs in (ours, authors)
+        ]
+        epochs.append(f"| {epoch} | {' | '.join(cells)} |")
+    machines = [f"Machine: {report._machine(environment)}." for environment in results["environments"]]
+    parts = [_differences(results["comparison"]), start, _differences(results["same_start"]), paired]
+    return "\n\n".join([*parts, "\n".join(epochs), *machines]) + "\n"
+
+
+def _differences(comparison: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         f"| quantity | of | {SIDES[0]} | {SIDES[1]} | difference | 95% interval | joint interval | differ? |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in results["comparison"]:
+    for row in comparison:
         name, unit, decimals = QUANTITIES[row["quantity"]]
         sides = zip(row["means"], row["deviations"], strict=True)
         cells = [
@@ -134,22 +169,7 @@ def table(results: Mapping[str, Any], authors: Runs) -> str:
             "**yes**" if row["differs"] else "no",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    notes = (
-        f"Mean ± standard deviation over {len(ours)} seeds here and {len(authors)} there; {SIDES[0]} minus "
-        f"{SIDES[1]}; Welch's intervals, by themselves and at the joint level of all rows (Bonferroni)."
-    )
-    heads = ("accuracy (%)", "loss", "de-allocated", "closed", "copies")
-    columns = [f"{head}, {side}" for head in heads for side in ("here", "there")]
-    epochs = [f"| epoch | {' | '.join(columns)} |", f"| {' | '.join(['---'] * (len(columns) + 1))} |"]
-    for number, epoch in enumerate(ours[0]["metrics"]["epoch"]):
-        cells = [
-            _cell(curves(runs, key)[:, number], QUANTITIES[key][2])
-            for key in QUANTITIES
-            for runs in (ours, authors)
-        ]
-        epochs.append(f"| {epoch} | {' | '.join(cells)} |")
-    machines = [f"Machine: {report._machine(environment)}." for environment in results["environments"]]
-    return "\n\n".join(["\n".join(lines), notes, "\n".join(epochs), *machines]) + "\n"
+    return "\n".join(lines)
 
 
 def _cell(values: NDArray[np.float64], decimals: int) -> str:
@@ -157,7 +177,7 @@ def _cell(values: NDArray[np.float64], decimals: int) -> str:
 
 
 @styled
-def picture(results: Mapping[str, Any], authors: Runs) -> Figure:
+def picture(results: Mapping[str, Any], authors: Runs, same_start: Runs) -> Figure:
     """A panel for every quantity, mean and standard deviation of both sides; and all intervals in one."""
     ours = results["results"][0]["runs"]
     figure = new_figure(11.5, 6.9)
@@ -165,22 +185,26 @@ def picture(results: Mapping[str, Any], authors: Runs) -> Figure:
     panels = [axes for row in figure.subfigures(2, 1) for axes in row.subplots(1, 3)]
     frozen = results["results"][0]["settings"]["allocation"]["until"]
     for axes, quantity in zip(panels, QUANTITIES, strict=False):
-        _draw_curves(axes, quantity, ours, authors, frozen)
-    _draw_intervals(panels[5], results["comparison"])
+        _draw_curves(axes, quantity, (ours, authors, same_start), frozen)
+    _draw_intervals(panels[5], results["comparison"], results["same_start"])
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=2, loc="outside upper center", fontsize=10.5)
+    title = f"Mean and standard deviation of {len(ours)} seeds"
+    figure.legend(handles, labels, ncols=3, loc="outside upper center", fontsize=10.5, title=title)
     return figure
 
 
-def _draw_curves(axes: Axes, quantity: str, ours: Runs, authors: Runs, frozen: float) -> None:
+def _draw_curves(axes: Axes, quantity: str, sides: Sequence[Runs], frozen: float) -> None:
     name, unit, _ = QUANTITIES[quantity]
-    epochs = ours[0]["metrics"]["epoch"]
-    for side, runs, colour, style in zip(SIDES, (ours, authors), _COLOURS, ("o-", "s--"), strict=True):
+    epochs = sides[0][0]["metrics"]["epoch"]
+    names = (*SIDES, f"{SIDES[1]} from our initial values (mean alone)")
+    for side, runs, colour, style in zip(names, sides, _COLOURS, ("o-", "s--", ":"), strict=True):
         values = curves(runs, quantity)
         mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1)
-        label = f"{side}: mean and standard deviation of {len(runs)} seeds"
-        axes.plot(epochs, mean, style, color=colour, ms=3.5, linewidth=1.6, label=label)
-        axes.fill_between(epochs, mean - deviation, mean + deviation, color=colour, alpha=0.16, linewidth=0)
+        axes.plot(epochs, mean, style, color=colour, ms=3.5, linewidth=1.6, label=side)
+        if runs is not sides[2]:
+            axes.fill_between(
+                epochs, mean - deviation, mean + deviation, color=colour, alpha=0.16, linewidth=0
+            )
     axes.set(title=f"{name} ({unit})" if unit else name, xlabel="epoch")
     axes.axvline(frozen * epochs[-1], color=MUTED, linewidth=1.0, linestyle=(0, (2, 3)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -192,14 +216,20 @@ def _draw_curves(axes: Axes, quantity: str, ours: Runs, authors: Runs, frozen: f
         axes.text(frozen * epochs[-1], 0.96, "  last round", color=MUTED, transform=place, va="top")
 
 
-def _draw_intervals(axes: Axes, comparison: Sequence[Mapping[str, Any]]) -> None:
+def _draw_intervals(
+    axes: Axes, comparison: Sequence[Mapping[str, Any]], paired: Sequence[Mapping[str, Any]]
+) -> None:
     """Differences and intervals in standard deviations of a run, so that one scale serves for all."""
     short = {LAST: "last", AVERAGE: "average"}
-    for place, row in enumerate(comparison):
-        scale = float(np.sqrt(np.mean(np.square(row["deviations"])))) or 1.0
-        for key, width in (("joint_interval", 1.2), ("interval", 3.4)):
-            axes.plot(np.array(row[key]) / scale, [place, place], color=INK, linewidth=width)
-        axes.plot(row["difference"] / scale, place, "o", color="white", mec=INK, ms=5.5, zorder=3)
+    for place, rows in enumerate(zip(comparison, paired, strict=True)):
+        # That of the independent runs for both.
+        scale = float(np.sqrt(np.mean(np.square(rows[0]["deviations"])))) or 1.0
+        for row, shift, colour in zip(rows, (-0.19, 0.19), _COLOURS[1:], strict=True):
+            for key, width in (("joint_interval", 1.0), ("interval", 2.8)):
+                axes.plot(np.array(row[key]) / scale, [place + shift] * 2, color=colour, linewidth=width)
+            axes.plot(
+                row["difference"] / scale, place + shift, "o", color="white", mec=colour, ms=4.5, zorder=3
+            )
     axes.axvline(0, color=MUTED, linewidth=1.0)
     names = {"deallocated": "de-allocated", "loss": "training loss"}
     labels = [f"{names.get(row['quantity'], row['quantity'])}, {short[row['when']]}" for row in comparison]
@@ -221,16 +251,20 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parser.parse_args(words)
     study = options.study
     try:
-        authors = _read(study / AUTHORS, "it holds the other side's numbers")["runs"]
+        sides = [_read(study / name, "it holds the other side's numbers") for name in (AUTHORS, SAME_START)]
+        authors, same_start = (side["runs"] for side in sides)
         if options.runs:
             results = report.collect(study, options.runs)
         else:
             results = _read(study / RESULTS, "name the directories of our runs")
-        _check(results["results"][0]["runs"], authors)
-        results["comparison"] = compare(results["results"][0]["runs"], authors)
+        ours = results["results"][0]["runs"]
+        _check(ours, authors)
+        _check(ours, same_start, paired=True)
+        results["comparison"] = compare(ours, authors)
+        results["same_start"] = compare(ours, same_start, paired_interval)
         (study / RESULTS).write_text(report._json(results), encoding="utf-8")
         (study / TABLE).write_text(table(results, authors), encoding="utf-8")
-        save_figure(picture(results, authors), study / PICTURE)
+        save_figure(picture(results, authors, same_start), study / PICTURE)
     except SelconvError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -244,13 +278,15 @@ def _read(file: Path, remedy: str) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _check(ours: Runs, authors: Runs) -> None:
-    """Both sides have the same epochs and seeds enough for a spread."""
+def _check(ours: Runs, authors: Runs, *, paired: bool = False) -> None:
+    """Both sides have the same epochs and seeds enough for a spread; the same seeds where they are pairs."""
     for side, runs in zip(SIDES, (ours, authors), strict=True):
         if len(runs) < 2:
             raise DataError(f"there is one run of {side}; a spread takes two seeds or more.")
     if len({tuple(run["metrics"]["epoch"]) for run in (*ours, *authors)}) > 1:
         raise DataError(f"the runs of {SIDES[0]} and of {SIDES[1]} differ in their epochs.")
+    if paired and [run["seed"] for run in ours] != [run["seed"] for run in authors]:
+        raise DataError(f"{SAME_START} has other seeds than the runs of {SIDES[0]}: each needs its pair.")
 
 
 if __name__ == "__main__":
