@@ -356,7 +356,7 @@ def test_a_batch_that_the_processes_do_not_divide(config, tmp_path):
     ("process", "said"),
     [
         (1, "does not answer .*Start process 0 there"),
-        (0, "not all processes have come within 1 seconds. Start all 2 that"),
+        (0, "not all processes have come within 1 seconds. Start all 2 processes of --processes"),
     ],
     ids=["coordinator", "others"],
 )
