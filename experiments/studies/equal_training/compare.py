@@ -1,7 +1,7 @@
-"""Compares the runs of this project with those of the authors' program: numbers, table and picture.
+"""Compare the runs of this project with those of the authors' program: numbers, table and picture.
 
     python experiments/studies/equal_training/compare.py RUNS [RUNS ...]    collect these directories' runs
-    python experiments/studies/equal_training/compare.py    table and picture anew, from results.json
+    python experiments/studies/equal_training/compare.py    table and picture again, from results.json
 
 The other side's numbers are those of ``authors.json``, of every seed and epoch. The two sides have no random
 numbers in common, so their seeds are no pairs: differences are those of two independent samples.
@@ -33,7 +33,7 @@ AUTHORS, RESULTS, TABLE, PICTURE = "authors.json", "results.json", "table.md", "
 SIDES = ("this project", "authors' program")
 _COLOURS = (INK, "#D55E00")
 
-# Name, unit and decimals of what is compared, in the order of the table.
+# Name, unit and decimals of the compared quantities, in the order of the table.
 QUANTITIES = {
     "accuracy": ("test accuracy", "%", 2),
     "loss": ("training loss", "", 3),
@@ -48,7 +48,7 @@ Runs = Sequence[Mapping[str, Any]]
 
 
 def curves(runs: Runs, quantity: str) -> NDArray[np.float64]:
-    """Values of a quantity, ``[seeds, epochs]``."""
+    """Collect the values of a quantity, ``[seeds, epochs]``."""
 
     def column(key: str) -> NDArray[np.float64]:
         return np.array([run["metrics"][key] for run in runs], np.float64)
@@ -61,11 +61,11 @@ def curves(runs: Runs, quantity: str) -> NDArray[np.float64]:
 
 
 def compare(ours: Runs, authors: Runs) -> list[dict[str, Any]]:
-    """Every difference of the two sides that the study tests, with Welch's intervals.
+    """Compute every tested difference of the two sides, with Welch's intervals.
 
     Args:
         ours: The runs of this project, with their metrics by name and epoch.
-        authors: Those of the other side.
+        authors: The runs of the authors' program.
 
     Returns:
         For each quantity, at the last epoch and as the average of the epochs: mean and standard deviation
@@ -102,10 +102,10 @@ def compare(ours: Runs, authors: Runs) -> list[dict[str, Any]]:
 def welch_interval(
     first: NDArray[np.float64], second: NDArray[np.float64], confidence: float
 ) -> tuple[float, float]:
-    """Welch's t-interval of the difference of two means; the variances of the two samples may differ."""
+    """Compute Welch's t-interval of the difference of two means, whose variances may differ."""
     errors = np.array([sample.var(ddof=1) / len(sample) for sample in (first, second)])
     difference = float(first.mean() - second.mean())
-    if not errors.any():  # no variance: the difference is known
+    if not errors.any():  # no variance: the difference is exact
         return difference, difference
     degrees = errors.sum() ** 2 / (errors**2 / (len(first) - 1, len(second) - 1)).sum()
     reach = float(stdtrit(degrees, (1 + confidence) / 2) * np.sqrt(errors.sum()))
@@ -113,7 +113,7 @@ def welch_interval(
 
 
 def table(results: Mapping[str, Any], authors: Runs) -> str:
-    """Two Markdown tables: the differences that are tested, and both sides epoch by epoch."""
+    """Format two Markdown tables: the tested differences, and both sides epoch by epoch."""
     ours = results["results"][0]["runs"]
     lines = [
         f"| quantity | of | {SIDES[0]} | {SIDES[1]} | difference | 95% interval | joint interval | differ? |",
@@ -158,10 +158,10 @@ def _cell(values: NDArray[np.float64], decimals: int) -> str:
 
 @styled
 def picture(results: Mapping[str, Any], authors: Runs) -> Figure:
-    """A panel for every quantity, mean and standard deviation of both sides; and all intervals in one."""
+    """Plot mean and standard deviation of both sides, a panel per quantity, and all intervals in one."""
     ours = results["results"][0]["runs"]
     figure = new_figure(11.5, 6.9)
-    # Each row by itself: the names in the last panel take no room from the row above.
+    # Each row has its own layout: the names in the last panel take no room from the row above.
     panels = [axes for row in figure.subfigures(2, 1) for axes in row.subplots(1, 3)]
     frozen = results["results"][0]["settings"]["allocation"]["until"]
     for axes, quantity in zip(panels, QUANTITIES, strict=False):
@@ -193,7 +193,7 @@ def _draw_curves(axes: Axes, quantity: str, ours: Runs, authors: Runs, frozen: f
 
 
 def _draw_intervals(axes: Axes, comparison: Sequence[Mapping[str, Any]]) -> None:
-    """Differences and intervals in standard deviations of a run, so that one scale serves for all."""
+    """Plot differences and intervals in standard deviations of a run, on one common scale."""
     short = {LAST: "last", AVERAGE: "average"}
     for place, row in enumerate(comparison):
         scale = float(np.sqrt(np.mean(np.square(row["deviations"])))) or 1.0
@@ -245,7 +245,7 @@ def _read(file: Path, remedy: str) -> Any:
 
 
 def _check(ours: Runs, authors: Runs) -> None:
-    """Both sides have the same epochs and seeds enough for a spread."""
+    """Check that both sides have the same epochs, and enough seeds for a spread."""
     for side, runs in zip(SIDES, (ours, authors), strict=True):
         if len(runs) < 2:
             raise DataError(f"there is one run of {side}; a spread takes two seeds or more.")
