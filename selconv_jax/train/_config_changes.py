@@ -1,4 +1,4 @@
-"""Which configuration keys determine a run's result, and which may change when it is resumed."""
+"""Configuration keys that determine a run's result, and those that may change when it is resumed."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
