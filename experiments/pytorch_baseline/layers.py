@@ -82,7 +82,7 @@ class PlainLayer(nn.Module):
         return x
 
     def kernel(self) -> Tensor:
-        """Return the kernel ``[O, C / groups, size, size]``, with zeros for closed channels."""
+        """Return the kernel ``[O, C / groups, size, size]``."""
         return self.conv.weight
 
 

@@ -244,7 +244,7 @@ def _program(name: str, compiled: Compiled, chip: Chip | None, topology: str) ->
 
 
 def _seconds(sizes: Sequence[int], chip: Chip, topology: str) -> float:
-    """Estimate the time of sequential all-reduces: each chip sends nearly all bytes twice, hop by hop."""
+    """Estimate the time of sequential all-reduces, which send nearly all bytes, and cross all hops, twice."""
     sides = [int(side) for side in topology.partition(":")[2].split("x")]
     chips = math.prod(sides)
     if chips == 1:
