@@ -195,7 +195,7 @@ def test_compiles_for_a_pod(tmp_path):
     [
         (["--capacity", "2"], "--capacity is 2.0"),
         (["--batch", "most"], "--batch is 'most'; it must be a number of images, or search"),
-        (["--output", "."], ". is there already"),
+        (["--output", "."], ". already exists"),
     ],
 )
 def test_command_lines_that_make_no_sense(tmp_path, monkeypatch, capsys, words, said):

@@ -197,8 +197,8 @@ def test_signal_stops_a_sweep_which_then_goes_on(config, tmp_path):
     assert not (workdir / "sweep.json").exists()
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
-    assert "going on from step" in done.stdout
-    assert f"every number: {workdir / 'sweep.json'}" in done.stdout
+    assert "resuming from step" in done.stdout
+    assert f"all results: {workdir / 'sweep.json'}" in done.stdout
 
 
 def test_data_list_says_what_is_there(tmp_path, capsys):
@@ -290,10 +290,10 @@ def test_signal_saves_and_resume_goes_on(config, finished, tmp_path, number):
         process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number, output
-    assert f"go on by `selconv resume {workdir}`" in output
+    assert f"resume with `selconv resume {workdir}`" in output
     done = run("resume", workdir)
     assert done.returncode == 0, done.stderr
-    assert "going on from step" in done.stdout
+    assert "resuming from step" in done.stdout
     assert_same_end(workdir, finished[0])
 
 

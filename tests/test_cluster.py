@@ -121,13 +121,13 @@ def test_saved_by_two_stopped_and_gone_on_with_by_one(config, tmp_path):
         run.wait_for_text(0, "epoch 1/4")
         run.started[1].send_signal(signal.SIGTERM)
         assert run.wait(60) == [128 + signal.SIGTERM] * 2, run.outputs()
-        step = int(re.search(r"stopped after step (\d+) of 20; go on by `selconv resume", run.text(0))[1])
+        step = int(re.search(r"stopped after step (\d+) of 20; resume with `selconv resume", run.text(0))[1])
         assert "epoch" not in run.text(1), "one process speaks for all"
     assert 5 <= step < STEPS
     assert final_arrays(workdir)[0] == step
     with Processes([[sys.executable, "-m", "selconv_jax", "resume", workdir]], tmp_path / "alone") as run:
         assert run.wait(120) == [0], run.outputs()
-        assert f"going on from step {step} of 20" in run.text(0)
+        assert f"resuming from step {step} of 20" in run.text(0)
     assert [record["epoch"] for record in read_metrics(workdir / "metrics.jsonl")] == [1, 2, 3, 4]
     assert (workdir / "pictures" / "learning_curves.png").exists()
     console, _ = quiet_console()
@@ -356,7 +356,7 @@ def test_a_batch_that_the_processes_do_not_divide(config, tmp_path):
     ("process", "said"),
     [
         (1, "does not answer .*Start process 0 there"),
-        (0, "not all processes have come within 1 seconds. Start all 2 that"),
+        (0, "not all processes have come within 1 seconds. Start all 2 processes of --processes"),
     ],
     ids=["coordinator", "others"],
 )

@@ -195,7 +195,7 @@ def test_what_does_not_change_the_result_may_be_edited_and_given(finished, tmp_p
     for command in ("eval", "resume", "compact"):
         code, _, error = outcome([command, workdir, "seed=3"], capsys)
         assert code == 1
-        assert "seed cannot be changed: the run would no longer be the same one" in error
+        assert "seed cannot be changed: it determines the result of the run" in error
         assert "data.directory" in error
 
 

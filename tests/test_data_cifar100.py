@@ -52,7 +52,7 @@ def without(contents, name):
         ({}, "neither an archive of CIFAR-100 nor the folder"),
         (without(tiny_sets.cifar100_binary(DATA), "test.bin"), "test.bin is missing"),
         (without(tiny_sets.cifar100_python(DATA), "train"), "train is missing"),
-        ({**tiny_sets.cifar100_binary(DATA), "test.bin": b"x" * 3075}, "3075 bytes are no whole number"),
+        ({**tiny_sets.cifar100_binary(DATA), "test.bin": b"x" * 3075}, "3075 bytes are not a whole number"),
         ({**tiny_sets.cifar100_binary(DATA), "test.bin": b"\x14" * 3074}, "superclasses are not 0 to 19"),
         ({**tiny_sets.cifar100_python(DATA), "test": b"x"}, "not a batch of cifar-100-python.tar.gz"),
     ],

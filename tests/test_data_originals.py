@@ -231,7 +231,7 @@ def test_pickles_run_nothing(tmp_path, capsys):
             "binary",
             "data_batch_2.bin",
             lambda content: content[:-1],
-            r"data_batch_2\.bin: 30729 bytes are no whole",
+            r"data_batch_2\.bin: 30729 bytes are not a whole",
         ),
         ("binary", "test_batch.bin", lambda content: b"", r"test_batch\.bin: 0 bytes"),
         ("binary", "test_batch.bin", lambda content: b"\xff" + content[1:], "labels run from 0 to 255"),

@@ -26,7 +26,7 @@ RECORD = b'{"epoch": 1, "test_loss": 2.5, "images_per_second": null}\n'
         (b'{"epoch": 1, "test_loss": Infinity}\n', "line 1: not the record"),
         (b'{"epoch": 1, "test_loss": NaN}\n', "line 1: not the record"),
         (RECORD + RECORD, "line 2: not the record of an epoch after 1"),
-        (b"\xff\xfe\n" + RECORD, "line 1: not JSON. Remove the line to go on"),
+        (b"\xff\xfe\n" + RECORD, "line 1: not JSON. Remove the line to continue"),
         (b"\n" + RECORD, "line 1: not JSON"),
     ],
 )
@@ -53,7 +53,7 @@ def test_a_record_that_cannot_be_read_or_written(tmp_path):
     (tmp_path / "other.jsonl").unlink()
     (tmp_path / "other.jsonl").mkdir()
     with pytest.raises(
-        DataError, match=r"other.jsonl cannot be written: Is a directory. Mend that and resume"
+        DataError, match=r"other.jsonl cannot be written: Is a directory. Fix that and resume"
     ):
         log.write({"epoch": 1})
     with pytest.raises(DataError, match=r"nowhere/metrics.jsonl cannot be written"):

@@ -127,7 +127,7 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one(finished, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(loop, "stop_request", lambda: StopAfter(questions))
         assert train_run(whole_config(), workdir, console) == 128 + signal.SIGTERM
-    step = int(re.search(r"stopped after step (\d+) of 16; go on by `selconv resume", text.getvalue())[1])
+    step = int(re.search(r"stopped after step (\d+) of 16; resume with `selconv resume", text.getvalue())[1])
     assert step < 16
     if step > 0:
         assert final_arrays(workdir)[0] == step

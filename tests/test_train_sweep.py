@@ -246,7 +246,7 @@ def test_stopped_sweep_goes_on(tiny, tmp_path, monkeypatch):
     assert [run.has_started for run in runs] == [True, True, False]
     check_sweep(runs)
     assert run_sweep(runs, console).code == 0
-    assert "going on from step" in text.getvalue()
+    assert "resuming from step" in text.getvalue()
     assert [len(read_metrics(run.workdir / "metrics.jsonl")) for run in runs] == [1, 1, 1]
     alone = tmp_path / "alone"
     assert train_run(tiny_config(epochs=1, seed=1), alone, console) == 0

@@ -123,8 +123,8 @@ def test_a_signal_stops_all_runs_saved_and_once(file, tmp_path, fake, number):
     assert [(run.workdir / "signals").read_text() for run in runs[:2]] == ["1", "1"]
     assert not any(run.has_started for run in runs[2:])
     assert text.getvalue().count("stopping: 2 runs are being saved") == 1
-    assert "epochs of those at work: 0/2, 0/2" in text.getvalue()
-    assert "the sweep stopped with 0 of 4 runs complete; the same command goes on" in text.getvalue()
+    assert "epochs of running ones: 0/2, 0/2" in text.getvalue()
+    assert "the sweep stopped with 0 of 4 runs complete; resume it with the same command" in text.getvalue()
 
 
 def other(file):

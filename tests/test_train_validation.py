@@ -181,7 +181,7 @@ def test_configurations_that_are_refused(data, message):
         ({"validation": 1600}, "batch_size is 500; .* 400 training images besides the 1600 to validate on"),
         ({"validation_split": "valid"}, "data.validation_split = 'valid': there is no split 'valid'"),
         ({"validation_split": "train[:10]"}, "share the images"),
-        ({"test_split": "test[:"}, "data.test_split = 'test[:' is no split"),
+        ({"test_split": "test[:"}, "data.test_split = 'test[:' is neither a split"),
     ],
 )
 def test_nothing_is_created_for_what_is_refused(tmp_path, data, message):

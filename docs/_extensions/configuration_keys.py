@@ -1,4 +1,4 @@
-"""The directive ``configuration-keys``: every key of a run's configuration, from its dataclasses."""
+"""Sphinx directive ``configuration-keys``: every configuration key of a run, from its dataclasses."""
 
 import dataclasses
 import inspect
@@ -18,7 +18,7 @@ __all__ = ["configuration_keys", "descriptions", "setup"]
 
 
 def configuration_keys() -> str:
-    """Every key with type, default and description: Markdown, a heading and a table per section."""
+    """Format every key with type, default and description in Markdown, a table per section."""
     parts = [_section("Run", Config, "")]
     for field in dataclasses.fields(Config):
         if dataclasses.is_dataclass(field.type):
@@ -27,7 +27,7 @@ def configuration_keys() -> str:
 
 
 def descriptions(kind: type) -> dict[str, str]:
-    """What the section "Attributes" of a docstring says of each name."""
+    """Parse the description of each name from the section "Attributes" of a docstring."""
     text = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2]
     found = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", text, flags=re.MULTILINE)
     return {name: re.sub(r"\s+", " ", description) for name, description in found}
@@ -68,6 +68,6 @@ class _ConfigurationKeys(SphinxDirective):
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Registers the directive with Sphinx."""
+    """Register the directive with Sphinx."""
     app.add_directive("configuration-keys", _ConfigurationKeys)
     return {"parallel_read_safe": True}

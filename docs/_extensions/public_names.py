@@ -21,13 +21,13 @@ _LINKS = (nodes.reference, addnodes.pending_xref)
 
 
 def public_modules() -> list[str]:
-    """The modules whose ``__all__`` is the public API, without the package itself."""
+    """List the modules whose ``__all__`` is the public API, without the package itself."""
     names = [name for name in selconv_jax.__all__ if isinstance(getattr(selconv_jax, name), ModuleType)]
     return ["selconv_jax.interop.torch", *(f"selconv_jax.{name}" for name in names)]
 
 
 def _homes() -> dict[str, str]:
-    """For every public name, with or without its module, the name that the reference has it under."""
+    """Map every public name, with or without its module, to its name in the reference."""
     homes, known = {}, {}
     for module in public_modules():
         for name in importlib.import_module(module).__all__:
@@ -51,7 +51,7 @@ def _link_literals(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def _resolve(app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, content: nodes.Node) -> Any:
-    """Finds a public name under the one that the reference has it under; an attribute under its class."""
+    """Resolve a public name to its entry in the reference; an attribute to that of its class."""
     if node.get("refdomain") != "py":
         return None
     target: str = node["reftarget"]
@@ -68,7 +68,7 @@ def _resolve(app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, co
 def _shorten(
     app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str | None, returned: str | None
 ) -> tuple[str | None, str | None] | None:
-    """Leaves out of a Flax module's signature what every module has, and paths of modules."""
+    """Remove the common fields of Flax modules, and module paths, from a signature."""
     if signature is None or "parent: " not in signature:
         return None
     signature = re.sub(r", parent: .*\)$", ")", signature)
@@ -78,7 +78,7 @@ def _shorten(
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Registers the events with Sphinx."""
+    """Register the event handlers with Sphinx."""
     app.connect("doctree-read", _link_literals)
     app.connect("missing-reference", _resolve)
     app.connect("autodoc-process-signature", _shorten)

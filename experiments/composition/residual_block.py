@@ -1,4 +1,4 @@
-"""A residual block of one's own, with a selective convolution in groups, classifies pictures of clothes.
+"""Classify images of clothes with a custom residual block that has a grouped selective convolution.
 
 The pictures are the Fashion-MNIST sample that comes with the package. Run it with
 
@@ -17,12 +17,12 @@ import selconv_jax
 from selconv_jax import AllocationRule, SelectiveConv
 from selconv_jax.data import load
 
-# The published threshold of 1e-3 is for hundreds of epochs; a run of seconds needs a bolder one.
+# The published threshold of 1e-3 is for hundreds of epochs; a run of seconds needs a larger one.
 ALLOCATION = AllocationRule(threshold=0.15)
 
 
 class Block(nn.Module):
-    """Squeeze, 3x3 in groups, expand, and a shortcut; batch norm and ReLU are inside of the layers."""
+    """Squeeze, 3x3 in groups, expand, and a shortcut; batch norm and ReLU are inside the layers."""
 
     features: int
     stride: int = 1
@@ -52,7 +52,7 @@ class Network(nn.Module):
 
 
 def train(steps: int) -> tuple[nn.Module, dict, np.ndarray, list[float], list[selconv_jax.Report]]:
-    """Trains the network; returns it, its variables, an input, and what happened on the way."""
+    """Train the network; return it, its variables, an example input, and the history."""
     split = load("fashion_mnist_sample").train
     model, optimizer = Network(), optax.adam(3e-3)
     rng = np.random.default_rng(0)
@@ -85,7 +85,7 @@ def train(steps: int) -> tuple[nn.Module, dict, np.ndarray, list[float], list[se
         if (step + 1) % every == 0 and step < steps // 2:
             key = jax.random.fold_in(jax.random.key(1), step)
             variables, report = selconv_jax.reallocate(variables, key, ALLOCATION)
-            # Adam's memory of a slot belongs to the channel that it read before.
+            # Adam's moments of a slot belong to the channel that it read before.
             opt_state = selconv_jax.reset_rewritten(optimizer, opt_state, variables["params"], report)
             print(
                 f"  de-allocated {report.deallocated}, re-allocated {report.reallocated} "

@@ -1,4 +1,4 @@
-"""A 1-D network with selective layers tells the waveforms of sensor signals apart.
+"""Classify the waveforms of sensor signals with a 1-D network of selective layers.
 
 The signals are synthetic, made by this script: three sensors record the same wave with gains of their own
 and with noise. Run it with
@@ -23,7 +23,7 @@ WAVES = {
     "sawtooth": lambda phase: 2 * (phase % 1) - 1,
     "triangle": lambda phase: 4 * np.abs(phase % 1 - 0.5) - 1,
 }
-# The published threshold of 1e-3 is for hundreds of epochs; a run of seconds needs a bolder one.
+# The published threshold of 1e-3 is for hundreds of epochs; a run of seconds needs a larger one.
 ALLOCATION = AllocationRule(threshold=0.15)
 
 
@@ -40,7 +40,7 @@ class WaveNetwork(nn.Module):
 
 
 def make_signals(seed: int, count: int = 64, length: int = 96) -> tuple[np.ndarray, np.ndarray]:
-    """Synthetic signals ``[count, length, 3]`` float32 and their waveforms ``[count]`` int32."""
+    """Make synthetic signals ``[count, length, 3]`` float32 and their waveforms ``[count]`` int32."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(len(WAVES), size=count)
     frequency, start = rng.uniform(2, 6, (count, 1)), rng.uniform(size=(count, 1))
@@ -54,7 +54,7 @@ def make_signals(seed: int, count: int = 64, length: int = 96) -> tuple[np.ndarr
 
 
 def train(steps: int) -> tuple[nn.Module, dict, np.ndarray, list[float], list[selconv_jax.Report]]:
-    """Trains the network; returns it, its variables, an input, and what happened on the way."""
+    """Train the network; return it, its variables, an example input, and the history."""
     model, optimizer = WaveNetwork(), optax.adam(3e-3)
     signals, _ = make_signals(seed=0)
     variables = jax.jit(lambda key: model.init(key, signals, train=False))(jax.random.key(0))

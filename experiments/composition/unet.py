@@ -1,4 +1,4 @@
-"""A U-Net of selective layers finds the foreground in noisy pictures of clothes.
+"""Segment the foreground of noisy images of clothes with a U-Net of selective layers.
 
 The pictures are the Fashion-MNIST sample that comes with the package; the task is made by this script: noise
 is added, and the mask of the pixels that were not black is to be found. Run it with
@@ -18,12 +18,12 @@ import selconv_jax
 from selconv_jax import AllocationRule, SelectiveConv
 from selconv_jax.data import load
 
-# The published threshold of 1e-3 is for hundreds of epochs; a run of seconds needs a bolder one.
+# The published threshold of 1e-3 is for hundreds of epochs; a run of seconds needs a larger one.
 ALLOCATION = AllocationRule(threshold=0.15)
 
 
 class UNet(nn.Module):
-    """Two levels down, two up; what goes up sees what went down at the same size."""
+    """Two levels down, two up, with skip connections between levels of the same size."""
 
     width: int = 8
 
@@ -47,7 +47,7 @@ class UNet(nn.Module):
 
 
 def make_batch(images: np.ndarray, seed: int, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """Noisy images ``[size, 28, 28, 1]`` float32 and their masks ``[size, 28, 28]`` float32."""
+    """Make noisy images ``[size, 28, 28, 1]`` float32 and their masks ``[size, 28, 28]`` float32."""
     rng = np.random.default_rng(seed)
     clean = images[rng.integers(len(images), size=size)] / 255
     noisy = clean + rng.normal(scale=0.3, size=clean.shape)
@@ -55,7 +55,7 @@ def make_batch(images: np.ndarray, seed: int, size: int = 32) -> tuple[np.ndarra
 
 
 def train(steps: int) -> tuple[nn.Module, dict, np.ndarray, list[float], list[selconv_jax.Report]]:
-    """Trains the network; returns it, its variables, an input, and what happened on the way."""
+    """Train the network; return it, its variables, an example input, and the history."""
     data = load("fashion_mnist_sample").train.images
     model, optimizer = UNet(), optax.adam(1e-2)
     images, _ = make_batch(data, seed=0)

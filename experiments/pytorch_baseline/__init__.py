@@ -1,1 +1,1 @@
-"""Networks in PyTorch that ``selconv bench --torch`` compares with; they are no part of the package."""
+"""PyTorch networks for comparison in ``selconv bench --torch``; not part of the package."""

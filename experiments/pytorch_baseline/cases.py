@@ -1,4 +1,4 @@
-"""The training steps of PyTorch that ours are compared with; needs torch."""
+"""PyTorch training steps for comparison with ours; needs torch."""
 
 import functools
 from typing import Any
@@ -26,14 +26,14 @@ TORCH_NOTE = (
 
 
 class TorchStep:
-    """A training step in PyTorch, from the same parameters as one of ours: SGD as published.
+    """A training step in PyTorch with SGD as published, from the same parameters as one of ours.
 
     Args:
         network: From `networks.torch_network`.
         images: ``[N, C, H, W]`` floating.
         labels: ``[N]`` int64.
-        config: Rates.
-        autocast: Compute in bfloat16, parameters staying as they are.
+        config: Learning rate, momentum and weight decays.
+        autocast: Compute in bfloat16; parameters keep their type.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TorchStep:
 
 
 def plan_torch_cases(bench: Workbench) -> list[Case]:
-    """The steps of PyTorch: plain, and with each share of copies.
+    """Plan the PyTorch steps: plain, and with each fraction of copies.
 
     Args:
         bench: The network.
@@ -90,7 +90,7 @@ def plan_torch_cases(bench: Workbench) -> list[Case]:
 
 
 def _prepare(bench: Workbench, capacity: float | None) -> Prepared:
-    """A step of the plain network, or of the selective one with a share of copies."""
+    """Prepare a step of the plain network, or of the selective one with a fraction of copies."""
     model: flax.linen.Module
     if capacity is None:
         model, variables = bench.plain, without_allocation(bench.initial.variables)

@@ -1,4 +1,4 @@
-"""The selective layer and its plain twin in PyTorch, to compare with; needs torch.
+"""The selective layer and its plain counterpart in PyTorch, for comparison; needs torch.
 
 Written as PyTorch programs are: NCHW, autograd, `torch.nn.functional`. Names and layouts of parameters and
 buffers are those of the authors' checkpoints, so that what `selconv_jax.interop.torch.state_dict` returns
@@ -15,9 +15,9 @@ __all__ = ["PlainLayer", "SelectiveLayer", "shifted"]
 
 
 def shifted(x: Tensor, shift: Tensor, identity: Tensor) -> Tensor:
-    """Read every channel at a position of its own, by PyTorch's bilinear sampling of a grid.
+    """Shift every channel by its own offset, with PyTorch's bilinear `grid_sample`.
 
-    Channels take the place of the batch, so that each has a grid of its own, as in the authors' code.
+    Channels take the place of the batch, so that each has its own grid, as in the authors' code.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -28,7 +28,7 @@ def shifted(x: Tensor, shift: Tensor, identity: Tensor) -> Tensor:
         ``[N, C, H, W]``; positions outside are clamped to the image.
     """
     batch, channels, height, width = x.shape
-    # Without align_corners the coordinates go from -1 to 1 over the width of all pixels.
+    # Without align_corners the coordinates run from -1 to 1 over the full width of the pixels.
     offset = shift * shift.new_tensor([2 / width, 2 / height])
     maps = torch.cat([identity[:, :2].expand(channels, 2, 2), offset[:, :, None]], dim=2)
     grid = functional.affine_grid(maps, [channels, batch, height, width], align_corners=False)
@@ -46,7 +46,7 @@ class PlainLayer(nn.Module):
         features: Of the output.
         size: Of the kernel, ``size x size``; the padding keeps the image's size.
         groups: Of the convolution.
-        dropout_rate: Share of the activations that dropout removes in training.
+        dropout_rate: Fraction of the activations that dropout removes in training.
         stride: Of the convolution.
         padding: In pixels; None: the one that keeps the size.
     """
@@ -78,16 +78,16 @@ class PlainLayer(nn.Module):
         )
 
     def select(self, x: Tensor) -> Tensor:
-        """The input as the layer sees it."""
+        """Return the input as the layer reads it."""
         return x
 
     def kernel(self) -> Tensor:
-        """The kernel ``[O, C / groups, size, size]`` without closed channels."""
+        """Return the kernel ``[O, C / groups, size, size]``."""
         return self.conv.weight
 
 
 class SelectiveLayer(PlainLayer):
-    """Channel selection, then what `PlainLayer` does, without the closed channels.
+    """Channel selection, then `PlainLayer` without the closed channels.
 
     Only copies are gathered and sampled, and their places are looked up when the allocation is loaded, not
     in every step. Closed channels are zeros of the kernel, at no cost per pixel. Both are cheaper than the
@@ -95,7 +95,7 @@ class SelectiveLayer(PlainLayer):
 
     Args:
         *arguments: Those of `PlainLayer`.
-        gate_only: Whether channels can be closed only, never copied.
+        gate_only: Whether channels can only be closed, never copied.
         **named: Further ones of `PlainLayer`.
     """
 
@@ -110,7 +110,7 @@ class SelectiveLayer(PlainLayer):
         channels = self.norm.num_features
         self.gate_only = gate_only
         self.register_buffer("is_open", torch.ones(channels))
-        # Not part of the checkpoint, but moved to other devices with the rest.
+        # Not part of the checkpoint, but moved between devices with the module.
         self.register_buffer("copies", None, persistent=False)
         self.register_buffer("sources", None, persistent=False)
         if not gate_only:
@@ -120,17 +120,17 @@ class SelectiveLayer(PlainLayer):
             self.register_load_state_dict_post_hook(lambda module, _: module.read_allocation())
 
     def read_allocation(self) -> None:
-        """Look up which channels are copies, and of which others."""
+        """Look up the copies and their sources."""
         copies = (self._ind_ptr >= 0).nonzero()[:, 0]
         self.copies, self.sources = (copies, self._ind_ptr[copies]) if len(copies) else (None, None)
 
     def select(self, x: Tensor) -> Tensor:
-        """Copies read their source through their shift, the other channels themselves."""
+        """Replace each copy by its shifted source; other channels stay as they are."""
         if self.copies is None or self.sources is None:
             return x
         moved = shifted(x.index_select(1, self.sources), self._bias[self.copies], self._eye)
         return x.index_copy(1, self.copies, moved.to(x.dtype))
 
     def kernel(self) -> Tensor:
-        """The kernel, with zeros for closed channels."""
+        """Return the kernel, with zeros for closed channels."""
         return self.conv.weight * self.is_open[None, :, None, None]

@@ -1,4 +1,4 @@
-"""The networks of the method's evaluation in PyTorch, to compare with; needs torch."""
+"""The networks of the method's evaluation in PyTorch, for comparison; needs torch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +17,13 @@ __all__ = ["torch_network"]
 
 
 def torch_network(model: flax.linen.Module, channels: int) -> nn.Module:
-    """The PyTorch form of one of our networks, as freshly made by PyTorch.
+    """Build the PyTorch counterpart of one of our networks, freshly initialized.
 
     Its parameters have the authors' names: load those of ours by `selconv_jax.interop.torch.state_dict`.
 
     Args:
         model: A network of `selconv_jax.models`.
-        channels: Of the images.
+        channels: Number of image channels.
 
     Returns:
         A module from images ``[N, C, H, W]`` to logits ``[N, num_classes]``.
@@ -40,7 +40,7 @@ def torch_network(model: flax.linen.Module, channels: int) -> nn.Module:
 
 
 class _Network(nn.Module):
-    """Stem, blocks with pools between them, classifier, whichever the layers of the blocks are."""
+    """Stem, blocks of any layer type with pooling between them, and classifier."""
 
     def __init__(self, model: Any, channels: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class _Network(nn.Module):
 
 
 class _DenseLayer(nn.Module):
-    """Layer of a DenseNet: what two convolutions make is appended to the input."""
+    """Layer of a DenseNet: the output of two convolutions is concatenated to the input."""
 
     def __init__(self, model: DenseNet, channels: int, index: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class _DenseLayer(nn.Module):
 
 
 class _CondenseLayer(nn.Module):
-    """Layer of a CondenseNet: the same with groups, and a growth for each block."""
+    """Layer of a CondenseNet: a DenseNet layer with groups, and a growth rate per block."""
 
     def __init__(self, model: CondenseNet, channels: int, index: int) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class _CondenseLayer(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-    """Bottleneck of a PreResNet or ResNeXt; new channels of the sum start from zero."""
+    """Bottleneck of a PreResNet or ResNeXt; new channels of the shortcut are zero-padded."""
 
     def __init__(self, model: PreResNet | ResNeXt, channels: int, index: int) -> None:
         super().__init__()
@@ -155,14 +155,14 @@ def _stem_width(model: Any) -> int:
 
 
 def _selective(model: Any, *arguments: Any, **named: Any) -> PlainLayer:
-    """A layer that the method makes selective."""
+    """Make a layer that is selective in the method."""
     if model.variant == "plain":
         return PlainLayer(*arguments, **named)
     return SelectiveLayer(*arguments, gate_only=model.variant == "gate_only", **named)
 
 
 def _gated(model: Any, *arguments: Any, **named: Any) -> PlainLayer:
-    """A layer that the method makes gate-only."""
+    """Make a layer that is gate-only in the method."""
     if model.variant == "plain":
         return PlainLayer(*arguments, **named)
     return SelectiveLayer(*arguments, gate_only=True, **named)

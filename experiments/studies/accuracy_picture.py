@@ -1,4 +1,4 @@
-"""The picture of a study: test accuracy over the epochs."""
+"""Plot of a study's test accuracy over the epochs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ _STYLES = ("-", "--", ":", "-.")
 
 
 def by_data_set(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of ``results.json`` by the name of the data set, in their order."""
+    """Group the rows of ``results.json`` by data set, in their order."""
     by_data: dict[str, list[dict[str, Any]]] = {}
     for row in results["results"]:
         by_data.setdefault(row["data"], []).append(row)
@@ -32,10 +32,10 @@ def by_data_set(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 @styled
 def accuracy_picture(results: dict[str, Any]) -> Figure:
-    """Draws the mean over the seeds, with a band of a standard deviation to each side, a panel per data set.
+    """Plot the mean over the seeds with a band of one standard deviation, a panel per data set.
 
     Args:
-        results: What ``results.json`` holds.
+        results: The content of ``results.json``.
 
     Returns:
         The figure; every curve has its name and last value at its end.
@@ -51,9 +51,9 @@ def accuracy_picture(results: dict[str, Any]) -> Figure:
 
 
 def _looks(configurations: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and line style: a configuration whose name goes on with another's has its colour.
+    """Choose colours and line styles; a configuration whose name extends another's shares its colour.
 
-    ``3_selective_fixed`` goes on with ``2_selective``; the number is the place in the order.
+    ``3_selective_fixed`` extends ``2_selective``; the number is the position in the order.
     """
     families: dict[str, list[str]] = {}
     for configuration in sorted(set(configurations)):
@@ -85,7 +85,7 @@ def _draw_panel(
         means.append(mean)
     last = max(row["runs"][0]["metrics"]["epoch"][-1] for row in rows)
     axes.set_xlim(1, last)
-    # The first epochs, in which all begin, may fall out of the picture.
+    # The first epochs may lie outside the plotted range.
     low = min(np.nanmin(mean[len(mean) // 4 :]) for mean in means)
     high = max(np.nanmax(mean) for mean in means)
     room = 0.06 * (high - low) or 0.5
@@ -118,7 +118,7 @@ def _has_rounds(row: dict[str, Any]) -> bool:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Names and last values right of the curves, from top to bottom, moved apart where they would overlap."""
+    """Label the curves at the right with name and last value, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     gap = (high - low) / 15
     order = sorted(ends, reverse=True)

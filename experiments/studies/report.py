@@ -1,7 +1,7 @@
-"""Turns the runs of a study into ``results.json``, ``table.md`` and ``accuracy.png`` in its folder.
+"""Summarize the runs of a study as ``results.json``, ``table.md`` and ``accuracy.png`` in its folder.
 
     python experiments/studies/report.py STUDY RUNS [RUNS ...]    collect the runs below these directories
-    python experiments/studies/report.py STUDY                    table and picture anew, from results.json
+    python experiments/studies/report.py STUDY                    table and picture again, from results.json
 
 A study is a folder of configurations, in the order of their names but for ``plain``, which comes first. The
 first one is the baseline, to which the others are compared, seed by seed: runs of equal seed see the
@@ -36,7 +36,7 @@ RESULTS, TABLE, PICTURE = "results.json", "table.md", "accuracy.png"
 
 
 def collect(study: Path, directories: Sequence[Path]) -> dict[str, Any]:
-    """The results of all complete runs of a study.
+    """Collect the results of all complete runs of a study.
 
     Args:
         study: The folder of its configurations.
@@ -89,7 +89,7 @@ def collect(study: Path, directories: Sequence[Path]) -> dict[str, Any]:
         "unfinished": [
             f"{stem}, {data}, seed {seed}"
             for stem, data, seed in sorted(unfinished)
-            if seed not in found.get((data, stem), {})  # made again elsewhere
+            if seed not in found.get((data, stem), {})  # repeated elsewhere
         ],
         "results": results,
     }
@@ -102,7 +102,7 @@ def _place(data: str) -> int:
 def _configuration(
     runs: dict[int, tuple[Path, Config]], environments: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Cost, and the runs by seed; environments that are not known yet are added to the list."""
+    """Collect cost and runs by seed; new environments are appended to the list."""
     first, config = next(iter(runs.values()))
     rows = []
     for seed, (workdir, other) in sorted(runs.items()):
@@ -128,11 +128,11 @@ def _configuration(
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """What runs that are averaged have in common."""
+    """Return the settings that runs have to share to be averaged."""
     settings = dataclasses.asdict(config)
     for key in ("seed", "description"):
         del settings[key]
-    del settings["data"]["directory"]  # a place on that machine
+    del settings["data"]["directory"]  # a path on that machine
     return settings
 
 
@@ -141,11 +141,11 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _hours(workdir: Path) -> float | None:
-    """Hours that a run took, of all its parts: between the first and the last of its TensorBoard events."""
+    """Sum the hours of all parts of a run, between the first and last TensorBoard event of each."""
     seconds, known = 0.0, False
     for file in workdir.glob("tensorboard/events.*"):
         data, times, start = file.read_bytes(), [], 0
-        # A record: length (8 bytes) and its checksum (4), the event, its checksum (4).
+        # Record format: length (8 bytes) and its checksum (4), the event, its checksum (4).
         while len(data) >= start + 12:
             length = int.from_bytes(data[start : start + 8], "little")
             times.append(Event.FromString(data[start + 12 : start + 12 + length]).wall_time)
@@ -156,7 +156,7 @@ def _hours(workdir: Path) -> float | None:
 
 
 def _cost(config: Config) -> tuple[int, int]:
-    """Parameters, and multiply-adds for an image, of which shifts have none."""
+    """Count parameters and multiply-adds (MACs) per image; shifts count as none."""
     info = KNOWN[config.data.name].info()
     network = make_network(config.model, info.image_shape, info.num_classes).clone(capacity=0.0)
 
@@ -169,7 +169,7 @@ def _cost(config: Config) -> tuple[int, int]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A Markdown table per data set: accuracy, paired differences to the baseline, size and cost."""
+    """Format a Markdown table per data set: accuracy, paired differences to the baseline, size, cost."""
     parts = []
     for data, rows in by_data_set(results).items():
         baseline = _accuracies(rows[0]) if rows[0]["configuration"] == results["baseline"] else {}
@@ -199,7 +199,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _accuracies(row: dict[str, Any]) -> dict[int, float]:
-    """Test accuracy in per cent after the last epoch, by seed."""
+    """Collect the test accuracy in per cent after the last epoch, by seed."""
     return {run["seed"]: 100 * run["metrics"]["test_accuracy"][-1] for run in row["runs"]}
 
 
@@ -270,7 +270,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _json(results: dict[str, Any]) -> str:
-    """One run per line: it can be compared by line, and is a tenth of the length."""
+    """Write JSON with one run per line, which suits line-based diffs and is a tenth of the length."""
     rows = []
     for row in results["results"]:
         head = json.dumps({key: value for key, value in row.items() if key != "runs"})[:-1]

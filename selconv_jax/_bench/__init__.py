@@ -1,1 +1,1 @@
-"""How long steps take, what they need, and how they compare: behind ``selconv bench``."""
+"""Time, memory and compilation of training steps, measured by ``selconv bench``."""

@@ -1,4 +1,4 @@
-"""What is looked at of a network: training steps in all their forms, re-allocation, evaluation, the input."""
+"""The measured cases of a network: all kinds of training step, re-allocation, evaluation, input."""
 
 import dataclasses
 import functools
@@ -14,19 +14,19 @@ PLAIN = "plain"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Something to look at.
+    """A case to measure.
 
     Attributes:
         name: In reports; unique for a network.
         group: What reports put it under: ``"training step"``, ``"re-allocation"``, ``"evaluation"``,
             ``"input"``.
-        base: Name of the case that it is compared with; None: with none.
-        rival: Name of the same in PyTorch; None: there is none.
-        images: Images of a step, or of a call that makes no steps; 0: it has none.
-        prepare: Compiles it and calls it for the first time.
-        timed: Whether it is to be timed, not just compiled.
-        steps: Steps that one call makes; times are given for one of them.
-        seeds: Networks of which one call makes so many; times are given for one of one network.
+        base: Name of the case that it is compared with; None: none.
+        rival: Name of the same case in PyTorch; None: none.
+        images: Images per step, or per call if it makes no steps; 0: none.
+        prepare: Compiles it and makes the first call.
+        timed: Whether it is timed, not just compiled.
+        steps: Steps per call; times are given per step.
+        seeds: Number of networks that one call trains; times are given per step of one network.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Case:
 
 
 def step_name(capacity: float) -> str:
-    """What the step of a selective network with a capacity for copies is called."""
+    """Name the step of a selective network with a capacity for copies."""
     return f"selective, capacity {capacity:g}"
 
 
 def plan_cases(bench: Workbench) -> list[Case]:
-    """The cases of a network that the settings ask for, all but those in PyTorch.
+    """Plan the requested cases of a network, except those in PyTorch.
 
     Args:
         bench: The network.
@@ -94,7 +94,7 @@ def plan_cases(bench: Workbench) -> list[Case]:
 
 
 def _together(alone: Case, prepare: Callable[[], Prepared], timed: bool, seeds: int) -> Case:
-    """The same steps of several networks in one program."""
+    """Derive the case that makes the same steps for several networks in one program."""
     name = f"{alone.name}, {seeds} seeds"
     return dataclasses.replace(
         alone, name=name, base=alone.name, rival=None, prepare=prepare, timed=timed, seeds=seeds
@@ -102,7 +102,7 @@ def _together(alone: Case, prepare: Callable[[], Prepared], timed: bool, seeds: 
 
 
 def torch_name(capacity: float | None) -> str:
-    """What the PyTorch step of a share of copies is called; None: of the plain network."""
+    """Name the PyTorch step with a fraction of copies; None: of the plain network."""
     return "torch plain" if capacity is None else f"torch selective, {capacity:g} re-allocated"
 
 

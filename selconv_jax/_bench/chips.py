@@ -1,4 +1,4 @@
-"""What is published of TPU chips, as far as estimates need it."""
+"""Published specifications of TPU chips, for estimates."""
 
 import dataclasses
 
@@ -13,9 +13,9 @@ class Chip:
 
     Attributes:
         memory: Bytes of its memory.
-        link_bytes: Bytes per second that all its links to other chips together carry away from it.
-        peak: Operations per second in bfloat16, at most.
-        matrix_units: Its matrix units of 128 x 128.
+        link_bytes: Outgoing bytes per second of all its links to other chips together.
+        peak: Peak operations per second in bfloat16.
+        matrix_units: Number of matrix units of 128 x 128.
     """
 
     memory: int
@@ -25,7 +25,7 @@ class Chip:
 
     @property
     def clock(self) -> float:
-        """Cycles per second, as they follow from the peak."""
+        """Cycles per second, derived from the peak."""
         return self.peak / (self.matrix_units * _MULTIPLIER)
 
 
@@ -37,7 +37,7 @@ _CHIPS = {
 
 
 def chip_of(topology: str) -> Chip | None:
-    """The chip of a topology such as ``"v5e:2x4"``; None: not known here.
+    """Look up the chip of a topology such as ``"v5e:2x4"``; None: unknown.
 
     Example:
         >>> round(chip_of("v5e:2x4").clock / 1e9, 2)

@@ -1,4 +1,4 @@
-"""The messages between devices in a compiled program's text."""
+"""The collectives in the text of a compiled program."""
 
 import dataclasses
 import math
@@ -16,12 +16,12 @@ _BITS = re.compile(r"\d+")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A message in which all devices take part.
+    """A collective operation.
 
     Attributes:
         kind: Such as ``"all-reduce"``.
-        bytes: Of its result on one device.
-        place: Where it comes from, such as ``"jit(step)/shard_map/psum"``; may be empty.
+        bytes: Size of its result on one device.
+        place: Its origin in the source program, such as ``"jit(step)/shard_map/psum"``; may be empty.
     """
 
     kind: str
@@ -30,7 +30,7 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-    """The messages of a program, those within loops once.
+    """List the collectives of a program, counting those inside loops once.
 
     Args:
         text: Of a compiled program, from ``compiled.as_text()``.
@@ -48,7 +48,7 @@ def collectives(text: str) -> list[Collective]:
         if match is None:
             continue
         sizes = [_bytes(array["type"], array["dims"]) for array in _ARRAY.finditer(match["shape"])]
-        # The start of a gather or permutation also names what it begins with; the result is the largest.
+        # The type of an all-gather-start or permute-start includes its operand; the result is the largest.
         total = max(sizes, default=0) if match["start"] and match["kind"] != "all-reduce" else sum(sizes)
         found.append(Collective(match["kind"], total, place_of(line)))
     return found

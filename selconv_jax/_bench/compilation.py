@@ -1,4 +1,4 @@
-"""Compiling a program once, with what it took and what the program needs."""
+"""Compiling a program once, with its compile time and memory."""
 
 import contextlib
 import dataclasses
@@ -17,9 +17,9 @@ class Program:
     """A compiled program.
 
     Attributes:
-        run: Calls it; also has its text, ``as_text()``.
-        lower_seconds: Time it took to trace it and write it down for the compiler.
-        compile_seconds: Time the compiler took, or the cache of compiled programs.
+        run: The compiled function; ``as_text()`` gives its text.
+        lower_seconds: Time of tracing and lowering.
+        compile_seconds: Time of compilation, or of reading the compilation cache.
         memory: See `memory_of`.
     """
 
@@ -32,7 +32,7 @@ class Program:
 def compile_program(
     function: Callable[..., Any], *arguments: Any, clock: Callable[[], float] = time.perf_counter, **jit: Any
 ) -> Program:
-    """Compiles a function for its arguments, in a ``jit`` of its own.
+    """Compile a function for its arguments, in its own ``jit``.
 
     Args:
         function: A pure function.
@@ -50,7 +50,7 @@ def compile_program(
 
 
 def compile_lowered(lowered: jax.stages.Lowered, clock: Callable[[], float] = time.perf_counter) -> Program:
-    """Compiles what has been traced.
+    """Compile a lowered function.
 
     Args:
         lowered: From ``jax.jit(...).lower(...)``.
@@ -65,7 +65,7 @@ def compile_lowered(lowered: jax.stages.Lowered, clock: Callable[[], float] = ti
 
 
 def memory_of(compiled: Any) -> dict[str, int] | None:
-    """What a compiled program needs of the device's memory, in bytes.
+    """Return the device memory that a compiled program needs, in bytes.
 
     Args:
         compiled: From ``jax.jit(...).lower(...).compile()``.
@@ -96,7 +96,7 @@ def memory_of(compiled: Any) -> dict[str, int] | None:
 
 @contextlib.contextmanager
 def without_compilation_cache() -> Iterator[None]:
-    """While entered, nothing is taken from the persistent cache of compiled programs, nor put into it."""
+    """Context in which the persistent compilation cache is neither read nor written."""
     enabled = jax.config.jax_enable_compilation_cache
     try:
         jax.config.update("jax_enable_compilation_cache", False)

@@ -1,4 +1,4 @@
-"""The machine and the versions that a time belongs to."""
+"""The machine and the versions of a measurement."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ _PACKAGES = ("selconv-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", 
 
 
 def environment() -> dict[str, Any]:
-    """Processor, device, settings of the C library's memory and versions, ready for JSON."""
+    """Describe processor, device, allocator settings and versions, ready for JSON."""
     device = jax.devices()[0]
     return {
         "processor": _processor(),
@@ -32,14 +32,14 @@ def environment() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Count the processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def load_average() -> float | None:
-    """Processes that wanted a core, on average over the last minute; None where that is not known."""
+    """Return the load average of the last minute; None if the system has none."""
     with contextlib.suppress(OSError, AttributeError):
         return os.getloadavg()[0]
     return None

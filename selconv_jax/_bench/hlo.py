@@ -1,4 +1,4 @@
-"""The text of a compiled program: where an operation comes from, and the costs that a TPU compiler writes."""
+"""Origins of operations, and cycle estimates of the TPU compiler, in the text of a compiled program."""
 
 import dataclasses
 import re
@@ -13,12 +13,12 @@ _PLACE = re.compile(r'op_name="([^"]*)"')
 
 @dataclasses.dataclass(frozen=True)
 class CostedOperation:
-    """An operation of a compiled program, as a rule many fused into one.
+    """An operation of a compiled program, usually a fusion of many.
 
     Attributes:
         name: In the program's text.
         cycles: The compiler's estimate.
-        place: Where it comes from, such as ``"jit(step)/block1_layer1/conv1/dot_general"``; may be empty.
+        place: Its origin, such as ``"jit(step)/block1_layer1/conv1/dot_general"``; may be empty.
     """
 
     name: str
@@ -27,16 +27,15 @@ class CostedOperation:
 
 
 def place_of(line: str) -> str:
-    """Where the operation of a line comes from, such as ``"jit(step)/conv1/dot_general"``; may be empty."""
+    """Return the origin of a line's operation, such as ``"jit(step)/conv1/dot_general"``; may be empty."""
     place = _PLACE.search(line)
     return place[1] if place else ""
 
 
 def entry_costs(text: str) -> list[CostedOperation]:
-    """The operations of the main computation for which the compiler tells a number of cycles.
+    """List the operations of the entry computation that have a cycle estimate.
 
-    What is inside of a loop or of a fusion is not counted apart; copies and messages between chips have
-    no estimate.
+    Operations inside loops and fusions are not counted separately; copies and collectives have no estimate.
 
     Args:
         text: Of a compiled program, from ``compiled.as_text()``.

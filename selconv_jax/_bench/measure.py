@@ -1,4 +1,4 @@
-"""Times of several things that are to be compared, taken in turns on a machine that is never quite idle."""
+"""Timing several cases in turns, so that they can be compared on a machine that is never quite idle."""
 
 import dataclasses
 import gc
@@ -15,7 +15,7 @@ Round = Mapping[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What is reported of the repetitions of one case, in seconds.
+    """Statistics of the repetitions of one case, in seconds.
 
     Attributes:
         count: Number of repetitions.
@@ -41,7 +41,7 @@ def take_rounds(
     should_stop: Callable[[], bool] = lambda: False,
     on_turn: Callable[[int, str], None] = lambda number, name: None,
 ) -> list[Round]:
-    """Call everything in every round, in an order of its own in each, and take the times.
+    """Time every case once per round, in a new random order in each round.
 
     Each is called twice in a row, and the second call is timed: in a training run, too, a step follows on a
     step of the same program, and finds memory and caches as that has left them.
@@ -50,12 +50,12 @@ def take_rounds(
     can be compared in pairs. Python's garbage collector works between the rounds only.
 
     Args:
-        calls: By name; each returns when its work is done, and has been called before.
+        calls: Functions by name; each blocks until its work is done, and has been called before.
         repeats: Number of rounds.
-        seed: The orders follow from it.
+        seed: Seed of the orders.
         clock: Seconds, monotonic.
-        should_stop: Asked before every call.
-        on_turn: Told the number of the round, from 0, and the name of the case before every call.
+        should_stop: Called before every case.
+        on_turn: Called with the index of the round and the name of the case before every case.
 
     Returns:
         The rounds; after a stop as many as there were, the last one perhaps not whole.
@@ -68,7 +68,7 @@ def take_rounds(
     rng = random.Random(seed)
     rounds: list[Round] = []
     was_enabled = gc.isenabled()
-    # What is there already is not looked through again between the rounds.
+    # Existing objects are not scanned by the garbage collector between the rounds.
     gc.freeze()
     try:
         for number in range(repeats):
@@ -94,18 +94,18 @@ def take_rounds(
 
 
 def seconds_of(rounds: Sequence[Round], name: str) -> list[float]:
-    """All repetitions of a case, in the order of the rounds."""
+    """Collect all repetitions of a case, in the order of the rounds."""
     return [seconds[name] for seconds in rounds if name in seconds]
 
 
 def summarize(seconds: Sequence[float]) -> Summary:
-    """Median, quartiles and minimum.
+    """Compute median, quartiles and minimum.
 
     Args:
         seconds: At least one number.
 
     Returns:
-        All of them; the quartiles are interpolated between the repetitions (the extremes included).
+        The statistics; quartiles are interpolated between the repetitions (the extremes included).
 
     Example:
         >>> summarize([4.0, 1.0, 2.0, 3.0, 10.0])
@@ -118,7 +118,7 @@ def summarize(seconds: Sequence[float]) -> Summary:
 
 
 def paired_ratio(rounds: Sequence[Round], name: str, base: str) -> float | None:
-    """The median over the rounds of how many times as long a case took as another in the same round.
+    """Compute the median over the rounds of the ratio of two cases' times within the same round.
 
     Args:
         rounds: From `take_rounds`.

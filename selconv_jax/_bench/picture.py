@@ -1,4 +1,4 @@
-"""A benchmark as one picture: bars of the medians with their spread, the ratios beside them."""
+"""Picture of a benchmark: bars of the medians with their spread and ratios."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ class Bar:
     Attributes:
         label: At its left.
         value: Its length.
-        low: Where its spread begins; None: it has none.
-        high: Where its spread ends.
+        low: Lower end of its spread; None: none.
+        high: Upper end of its spread.
         text: At its right.
     """
 
@@ -46,7 +46,7 @@ class Panel:
 
     Attributes:
         title: Above them.
-        unit: What their lengths are, below them.
+        unit: Unit of the lengths, below them.
         bars: From the top.
     """
 
@@ -56,7 +56,7 @@ class Panel:
 
 
 def panels_of(result: NetworkResult) -> list[Panel]:
-    """The panels of a network, one for each group of cases that were timed."""
+    """Make the panels of a network, one for each group of timed cases."""
     groups: dict[str, list[Row]] = {}
     for row in rows_of(result):
         if row.summary is not None:
@@ -73,18 +73,18 @@ def panels_of(result: NetworkResult) -> list[Panel]:
 
 @styled
 def bar_picture(panels: Sequence[Panel], title: str, caption: str) -> Figure:
-    """Draws panels of horizontal bars, one below the other.
+    """Draw panels of horizontal bars, one below the other.
 
     Args:
         panels: From the top.
-        title: Of the picture.
-        caption: At its end, such as the machine.
+        title: Title of the picture.
+        caption: Text below it, such as the machine.
 
     Returns:
         The figure; its axes are the panels.
 
     Raises:
-        SelconvError: There is nothing to draw.
+        SelconvError: There are no bars.
 
     Example:
         >>> panel = Panel("densenet40: training step", "ms", [Bar("plain", 500, 490, 520, "500 ms")])

@@ -26,19 +26,19 @@ from selconv_jax.train._trainer import Trainer
 
 __all__ = ["CompiledProgram", "Messages", "PodPlan", "compile_for_pod", "largest_batch"]
 
-# A message crosses so many links in so much time before its first byte arrives: an assumption.
+# Assumed latency of one link for the first byte of a message.
 HOP_SECONDS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Messages:
-    """Messages of one kind in a program.
+    """Collectives of one kind in a program.
 
     Attributes:
         kind: Such as ``"all-reduce"``.
         count: Their number.
-        bytes: Of their results on one chip, together.
-        largest: Of the largest one.
+        bytes: Total size of their results on one chip.
+        largest: Size of the largest one.
     """
 
     kind: str
@@ -55,11 +55,11 @@ class CompiledProgram:
         name: ``"training step"`` or ``"evaluation"``.
         memory: Of one chip, see `compilation.memory_of`.
         fits: Whether it fits in the memory of a chip; None: not known.
-        messages: Between chips, by kind.
-        cycles: Sum of the compiler's estimates for one chip, without the messages.
+        messages: Collectives, by kind.
+        cycles: Sum of the compiler's estimates for one chip, without the collectives.
         message_seconds: Time of the messages if each has the links to itself, at their published rate, and
             waits for nothing; None: the chip is not known.
-        compile_seconds: Time the compiler took.
+        compile_seconds: Time of compilation.
     """
 
     name: str
@@ -73,19 +73,19 @@ class CompiledProgram:
 
 @dataclasses.dataclass(frozen=True)
 class PodPlan:
-    """A run on a topology.
+    """A run compiled for a topology.
 
     Attributes:
         topology: Its name.
         chips: Number of its chips.
         batch_size: Images per training step.
-        micro_batches: Parts of a batch that are computed one after the other. Where there are several, the
+        micro_batches: Gradient accumulation steps. If there are several, the
             cycles and messages within their loop are not counted, or once.
-        capacity: Share of the channels that the step is compiled for.
-        gradient_bytes: Of the gradient of all parameters.
-        memory_capacity: Bytes of a chip's memory; None: the chip is not known.
+        capacity: Fraction of the channels that the step is compiled for.
+        gradient_bytes: Size of the gradient of all parameters.
+        memory_capacity: Bytes of a chip's memory; None: the chip is unknown.
         clock: Cycles per second of a chip; None: likewise.
-        programs: The training step, then the evaluation where it was asked for.
+        programs: The training step, then the evaluation if requested.
     """
 
     topology: str
@@ -108,18 +108,18 @@ def compile_for_pod(
     evaluation: bool = True,
     tell: Callable[[str], None] = lambda what: None,
 ) -> PodPlan:
-    """Compiles what a run would compile on these chips.
+    """Compile the programs of a run ahead of time for these chips.
 
     Args:
-        config: The run; ``devices`` in it is not looked at.
+        config: The run; its ``devices`` is ignored.
         topology: Name of the topology.
         devices: Its chips, from `topology.topology_devices`.
-        capacity: Share of the channels that the selective layers have room to re-allocate.
+        capacity: Fraction of the channels that the selective layers have room to re-allocate.
         evaluation: Also compile the evaluation.
-        tell: Is told what comes next.
+        tell: Called with a description of the next program.
 
     Returns:
-        What the compiler says.
+        Memory, collectives and cycles as the compiler reports them.
 
     Raises:
         ConfigError: The batch does not divide over the chips, or does not fit in their memory.
@@ -179,14 +179,14 @@ def largest_batch(
     capacity: float = 0.25,
     tell: Callable[[str], None] = lambda what: None,
 ) -> PodPlan | None:
-    """The plan with the largest batch that fits, of the run's and its doubles and halves.
+    """Find the largest batch that fits, by doubling and halving that of the run.
 
     Args:
-        config: The run; the size of its batch is where the search begins.
+        config: The run; the search starts from its batch size.
         topology: Name of the topology.
         devices: Its chips.
         capacity: See `compile_for_pod`.
-        tell: Is told what comes next.
+        tell: Called with a description of the next program.
 
     Returns:
         The plan, of the training step alone; None: not even one image per chip fits.
@@ -244,7 +244,7 @@ def _program(name: str, compiled: Compiled, chip: Chip | None, topology: str) ->
 
 
 def _seconds(sizes: Sequence[int], chip: Chip, topology: str) -> float:
-    """Time of all-reduces one after the other: each chip sends twice nearly all bytes, over as many hops."""
+    """Estimate the time of sequential all-reduces, which send nearly all bytes, and cross all hops, twice."""
     sides = [int(side) for side in topology.partition(":")[2].split("x")]
     chips = math.prod(sides)
     if chips == 1:

@@ -1,4 +1,4 @@
-"""A run compiled for a TPU pod, as tables."""
+"""Tables of a run compiled for a TPU pod."""
 
 from rich.table import Table
 
@@ -11,10 +11,10 @@ _KILO = 1e3
 
 
 def pod_table(plan: PodPlan, title: str) -> Table:
-    """Memory of a chip against its capacity, cycles and compile time.
+    """Tabulate memory against a chip's capacity, cycles and compile time.
 
     Args:
-        plan: What was compiled.
+        plan: The compiled run.
         title: Of the table.
 
     Returns:
@@ -43,10 +43,10 @@ def pod_table(plan: PodPlan, title: str) -> Table:
 
 
 def messages_table(plan: PodPlan) -> Table:
-    """The messages between chips by kind.
+    """Tabulate the collectives by kind.
 
     Args:
-        plan: What was compiled.
+        plan: The compiled run.
 
     Returns:
         A table for ``rich.print``.
@@ -75,10 +75,10 @@ def messages_table(plan: PodPlan) -> Table:
 
 
 def scaling_line(plan: PodPlan) -> str:
-    """The share of a training step that is computing, as far as it can be estimated.
+    """Estimate the fraction of a training step that is spent computing.
 
     Args:
-        plan: What was compiled.
+        plan: The compiled run.
 
     Returns:
         A sentence, with its assumptions.

@@ -1,4 +1,4 @@
-"""What a benchmark shows while it works: one line that changes on a terminal, plain lines otherwise."""
+"""Progress of a benchmark: one changing line on a terminal, plain lines otherwise."""
 
 import time
 from collections.abc import Callable
@@ -13,11 +13,11 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 
 class BenchProgress:
-    """Shows which case is compiled or timed.
+    """Display of the case that is compiled or timed.
 
     Args:
         console: Where to write.
-        network: What every line begins with.
+        network: Name at the beginning of every line.
         clock: Seconds, monotonic.
     """
 
@@ -26,20 +26,20 @@ class BenchProgress:
         self._last_line = clock()
         self._live: Live | None = None
         if console.is_terminal:
-            # Drawn when it is told something, never by a thread of its own: that would be timed too.
+            # Drawn only by these calls: a thread that refreshes it would disturb the timing.
             self._live = Live(console=console, auto_refresh=False, transient=True)
             self._live.start()
 
     def preparing(self, number: int, count: int, name: str) -> None:
-        """A case, counted from 0, is about to be compiled."""
+        """Show that a case, counted from 0, is about to be compiled."""
         self._show(f"{self._network}: compiling {number + 1}/{count}, {name}", always=True)
 
     def turn(self, number: int, count: int, name: str) -> None:
-        """A case is about to be timed, in a round counted from 0."""
+        """Show that a case is about to be timed, in a round counted from 0."""
         self._show(f"{self._network}: round {number + 1}/{count}, {name}", always=False)
 
     def close(self) -> None:
-        """Take the changing line away."""
+        """Remove the changing line."""
         if self._live is not None:
             self._live.stop()
 

@@ -1,4 +1,4 @@
-"""A benchmark as tables and as JSON."""
+"""Tables and JSON of a benchmark."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ MEGA = 1e6  # megabytes are 10^6 bytes here
 
 
 def new_table(title: str, caption: str) -> Table:
-    """A table of the look that all have, to be filled."""
+    """Make an empty table in the common style."""
     return Table(
         title=Text(title, "table.title"),
         title_justify="left",
@@ -42,7 +42,7 @@ def new_table(title: str, caption: str) -> Table:
 
 
 def describe(settings: BenchSettings) -> str:
-    """What was asked for, in a line: batch, images, type, options of the network."""
+    """Summarize the settings in one line: batch, images, type, options of the network."""
     height, width, channels = settings.image
     parts = [f"batch {settings.batch}", f"images {height}x{width}x{channels}", settings.dtype]
     parts += [f"{key}={value}" for key, value in settings.options.items()]
@@ -50,7 +50,7 @@ def describe(settings: BenchSettings) -> str:
 
 
 def time_table(result: NetworkResult, title: str) -> Table:
-    """The timed cases of a network: median, quartiles, minimum, speed, ratios.
+    """Tabulate the timed cases of a network: median, quartiles, minimum, speed, ratios.
 
     Args:
         result: The measurements.
@@ -90,7 +90,7 @@ def time_table(result: NetworkResult, title: str) -> Table:
 
 
 def gains(result: NetworkResult) -> list[str]:
-    """What it gains to make seeds together: a sentence for each case that does so and has been timed."""
+    """Describe the gain of training seeds together, in a sentence for each such case that was timed."""
     return [
         f"{row.measured.case.seeds} seeds together make {1 / row.ratio.medians:.2f} times as many steps per "
         f"second as one after the other ({row.measured.case.base})"
@@ -100,7 +100,7 @@ def gains(result: NetworkResult) -> list[str]:
 
 
 def memory_table(result: NetworkResult, title: str) -> Table:
-    """What the compiled steps of a network need of the memory.
+    """Tabulate the memory of the compiled steps of a network.
 
     Args:
         result: The measurements.
@@ -125,7 +125,7 @@ def memory_table(result: NetworkResult, title: str) -> Table:
 
 
 def compile_table(result: NetworkResult, title: str) -> Table:
-    """How long tracing and compiling took, once each, without a cache of compiled programs.
+    """Tabulate the times of tracing and compiling, once each, without a compilation cache.
 
     Args:
         result: The measurements.
@@ -149,7 +149,7 @@ def compile_table(result: NetworkResult, title: str) -> Table:
 def report_of(
     settings: BenchSettings, environment: Mapping[str, Any], results: Sequence[NetworkResult]
 ) -> dict[str, Any]:
-    """Everything that is known, ready for JSON: times in seconds, memory in bytes.
+    """Collect all results, ready for JSON: times in seconds, memory in bytes.
 
     Args:
         settings: The benchmark.
@@ -211,5 +211,5 @@ def _ratio(ratio: Ratio | None) -> str:
 
 
 def ratio_text(ratio: float) -> str:
-    """A ratio with two digits that count, also where it is small."""
+    """Format a ratio with two significant digits, also if it is small."""
     return f"{ratio:.{2 if ratio >= 0.1 else 4}f}"

@@ -1,4 +1,4 @@
-"""The numbers that tables, files and pictures show of a benchmark."""
+"""The results of a benchmark that tables, files and pictures show."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ __all__ = ["Ratio", "Row", "rows_of"]
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times as long as another case one takes.
+    """Ratio of the times of two cases.
 
     Attributes:
         to: Name of the other case.
         medians: Ratio of the medians of both.
-        paired: Median of the ratios within each round, which a slow while of the machine moves less.
+        paired: Median of the ratios within each round, which is less sensitive to slow phases of the machine.
     """
 
     to: str
@@ -32,10 +32,10 @@ class Row:
         measured: The case.
         seconds: All repetitions, in the order of the rounds; empty if it was not timed.
         summary: Of the repetitions; None if there are none.
-        images_per_second: At the median; None if it works on no images.
-        ratio: Against the base of the case; None: it has none, or that was not timed.
-        torch_ratio: Against the same in PyTorch: below 1 is faster than it.
-        memory_ratio: Total memory against that of the base.
+        images_per_second: At the median; None if it has no images.
+        ratio: To the base of the case; None: it has none, or the base was not timed.
+        torch_ratio: To the same case in PyTorch; below 1 is faster than PyTorch.
+        memory_ratio: Total memory relative to the base.
     """
 
     measured: Measured
@@ -58,7 +58,7 @@ class Row:
 
 
 def rows_of(result: NetworkResult) -> list[Row]:
-    """The reported numbers of every case of a network, in their order."""
+    """Make the row of every case of a network, in their order."""
     by_name = {measured.case.name: measured for measured in result.cases}
     rows = []
     for measured in result.cases:

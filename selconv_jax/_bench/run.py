@@ -1,4 +1,4 @@
-"""A benchmark of one network: everything compiled and warm first, then timed in turns."""
+"""Benchmark of one network: all cases are compiled and warmed up first, then timed in turns."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,22 +14,22 @@ __all__ = ["Listener", "Measured", "NetworkResult", "bench_network", "measure"]
 
 
 class Listener(Protocol):
-    """Who is told how a benchmark goes on."""
+    """Listener to the progress of a benchmark."""
 
     def preparing(self, number: int, count: int, name: str) -> None:
-        """A case, counted from 0, is about to be compiled."""
+        """Handle that a case, counted from 0, is about to be compiled."""
 
     def turn(self, number: int, count: int, name: str) -> None:
-        """A case is about to be timed, in a round counted from 0."""
+        """Handle that a case is about to be timed, in a round counted from 0."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A case and what is known of it.
+    """A compiled case.
 
     Attributes:
         case: The case.
-        lower_seconds: See `compilation.Program`; None: not known.
+        lower_seconds: See `compilation.Program`; None: unknown.
         compile_seconds: See `compilation.Program`.
         memory: See `compilation.memory_of`.
     """
@@ -42,14 +42,14 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkResult:
-    """What came of the benchmark of a network.
+    """Results of the benchmark of a network.
 
     Attributes:
         model: Its name.
         cases: Those that were compiled.
-        rounds: Seconds of those that are timed, for one step where a call makes several.
-        complete: Whether nothing was cut short.
-        notes: What the reader should know, such as what was left out.
+        rounds: Seconds of the timed cases, per step if a call makes several.
+        complete: False if the benchmark was stopped early.
+        notes: Remarks for the reader, such as omitted cases.
     """
 
     model: str
@@ -67,8 +67,8 @@ def bench_network(
     Args:
         model: Its name.
         settings: The benchmark.
-        listener: Is told how it goes on.
-        should_stop: Asked between compilations and calls; what has been measured by then is the result.
+        listener: Informed of the progress.
+        should_stop: Called between compilations and calls; when true, the measurements so far are returned.
 
     Returns:
         The measurements.
@@ -77,7 +77,7 @@ def bench_network(
     cases, notes = plan_cases(bench), []
     if settings.torch:
         baseline = load_torch_baseline()
-        # After our steps, before what is not a step.
+        # After our training steps, before the cases that are not steps.
         at = sum(case.group == cases[0].group for case in cases)
         cases[at:at] = baseline.plan_torch_cases(bench)
         notes.append(baseline.TORCH_NOTE)
@@ -88,14 +88,14 @@ def bench_network(
 def measure(
     cases: Sequence[Case], repeats: int, seed: int, listener: Listener, should_stop: Callable[[], bool]
 ) -> tuple[list[Measured], list[Round], bool]:
-    """Compiles all cases, then times those that are to be timed.
+    """Compile all cases, then time those to be timed.
 
     Args:
-        cases: With names of their own.
+        cases: With unique names.
         repeats: Rounds.
         seed: Of the order within the rounds.
-        listener: Is told how it goes on.
-        should_stop: Asked between compilations and calls.
+        listener: Informed of the progress.
+        should_stop: Called between compilations and calls.
 
     Returns:
         The cases that were compiled; the rounds, times for one step where a call makes several; whether

@@ -1,4 +1,4 @@
-"""What a benchmark is asked to do, checked before anything is computed."""
+"""Settings of a benchmark, checked before anything is computed."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from selconv_jax.models import create_model, stem_for
 
 __all__ = ["WHAT", "BenchSettings", "check_topology"]
 
-# What can be looked at, in the order of the report.
+# The kinds of measurement, in the order of the report.
 WHAT = ("step", "frozen", "compact", "reallocate", "eval", "input", "compile", "memory")
 
 _CLASSES = 10
@@ -26,7 +26,7 @@ _MOST_CHIPS = 2**14  # no pod has as many
 
 
 def check_topology(name: str) -> None:
-    """Refuses what is no name of a TPU topology; over some sizes the compiler ends the process.
+    """Check the name of a TPU topology; the compiler aborts the process at some invalid sizes.
 
     Args:
         name: Such as ``"v5e:2x4"``.
@@ -52,16 +52,16 @@ class BenchSettings:
         batch: Images per step.
         image: ``(H, W, C)``.
         dtype: Type of the computation; parameters and statistics stay float32.
-        what: Of `WHAT`.
+        what: Kinds of measurement, from `WHAT`.
         capacity: Fractions of the channels; for each, a step compiled for so many copies is measured, in a
             network with as many copies.
         share: Of the channels: re-allocated for the frozen step and evaluation, closed for the compact step.
         repeats: Rounds of measurement.
         steps: Training steps per call of a compiled program; 0: as training runs do, 1 on CPU, 50 elsewhere.
-        torch: Also the same steps in PyTorch.
+        torch: Also measure the same steps in PyTorch.
         topology: Compile for these TPUs, such as ``"v5e:1x1"``, and time nothing; None: time.
-        together: Also the same steps of so many seeds in one program; 0: of none.
-        seed: Of the order of measurement, the images, the networks and the allocations.
+        together: Also measure the same steps for this many seeds in one program; 0: do not.
+        seed: Seed of the order of measurement, the images, the networks and the allocations.
 
     Raises:
         ConfigError: A value is unknown or out of bounds.
@@ -98,7 +98,7 @@ class BenchSettings:
         for share in (*self.capacity, self.share):
             if not 0.0 <= share <= 1.0:
                 raise ConfigError(
-                    f"--capacity and --share are shares of the channels, in [0, 1]; {share} is not one."
+                    f"--capacity and --share are fractions of the channels, in [0, 1]; {share} is not one."
                 )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"--seed is {self.seed}; it must be in [0, 2**32).")
@@ -121,7 +121,7 @@ class BenchSettings:
             self.model(name, "selective")
 
     def model(self, name: str, variant: str) -> nn.Module:
-        """The network of a name; a selective one for no copies (clone it with other ``capacity``).
+        """Create a network by name; a selective one has no room for copies (clone it with a ``capacity``).
 
         Args:
             name: One of ``models``.

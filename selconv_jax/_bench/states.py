@@ -1,4 +1,4 @@
-"""Variables with as many channels re-allocated or closed as a benchmark asks for."""
+"""Variables with a given fraction of the channels re-allocated or closed."""
 
 import dataclasses
 import math
@@ -21,16 +21,16 @@ _SHIFT_RANGE = 1.5  # pixels; method, "Re-allocation"
 
 
 def with_copies(variables: Mapping[str, Any], share: float, seed: int) -> Any:
-    """Re-allocates a share of the channels of every selective layer, as rounds of re-allocation would.
+    """Re-allocate a fraction of the channels of every selective layer, as rounds of re-allocation would.
 
     The channels are chosen at random, closed, and filled with shifted copies of random open ones (method,
     "Re-allocation": their kernel rows are 0, their batch norm is that of the source). Gate-only layers stay.
 
     Args:
-        variables: A model's variables, nothing of which is closed.
+        variables: A model's variables, with all channels open.
         share: Of the channels, in [0, 1]; rounded down to whole channels. At 1 each half of the channels is
             filled from the other.
-        seed: Everything random follows from it.
+        seed: Seed of all random numbers.
 
     Returns:
         Variables of the same structure.
@@ -55,7 +55,7 @@ def with_copies(variables: Mapping[str, Any], share: float, seed: int) -> Any:
         for name, state in states.items():
             is_slot = halves[name][half]
             channels, rank = state.shift.shape  # type: ignore[union-attr]
-            # The only channel there is copies itself.
+            # A single channel copies itself.
             sources = np.flatnonzero(~is_slot) if not is_slot.all() else np.arange(channels)
             drawn[name] = np.where(is_slot, rng.choice(sources, channels), -1).astype(np.int32)
             shifts[name] = rng.uniform(-_SHIFT_RANGE, _SHIFT_RANGE, (channels, rank)).astype(np.float32)
@@ -64,13 +64,13 @@ def with_copies(variables: Mapping[str, Any], share: float, seed: int) -> Any:
 
 
 def with_closed(variables: Mapping[str, Any], share: float, seed: int) -> Any:
-    """Close a share of the channels of every selective and gate-only layer, chosen at random.
+    """Close a random fraction of the channels of every selective and gate-only layer.
 
     Args:
-        variables: A model's variables, nothing of which is closed.
+        variables: A model's variables, with all channels open.
         share: Of the channels, in [0, 1]; rounded down to whole channels. An open one is left in every
             group of a convolution.
-        seed: Everything random follows from it.
+        seed: Seed of all random numbers.
 
     Returns:
         Variables of the same structure.
@@ -88,7 +88,7 @@ def with_closed(variables: Mapping[str, Any], share: float, seed: int) -> Any:
         channels = state.gate.shape[0]
         groups = group_count(channels, state.kernel.shape)
         order = rng.permutation(channels)
-        # The last of each group in that order stays.
+        # The last channel of each group in that order stays open.
         group_of = order // (channels // groups)
         stays = {int(np.flatnonzero(group_of == group)[-1]) for group in range(groups)}
         may_close = np.array([channel for place, channel in enumerate(order) if place not in stays], int)
@@ -99,14 +99,14 @@ def with_closed(variables: Mapping[str, Any], share: float, seed: int) -> Any:
 
 
 def without_allocation(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of the plain network with the same parameters: without shifts, gates and sources."""
+    """Drop shifts, gates and sources: the variables of the plain network with the same parameters."""
     params = traverse_util.flatten_dict(variables["params"])
     kept = {path: leaf for path, leaf in params.items() if path[-1] != "shift"}
     return {"params": traverse_util.unflatten_dict(kept), "batch_stats": variables["batch_stats"]}
 
 
 def _count(share: float, channels: int) -> int:
-    # 0.3 of 10 channels are 3, whatever becomes of 0.3 * 10 in binary.
+    # 0.3 of 10 channels is 3, despite the rounding error of 0.3 * 10.
     return math.floor(share * channels + 1e-9)
 
 
@@ -114,7 +114,7 @@ def _count(share: float, channels: int) -> int:
 def _close_and_fill(
     states: dict[str, LayerState], drawn: dict[str, jax.Array], shifts: dict[str, jax.Array]
 ) -> dict[str, LayerState]:
-    """All layers with some channels closed and opened again as copies of the drawn ones."""
+    """Close some channels of all layers and open them again as copies of the drawn ones."""
     new = {}
     for name, state in states.items():
         assert state.source is not None

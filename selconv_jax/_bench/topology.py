@@ -29,7 +29,7 @@ __all__ = ["CompiledStep", "TopologyResult", "bench_topology", "prepare_process"
 
 _TWO_CORES = ("v4:", "v5p:")
 _LARGEST = 8  # operations that are reported
-# Without these the compiler asks the network which machine it is on, and complains.
+# Without these the compiler queries the network for its machine type, and complains.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -45,10 +45,10 @@ class CompiledStep:
     Attributes:
         name: As in timed benchmarks.
         cycles: Sum of the estimates, for one chip.
-        ratio: Of the cycles to those of the plain step; None: the compiler tells none.
+        ratio: Of the cycles to those of the plain step; None: the compiler gives no estimate.
         memory: Of one chip, see `compilation.memory_of`.
-        memory_ratio: Of the total memory to that of the plain step; None: not known.
-        compile_seconds: Time the compiler took.
+        memory_ratio: Of the total memory to that of the plain step; None: unknown.
+        compile_seconds: Time of compilation.
         largest: The most costly operations, the most costly first.
     """
 
@@ -63,13 +63,13 @@ class CompiledStep:
 
 @dataclasses.dataclass(frozen=True)
 class TopologyResult:
-    """The steps of a network.
+    """The compiled steps of a network.
 
     Attributes:
         model: Its name.
         chips: Number of chips of the topology, over which a batch is split.
         steps: The compiled steps, the plain one first.
-        complete: Whether nothing was cut short.
+        complete: False if it was stopped early.
     """
 
     model: str
@@ -79,20 +79,20 @@ class TopologyResult:
 
 
 def prepare_process() -> None:
-    """Keep JAX on the CPU and the TPU compiler from looking for TPUs; before JAX first uses a device."""
+    """Keep JAX on the CPU and the TPU compiler from probing for TPUs; call before JAX uses a device."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
 
 
 def topology_devices(name: str) -> list[Any]:
-    """The chips of a TPU topology.
+    """Return the chips of a TPU topology.
 
     Args:
         name: Such as ``"v5e:1x1"``.
 
     Returns:
-        Devices to compile for.
+        Devices for ahead-of-time compilation.
 
     Raises:
         ConfigError: libtpu is not installed or another process holds it, or there is no such topology.
@@ -103,7 +103,7 @@ def topology_devices(name: str) -> list[Any]:
             "--topology needs the TPU compiler, which is not installed. Install it by `pip install libtpu`."
         )
     try:
-        # Chips with two cores are one device, as they are in use.
+        # A chip with two cores is one device, as in real use.
         cores = {"chip_config_name": "megacore"} if name.startswith(_TWO_CORES) else {}
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **cores).devices)
     except jax.errors.JaxRuntimeError as error:
@@ -126,17 +126,17 @@ def bench_topology(
     listener: Listener,
     should_stop: Callable[[], bool],
 ) -> TopologyResult:
-    """Compiles the steps of a network for a topology.
+    """Compile the steps of a network ahead of time for a topology.
 
     Args:
         model: Its name.
-        settings: The benchmark; of ``what`` the steps ``step``, ``frozen`` and ``compact`` are looked at.
+        settings: The benchmark; of ``what`` only ``step``, ``frozen`` and ``compact`` apply.
         devices: From `topology_devices`.
-        listener: Is told how it goes on.
-        should_stop: Asked between compilations.
+        listener: Informed of the progress.
+        should_stop: Called between compilations.
 
     Returns:
-        What the compiler says.
+        Memory and cycles as the compiler reports them.
 
     Raises:
         ConfigError: The batch does not divide over the chips.
@@ -161,7 +161,7 @@ def bench_topology(
 
 
 def _networks(bench: Workbench) -> Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]:
-    """Names of steps, and functions to the network and the variables of each."""
+    """List the steps by name, with functions that return the network and the variables of each."""
     settings = bench.settings
     yield PLAIN, lambda: (bench.plain, without_allocation(bench.initial.variables))
     if "step" in settings.what:

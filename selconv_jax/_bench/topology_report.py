@@ -1,4 +1,4 @@
-"""Steps compiled for a TPU as tables, bars and JSON."""
+"""Tables, bars and JSON of steps compiled for a TPU."""
 
 import dataclasses
 from typing import Any
@@ -17,10 +17,10 @@ _PLACE_LETTERS = 70
 
 
 def costs_table(result: TopologyResult, title: str) -> Table:
-    """Estimated cycles and memory of one chip, for every step.
+    """Tabulate estimated cycles and memory of one chip, for every step.
 
     Args:
-        result: What was compiled.
+        result: The compiled steps.
         title: Of the table.
 
     Returns:
@@ -48,10 +48,10 @@ def costs_table(result: TopologyResult, title: str) -> Table:
 
 
 def largest_table(result: TopologyResult, title: str) -> Table:
-    """The most costly operations of every step, and where they come from.
+    """Tabulate the most costly operations of every step, and their origins.
 
     Args:
-        result: What was compiled.
+        result: The compiled steps.
         title: Of the table.
 
     Returns:
@@ -72,10 +72,10 @@ def largest_table(result: TopologyResult, title: str) -> Table:
 
 
 def cycles_panel(result: TopologyResult, topology: str) -> Panel:
-    """The estimated cycles as bars.
+    """Make a panel of the estimated cycles as bars.
 
     Args:
-        result: What was compiled.
+        result: The compiled steps.
         topology: Its name.
 
     Returns:
@@ -96,7 +96,7 @@ def cycles_panel(result: TopologyResult, topology: str) -> Panel:
 
 
 def topology_report(result: TopologyResult) -> dict[str, Any]:
-    """Everything that is known of a network, ready for JSON: bytes of one chip, seconds."""
+    """Collect all results of a network, ready for JSON: bytes of one chip, seconds."""
     return dataclasses.asdict(result)
 
 

@@ -1,4 +1,4 @@
-"""The PyTorch networks of a checkout, which the package does not contain."""
+"""Finding the PyTorch networks in a checkout, which the package does not contain."""
 
 import importlib
 import importlib.util
@@ -15,7 +15,7 @@ _NAME = "pytorch_baseline"
 
 
 def check_torch_baseline() -> Path:
-    """Find the networks in the checkout of the working directory, or in the one the package is imported from.
+    """Find the networks in the working directory's checkout, or in that of the imported package.
 
     Returns:
         The folder that holds them.
@@ -37,7 +37,7 @@ def check_torch_baseline() -> Path:
 
 
 def load_torch_baseline() -> Any:
-    """Import the module that plans the steps of PyTorch; see `check_torch_baseline` for errors."""
+    """Import the module that plans the PyTorch steps; see `check_torch_baseline` for errors."""
     folder = str(check_torch_baseline())
     if folder not in sys.path:
         sys.path.append(folder)

@@ -1,4 +1,4 @@
-"""The networks, images and states that a benchmark works with, and the calls that it times."""
+"""The networks, images and states of a benchmark, and the calls that it times."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from selconv_jax.transforms._reallocation import AllocationRule, reallocate
 
 __all__ = ["Prepared", "Workbench"]
 
-# The speed does not depend on the rate; with a small one a network stays finite on synthetic images.
+# The rate does not affect the speed; a small one keeps the loss finite on synthetic images.
 _OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
 _STEPS = 10**6
 _THRESHOLD = 0.1  # of the timed re-allocation
@@ -39,11 +39,11 @@ _BATCHES = 16  # that the images of the input are
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A case that is compiled and warm.
+    """A case that is compiled and warmed up.
 
     Attributes:
-        call: Does it once and returns when it is done.
-        program: What was compiled; None: not known.
+        call: Runs it once and blocks until it is done.
+        program: The compiled program; None: unknown.
     """
 
     call: Callable[[], object]
@@ -51,7 +51,7 @@ class Prepared:
 
 
 class Workbench:
-    """The networks, images and states of one network's cases, made when they are first needed.
+    """The networks, images and states of one network's cases, created on first use.
 
     All of it lies on one device. Steps are the library's own `train_step`, with
     augmentation and a donated state, all on the same batch.
@@ -96,26 +96,26 @@ class Workbench:
         make = functools.partial(
             initial_state, self.selective, self.optimizer, self.settings.image, self.settings.seed
         )
-        # A huge program that runs once: on CPU, where optimizing it takes minutes, it is not optimized.
+        # A huge program that runs once: not optimized on CPU, where that would take minutes.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         return jax.jit(make, compiler_options=options)()
 
     def noise(self, count: int) -> tuple[Any, Any]:
-        """As many images and labels, as NumPy arrays."""
+        """Draw synthetic images and labels as NumPy arrays."""
         rng = np.random.default_rng(self.settings.seed)
         images = rng.integers(0, 256, (count, *self.settings.image), np.uint8)
         return images, rng.integers(0, self.plain.num_classes, count).astype(np.int32)
 
     def copied(self, share: float) -> dict[str, Any]:
-        """Variables of the selective network with a share of the channels re-allocated."""
+        """Variables of the selective network with a fraction of the channels re-allocated."""
         return with_copies(self.initial.variables, share, self.settings.seed)
 
     def closed(self, share: float) -> dict[str, Any]:
-        """Variables of the selective network with a share of the channels closed, none re-allocated."""
+        """Variables of the selective network with a fraction of the channels closed, none re-allocated."""
         return with_closed(self.initial.variables, share, self.settings.seed)
 
     def state(self, variables: dict[str, Any]) -> TrainState:
-        """A state with these variables and a fresh optimizer, in memory of its own: it may be donated."""
+        """Make a state with a copy of these variables and a fresh optimizer, which may be donated."""
         filled = {"params": {}, "batch_stats": {}, "selectivity": {}, **variables}
         state = self.initial.with_variables(filled)
         state = dataclasses.replace(state, opt_state=self.optimizer.init(filled["params"]))
@@ -124,7 +124,7 @@ class Workbench:
     def step(
         self, model: Any, placement: Placement | None = None
     ) -> Callable[[TrainState, jax.Array, jax.Array], TrainState]:
-        """The training step of a network, a pure function; see `train_step`."""
+        """Make the training step of a network, a pure function; see `train_step`."""
         return functools.partial(
             train_step,
             model=model,
@@ -135,7 +135,7 @@ class Workbench:
         )
 
     def prepare_step(self, model: Any, variables: dict[str, Any], seeds: int = 1) -> Prepared:
-        """Compiles the step of a network, for a state with these variables, or of so many at once."""
+        """Compile the step of a network for a state with these variables, or for several such states."""
         state, batch = self.state(variables), tuple[Any, ...](self.batch)
         one, count = self.step(model), self.steps
 
@@ -161,39 +161,39 @@ class Workbench:
 
         call()
         if np.any(np.asarray(state.failed_step) >= 0):
-            raise SelconvError("the loss of the first step is not finite: take other options of the network.")
+            raise SelconvError("the loss of the first step is not finite: choose other network options.")
         return Prepared(call, program)
 
     def prepare_plain(self, seeds: int = 1) -> Prepared:
-        """The step of the plain network."""
+        """Prepare the step of the plain network."""
         return self.prepare_step(self.plain, without_allocation(self.initial.variables), seeds)
 
     def prepare_capacity(self, capacity: float, seeds: int = 1) -> Prepared:
-        """The step of the selective network with as many copies as it has capacity for."""
+        """Prepare the step of the selective network with as many copies as it has capacity for."""
         return self.prepare_step(self.selective.clone(capacity=capacity), self.copied(capacity), seeds)
 
     def frozen(self) -> tuple[Any, dict[str, Any]]:
-        """The network for exactly the allocation there is, ``share`` re-allocated, and its variables."""
+        """Make the network compiled for its frozen allocation, ``share`` re-allocated, and its variables."""
         variables = self.copied(self.settings.share)
         model = self.selective.clone(capacity=self.settings.share)
         return plan_compaction(model, variables, compare=False).frozen_model(), variables
 
     def compact(self) -> tuple[Any, dict[str, Any]]:
-        """The smaller network that is left when ``share`` of the channels are closed, and its variables."""
+        """Make the compacted network after closing ``share`` of the channels, and its variables."""
         variables = self.closed(self.settings.share)
         plan = plan_compaction(self.selective, variables, compare=False)
         return plan.model, plan.take(variables)
 
     def prepare_frozen(self) -> Prepared:
-        """The step of `frozen`."""
+        """Prepare the step of `frozen`."""
         return self.prepare_step(*self.frozen())
 
     def prepare_compact(self) -> Prepared:
-        """The step of `compact`."""
+        """Prepare the step of `compact`."""
         return self.prepare_step(*self.compact())
 
     def prepare_reallocate(self) -> Prepared:
-        """One round for the whole network, as a training program calls it between epochs."""
+        """Prepare one round on the whole network, as training calls it between epochs."""
         variables, key = self.initial.variables, jax.random.key(self.settings.seed)
         allocation = AllocationRule(threshold=_THRESHOLD)
 
@@ -204,7 +204,7 @@ class Workbench:
         return Prepared(call)
 
     def prepare_eval(self, model: nn.Module, variables: dict[str, Any]) -> Prepared:
-        """The evaluation of one batch."""
+        """Prepare the evaluation of one batch."""
         evaluate = functools.partial(eval_batch, model=model, info=self.info)
         program = compile_program(evaluate, variables, *self.batch)
 
@@ -215,7 +215,7 @@ class Workbench:
         return Prepared(call, program)
 
     def prepare_input(self) -> Prepared:
-        """A batch cut out of images that lie on the device, augmented and normalized."""
+        """Prepare gathering a batch from images on the device, with augmentation and normalization."""
         size = self.settings.batch
         split = Split(*self.noise(_BATCHES * size))
         placement = Placement.over(1, size)

@@ -1,4 +1,4 @@
-"""Memory that is kept from one step to the next, on Linux."""
+"""Allocator settings that keep memory from one step to the next, on Linux."""
 
 import os
 import sys
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 __all__ = ["TUNABLES", "keep_memory", "restart_command"]
 
-# A step on CPU asks for its whole working memory in one piece and gives it back at its end. By default the C
-# library returns such pieces to the system, which then has to hand out and clear every page anew in the next
-# step: about a quarter of the time of a step. These settings make it keep the memory, in large pages.
+# A step on CPU allocates its whole working memory as one block and frees it at its end. By default the C
+# library returns such blocks to the system, which has to map and clear every page again in the next step,
+# about a quarter of a step's time. These settings make it keep the memory, in huge pages.
 TUNABLES = ":".join(
     (
         "glibc.malloc.hugetlb=1",
@@ -21,9 +21,9 @@ TUNABLES = ":".join(
 def restart_command(
     environ: Mapping[str, str], arguments: Sequence[str], platform: str = sys.platform
 ) -> tuple[list[str], dict[str, str]] | None:
-    """How this process is to be started anew so that it keeps its memory.
+    """Return the command that restarts this process with allocator settings that keep its memory.
 
-    The C library reads its settings before the program begins, so they cannot be made from within.
+    The C library reads its settings before the program starts, so they cannot be changed from within.
 
     Args:
         environ: The environment. If it holds ``GLIBC_TUNABLES`` already, even empty, that stays.
@@ -31,7 +31,7 @@ def restart_command(
         platform: As in `sys.platform`.
 
     Returns:
-        Command line and environment for `os.execve`; None if everything is as it shall be.
+        Command line and environment for `os.execve`; None if no restart is needed.
 
     Example:
         >>> restart_command({"GLIBC_TUNABLES": ""}, ["python", "-m", "selconv_jax"]) is None
@@ -43,7 +43,7 @@ def restart_command(
 
 
 def keep_memory() -> None:
-    """Start the process anew where `restart_command` says so; return if there is nothing to do."""
+    """Restart the process if `restart_command` says so, else return."""
     if restart := restart_command(os.environ, sys.orig_argv):
         command, environ = restart
         os.execve(command[0], command, environ)

@@ -1,4 +1,4 @@
-"""The arguments of every command."""
+"""Command-line arguments of all commands."""
 
 import argparse
 from typing import NoReturn
@@ -11,7 +11,7 @@ __all__ = ["make_parser"]
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that suggests the command a misspelled one may have meant."""
+    """A parser that suggests the closest command for a misspelled one."""
 
     def error(self, message: str) -> NoReturn:
         if "invalid choice: '" in message:
@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+    """Make the parser of the whole command line."""
     parser = _Parser(
         prog="selconv", description="Train CNNs that re-allocate their channels (selective convolutions)."
     )
@@ -60,13 +60,13 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--compact",
         action="store_true",
-        help="compute with the network that is left without closed and unused channels",
+        help="use the compacted network, without closed and unused channels",
     )
     _add_cluster(evaluate)
 
     compact = commands.add_parser(
         "compact",
-        help="write the network without what it does not use",
+        help="write the compacted network of a checkpoint",
         description="Writes the network of a checkpoint, without closed and unused channels, into a file "
         "for selconv_jax.load_compact.",
     )
@@ -101,14 +101,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     models.add_argument("names", nargs="*", metavar="NAME", help="only these networks")
 
-    data = commands.add_parser("data", help="see and prepare data sets", description="Sees to the data sets.")
+    data = commands.add_parser(
+        "data", help="list and prepare data sets", description="Lists and prepares data sets."
+    )
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     prepare = actions.add_parser("prepare", help="turn original files into a prepared data set")
     prepare.add_argument("name", metavar="NAME", help="a name that `selconv data list` shows")
     prepare.add_argument(
         "--from", dest="source", metavar="PATH", help="folder or archive of the original files"
     )
-    listing = actions.add_parser("list", help="what is there, and how to get the rest")
+    listing = actions.add_parser("list", help="list prepared data sets, and how to get the others")
     for action in (prepare, listing):
         action.add_argument(
             "--data-dir", metavar="DIR", help="tensorflow-datasets directory (default: that library's)"
@@ -122,8 +124,8 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--debug",
         action="store_true",
-        default=argparse.SUPPRESS,  # else a command's own would undo the one before the command
-        help=f"show where errors come from (as {DEBUG}=1 does)",
+        default=argparse.SUPPRESS,  # else the command's default would override an option before the command
+        help=f"show the tracebacks of errors (as {DEBUG}=1 does)",
     )
 
 
@@ -143,7 +145,7 @@ def _add_run(command: argparse.ArgumentParser) -> None:
         "words",
         nargs="*",
         metavar="KEY=VALUE",
-        help="replaces, for this time, a value that does not change the result, such as devices=1 or "
+        help="replaces, for this call only, a value that does not change the result, such as devices=1 or "
         "data.directory=FOLDER",
     )
 
@@ -152,17 +154,19 @@ def _add_cluster(command: argparse.ArgumentParser) -> None:
     cluster = command.add_argument_group(
         "several processes",
         "Start the command once on every machine. On TPU pods and under Slurm and Open MPI the processes "
-        "find each other by themselves; elsewhere, and on one machine, they need to be told.",
+        "find each other; elsewhere, and on one machine, these options are needed.",
     )
-    cluster.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached by all")
-    cluster.add_argument("--process", type=int, metavar="I", help="number of this process, from 0")
+    cluster.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="address at which all can reach process 0"
+    )
+    cluster.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
     cluster.add_argument("--processes", type=int, metavar="N", help="number of processes")
     cluster.add_argument(
         "--join-timeout",
         type=float,
         default=50.0,
         metavar="SECONDS",
-        help="how long to wait until all processes have come (default: 50)",
+        help="how long to wait for all processes to join (default: 50)",
     )
 
 
@@ -181,7 +185,7 @@ def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "sweep",
         help="compare configurations over several seeds",
         description="Trains every configuration with every seed and compares them: tables, DIR/sweep.json "
-        "and DIR/sweep.png. It may be stopped at any moment; the same command goes on.",
+        "and DIR/sweep.png. It may be stopped at any time; the same command resumes it.",
     )
     sweep.add_argument(
         "words",
@@ -206,20 +210,20 @@ def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:
         type=int,
         default=1,
         metavar="N",
-        help="make up to N runs at once, each in a process of its own, which share the devices (default: 1)",
+        help="make up to N runs at once, each in its own process, sharing the devices (default: 1)",
     )
     sweep.add_argument(
         "--together",
         action="store_true",
-        help="make all seeds of a configuration in one program: faster where one run does not fill a GPU; "
-        "runs begun without it are resumed with it, and the other way round",
+        help="train all seeds of a configuration in one program: faster if one run does not fill a GPU; "
+        "runs started without it can be resumed with it, and the other way round",
     )
     sweep.add_argument(
         "--nice",
         type=int,
         default=0,
         metavar="LEVEL",
-        help="leave the processor to other programs: 0 (default) to 19, as for the command nice",
+        help="scheduling priority as for the command nice, from 0 (default) to 19 (lowest)",
     )
 
 
@@ -238,7 +242,7 @@ def _add_compile(commands: "argparse._SubParsersAction[_Parser]") -> None:
     compiling.add_argument(
         "--batch",
         metavar="N",
-        help="images per step (default: the file's); search: the largest that fits, of doubles and halves",
+        help="images per step (default: the file's); search: the largest that fits, by doubling and halving",
     )
     compiling.add_argument(
         "--capacity",
@@ -247,7 +251,7 @@ def _add_compile(commands: "argparse._SubParsersAction[_Parser]") -> None:
         metavar="SHARE",
         help="of the channels that may be re-allocated (default: 0.25)",
     )
-    compiling.add_argument("--output", metavar="FILE", help="a new JSON file for every number")
+    compiling.add_argument("--output", metavar="FILE", help="a new JSON file for all results")
 
 
 def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -261,13 +265,13 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "words",
         nargs="*",
         metavar="MODEL|KEY=VALUE",
-        help="networks that `selconv models` lists (default: densenet40), and options of theirs, such as "
+        help="networks that `selconv models` lists (default: densenet40), and their options, such as "
         "blocks=[1,1]",
     )
     bench.add_argument("--batch", type=int, default=64, metavar="N", help="images per step (default: 64)")
-    bench.add_argument("--image", default="32x32x3", metavar="HxWxC", help="their size (default: 32x32x3)")
+    bench.add_argument("--image", default="32x32x3", metavar="HxWxC", help="image size (default: 32x32x3)")
     bench.add_argument(
-        "--dtype", default="float32", metavar="TYPE", help="of the computation: float32 (default), bfloat16"
+        "--dtype", default="float32", metavar="TYPE", help="of the computation: float32 (default) or bfloat16"
     )
     bench.add_argument(
         "--what",
@@ -278,7 +282,7 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
     bench.add_argument(
         "--capacity",
         metavar="SHARE,SHARE",
-        help="shares of the channels that selective steps are compiled for and that are re-allocated then "
+        help="fractions of the channels that selective steps are compiled for and that are re-allocated then "
         "(default: 0,0.125,0.25,0.5,1)",
     )
     bench.add_argument(
@@ -303,16 +307,18 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
         type=int,
         default=0,
         metavar="N",
-        help="also time the steps of N seeds in one program, as `selconv sweep --together` makes them",
+        help="also time the steps of N seeds in one program, as `selconv sweep --together` does",
     )
     bench.add_argument("--torch", action="store_true", help="also time the same steps in PyTorch")
     bench.add_argument(
         "--topology",
         metavar="TPU",
-        help="time nothing, but compile the steps for a TPU that need not be there, such as v5e:1x1, and "
+        help="compile the steps ahead of time for a TPU topology, such as v5e:1x1, instead of timing, and "
         "show estimated cycles and memory (needs libtpu)",
     )
-    bench.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
+    bench.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default: 0)"
+    )
     bench.add_argument(
         "--output", metavar="DIR", help="a new directory for the results (default: runs/bench/MODEL)"
     )

@@ -37,7 +37,7 @@ _PLAIN_OPTIONS = ("batch", "dtype", "share", "repeats", "steps", "torch", "topol
 
 
 def run(options: argparse.Namespace) -> int:
-    """Times or compiles what was asked for; leaves tables, a file of every number, and a picture."""
+    """Time or compile the requested cases; print tables, write a JSON file and a picture."""
     settings = _settings(options)
     output = (
         Path(options.output) if options.output else default_workdir("-".join(settings.models), "runs/bench")
@@ -67,7 +67,7 @@ def _measure(settings: BenchSettings, output: Path, console: Console) -> int:
                 result = bench_network(model, settings, progress, lambda: bool(stop))
             results.append(result)
             _print(console, settings, result)
-            # After every network, so that little is lost if a later one fails.
+            # Written after every network, so that little is lost if a later one fails.
             machine["load_average_after"] = load_average()
             _write(output, settings, machine, results)
             if stop:
@@ -93,7 +93,7 @@ def _compile(settings: BenchSettings, devices: Sequence[Any], output: Path, cons
             panels = [cycles_panel(result, str(settings.topology)) for result in results if result.steps]
             if panels:
                 versions = machine["versions"]
-                caption = f"libtpu {versions['libtpu']}, jax {versions['jax']}; nothing was run"
+                caption = f"libtpu {versions['libtpu']}, jax {versions['jax']}; compiled only"
                 save_figure(
                     bar_picture(panels, f"Compiled for {settings.topology}: {describe(settings)}", caption),
                     output / _PICTURE,
@@ -113,9 +113,9 @@ def _progress(console: Console, network: str) -> Iterator[BenchProgress]:
 
 
 def _end(console: Console, output: Path, stop: StopRequest) -> int:
-    _say(console, f"every number: {output / _REPORT}")
+    _say(console, f"all results: {output / _REPORT}")
     if stop:
-        _say(console, "stopped: these are the numbers so far.")
+        _say(console, "stopped: these are the results so far.")
     return stop.exit_code
 
 
@@ -149,7 +149,7 @@ def _write(
 
 
 def _rounds(results: Sequence[NetworkResult]) -> str:
-    """How many rounds were taken; fewer than asked for where the benchmark was stopped."""
+    """Format the number of rounds, fewer than requested if the benchmark was stopped."""
     counts = {len(row.seconds) for result in results for row in rows_of(result) if row.summary is not None}
     few, many = min(counts), max(counts)
     count = f"{many}" if few == many else f"{few} to {many}"
@@ -164,8 +164,8 @@ def _create(output: Path) -> None:
         raise ConfigError(f"the directory {output} cannot be written: {error.strerror}.") from None
     if content:
         raise ConfigError(
-            f"{output} is not empty (it holds {content[0]!r}). Choose another --output: a benchmark is never "
-            "written over other files."
+            f"{output} is not empty (it holds {content[0]!r}). Choose another --output: a benchmark never "
+            "overwrites files."
         )
 
 
@@ -179,14 +179,14 @@ def _warn_if_busy(console: Console, machine: Mapping[str, Any], settings: BenchS
     )
     if settings.torch:
         text += (
-            " PyTorch's threads wait for one another and lose the most by it: do not trust the ratios to "
-            "PyTorch, which come out in our favour."
+            " PyTorch's threads wait for one another and suffer most: do not trust the ratios to "
+            "PyTorch, which are biased in our favour."
         )
     _say(console, text)
 
 
 def _settings(options: argparse.Namespace) -> BenchSettings:
-    # As in a sweep: what looks like KEY=VALUE is one.
+    # As in a sweep: any word of the form KEY=VALUE is an option.
     overrides = [word for word in options.words if re.match(r"\w+\s*=", word)]
     models = [word for word in options.words if word not in overrides]
     chosen: dict[str, Any] = {

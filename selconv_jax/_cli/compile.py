@@ -24,14 +24,14 @@ def run(options: argparse.Namespace) -> int:
     """Compile a run ahead of time for a TPU topology; print tables, write JSON."""
     config = load_config(options.config, options.words)
     if not 0.0 <= options.capacity <= 1.0:
-        raise ConfigError(f"--capacity is {options.capacity}; it must be a share of the channels in [0, 1].")
+        raise ConfigError(f"--capacity is {options.capacity}; it must be a fraction of channels in [0, 1].")
     if options.batch not in (None, "search"):
         if not options.batch.isdecimal() or int(options.batch) < 1:
             raise ConfigError(f"--batch is {options.batch!r}; it must be a number of images, or search.")
         config = dataclasses.replace(config, batch_size=int(options.batch))
     output = Path(options.output) if options.output else None
     if output is not None and output.exists():
-        raise ConfigError(f"{output} is there already. Choose another --output: nothing is written over.")
+        raise ConfigError(f"{output} already exists. Choose another --output: nothing is overwritten.")
     prepare_process()
     devices = topology_devices(options.topology)
     console = terminal_or_lines()
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     if output is not None:
         report = {"config": options.config, "environment": environment(), **dataclasses.asdict(plan)}
         write_json(output, report)
-        console.print(f"every number: {output}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"all results: {output}", highlight=False, markup=False, soft_wrap=True)
     return 0 if all(program.fits is not False for program in plan.programs) else 1
 
 
@@ -57,7 +57,7 @@ def _plan(config: Config, options: argparse.Namespace, devices: Any, console: Co
     plan = largest_batch(config, options.topology, devices, capacity=options.capacity, tell=tell)
     if plan is None:
         raise ConfigError(
-            f"not even {len(devices) * config.micro_batches} images per step fit on {options.topology}. Take "
+            f"not even {len(devices) * config.micro_batches} images per step fit on {options.topology}. Use "
             "more micro_batches, parameter_shards, or another topology."
         )
     return plan

@@ -1,4 +1,4 @@
-"""The sizes and costs of a run's network as a table, without the run's images."""
+"""Table of the parameters and multiply-adds of a run's network, without reading its images."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,19 +20,19 @@ _HEADING = "parameters and multiply-adds"
 
 
 def run_counts(config: Config, variables: Mapping[str, Any]) -> RenderableType:
-    """Parameters and multiply-adds of a run's network, by layer and in total.
+    """Count parameters and multiply-adds (MACs) of a run's network, by layer and in total.
 
-    Nothing is compiled, and no image is read: the shape of one is known from the name of the data set.
+    Nothing is compiled, and no image is read: the name of the data set determines the image shape.
 
     Args:
         config: The run.
         variables: The variables of its network; empty if there is no checkpoint.
 
     Returns:
-        The table, or a line that says why there is none.
+        The table, or a line that explains why there is none.
 
     Raises:
-        SelconvError: The configuration and the variables do not go together.
+        SelconvError: The configuration and the variables do not match.
     """
     known = find_known(config.data.name)
     if not variables:

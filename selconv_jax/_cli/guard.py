@@ -1,4 +1,4 @@
-"""How a command ends: results written out or not, errors in one line, an interruption without noise."""
+"""Running a command so that it ends cleanly: flushed output, errors in one line, quiet interruption."""
 
 import contextlib
 import io
@@ -14,23 +14,22 @@ from selconv_jax.errors import SelconvError
 __all__ = ["DEBUG", "described", "guarded", "prepare_process"]
 
 DEBUG = "SELCONV_DEBUG"
-"""The environment variable that asks for tracebacks, unless it is empty or 0."""
+"""Environment variable that requests tracebacks, unless it is empty or 0."""
 
-# What the compilers of XLA and the TPU write past Python: pages on the features of the processor where a
-# program comes from the cache, warnings of missing TPUs. What matters comes as an exception; what
-# ends the process is written all the same.
+# Silences the C++ logs of XLA and the TPU compiler: pages on processor features when a program comes from the
+# cache, warnings of missing TPUs. Errors arrive as exceptions; fatal messages are written all the same.
 _QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
 
-_LETTERS = 300  # of a message that is not ours; some hold whole specifications
+_LETTERS = 300  # of a foreign message; some contain whole specifications
 
 
 def is_debugging() -> bool:
-    """Whether tracebacks are asked for."""
+    """Return whether tracebacks are requested."""
     return os.environ.get(DEBUG, "0") not in ("", "0")
 
 
 def prepare_process(*, debug: bool) -> None:
-    """Make streams, messages and failures of this process such that nothing but our lines is seen.
+    """Set up streams, logs and exception hooks so that only this program's own lines are shown.
 
     Args:
         debug: Whether tracebacks, and what the compilers say, are asked for; handed on to processes that this
@@ -40,7 +39,7 @@ def prepare_process(*, debug: bool) -> None:
         try:
             os.fstat(number)
         except OSError:
-            # A file opened later would take the number, and get what is written to the stream.
+            # A file opened later would get this descriptor, and with it the stream's output.
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
@@ -52,7 +51,7 @@ def prepare_process(*, debug: bool) -> None:
     if is_debugging():
         return
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":
-        # JAX sets this in every process that imports it, and what such a process starts inherits it.
+        # JAX sets this in every process that imports it, and child processes inherit it.
         del os.environ["TF_CPP_MIN_LOG_LEVEL"]
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -61,14 +60,14 @@ def prepare_process(*, debug: bool) -> None:
 
 
 def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
-    """Run a command; say what ended it in one line.
+    """Run a command and report any error in one line.
 
     Args:
         action: The command; returns its exit code.
         keeps_results: Whether the results are in files, so that what it prints may be lost.
 
     Returns:
-        The command's code; 1 for an error, 130 for Ctrl-C, 141 where nobody reads the results any more.
+        The command's code; 1 for an error, 130 for Ctrl-C, 141 if the reader of its output has gone.
     """
     try:
         code = action()
@@ -89,7 +88,7 @@ def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
         )
         code = 1
     except BrokenPipeError:
-        # Whoever read the output has enough of it.
+        # The reader of the output has closed the pipe.
         code = 141
     except KeyboardInterrupt:
         _say("interrupted")
@@ -102,7 +101,7 @@ def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
         _say(f"error: {described(error)} (`--debug` or {DEBUG}=1 shows where it comes from)")
         code = 1
     finally:
-        # What the streams still hold back must not fail while the interpreter ends.
+        # Buffered output must not fail while the interpreter ends.
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
@@ -112,7 +111,7 @@ def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
 
 
 def described(error: BaseException | None) -> str:
-    """An exception in a line: ours as it is, of others the kind and the beginning of the first line."""
+    """Format an exception in one line: ours as it is, others as type and truncated first line."""
     if isinstance(error, SelconvError):
         return str(error)
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -1,4 +1,4 @@
-"""``selconv``: from the command line to the command, and to the exit code."""
+"""Entry point of ``selconv``: parse the command line, run the command, return the exit code."""
 
 import argparse
 import importlib
@@ -28,13 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    # Imported only now, when Ctrl-C is seen to.
+    # Imported only now that Ctrl-C is handled.
     from selconv_jax._cli.allocator import keep_memory
     from selconv_jax._cli.arguments import make_parser
     from selconv_jax._cli.guard import guarded, prepare_process
 
     parser = make_parser()
-    # A list of positional arguments takes none that come after an option, so overrides are gathered here.
+    # argparse takes no positional arguments after an option into a list, so overrides are collected here.
     options, rest = parser.parse_known_args(arguments)
     if rest and (
         options.command not in ("train", "resume", "eval", "compact", "sweep", "bench", "compile")
@@ -67,7 +67,7 @@ _HANDLERS = {
 # Commands that spend their time in compiled programs.
 _COMPUTING = ("train", "resume", "eval", "sweep", "bench")
 
-# Commands that leave their results in files, and print how far they are.
+# Commands that write their results to files, and print progress only.
 _KEEPING = ("train", "resume", "sweep", "bench")
 
 

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     ):
         console.print(line, soft_wrap=True)
     for name in options.names or MODELS:
-        # Lines of their own: a table would be shown only when all have been counted.
+        # Plain lines: a table would be shown only when all networks have been counted.
         console.print(_line(name, *_row(name)), soft_wrap=True)
     return 0
 
@@ -53,7 +53,7 @@ def _row(name: str) -> list[str]:
 
 
 def _counts(name: str, variant: str, image: tuple[int, int, int]) -> tuple[int, int]:
-    """Parameters and multiply-adds of a network for one image."""
+    """Count parameters and multiply-adds of a network for one image."""
     model = create_model(
         name, _IMAGES[image], variant=variant, stem=stem_for(image), capacity=0.0, dtype=jnp.float32
     )

@@ -1,4 +1,4 @@
-"""The tables and pictures of a run, from the files in its directory alone."""
+"""Tables and pictures of a run, from nothing but the files in its directory."""
 
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def print_run(workdir: Path, console: Console) -> None:
 
 
 def draw_run(workdir: Path, output: Path, console: Console) -> None:
-    """Draws learning curves and channel maps as PNG files.
+    """Draw learning curves and channel maps as PNG files.
 
     Args:
         workdir: The directory of the run.
@@ -95,14 +95,14 @@ def _summary(workdir: Path, config: Config) -> dict[str, str]:
 
 
 def _splits(config: Config) -> list[str]:
-    """What is not as the set has it by default."""
+    """List the splits that differ from the data set's defaults."""
     keys = ("train_split", "validation_split", "test_split", "validation")
     named = {key.replace("_", " "): getattr(config.data, key) for key in keys}
     return [f"{key} {value}" for key, value in named.items() if value is not None]
 
 
 def _variables(workdir: Path) -> tuple[int, dict[str, Any]]:
-    """Step and variables of the newest good checkpoint; 0 and empty if there is none yet."""
+    """Read step and variables of the newest intact checkpoint; 0 and empty if there is none yet."""
     with CheckpointStore(workdir / CHECKPOINTS) as store:
         if not store.steps():
             return 0, {}
@@ -112,7 +112,7 @@ def _variables(workdir: Path) -> tuple[int, dict[str, Any]]:
 
 
 def _layers(variables: dict[str, Any]) -> list[LayerAllocation]:
-    """The selective and gate-only layers."""
+    """Collect the selective and gate-only layers."""
     if not variables.get("selectivity"):
         return []
     layers = []
@@ -132,6 +132,6 @@ def _layers(variables: dict[str, Any]) -> list[LayerAllocation]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts ``layer2`` before ``layer10``."""
+    """Make a sort key that puts ``layer2`` before ``layer10``."""
     words = "".join(character if character.isdigit() else f" {character} " for character in name).split()
     return [(int(word), "") if word.isdigit() else (0, word) for word in words]

@@ -32,7 +32,7 @@ __all__ = ["compact", "evaluate", "resume", "share_compilations", "show", "train
 
 
 def train(options: argparse.Namespace) -> int:
-    """Trains in a new directory, then draws the pictures of the run."""
+    """Train in a new directory, then draw the pictures of the run."""
     share_compilations()
     with _joined(options):
         config = together(lambda: load_config(options.config, options.words))
@@ -48,7 +48,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def resume(options: argparse.Namespace) -> int:
-    """Goes on with a run, then draws its pictures."""
+    """Resume a run, then draw its pictures."""
     share_compilations()
     workdir = Path(options.workdir)
     with _joined(options):
@@ -82,7 +82,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def compact(options: argparse.Namespace) -> int:
-    """Write the network of a checkpoint, without what it does not use, into a file."""
+    """Write the compacted network of a checkpoint to a file."""
     workdir = Path(options.workdir)
     output = Path(options.output) if options.output else workdir / "compact.npz"
     checkpoint = find_checkpoint(workdir, options.checkpoint)
@@ -129,7 +129,7 @@ def _joined(options: argparse.Namespace, *, shares_stops: bool = True) -> Abstra
 
 
 def _console() -> Console:
-    """Of several processes the first one speaks for all."""
+    """Make the console of the command, quiet on all processes but process 0."""
     return progress_console() if is_first() else Console(quiet=True)
 
 
@@ -147,7 +147,7 @@ def _finish(code: int, workdir: Path) -> int:
 
 
 def share_compilations() -> None:
-    """Keep compiled programs in a folder of the user's, unless JAX has been told where."""
+    """Cache compiled programs in the user's cache folder, unless JAX has one configured."""
     if jax.config.jax_compilation_cache_dir is None:
         folder = platformdirs.user_cache_path("selconv_jax") / "compiled"
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))

@@ -35,7 +35,7 @@ _PICTURE = "sweep.png"
 
 
 def run(options: argparse.Namespace) -> int:
-    """Make the runs of a sweep, then compares the complete ones in tables, a file and a picture."""
+    """Make the runs of a sweep, then compare the complete ones in tables, a file and a picture."""
     _be_nice(options.nice)
     share_compilations()
     if options.jobs > 1:
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compare(runs: Sequence[SweepRun], end: SweepEnd, workdir: Path, console: Console) -> None:
-    """Tables, file and picture of the complete runs; no picture if asked to stop, which is to be soon."""
+    """Write tables, file and picture of the complete runs; no picture if asked to stop, to end soon."""
     stopped = end.code > 1
     by_configuration = {name: list(group) for name, group in groupby(runs, key=lambda run: run.configuration)}
     title, names = _titles(list(by_configuration))
@@ -80,7 +80,7 @@ def _compare(runs: Sequence[SweepRun], end: SweepEnd, workdir: Path, console: Co
             console.print(difference_table(comparable))
     if comparable or not stopped:
         _write_report(workdir / _REPORT, by_configuration, results, names, end.failures)
-        _say(console, f"every number: {workdir / _REPORT}")
+        _say(console, f"all results: {workdir / _REPORT}")
     if comparable and not stopped:
         save_figure(comparison_picture(comparable, title), workdir / _PICTURE)
         _say(console, f"picture: {workdir / _PICTURE}")
@@ -108,7 +108,7 @@ def _say(console: Console, text: str) -> None:
 
 
 def _files(words: Sequence[str]) -> tuple[list[Path], dict[Path, list[int]]]:
-    """The files, and the seeds of those that come as ``FILE@0,1,2``."""
+    """Parse the files, and the seeds of those given as ``FILE@0,1,2``."""
     files, own_seeds = [], {}
     for word in words:
         name, at, seeds = word.rpartition("@")
@@ -128,7 +128,7 @@ def _seeds(where: str, text: str) -> list[int]:
 
 
 def _titles(configurations: Sequence[str]) -> tuple[str, list[str]]:
-    """What all names begin with, as the title, and the names without it."""
+    """Split off the common beginning of all names as the title."""
     if len(configurations) == 1:
         return configurations[0], list(configurations)
     # Cut at slashes; nothing more of paths applies, for the values of a grid may hold any text.

@@ -1,4 +1,4 @@
-"""What a batch of logits amounts to: losses and right guesses."""
+"""Loss and top-1 and top-5 accuracy of a batch of logits."""
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,15 @@ Array = jax.Array
 
 
 def classification_totals(logits: Array, labels: Array, counts: Array) -> Totals:
-    """Sums the losses and right guesses of a batch.
+    """Sum the losses and correct predictions of a batch.
 
-    The classes are guessed by falling logit, of equal ones the lower class first. Logits that are NaN
-    come before the true class, so that a broken network is never called right.
+    Classes are ranked by descending logit, ties by ascending class. NaN logits rank before the true class,
+    so that a diverged network never counts as correct.
 
     Args:
         logits: ``[N, classes]`` floating.
         labels: ``[N]`` int32.
-        counts: ``[N]`` bool, which examples count.
+        counts: ``[N]`` bool, mask of the examples to count.
 
     Returns:
         Sums over the counted examples.

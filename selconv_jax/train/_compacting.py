@@ -1,4 +1,4 @@
-"""The network of a run without what it does not use: measured, evaluated, written to a file."""
+"""Compacting the network of a run: its size, evaluation, and export to a file."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -27,9 +27,8 @@ class CompactedRun:
         step: The step of the checkpoint.
         model: The network.
         variables: Its variables.
-        sizes: Channels that the layers with a gate read, parameters, and multiply-adds per image, by name:
-            of the network as it is evaluated, with room for its copies (see `layer_counts.count_layers`,
-            "selective"), and of the compacted one.
+        sizes: Channels that the layers with a gate read, parameters, and multiply-adds (MACs) per image, by
+            name: before compaction, with room for the copies (`count_layers`, "selective"), and after.
         metrics: As `loop.evaluate_run` returns them; empty if it was not evaluated.
     """
 
@@ -49,7 +48,7 @@ def compact_run(
     output: Path | None = None,
     overrides: Sequence[str] = (),
 ) -> CompactedRun:
-    """Compacts the network of a checkpoint.
+    """Compact the network of a checkpoint.
 
     Args:
         workdir: The directory of the run.
@@ -60,7 +59,7 @@ def compact_run(
         overrides: ``"key=value"``, of keys of the configuration that do not change the result.
 
     Returns:
-        The network and what is known of it.
+        The network with its sizes and metrics.
 
     Raises:
         SelconvError: A user-fixable error.
@@ -75,7 +74,7 @@ def compact_run(
     metrics = {}
     if evaluate:
         measured = evaluation_metrics(trainer, state, Program("compact", plan.frozen_model()), info)
-        assert measured is not None  # nobody asked it to stop
+        assert measured is not None  # only a request to stop returns None
         metrics = measured
     image = jax.ShapeDtypeStruct((1, *info.image_shape), trainer.model.dtype)
     return CompactedRun(step, plan.model, variables, _sizes(state, plan, variables, image), metrics)
@@ -87,7 +86,7 @@ def _sizes(state: TrainState, plan: CompactionPlan, variables: Any, image: Any) 
         gates = {path: layer.gate.size for path, layer in layer_states(state.variables).items()}
     reads = {path: layout.reads for path, layout in plan.model.layouts}
     left = sum(reads.get(path, channels) for path, channels in gates.items())
-    # The selective network on both sides: with its shifts, and with products for its copies.
+    # The selective network: its shifts, and the products of its copies, count on both sides.
     whole = _multiply_adds(plan.model.network, state.variables, image)
     return {
         "channels": (sum(gates.values()), left),

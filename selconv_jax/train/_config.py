@@ -54,17 +54,17 @@ class AllocationConfig:
     """``[allocation]``: see `selconv_jax.AllocationRule` and `selconv_jax.ReallocationSchedule`.
 
     Attributes:
-        threshold: Share of the damage that a round may lose by closing channels, in [0, 1].
+        threshold: Fraction of the damage that a round may lose by closing channels, in [0, 1].
         top_k: Number of channels that compete for the free slots.
         max_copies: No further copies of a channel that more than this many read; None: no limit.
         shift_range: New copies start at shifts in ``[-shift_range, shift_range]`` pixels.
         random_sources: Sources are drawn from all open channels instead of the top K: an ablation.
-        until: Share of the epochs after which the allocation is frozen.
+        until: Fraction of the epochs after which the allocation is frozen.
         every: Epochs from one round to the next.
         every_steps: Steps from one round to the next, instead of epochs; None: epochs.
         reset_momentum: Reset the optimizer's state of the rewritten entries; the published method does not.
-        compile_frozen: Once the allocation is frozen, compile the steps for just what it uses. The results
-            agree but for rounding; statistics of closed channels, which nothing reads, are no longer moved.
+        compile_frozen: Once the allocation is frozen, compile the steps for only what it uses. Results
+            agree up to rounding; statistics of closed channels, which nothing reads, are no longer updated.
     """
 
     threshold: float = 1e-3
@@ -83,7 +83,7 @@ class AllocationConfig:
 
     @property
     def allocation(self) -> AllocationRule:
-        """How a round decides."""
+        """The rule by which a round decides."""
         return AllocationRule(
             threshold=self.threshold,
             top_k=self.top_k,
@@ -94,7 +94,7 @@ class AllocationConfig:
 
     @property
     def schedule(self) -> ReallocationSchedule:
-        """After which epochs there is a round."""
+        """The schedule of the rounds."""
         return ReallocationSchedule(self.until, self.every, self.every_steps)
 
 
@@ -103,16 +103,16 @@ class OptimizerConfig:
     """``[optimizer]``: by default SGD as published (method, "Schedule and training").
 
     Attributes:
-        name: A function of optax or optax.contrib that makes an optimizer of a learning rate, such as
+        name: A function of optax or optax.contrib that makes an optimizer from a learning rate, such as
             ``"lars"``.
-        options: Further arguments of it.
-        learning_rate: At the first step, or after the warm-up; falls to 0 by a cosine over the run's steps.
-        reference_batch_size: Size of the batch for which that rate is meant, scaled in proportion to that of
+        options: Its further arguments.
+        learning_rate: At the first step, or after the warm-up; decays to 0 by a cosine over the run's steps.
+        reference_batch_size: Batch size for which that rate is meant; it is scaled in proportion to that of
             the run; None: it is that of the run. The method has none.
         warmup_epochs: Epochs over which the rate rises from 0. The method has none.
         momentum: Nesterov momentum, of ``"sgd"`` and ``"lars"``.
-        weight_decay: Added to the gradient of every parameter but the shifts, times the parameter; where the
-            optimizer has a ``weight_decay`` of its own, as adamw has, it is that instead.
+        weight_decay: Times the parameter, added to the gradient of all parameters but the shifts. If the
+            optimizer has its own ``weight_decay``, as adamw has, this value is passed to it instead.
         shift_weight_decay: The same for the shifts.
         train_shift: Whether shifts are trained; false leaves them as drawn.
     """
@@ -153,22 +153,22 @@ class Config:
     """A run.
 
     Attributes:
-        description: What the run is for, in a sentence.
+        description: Purpose of the run, in one sentence.
         epochs: Passes over the training images.
         batch_size: Images per step, over all devices.
         eval_batch_size: Images per evaluation step, over all devices.
-        seed: Everything random follows from it.
+        seed: Seed of all random numbers.
         checkpoint_minutes: A checkpoint is written after each epoch, and within an epoch after this many
             minutes without one.
-        keep_checkpoints: Number of latest checkpoints that are kept beside the best.
+        keep_checkpoints: Number of latest checkpoints that are kept besides the best.
         steps_per_dispatch: Training steps per call of the compiled program; 0: chosen by the backend.
         devices: Number of devices to use, over all processes; 0: all.
         batch_norm: ``"global"``: statistics of the whole batch; ``"per_device"``: each device normalizes with
-            those of its own images, which saves messages in every layer.
-        micro_batches: Parts that a batch is computed in, one after the other, each with statistics of its
-            own: for batches that do not fit in memory at once.
-        parameter_shards: Parts that kernels, and what the optimizer keeps of them, are split into, over
-            devices of one process: for networks that do not fit in the memory of one device.
+            those of its own images, which saves collectives in every layer.
+        micro_batches: Gradient accumulation: parts of a batch that are computed one after the other, each
+            with its own batch statistics, for batches that do not fit in memory at once.
+        parameter_shards: Number of shards of the kernels and their optimizer state, over devices of one
+            process, for networks that do not fit in the memory of one device.
         model: ``[model]``.
         data: ``[data]``.
         allocation: ``[allocation]``.
@@ -287,7 +287,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as TOML, every key written out; keys that are None are left out."""
+    """Write a configuration as TOML with every key; keys that are None are left out."""
     return tomli_w.dumps(_without_none(dataclasses.asdict(config)))
 
 

@@ -1,4 +1,4 @@
-"""What of a run's configuration its result follows from, and what may differ from one command to the next."""
+"""Configuration keys that determine a run's result, and those that may change when it is resumed."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from selconv_jax.train._config import Config, override_config
 
 __all__ = ["check_origin", "origin_of", "with_changes"]
 
-# The results do not depend on these but for rounding.
+# Results do not depend on these keys, except for rounding.
 _FREE = (
     "description",
     "eval_batch_size",
@@ -27,31 +27,31 @@ _SHOWN = 5
 
 
 def with_changes(config: Config, overrides: Sequence[str]) -> Config:
-    """The configuration of a run that is resumed or read elsewhere.
+    """Apply overrides to the configuration of an existing run.
 
     Args:
-        config: That of the run's directory.
+        config: The configuration in the run's directory.
         overrides: ``"key=value"``, of keys that do not change the result.
 
     Returns:
-        The configuration with those values.
+        The configuration with the overrides.
 
     Raises:
-        ConfigError: A key or value is wrong, or the result would follow from it.
+        ConfigError: A key or value is invalid, or the key would change the result.
     """
     changed = override_config(config, overrides)
     keys = _differences(_flat(origin_of(config)), _flat(origin_of(changed)))
     if keys:
         free = ", ".join(key for key in _FREE if key in _free(config))
         raise ConfigError(
-            f"{keys[0]} cannot be changed: the run would no longer be the same one. What can be is {free}. "
-            "Start another run by `selconv train`."
+            f"{keys[0]} cannot be changed: it determines the result of the run. Keys that can be changed: "
+            f"{free}. Start another run by `selconv train`."
         )
     return changed
 
 
 def origin_of(config: Config) -> dict[str, Any]:
-    """What the result of a run follows from, as JSON has it.
+    """Return the part of a configuration that determines the result of a run, as JSON values.
 
     Example:
         >>> origin = origin_of(Config(seed=3, devices=2))
@@ -65,12 +65,12 @@ def origin_of(config: Config) -> dict[str, Any]:
 
 
 def check_origin(folder: object, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Sees that a checkpoint is of the configuration at hand.
+    """Check that a checkpoint was saved with the current configuration.
 
     Args:
         folder: Of the checkpoint.
         saved: Its `origin_of`; empty if it is not known.
-        current: That of the configuration.
+        current: The `origin_of` the current configuration.
 
     Raises:
         CheckpointError: They differ; the message names the keys and the values.
@@ -86,12 +86,12 @@ def check_origin(folder: object, saved: Mapping[str, Any], current: Mapping[str,
         more = f"; and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
         raise CheckpointError(
             f"the configuration has been changed since {folder} was saved: {'; '.join(parts)}{more}. Put the "
-            "old values back, or train anew in another --workdir."
+            "old values back, or train from scratch in another --workdir."
         )
 
 
 def _free(config: Config) -> set[str]:
-    """The keys of `_FREE`, without those that matter to this run."""
+    """Select the keys of `_FREE` that do not affect the result of this run."""
     return {key for key in _FREE if config.batch_norm == "global" or key != "devices"}
 
 
@@ -100,7 +100,7 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Keys of different values; one that is missing, as versions differ, has its default."""
+    """List the keys whose values differ; a key missing in another version has its default."""
     defaults = _flat(dataclasses.asdict(Config()))
     keys = list(dict.fromkeys([*now, *before]))
     return [key for key in keys if before.get(key, defaults.get(key)) != now.get(key, defaults.get(key))]

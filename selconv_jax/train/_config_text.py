@@ -1,4 +1,4 @@
-"""Values of a configuration as people write them, and how to write what was meant."""
+"""Configuration values as users type them, and hints on the correct spelling."""
 
 import re
 import tomllib
@@ -60,7 +60,7 @@ def _value(text: str) -> Any:
 
 
 def remedy(message: str) -> str:
-    """How to write a value of the type that a message expects, as a sentence after it; empty if not known.
+    """Return a sentence on how to write a value of the type that an error message expects, or "".
 
     Example:
         >>> remedy("Expected `int | null`, got `float`.")
@@ -70,11 +70,11 @@ def remedy(message: str) -> str:
 
 
 def hint(text: str, error: Exception) -> str:
-    """What is wrong with a number of a file that is no TOML, likewise.
+    """Return a sentence on how to write the number that makes a file invalid TOML, or "".
 
     Args:
         text: The file.
-        error: What was raised.
+        error: The exception of the TOML parser.
 
     Example:
         >>> text = "learning_rate = .5"

@@ -1,4 +1,4 @@
-"""Which images a run takes: the section ``[data]`` of its configuration."""
+"""The section ``[data]`` of a configuration: images, splits and augmentation."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ __all__ = ["DataConfig"]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """``[data]``: which images, and how they are augmented in training.
+    """``[data]``: the images, and their augmentation in training.
 
     Attributes:
         name: A name of ``selconv data list``, or of any prepared tensorflow-datasets image set.
@@ -58,11 +58,11 @@ class DataConfig:
 
     @property
     def has_validation(self) -> bool:
-        """Whether the best epoch is chosen, on images to validate on."""
+        """True if there are validation images, by which the best epoch is chosen."""
         return self.validation is not None or self.validation_split is not None
 
     @property
     def source(self) -> tuple[str, str | None, bool | None, SplitChoice]:
-        """Which images, as `selconv_jax.data.open_data` takes it."""
+        """Arguments of `selconv_jax.data.open_data`."""
         splits = SplitChoice(self.train_split, self.test_split, self.validation_split, self.validation)
         return self.name, self.directory, self.streaming, splits

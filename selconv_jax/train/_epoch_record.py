@@ -1,4 +1,4 @@
-"""The record of an epoch: numbers for the file, a sentence for the terminal."""
+"""The record of an epoch: numbers for the file, a line of text for the terminal."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,15 +24,15 @@ def evaluation_metrics(
     """Evaluate a state on all validation images, if there are any, and on all test images.
 
     Args:
-        trainer: Evaluates.
-        state: What is evaluated.
-        program: What computes.
+        trainer: The trainer of the run.
+        state: The state to evaluate.
+        program: The program that computes it.
         info: The facts of the images.
-        should_stop: Asked between batches.
+        should_stop: Called between batches.
 
     Returns:
-        test_loss, test_accuracy and, where there are more than five classes, test_top5; before them the same
-        of ``validation``, where there are images to validate on. None if it was asked to stop.
+        test_loss, test_accuracy and, with more than five classes, test_top5; before them the same for
+        ``validation``, if there are validation images. None if it was asked to stop.
     """
     metrics = {}
     for split in ("validation", "test") if trainer.config.data.has_validation else ("test",):
@@ -48,7 +48,7 @@ def evaluation_metrics(
 
 
 def channel_counts(state: TrainState) -> dict[str, int]:
-    """Channels of all selective and gate-only layers, and how many are open or copies."""
+    """Count the channels of all selective and gate-only layers, and those that are open or copies."""
     if not state.selectivity:
         return {"open_channels": 0, "copies": 0, "channels": 0}
     allocation = traverse_util.flatten_dict(jax.device_get(state.selectivity))
@@ -61,7 +61,7 @@ def channel_counts(state: TrainState) -> dict[str, int]:
 
 
 def sentence(record: Mapping[str, Any], epochs: int) -> str:
-    """A record for people.
+    """Format a record as one line of text.
 
     Args:
         record: Of an epoch, as it is written to the file.

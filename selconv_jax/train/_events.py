@@ -14,15 +14,15 @@ __all__ = ["EventLog"]
 
 
 class EventLog:
-    """Writes numbers for TensorBoard; a failure ends the events, never the run.
+    """Writer of TensorBoard events; a failure ends the events, never the run.
 
-    In this thread, unlike tensorboardX's `SummaryWriter`: its thread dies with the first failure, and whoever
-    has more to write then waits for it forever.
+    It writes in the calling thread. tensorboardX's `SummaryWriter` has a thread that dies at the first
+    failure; a caller with more to write then waits for it forever.
 
     Args:
-        folder: Of the events; a new file is made in it with the first ones.
-        say: Told of a failure.
-        first: The number from which on events of older files no longer count; None: all of them count.
+        folder: Of the events; the first write creates a new file in it.
+        say: Called with the message of a failure.
+        first: Events of older files from this step on are discarded; None: all are kept.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None], first: int | None = None) -> None:
@@ -34,7 +34,7 @@ class EventLog:
         """Add values; on return they are on the disk.
 
         Args:
-            number: What they are drawn over, such as the epoch.
+            number: Position on the horizontal axis, such as the epoch.
             values: By name.
         """
         if self._failed:
@@ -57,5 +57,5 @@ class EventLog:
     def close(self) -> None:
         """Close the file."""
         if self._writer is not None:
-            with contextlib.suppress(OSError):  # of which `write` has told
+            with contextlib.suppress(OSError):  # reported by `write`
                 self._writer.close()

@@ -1,8 +1,7 @@
-"""How batches reach a compiled step: cut out of arrays on the devices, or streamed to them.
+"""Feeding batches to compiled steps: sliced from arrays on the devices, or streamed to them.
 
-A feed yields the arguments that a call of the compiled program takes beside the state, and has the
-pure functions that make a batch of them inside of it. Either feed takes the images of an epoch in
-the same order.
+A feed yields the arguments that the compiled program takes besides the state, and has the pure functions
+that make a batch from them inside the program. Both feeds take the images of an epoch in the same order.
 """
 
 import collections
@@ -26,7 +25,7 @@ __all__ = ["Arguments", "Feed", "ResidentFeed", "StreamedFeed"]
 Array = jax.Array
 Arguments = tuple[Any, ...]
 
-# Batches that are on the devices, or on their way, while a step is computed.
+# Batches on the devices, or in transfer, while a step is computed.
 _BATCHES_ON_DEVICE = 2
 
 
@@ -34,42 +33,42 @@ class Feed(Protocol):
     """Batches of a data set.
 
     Attributes:
-        one_step: Whether the arguments are those of one step; else they serve for the whole epoch.
+        one_step: Whether the arguments are those of one step; else of the whole epoch.
     """
 
     one_step: bool
 
     def train(self, key: Array, epoch: int, start: int) -> Generator[Arguments]:
-        """The arguments of the training steps of an epoch; closed when no more are needed.
+        """Yield the arguments of the training steps of an epoch; close it when no more are needed.
 
         Args:
             key: ``[2]`` uint32, the run's key.
             epoch: The epoch, counted from 0.
-            start: Steps of the epoch that have been done.
+            start: Number of steps of the epoch already done.
         """
 
     def take(self, step: Array, *arguments: Array) -> tuple[Array, Array]:
-        """Inside of ``jit``: images ``[B, H, W, C]`` uint8 and labels ``[B]`` int32 of a training step."""
+        """Make images ``[B, H, W, C]`` uint8 and labels ``[B]`` int32 of a training step, inside ``jit``."""
 
     def evaluation(self, split: str) -> Generator[Arguments]:
-        """The arguments of all evaluation steps; closed when no more are needed.
+        """Yield the arguments of all evaluation steps; close it when no more are needed.
 
         Args:
             split: ``"test"``, or ``"validation"`` where there is one.
         """
 
     def take_evaluation(self, *arguments: Array) -> tuple[Array, Array]:
-        """Inside of ``jit``: as `take`; a label of `NO_IMAGE` marks what is no image."""
+        """Make an evaluation batch, as `take`; the label `NO_IMAGE` marks padding."""
 
     def shapes(self, *, evaluation: bool) -> Arguments:
-        """Shapes, dtypes and shardings of the arguments, without any image."""
+        """Return shapes, dtypes and shardings of the arguments, without reading an image."""
 
 
 class ResidentFeed:
-    """Batches of a set that lies whole on every device.
+    """Batches of a data set that is replicated on every device.
 
-    Each image lies there as one row: arrays with few channels last would be padded on TPU to many times their
-    size, and laid out anew by every call of the program.
+    Each image is stored as one row: on TPU, arrays whose last dimension is a few channels would be padded to
+    many times their size, and their layout changed in every call of the program.
 
     Args:
         data: The set.
@@ -88,7 +87,7 @@ class ResidentFeed:
         self._order = jax.jit(epoch_order, static_argnums=2, out_shardings=placement.replicated)
 
     def train(self, key: Array, epoch: int, start: int) -> Generator[Arguments]:
-        """All images and their order, again and again."""
+        """Yield all images and their order, repeatedly."""
         del start  # follows from the step
         if self._train is None:
             self._train = self._placement.replicate(_rows(self._data.train))
@@ -97,14 +96,14 @@ class ResidentFeed:
             yield (*self._train, order)
 
     def take(self, step: Array, *arguments: Array) -> tuple[Array, Array]:
-        """The images that the order has for the step."""
+        """Gather the images at the step's position in the order."""
         images, labels, order = arguments
         position = step % (order.shape[0] // self._batch_size)
         index = jax.lax.dynamic_slice_in_dim(order, position * self._batch_size, self._batch_size)
         return self._images(images, index), jnp.take(labels, index, axis=0)
 
     def evaluation(self, split: str) -> Generator[Arguments]:
-        """All images that are evaluated, where each batch begins and where the split ends."""
+        """Yield all evaluation images, the start of each batch and the end of the split."""
         if self._evaluated is None:
             parts = [_rows(part) for part in self._evaluation_parts.values()]
             self._evaluated = self._placement.replicate(tuple(map(np.concatenate, zip(*parts, strict=True))))
@@ -118,12 +117,12 @@ class ResidentFeed:
 
     @property
     def _evaluation_parts(self) -> dict[str, Split]:
-        """Test and validation images lie in one array, so that one program evaluates both."""
+        """Test and validation images, stored in one array so that one program evaluates both."""
         parts = {"test": self._data.test}
         return parts if self._data.validation is None else {**parts, "validation": self._data.validation}
 
     def take_evaluation(self, *arguments: Array) -> tuple[Array, Array]:
-        """The images from the beginning of the batch; past the end the last one, as no image."""
+        """Gather the images from the batch's start on; past the end, repeat the last one as padding."""
         images, labels, start, end = arguments
         index = start + jnp.arange(self._eval_batch_size, dtype=jnp.int32)
         exists = index < end
@@ -135,7 +134,7 @@ class ResidentFeed:
         return taken.reshape(index.shape[0], *self._data.info.image_shape)
 
     def shapes(self, *, evaluation: bool) -> Arguments:
-        """All images, and their order, or where the batch begins and the split ends."""
+        """Describe all images, and their order or the start of the batch and the end of the split."""
         parts = self._evaluation_parts.values() if evaluation else (self._data.train,)
         count, whole = sum(map(len, parts)), self._placement.replicated
         rows = (count, math.prod(self._data.train.images.shape[1:]))
@@ -146,16 +145,16 @@ class ResidentFeed:
 
 
 def _rows(split: Split) -> Arguments:
-    """Images ``[N, H W C]`` and labels ``[N]``."""
+    """Flatten a split to images ``[N, H W C]`` and labels ``[N]``."""
     return split.images.reshape(len(split), -1), split.labels
 
 
 class StreamedFeed:
-    """Batches that are read and decoded ahead, each process of the run its share.
+    """Batches that are prefetched and decoded in the background, by each process its own rows.
 
     Args:
         data: The set.
-        info: Its facts, with the augmentation that the run asks for.
+        info: Its description, with the augmentation of the run.
         placement: The devices.
         batch_size: Images per training step, over all processes.
         eval_batch_size: Images per evaluation step, over all processes.
@@ -178,8 +177,8 @@ class StreamedFeed:
         self._order = jax.jit(epoch_order, static_argnums=2)
 
     def train(self, key: Array, epoch: int, start: int) -> Generator[Arguments]:
-        """Images and labels of one step after the other."""
-        # Every process computes these by itself: they must not wait for one another here.
+        """Yield images and labels step by step."""
+        # Each process computes these locally: processes must not wait for one another here.
         local = jnp.asarray(jax.device_get(key))
         order = np.asarray(self._order(local, epoch, len(self._data.train)))
         seed = tuple(map(int, jax.random.key_data(fold(local, Purpose.CROP, epoch))))
@@ -187,12 +186,12 @@ class StreamedFeed:
         return self._stream(reader, order, self._batch_size, start)
 
     def take(self, step: Array, *arguments: Array) -> tuple[Array, Array]:
-        """The arguments are the batch."""
+        """Return the arguments, which are the batch."""
         del step
         return self.take_evaluation(*arguments)
 
     def evaluation(self, split: str) -> Generator[Arguments]:
-        """Images and labels of one batch after the other, the last one filled up."""
+        """Yield images and labels batch by batch, the last one padded."""
         source = self._data.test if split == "test" else self._data.validation
         assert source is not None  # asked for only where there is one
         count, size = len(source), self._eval_batch_size
@@ -201,12 +200,12 @@ class StreamedFeed:
         return self._stream(ImageReader(source, self._info), order, size, 0)
 
     def take_evaluation(self, *arguments: Array) -> tuple[Array, Array]:
-        """The arguments are the batch."""
+        """Return the arguments, which are the batch."""
         images, labels = arguments
         return images, labels
 
     def shapes(self, *, evaluation: bool) -> Arguments:
-        """A batch."""
+        """Describe a batch."""
         size, split = self._eval_batch_size if evaluation else self._batch_size, self._placement.split
         images = jax.ShapeDtypeStruct((size, *self._info.image_shape), jnp.uint8, sharding=split)
         return images, jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)

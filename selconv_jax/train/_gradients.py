@@ -1,4 +1,4 @@
-"""The gradient of a batch, over devices and in parts; batch norm over all devices or over each."""
+"""Gradients over devices, with accumulation; batch norm over all devices or over each."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,11 +25,11 @@ BatchNormScope: TypeAlias = Literal["global", "per_device"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """What mixup mixed each image with.
+    """The second labels and weights of a batch after mixup.
 
     Attributes:
-        others: ``[B]`` int32, the other label.
-        weight: ``[B]`` floating, the share of the first one.
+        others: ``[B]`` int32, second label.
+        weight: ``[B]`` floating, weight of the first label.
     """
 
     others: Array
@@ -39,12 +39,12 @@ class Mixture:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """A batch as a network takes it.
+    """A batch in the form that a network takes.
 
     Attributes:
         images: ``[B, H, W, C]`` floating, normalized.
         labels: ``[B]`` int32.
-        mixture: With mixup, what the images are mixtures of.
+        mixture: The second labels and weights, with mixup.
     """
 
     images: Array
@@ -55,11 +55,11 @@ class Examples:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What a network leaves behind of a batch.
+    """Results of the forward pass other than the gradient.
 
     Attributes:
-        batch_stats: Its running statistics, moved.
-        totals: Losses and right guesses.
+        batch_stats: Updated running statistics.
+        totals: Losses and correct predictions.
     """
 
     batch_stats: Any
@@ -76,7 +76,7 @@ def batch_gradients(
     placement: Placement | None = None,
     batch_norm: BatchNormScope = "global",
 ) -> tuple[Any, Seen]:
-    """The gradient of the mean loss of a batch that is split over devices.
+    """Compute the gradient of the mean loss of a batch that is split over devices.
 
     Args:
         model: The network.
@@ -85,13 +85,13 @@ def batch_gradients(
         dropout_key: A PRNG key.
         micro_batches: See `accumulated_gradients`.
         placement: The devices; None: one.
-        batch_norm: ``"global"``: the statistics are those of the whole (micro-)batch, wherever its examples
-            lie, which takes messages between devices in every layer, forward and back. ``"per_device"``: each
-            device normalizes with the statistics of its own examples; running statistics move by the mean
-            of what all devices see. Then two messages make a step, one for the gradient and one for the rest.
+        batch_norm: ``"global"``: statistics of the whole (micro-)batch over all devices, which takes
+            collectives in every layer, forward and backward. ``"per_device"``: each device normalizes with
+            the statistics of its own examples; running statistics are updated with the mean over the
+            devices. A step then has two all-reduces, one for the gradient and one for everything else.
 
     Returns:
-        The gradient, in the tree of the parameters, and what else is known afterwards.
+        The gradient, with the structure of the parameters, and the other results.
     """
 
     def local(variables: Any, examples: Examples, dropout_key: Array) -> tuple[Any, Seen]:
@@ -109,7 +109,7 @@ def batch_gradients(
         return _sum_of_devices(grads), _sum_of_devices(Seen(batch_stats, seen.totals))
 
     whole, split = PartitionSpec(), PartitionSpec(BATCH_AXES)
-    # With its checks shard_map would itself sum the gradient of what all devices share, array by array.
+    # With check_vma, shard_map would sum the gradients of replicated arrays itself, one all-reduce each.
     return jax.shard_map(
         of_device, mesh=placement.mesh, in_specs=(whole, split, whole), out_specs=whole, check_vma=False
     )(variables, examples, jax.random.key_data(dropout_key))
@@ -123,22 +123,22 @@ def accumulated_gradients(
     micro_batches: int,
     placement: Placement | None = None,
 ) -> tuple[Any, Seen]:
-    """The gradient of the mean loss of a batch, computed in parts one after the other.
+    """Compute the gradient of the mean loss of a batch by gradient accumulation.
 
-    Micro-batch ``i`` holds every ``micro_batches``-th example, from the ``i``-th on: whatever the devices,
-    each has its share of every one. Batch norm normalizes each with its own statistics, and the running ones
-    move once for each.
+    Micro-batch ``i`` holds every ``micro_batches``-th example from the ``i``-th on, so that every device
+    holds a part of each. Batch norm normalizes each micro-batch with its own statistics, and updates the
+    running statistics once for each.
 
     Args:
         model: The network.
         variables: Its variables.
         examples: The batch.
         dropout_key: A PRNG key.
-        micro_batches: Number of parts.
-        placement: The devices over which each part is split; None: one.
+        micro_batches: Number of micro-batches.
+        placement: The devices over which each micro-batch is split; None: one.
 
     Returns:
-        The gradient, in the tree of the parameters, and what else is known afterwards.
+        The gradient, with the structure of the parameters, and the other results.
     """
     if micro_batches == 1:
         return _gradient(model, variables, examples, dropout_key)
@@ -160,7 +160,7 @@ def accumulated_gradients(
         return (grads, Seen(then.batch_stats, seen.totals + then.totals)), None
 
     start = jax.tree.map(jnp.zeros_like, variables["params"]), Seen(variables["batch_stats"], Totals.zero())
-    # A loop of convolutions inside of a program is slow on CPU.
+    # XLA runs convolutions inside a loop slowly on CPU.
     unroll = micro_batches if target_platform() == "cpu" else 1
     return jax.lax.scan(body, start, jnp.arange(micro_batches), unroll=unroll)[0]
 
@@ -192,7 +192,7 @@ def _gradient(model: nn.Module, variables: Any, examples: Examples, dropout_key:
 
 
 def _sum_of_devices(tree: Any) -> Any:
-    """The sum over all devices, in one message; whole numbers are exact below 2^24."""
+    """Sum over all devices in one all-reduce; integers are exact below 2^24."""
     dtypes = [jnp.dtype(jnp.float32), *(leaf.dtype for leaf in jax.tree.leaves(tree))]
     widest = max(
         (each for each in dtypes if jnp.issubdtype(each, jnp.floating)), key=lambda each: each.itemsize

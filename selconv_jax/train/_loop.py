@@ -1,4 +1,4 @@
-"""The course of a run: epochs, evaluation, re-allocation, checkpoints, records."""
+"""The training loop: epochs, evaluation, re-allocation, checkpoints, records."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ from selconv_jax.train._workdir import METRICS, check_free, create_workdir
 __all__ = ["NonFiniteLossError", "RunContext", "evaluate_run", "resume_run", "train_run"]
 
 _REFRESH_SECONDS = 0.5
-_DISPATCHES_BETWEEN_LOOKS = 20  # at the clock, which takes a message to all processes
+_DISPATCHES_BETWEEN_LOOKS = 20  # at the clock, which takes a broadcast to all processes
 
 
 class NonFiniteLossError(SelconvError):
@@ -37,43 +37,43 @@ class NonFiniteLossError(SelconvError):
 
 
 class RunContext:
-    """Where a run gets its functions and images, shows its progress, and is asked to stop; here, made alone.
+    """Environment of a run: functions and images, progress display, requests to stop; here of a single run.
 
     Args:
-        console: Where its progress is shown.
+        console: Console of its progress.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
     def prepare(self, config: Config) -> tuple[Trainer, ImageData | StreamedData]:
-        """Return its compiled functions and its images, see `run_setup.prepare`."""
+        """Return its compiled functions and its images, see `_run_setup.prepare`."""
         return run_setup.prepare(config)
 
     def display(self, trainer: Trainer, step: int) -> Display:
-        """Return where its progress is shown, from a step on."""
+        """Return the display of its progress from a step on."""
         return ProgressDisplay(trainer.steps, step, trainer.steps_per_epoch, self.console)
 
     def stop_request(self) -> StopRequest:
-        """Return what asks it to stop."""
+        """Return the request to stop that it checks."""
         return stop_request()
 
     def say(self, text: str) -> None:
-        """Write a line that stays."""
+        """Print a permanent line."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def train_run(config: Config, workdir: Path, console: Console, context: RunContext | None = None) -> int:
-    """Trains from the start in a new directory.
+    """Train from scratch in a new directory.
 
     Args:
         config: The run.
         workdir: A directory that does not exist or is empty.
-        console: Where progress is shown.
-        context: Where it is made; None: alone.
+        console: Console of the progress.
+        context: Environment of the run; None: that of a single run.
 
     Returns:
-        0 when the run is complete, 128 plus the signal's number when it was asked to stop.
+        0 when the run is complete, 128 plus the signal number when a signal stopped it.
 
     Raises:
         SelconvError: A user-fixable error; nothing was overwritten.
@@ -82,7 +82,7 @@ def train_run(config: Config, workdir: Path, console: Console, context: RunConte
     trainer, data = context.prepare(config)
     together(lambda: check_free(workdir) if is_first() else None)
     with run_setup.claimed(workdir, make=True), run_setup.open_store(config, workdir) as store:
-        # Not before: another job may have been about to make its run here.
+        # Only after claiming it: another job may have been about to create its run here.
         together(lambda: create_workdir(workdir, config) if is_first() else None)
         context.say(f"run in {workdir}")
         return _Run(trainer, data.info, workdir, store, context).go_on(trainer.initial_state())
@@ -91,12 +91,12 @@ def train_run(config: Config, workdir: Path, console: Console, context: RunConte
 def resume_run(
     workdir: Path, console: Console, overrides: Sequence[str] = (), context: RunContext | None = None
 ) -> int:
-    """Goes on with a run from its newest good checkpoint, exactly as it would have gone on by itself.
+    """Resume a run from its newest intact checkpoint; the result equals that of an uninterrupted run.
 
     Args:
         workdir: The directory of the run.
-        console: Where progress is shown.
-        overrides: ``"key=value"``, of keys that do not change the result, for this time only.
+        console: Console of the progress.
+        overrides: ``"key=value"`` of keys that do not change the result, for this call only.
         context: See `train_run`.
 
     Returns:
@@ -114,7 +114,7 @@ def resume_run(
             for note in restored.skipped:
                 context.say(f"skipped: {note}")
             state = restored.state
-            context.say(f"going on from step {restored.step} of {trainer.steps}")
+            context.say(f"resuming from step {restored.step} of {trainer.steps}")
         else:
             state = trainer.initial_state()
             context.say("there is no checkpoint yet: starting from the beginning")
@@ -132,16 +132,16 @@ def evaluate_run(
         overrides: As for `resume_run`.
 
     Returns:
-        The step of the checkpoint, and the numbers of `record.evaluation_metrics`.
+        The step of the checkpoint, and the numbers of `_epoch_record.evaluation_metrics`.
 
     Raises:
         SelconvError: A user-fixable error.
     """
     trainer, info, step, state = run_setup.restore_run(workdir, step, overrides)
-    # As after the epoch that the checkpoint belongs to.
+    # The program of the epoch that the checkpoint belongs to.
     epoch = max(step - 1, 0) // trainer.steps_per_epoch
     metrics = evaluation_metrics(trainer, state, trainer.program(state, epoch), info)
-    assert metrics is not None  # nobody asked it to stop
+    assert metrics is not None  # only a request to stop returns None
     return step, metrics
 
 
@@ -162,7 +162,7 @@ class _Run:
         # A checkpoint at the end of an epoch was taken before the epoch's record and re-allocation.
         ended = step > 0 and step % trainer.steps_per_epoch == 0
         epoch = step // trainer.steps_per_epoch - ended
-        # What the record of that epoch knew and a repetition of it does not.
+        # The speed is known from the epoch's record only: resuming does not repeat its steps.
         metrics = self.workdir / METRICS
         recorded = [record for record in read_metrics(metrics) if record["epoch"] == epoch + 1]
         speed: float | None = recorded[0].get("images_per_second") if ended and recorded else None
@@ -194,7 +194,7 @@ class _Run:
         self.context.say(f"note: {note}")
 
     def _train_epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, float | None]:
-        """Trains to the end of the epoch or until asked to stop; returns images per second too."""
+        """Train to the end of the epoch or until asked to stop; also return images per second."""
         trainer, config = self.trainer, self.trainer.config
         program = self._program(state, epoch)
         step = int(state.step)
@@ -208,15 +208,15 @@ class _Run:
                 count = min(trainer.steps_per_dispatch, min(due, end) - step)
                 state, numbers = trainer.run_steps(state, batches, program, count)
                 if started is None:
-                    # The first call compiles; the speed is that of the others.
+                    # The first call compiles and does not count towards the speed.
                     jax.block_until_ready(numbers)
                     started = time.monotonic()
                 else:
                     measured += count * config.batch_size
                 step += count
                 if waiting is not None:
-                    # The device is never more than a call ahead, so that a request to stop is soon heard, and
-                    # never idle: these are the numbers of the call before.
+                    # The device is never idle, and never more than one call ahead, so that a request to stop
+                    # is noticed soon: these are the numbers of the previous call.
                     loss, accuracy, failed = jax.device_get(waiting)
                     if failed:
                         break
@@ -239,7 +239,7 @@ class _Run:
         return state, measured / (time.monotonic() - started)
 
     def _program(self, state: TrainState, epoch: int) -> Program:
-        """What the next steps are compiled for; says so if they have to be."""
+        """Choose the program of the next steps; announce it if it has to be compiled."""
         program = self.trainer.program(state, epoch)
         if not self.trainer.is_compiled(program):
             self._display.line(f"compiling the training step{program.note}")
@@ -257,7 +257,7 @@ class _Run:
         metrics = evaluation_metrics(trainer, state, program, self.info, self._stop.check)
         if metrics is None:
             return state, False
-        # Never chosen by the test images, whose accuracy would then no longer be a fair estimate.
+        # Never scored by the test accuracy, which would then no longer be an unbiased estimate.
         self._save(state, score=metrics.get("validation_accuracy"))
         train = jax.device_get(state.totals)
         step = int(state.step)
@@ -276,7 +276,7 @@ class _Run:
             **channel_counts(state),
         }
         if epoch + 1 == config.epochs:
-            self.store.steps()  # waits for the disk: who reads the last record may take the run for complete
+            self.store.steps()  # waits for the disk: the last record marks the run as complete
         if self._log is not None:
             self._log.write(record)
         self._display.line(sentence(record, config.epochs))
@@ -288,13 +288,13 @@ class _Run:
             self._save(state)
         self.store.steps()  # waits for the disk
         self._display.line(
-            f"stopped after step {int(state.step)} of {self.trainer.steps}; go on by "
+            f"stopped after step {int(state.step)} of {self.trainer.steps}; resume with "
             f"`selconv resume {self.workdir}`"
         )
         return self._stop.exit_code
 
     def _is_save_due(self) -> bool:
-        """Whether the last checkpoint is old; of several processes the first one's clock decides."""
+        """Return whether a checkpoint is due; the clock of process 0 decides for all."""
         self._dispatches += 1
         if jax.process_count() > 1 and self._dispatches % _DISPATCHES_BETWEEN_LOOKS:
             return False
@@ -319,6 +319,6 @@ class _Run:
         latest = self.store.latest_step
         kept = "there is no checkpoint yet" if latest is None else f"the checkpoint of step {latest} is kept"
         raise NonFiniteLossError(
-            f"{problem}; {kept}. Train anew with a lower optimizer.learning_rate, or with "
+            f"{problem}; {kept}. Train from scratch with a lower optimizer.learning_rate, or with "
             'model.dtype = "float32".'
         )

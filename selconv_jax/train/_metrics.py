@@ -15,9 +15,9 @@ __all__ = ["MetricsLog", "read_metrics"]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``, oldest first.
+    """Read the records of a ``metrics.jsonl``, oldest first.
 
-    A last line that was cut off while being written is left out.
+    A truncated last line, from an interrupted write, is left out.
 
     Args:
         path: The file; it may be missing.
@@ -26,7 +26,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         One mapping per epoch.
 
     Raises:
-        DataError: A line before the last is no JSON, a line is no record, or the file cannot be read.
+        DataError: A line before the last is not JSON, a line is not a record, or the file cannot be read.
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -41,18 +41,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             if number == len(lines):
                 break
-            raise DataError(f"{path}, line {number}: not JSON. Remove the line to go on.") from None
+            raise DataError(f"{path}, line {number}: not JSON. Remove the line to continue.") from None
         before = records[-1]["epoch"] if records else 0
         if not _is_record(record) or record["epoch"] <= before:
             raise DataError(
-                f"{path}, line {number}: not the record of an epoch after {before}. Remove the line to go on."
+                f"{path}, line {number}: not the record of an epoch after {before}. "
+                "Remove the line to continue."
             )
         records.append(record)
     return records
 
 
 def _is_record(value: Any) -> bool:
-    """Whether a value is a mapping as `MetricsLog.write` takes it."""
+    """Return whether a value is a mapping as `MetricsLog.write` takes it."""
     return (
         isinstance(value, dict)
         and type(value.get("epoch")) is int
@@ -64,14 +65,14 @@ def _is_record(value: Any) -> bool:
 
 
 class MetricsLog:
-    """Writes the records of a run.
+    """Writer of the records of a run.
 
     Args:
         path: The ``metrics.jsonl``.
         events: Directory of the TensorBoard events.
-        epochs_done: Epochs to keep: what is recorded of later ones, by a run that was cut off and is now
-            resumed from an earlier checkpoint, is dropped.
-        say: Told of events that cannot be written, which do not matter to the run.
+        epochs_done: Epochs to keep: records of later ones, left by an interrupted run that is now resumed
+            from an earlier checkpoint, are dropped.
+        say: Called with a message if events cannot be written, which does not stop the run.
 
     Raises:
         DataError: The records cannot be read or written.
@@ -98,7 +99,7 @@ class MetricsLog:
         Raises:
             DataError: It cannot be written.
         """
-        # JSON has no infinity and no NaN.
+        # JSON has neither infinity nor NaN.
         record = {
             name: value if value is None or math.isfinite(value) else None for name, value in record.items()
         }
@@ -114,12 +115,12 @@ class MetricsLog:
         self._events.write(record["epoch"], numbers)
 
     def close(self) -> None:
-        """Close the file of the events."""
+        """Close the event file."""
         self._events.close()
 
 
 def _unwritable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path} cannot be written: {error.strerror}. Mend that and resume the run.")
+    return DataError(f"{path} cannot be written: {error.strerror}. Fix that and resume the run.")
 
 
 def _line(record: Mapping[str, Any]) -> str:

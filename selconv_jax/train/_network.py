@@ -1,4 +1,4 @@
-"""The network that a configuration asks for."""
+"""Creating the network of a configuration."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ _SET_ELSEWHERE = {
 
 
 def make_network(config: ModelConfig, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The network of a run, for no particular capacity.
+    """Create the network of a run, for no particular capacity.
 
     Args:
         config: The section ``[model]`` of the run.

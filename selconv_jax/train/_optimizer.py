@@ -20,7 +20,7 @@ _KINDS = {bool: "true or false", int: "a number", float: "a number", str: "a tex
 def learning_rate_schedule(
     config: OptimizerConfig, steps: int, *, steps_per_epoch: int = 1, batch_size: int | None = None
 ) -> optax.Schedule:
-    """The learning rate of every step: a rise in proportion to the step, then a cosine that ends at 0.
+    """Make the learning-rate schedule: a linear warm-up, then a cosine decay to 0.
 
     Args:
         config: Rates.
@@ -29,7 +29,7 @@ def learning_rate_schedule(
         batch_size: Images per step, to which a rate for another size is scaled; None: not scaled.
 
     Returns:
-        From the number of a step to its rate.
+        A function from the step to the rate.
     """
     peak = config.learning_rate
     if config.reference_batch_size is not None and batch_size is not None:
@@ -49,25 +49,25 @@ def learning_rate_schedule(
 def make_optimizer(
     config: OptimizerConfig, steps: int, schedule: optax.Schedule | None = None
 ) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum and two weight decays (method, "Schedule and training"), or another.
+    """Make the optimizer: by default SGD with two weight decays (method, "Schedule and training").
 
-    Weight decay is added to the gradient before anything else; on shifts it is a weaker one. An optimizer
-    with a decay of its own (an argument ``weight_decay``, as of ``"adamw"``, ``"lion"`` or ``"lamb"``) gets
-    these numbers for that instead, and nothing is added: it decays once. Shifts then have one of these
-    optimizers to themselves; without an argument for a mask, there is one for all, which decays shifts like
-    the rest. Of ``"lars"``, kernels alone are scaled by the ratio of norms, as is usual.
+    SGD has Nesterov momentum. Weight decay is added to the gradient first; shifts have a weaker one. An
+    optimizer with its own decay (an argument ``weight_decay``, as in ``"adamw"``, ``"lion"`` or ``"lamb"``)
+    gets these values instead, and nothing is added: it decays once. Shifts then have a separate instance;
+    if the optimizer takes no mask, one instance decays shifts like the rest. ``"lars"`` scales only kernels
+    by the trust ratio, as is usual.
 
     Args:
         config: Name and rates.
-        steps: Steps of the whole run, over which the learning rate falls to 0.
+        steps: Steps of the whole run, over which the learning rate decays to 0.
         schedule: The learning rate; None: that of `learning_rate_schedule`.
 
     Returns:
         An optax optimizer for the ``params`` of a model.
 
     Raises:
-        ConfigError: There is no optimizer of that name, it has no such option, or an option is of another
-            kind.
+        ConfigError: There is no optimizer of that name, it has no such option, or an option has the wrong
+            type.
 
     Example:
         >>> import jax.numpy as jnp
@@ -83,7 +83,7 @@ def make_optimizer(
     def make(**options: Any) -> optax.GradientTransformation:
         try:
             return maker(schedule, **options)
-        except Exception as error:  # optax raises nearly anything of a value of another kind
+        except Exception as error:  # optax raises nearly any exception for a value of the wrong type
             raise ConfigError(f"optimizer.options do not suit {config.name}: {error}") from None
 
     links = [make(**{**dict.fromkeys(decays, config.weight_decay), **options})]
@@ -102,11 +102,11 @@ def make_optimizer(
 
 
 def _maker(name: str) -> Callable[..., optax.GradientTransformation]:
-    """The function of optax or optax.contrib that makes an optimizer of a learning rate."""
+    """Find the function of optax or optax.contrib that makes an optimizer from a learning rate."""
     makers: dict[str, Callable[..., optax.GradientTransformation]] = {}
     for module in (optax.contrib, optax):
         for key, value in vars(module).items():
-            # The others are parts of optimizers, or deprecated aliases.
+            # The others are components of optimizers, or deprecated aliases.
             offered = not key.startswith(("_", "scale_by_")) and not hasattr(module, f"{key}_v2")
             parameters = inspect.signature(value).parameters if inspect.isfunction(value) else ()
             if offered and next(iter(parameters), "") == "learning_rate":
@@ -122,7 +122,7 @@ def _maker(name: str) -> Callable[..., optax.GradientTransformation]:
 
 
 def _options(config: OptimizerConfig, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """The arguments of the optimizer but its rate and decays, each of the kind of its default."""
+    """Collect the optimizer's arguments other than rate and decays; each has the type of its default."""
     known = parameters.keys() - {"learning_rate"}
     for key, value in config.options.items():
         where = f"optimizer.options.{key}"
@@ -159,7 +159,7 @@ def _groups(params: Any) -> Any:
 
 
 def _by_name(params: Any, function: Callable[[str], Any]) -> Any:
-    """A tree like the parameters; `optax.tree.map_params` gives a single value in place of all of them."""
+    """Map parameter names to values; `optax.tree.map_params` passes a single value in place of the tree."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: function(getattr(path[-1], "key", "") if path else ""), params
     )

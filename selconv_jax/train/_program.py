@@ -1,4 +1,4 @@
-"""What the steps of a run are compiled for."""
+"""The network that the steps of a run are compiled for."""
 
 import dataclasses
 import hashlib
@@ -9,18 +9,18 @@ from selconv_jax.compaction import plan_compaction
 
 __all__ = ["CAPACITIES", "Program", "bucket_program", "frozen_program"]
 
-# Shares of the channels that a step may be compiled for: few programs, little waste.
+# Fractions of the channels that a step can be compiled for: few programs, little waste.
 CAPACITIES = (0.0, 0.125, 0.25, 0.5, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A network that computes what the run's network computes with the allocation as it stands.
+    """A network equivalent to the run's network for the current allocation.
 
     Attributes:
         key: Equal for equal programs.
-        model: Applied to the run's variables, whatever the program leaves out of them.
-        note: What it is compiled for, as the end of a sentence; empty for the plain network's program.
+        model: Applied to all of the run's variables, also if the program does not use some of them.
+        note: End of a sentence on what it is compiled for; empty for the plain network's program.
     """
 
     key: Hashable
@@ -29,14 +29,14 @@ class Program:
 
 
 def bucket_program(model: Any, needed: float) -> Program:
-    """The program that any allocation with so many copies can use.
+    """Return the program for any allocation with up to a number of copies.
 
     Args:
         model: The network.
-        needed: Largest share of copies in a layer, from `selconv_jax.required_capacity`.
+        needed: Largest fraction of copies in a layer, from `selconv_jax.required_capacity`.
 
     Returns:
-        That of the smallest of `CAPACITIES` which holds them.
+        The program of the smallest of `CAPACITIES` that holds them.
 
     Example:
         >>> from selconv_jax import SelectiveConv
@@ -49,7 +49,7 @@ def bucket_program(model: Any, needed: float) -> Program:
 
 
 def frozen_program(model: Any, variables: Any, example: Any) -> Program:
-    """The program of one allocation, which holds nothing that the allocation does not use.
+    """Return the program of one allocation, without anything that the allocation does not use.
 
     Args:
         model: The network.
@@ -57,8 +57,8 @@ def frozen_program(model: Any, variables: Any, example: Any) -> Program:
         example: Shape and type of a batch, a `jax.ShapeDtypeStruct`.
 
     Returns:
-        A compacted network under the names and shapes of the whole one; where nothing is closed and nothing
-        copied, the program of the plain network.
+        A compacted network with the names and shapes of the full one; if no channel is closed and none
+        is a copy, the program of the plain network.
     """
     plan = plan_compaction(model.clone(capacity=0.0), variables, example, compare=False)
     if not plan.model.layouts and not plan.model.widths:

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a bar on a terminal, plain lines otherwise."""
+"""Progress display of a run: a bar on a terminal, plain lines otherwise."""
 
 import time
 from collections.abc import Callable
@@ -14,20 +14,20 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 
 class Display(Protocol):
-    """Where a run shows its progress, see `ProgressDisplay`."""
+    """Display of a run's progress, see `ProgressDisplay`."""
 
     def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Show a new state."""
+        """Show new values."""
 
     def line(self, text: str) -> None:
-        """Write a line that stays."""
+        """Print a permanent line."""
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
 
 
 class ProgressDisplay:
-    """Shows the steps of a run; on a terminal as a bar, else as a line every 20 seconds.
+    """Display of the steps of a run: a bar on a terminal, else a line every 20 seconds.
 
     Args:
         total: Steps of the whole run.
@@ -48,14 +48,14 @@ class ProgressDisplay:
         self._total, self._per_epoch = total, steps_per_epoch
         self._console, self._clock = console, clock
         self._last_line = clock()
-        # Steps and time from which the speed is reckoned: what was compiled before them counts for nothing.
+        # Steps and time from which the speed is measured, so that compilation does not count.
         self._since: tuple[int, float] | None = None
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
                 BarColumn(bar_width=None),
-                # Where there is little room, the bar gets shorter, and no number is cut.
+                # On a narrow terminal the bar gets shorter, and no number is cut off.
                 MofNCompleteColumn(table_column=Column(no_wrap=True)),
                 TextColumn("{task.fields[numbers]}"),
                 TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
@@ -66,7 +66,7 @@ class ProgressDisplay:
             self._bar.start()
 
     def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Show a new state.
+        """Show new values.
 
         Args:
             step: Training steps done, of the whole run.
@@ -78,7 +78,7 @@ class ProgressDisplay:
         self._since = self._since or (step, now)
         epoch = f"{min(step // self._per_epoch + 1, self._epochs)}/{self._epochs}"
         if self._bar is not None:
-            # Short, so that nothing is cut on a terminal of 80 characters.
+            # Short enough for a terminal of 80 characters.
             numbers = f"loss {loss:.4f}  acc. {accuracy:.2%}  {images_per_second:,.0f}/s"
             self._bar.update(self._task, completed=step, epoch=epoch, numbers=numbers)
             return
@@ -88,11 +88,11 @@ class ProgressDisplay:
             self.line(f"epoch {epoch}  step {step}/{self._total}  {numbers}{self._left(step, now)}")
 
     def line(self, text: str) -> None:
-        """Write a line that stays."""
+        """Print a permanent line."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -108,7 +108,7 @@ class ProgressDisplay:
 
 
 def format_duration(seconds: float) -> str:
-    """``"1:02:03"`` or ``"2:03"``."""
+    """Format seconds as ``"1:02:03"`` or ``"2:03"``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

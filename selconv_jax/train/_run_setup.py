@@ -1,4 +1,4 @@
-"""A run as all its processes open it: of one configuration, one data set, one directory, one checkpoint."""
+"""Opening a run on all its processes with the same configuration, data, directory and checkpoint."""
 
 import contextlib
 import dataclasses
@@ -40,11 +40,11 @@ __all__ = [
 ]
 
 _SAMPLED_IMAGES = 100
-_SHARING_SECONDS = 10.0  # what a file system may take to show one machine what another has written
+_SHARING_SECONDS = 10.0  # for a network file system to show a file that another machine has written
 
 
 def prepare(config: Config) -> tuple[Trainer, ImageData | StreamedData]:
-    """Images and compiled functions of a run, once all processes have found them and agree.
+    """Open the images and make the trainer of a run, and check that all processes agree.
 
     Args:
         config: The run.
@@ -72,7 +72,7 @@ def prepare(config: Config) -> tuple[Trainer, ImageData | StreamedData]:
 
 
 def read_again(workdir: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a run that has begun, on every process.
+    """Read the configuration of an existing run on every process.
 
     Args:
         workdir: The directory of the run.
@@ -87,7 +87,7 @@ def read_again(workdir: Path, overrides: Sequence[str] = ()) -> Config:
 def prepare_again(
     config: Config, how: Callable[[Config], tuple[Trainer, ImageData | StreamedData]] | None = None
 ) -> tuple[Trainer, ImageData | StreamedData]:
-    """As `prepare`, or ``how``, of a run that has begun; its images may have gone elsewhere since."""
+    """Call `prepare`, or ``how``, for an existing run, whose images may have been moved since."""
     try:
         return (how or prepare)(config)
     except DataError as error:
@@ -95,7 +95,7 @@ def prepare_again(
 
 
 def restore(store: CheckpointStore, trainer: Trainer, step: int | None = None) -> Restored:
-    """The same checkpoint on every process; the first one looks which is good."""
+    """Restore the same checkpoint on every process; process 0 finds the newest intact one."""
     found: Restored | None = None
 
     def restore_first() -> None:
@@ -110,14 +110,14 @@ def restore(store: CheckpointStore, trainer: Trainer, step: int | None = None) -
 
 @contextlib.contextmanager
 def claimed(workdir: Path, *, make: bool = False) -> Iterator[None]:
-    """Hold the run for the processes of this job; the first one stands for all.
+    """Lock the run for the processes of this job; process 0 holds the lock for all.
 
     Args:
-        workdir: The directory of the run, the same one for all processes.
-        make: Whether to make it.
+        workdir: The directory of the run, the same for all processes.
+        make: Whether to create it.
 
     Raises:
-        ConfigError: Another job holds the run, or the processes do not see one directory.
+        ConfigError: Another job holds the run, or the processes do not see the same directory.
     """
     require_same({"work directory": os.fspath(workdir.absolute())})
     with contextlib.ExitStack() as stack:
@@ -128,7 +128,7 @@ def claimed(workdir: Path, *, make: bool = False) -> Iterator[None]:
 
 
 def _await_mark(workdir: Path, mark: str) -> None:
-    """Wait until what the first process left in its directory is seen in this process's."""
+    """Wait until this process sees the mark that process 0 left in the directory."""
     end = time.monotonic() + _SHARING_SECONDS
     while lock_mark(workdir) != mark:
         if time.monotonic() > end:
@@ -149,7 +149,7 @@ def _splits(data: ImageData | StreamedData) -> dict[str, ImageSource]:
 
 
 def _sample_digest(data: ImageData | StreamedData) -> str:
-    """Equal where the images are: a digest of some of them, evenly spaced, as reading all may take long."""
+    """Digest some images, evenly spaced, to compare data sets without reading all of them."""
     digest = hashlib.sha256()
     for split in _splits(data).values():
         for place in np.linspace(0, len(split) - 1, min(_SAMPLED_IMAGES, len(split)), dtype=int):
@@ -159,14 +159,14 @@ def _sample_digest(data: ImageData | StreamedData) -> str:
 
 
 def open_store(config: Config, workdir: Path) -> CheckpointStore:
-    """The checkpoints of a run, as many as its configuration keeps."""
+    """Open the checkpoint store of a run."""
     return CheckpointStore(workdir / CHECKPOINTS, keep=config.keep_checkpoints, origin=origin_of(config))
 
 
 def restore_run(
     workdir: Path, step: int | None = None, overrides: Sequence[str] = ()
 ) -> tuple[Trainer, DatasetInfo, int, TrainState]:
-    """A run as it was at a checkpoint, to be evaluated on as many of its devices as there are.
+    """Restore a run at a checkpoint for evaluation, on fewer devices if some are missing.
 
     Args:
         workdir: The directory of the run.
@@ -174,7 +174,7 @@ def restore_run(
         overrides: As for `read_again`.
 
     Returns:
-        The run's compiled functions, the facts of its images, the step, the state.
+        The trainer, the description of its images, the step, and the state.
 
     Raises:
         SelconvError: A user-fixable error.
@@ -188,7 +188,7 @@ def restore_run(
 
 
 def _on_present_devices(config: Config) -> Config:
-    """The run on fewer devices, where there are fewer: an evaluation does not depend on their number."""
+    """Reduce the run to the devices present: an evaluation does not depend on their number."""
     processes, most = jax.process_count(), jax.device_count()
     for devices in range(min(config.devices or most, most), 0, -1):
         if devices % processes == 0 and config.batch_size % (devices * config.micro_batches) == 0:
@@ -198,21 +198,21 @@ def _on_present_devices(config: Config) -> Config:
 
 
 def refuse_skipped(step: int | None, skipped: Sequence[str]) -> None:
-    """Refuses to take an older checkpoint, or another one for the best, where nobody asked for it.
+    """Refuse to fall back to an older checkpoint, or to another "best" one, unless it is requested.
 
     Args:
-        step: The one that would be taken.
-        skipped: What is wrong with others.
+        step: The checkpoint that would be used.
+        skipped: The problems of the damaged ones.
 
     Raises:
-        CheckpointError: Something is.
+        CheckpointError: A checkpoint is damaged.
     """
     if skipped:
         raise CheckpointError("\n".join([*skipped, f"To take that of step {step}, add --checkpoint {step}."]))
 
 
 def best_meaning(workdir: Path) -> str:
-    """What the best checkpoint of a run is, in a few words."""
+    """Describe in a few words how the best checkpoint of a run is chosen."""
     if read_config(workdir).data.has_validation:
         return "the best on the validation images"
     return "the last: without validation images none is called the best"
@@ -224,7 +224,7 @@ class Choice:
 
     Attributes:
         step: Its step.
-        skipped: One sentence for each damaged checkpoint that might have been the one.
+        skipped: One sentence for each damaged checkpoint that might have been chosen.
     """
 
     step: int
@@ -232,20 +232,20 @@ class Choice:
 
 
 def find_checkpoint(workdir: Path, which: str) -> Choice:
-    """The checkpoint that ``"last"``, ``"best"`` or a number means in a run.
+    """Find the checkpoint of a run that ``"last"``, ``"best"`` or a step refers to.
 
-    The best is that of the epoch with the highest accuracy on the validation images, the earliest of
-    equals. Without such images there is nothing fair to choose by, and the best is the last.
+    The best is that of the epoch with the highest validation accuracy, the earliest of ties. Without
+    validation images there is no unbiased choice, and the best is the last.
 
     Args:
         workdir: The directory of the run.
-        which: One of the words, or a number.
+        which: One of the words, or a step.
 
     Returns:
-        For the last the newest that is not damaged.
+        The checkpoint; for ``"last"`` the newest that is not damaged.
 
     Raises:
-        SelconvError: It means none, or there is no run.
+        SelconvError: There is no such checkpoint, or no run.
     """
     config = read_config(workdir)
     with open_store(config, workdir) as store:
@@ -262,7 +262,7 @@ def find_checkpoint(workdir: Path, which: str) -> Choice:
 
 
 def skipped_checkpoints(workdir: Path) -> tuple[str, ...]:
-    """What is wrong with the checkpoints of a run that are newer than its newest good one.
+    """Describe the damaged checkpoints of a run that are newer than its newest intact one.
 
     Raises:
         SelconvError: There is no run, or all its checkpoints are damaged.

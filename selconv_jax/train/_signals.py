@@ -14,16 +14,16 @@ __all__ = ["SharedStopRequest", "StopRequest", "stop_request"]
 
 
 _INSISTING = (signal.SIGINT, signal.SIGTERM)
-# A terminal that closes (once from the system, once more from the shell), and a queue such as Slurm's, asked
-# to tell some time before it ends a job. Windows knows neither.
+# A closing terminal (signalled by the system and again by the shell), and a scheduler such as Slurm that
+# warns some time before it ends a job. Windows has neither signal.
 _ANNOUNCING = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
 class StopRequest:
-    """While entered, the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is noted instead of ending the process.
+    """Context in which the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is noted and does not end the process.
 
-    A second SIGINT or SIGTERM acts as it would have without this: the user insists. Nobody insists by the
-    other two, which often come twice; a process that ignores them (as under ``nohup``) goes on doing so.
+    A second SIGINT or SIGTERM has its usual effect: the user insists. The other two often come twice and
+    never count as insisting; a process that ignores them (as under ``nohup``) continues to do so.
 
     Attributes:
         signal: The signal that was received, or None.
@@ -42,14 +42,14 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 plus the signal's number, as shells report it; 0 without a signal."""
+        """128 plus the signal number, as shells report it; 0 without a signal."""
         return 0 if self.signal is None else 128 + self.signal
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     def check(self) -> bool:
-        """Whether to stop now; to be asked wherever the work may be left off."""
+        """Return whether to stop now; to be called wherever the work may be interrupted."""
         return bool(self)
 
     def __enter__(self) -> "StopRequest":
@@ -80,9 +80,9 @@ class StopRequest:
 
 
 class SharedStopRequest(StopRequest):
-    """A request to any process of a run, heard by all at the same call of `check`.
+    """A request to any process of a run, seen by all processes at the same call of `check`.
 
-    JAX's runtime catches SIGTERM and spreads the word; the other signals are handed to it as one.
+    JAX's runtime catches SIGTERM and informs all processes; other signals are forwarded to it as SIGTERM.
     """
 
     _noted = (signal.SIGINT, *_ANNOUNCING)
@@ -93,7 +93,7 @@ class SharedStopRequest(StopRequest):
         self._handed_on = False
 
     def check(self) -> bool:
-        """Whether to stop now; every process asks at the same places, and gets the same answer."""
+        """Return whether to stop now, the same on all processes, which must make the same calls."""
         if self.signal is None and multihost_utils.reached_preemption_sync_point(next(self._calls)):
             self.signal = signal.SIGTERM
         return bool(self)
@@ -107,5 +107,5 @@ class SharedStopRequest(StopRequest):
 
 
 def stop_request() -> StopRequest:
-    """The request that suits the run: of this process alone, or of all."""
+    """Make the request to stop for this process alone, or for all processes of the run."""
     return StopRequest() if jax.process_count() == 1 else SharedStopRequest()

@@ -1,4 +1,4 @@
-"""Everything a run needs to go on from where it is, as one pytree."""
+"""The training state: everything needed to resume a run, as one pytree."""
 
 import dataclasses
 from typing import Any
@@ -18,8 +18,8 @@ class Totals:
 
     Attributes:
         loss: ``[]`` float32, sum of the cross entropies in nats.
-        correct: ``[]`` int32, examples whose first guess is right.
-        correct_top5: ``[]`` int32, examples with the right class among the first five guesses.
+        correct: ``[]`` int32, examples whose top prediction is correct.
+        correct_top5: ``[]`` int32, examples with the true class among the top five predictions.
         count: ``[]`` int32, examples.
     """
 
@@ -30,7 +30,7 @@ class Totals:
 
     @staticmethod
     def zero() -> "Totals":
-        """No examples."""
+        """Return the totals of no examples."""
         return Totals(
             loss=jnp.zeros((), jnp.float32),
             correct=jnp.zeros((), jnp.int32),
@@ -45,7 +45,7 @@ class Totals:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The state of a run. All of it is saved; with the configuration it determines what follows.
+    """The state of a run. All of it is saved; with the configuration it determines the rest of the run.
 
     The epoch and the position in the data follow from ``step``.
 
@@ -81,7 +81,7 @@ class TrainState:
         }
 
     def with_variables(self, variables: dict[str, Any]) -> "TrainState":
-        """The state with other variables of the model."""
+        """Replace the variables of the model."""
         return dataclasses.replace(self, **variables)
 
 
@@ -91,7 +91,7 @@ def initial_state(
     image_shape: tuple[int, ...],
     seed: int | jax.Array,
 ) -> TrainState:
-    """The state before the first step.
+    """Make the state before the first step.
 
     Args:
         model: A network, called as ``model.apply(variables, images, train=...)``.

@@ -1,4 +1,4 @@
-"""The pure functions that a run compiles: training steps and evaluation of a batch."""
+"""The pure functions that a run compiles: a training step, and the evaluation of a batch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,7 @@ ShardBatch = Callable[[Any], Any]
 
 
 class Purpose:
-    """What a key folded from the run's key is for, so that no two uses draw the same numbers."""
+    """Purposes of keys folded from the run's key, so that no two uses draw the same numbers."""
 
     SHUFFLE = 0
     STEP = 1
@@ -34,12 +34,12 @@ class Purpose:
 
 
 def fold(key: Array, purpose: int, index: int | Array) -> Array:
-    """The run's key for one purpose and one step or epoch.
+    """Derive a key for one purpose and one step or epoch from the run's key.
 
     Args:
         key: ``[2]`` uint32, key data.
         purpose: One of `Purpose`.
-        index: Number of the step or epoch.
+        index: Index of the step or epoch.
 
     Returns:
         A typed PRNG key.
@@ -48,7 +48,7 @@ def fold(key: Array, purpose: int, index: int | Array) -> Array:
 
 
 def epoch_order(key: Array, epoch: int | Array, count: int) -> Array:
-    """The order ``[count]`` int32 in which an epoch takes the training images."""
+    """Draw the order ``[count]`` int32 of the training images in an epoch."""
     return jax.random.permutation(fold(key, Purpose.SHUFFLE, epoch), jnp.arange(count, dtype=jnp.int32))
 
 
@@ -66,10 +66,10 @@ def train_step(
     placement: Placement | None = None,
     batch_norm: BatchNormScope = "global",
 ) -> TrainState:
-    """One step on a batch.
+    """Make one training step on a batch.
 
-    With mixup, the loss is the weighted one of both labels of each mixed image, and a guess counts as
-    right if it is the label with the larger weight.
+    With mixup, the loss is weighted over both labels of each mixed image, and a prediction counts as
+    correct if it is the label with the larger weight.
 
     Args:
         state: The state before.
@@ -78,9 +78,9 @@ def train_step(
         model: The network.
         optimizer: The optimizer.
         info: Augmentation and normalization.
-        steps_per_epoch: The totals start anew with the first step of an epoch.
+        steps_per_epoch: The totals are reset at the first step of each epoch.
         mixup: Parameter of the distribution of weights, see `data._mixup`; 0: no mixup.
-        micro_batches: See `gradients.accumulated_gradients`.
+        micro_batches: See `accumulated_gradients`.
         placement: The devices; None: one.
         batch_norm: See `batch_gradients`.
 

@@ -29,21 +29,21 @@ from selconv_jax.transforms._report import Report
 
 __all__ = ["Trainer"]
 
-# A loop of convolutions inside one program is slow on CPU, which also gains nothing from it.
+# XLA runs convolutions inside a loop slowly on CPU, where dispatch costs little anyway.
 _STEPS_PER_DISPATCH = {"cpu": 1}
 _STEPS_PER_DISPATCH_ELSEWHERE = 50
 
 
 class Trainer:
-    """The compiled functions of a run; holds its images, or reads them, but has no state.
+    """The compiled functions of a run and access to its images, without a training state.
 
     Args:
         config: The run.
-        data: Its images, in memory or to be streamed.
-        placement: The devices; None: those that the configuration asks for.
+        data: Its images, in memory or streamed.
+        placement: The devices; None: those of the configuration.
 
     Raises:
-        ConfigError: Configuration, data and devices do not go together.
+        ConfigError: Configuration, data and devices do not fit together.
 
     Attributes:
         config: The run.
@@ -51,7 +51,7 @@ class Trainer:
         steps: Steps of the run.
         model: The network, compiled for no particular capacity.
         optimizer: The optimizer.
-        notes: Sentences on what the configuration allows, yet is probably not meant.
+        notes: Warnings about settings that are valid but probably not intended.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Trainer:
         run = config, self.model, self.optimizer, data.info.image_shape
         self._state_shape = try_on_shapes(*run)
         self.notes = notes_on(*run, self._placement.mesh.size)
-        # Rounded up to a multiple of the devices: what is past the last image is not counted.
+        # Rounded up to a multiple of the devices; the padding past the last image is not counted.
         devices = self._placement.mesh.size
         sizes = config.batch_size, -(-config.eval_batch_size // devices) * devices
         self._feed: Feed
@@ -95,28 +95,28 @@ class Trainer:
 
     @property
     def steps_per_dispatch(self) -> int:
-        """Steps that one call of the compiled program makes; one where images are streamed."""
+        """Training steps per call of the compiled program; one if images are streamed."""
         if self._feed.one_step:
             return 1
         backend = _STEPS_PER_DISPATCH.get(jax.default_backend(), _STEPS_PER_DISPATCH_ELSEWHERE)
         return self.config.steps_per_dispatch or backend
 
     def initial_state(self) -> TrainState:
-        """The state before the first step, on all devices."""
+        """Make the state before the first step, on all devices."""
         return self._initial(np.uint32(self.config.seed))
 
     @functools.cached_property
     def _initial(self) -> Callable[[Any], TrainState]:
-        """`initial_state` of a seed, compiled once for all."""
+        """`initial_state` as a function of the seed, compiled once."""
         make = functools.partial(initial_state, self.model, self.optimizer, self._info.image_shape)
-        # Drawing many small arrays is a huge program that runs once: on CPU, where optimizing it takes
-        # minutes, it is not optimized.
+        # Drawing many small arrays is a huge program that runs once: it is not optimized on CPU, where
+        # that would take minutes.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         sharding = self._placement.state_sharding(self._state_shape)
         return jax.jit(make, out_shardings=sharding, compiler_options=options)
 
     def state_shape(self) -> TrainState:
-        """Shapes, dtypes and shardings of the state, without computing it."""
+        """Return shapes, dtypes and shardings of the state, without computing it."""
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             self._state_shape,
@@ -124,18 +124,18 @@ class Trainer:
         )
 
     def program(self, state: TrainState, epoch: int) -> Program:
-        """What the steps of an epoch, and the evaluation after it, are compiled for.
+        """Choose the program for the steps of an epoch and the evaluation after it.
 
         Args:
             state: The state before the epoch, or within it.
             epoch: The epoch, counted from 0.
 
         Returns:
-            While re-allocations are to come, the program that has room for the copies there are. Then, unless
-            ``allocation.compile_frozen`` is false, that of the allocation which remains.
+            Before the last round, the program with room for the current copies. After it, the program of the
+            frozen allocation, unless ``allocation.compile_frozen`` is false.
         """
         settings = self.config.allocation
-        # All rounds that were due have been made, but for one at the end of this epoch.
+        # All rounds that were due have been made, except one at the end of this epoch.
         done = max(int(state.step), epoch * self.steps_per_epoch)
         frozen = self.next_round(min(done + 1, (epoch + 1) * self.steps_per_epoch)) is None
         if frozen and settings.compile_frozen and state.selectivity:
@@ -153,11 +153,11 @@ class Trainer:
         return self._frozen[1]
 
     def batches(self, state: TrainState, epoch: int) -> Generator[Arguments]:
-        """The batches of the rest of an epoch, for `run_steps`; to be closed when no more are needed."""
+        """Yield the remaining batches of an epoch, for `run_steps`; close it when no more are needed."""
         return self._feed.train(state.key, epoch, int(state.step) - epoch * self.steps_per_epoch)
 
     def is_compiled(self, program: Program) -> bool:
-        """Whether training steps have been compiled for this program."""
+        """Return whether training steps have been compiled for this program."""
         return any(kind == "train" and known == program for kind, known, _ in self._compiled)
 
     def run_steps(
@@ -179,18 +179,18 @@ class Trainer:
         return function(state, *next(batches))
 
     def lower_step(self, program: Program) -> jax.stages.Lowered:
-        """A training step as it is handed to the compiler; reads no image and needs no device."""
+        """Lower a training step for ahead-of-time compilation; reads no image and needs no device."""
         arguments = self._feed.shapes(evaluation=False)
         return self._make_steps(program.model, 1).lower(self.state_shape(), *arguments)
 
     def lower_evaluation(self, program: Program) -> jax.stages.Lowered:
-        """The evaluation of a batch, likewise."""
+        """Lower the evaluation of a batch, as `lower_step`."""
         return self._make_eval(program.model, 1).lower(
             self.state_shape().variables, *self._feed.shapes(evaluation=True)
         )
 
     def plan_compaction(self, state: TrainState, multiple: int = 1) -> CompactionPlan:
-        """Plans the network without what the state's allocation does not use, see `selconv_jax.compact`."""
+        """Plan the compaction of the network for the state's allocation, see `selconv_jax.compact`."""
         model = self._bucket_program(state).model
         return plan_compaction(model, state.variables, self._example, multiple=multiple)
 
@@ -201,12 +201,12 @@ class Trainer:
         program: Program | None = None,
         split: str = "test",
     ) -> Totals | None:
-        """Loss and accuracy on all images of a split.
+        """Compute loss and accuracy on all images of a split.
 
         Args:
             state: The state to evaluate.
-            should_stop: Asked between batches.
-            program: What computes; None: the one with room for the copies there are.
+            should_stop: Called between batches.
+            program: The program to use; None: one with room for the state's copies.
             split: ``"test"``, or ``"validation"`` where the run has one.
 
         Returns:
@@ -220,17 +220,17 @@ class Trainer:
                     return None
                 totals.append(function(state.variables, *arguments))
                 if len(totals) > 2:
-                    # Keeps the queue short, so that a request to stop is soon heard.
+                    # Keeps the queue short, so that a request to stop is noticed soon.
                     totals[-3] = jax.device_get(totals[-3])
         return functools.reduce(Totals.__add__, jax.device_get(totals))
 
     def next_round(self, first: int) -> int | None:
-        """The number of steps done, ``first`` or more, at which a round is due; None: no more are."""
+        """Return the first step count from ``first`` on at which a round is due; None: no more rounds."""
         schedule = self.config.allocation.schedule
         return schedule.next_round(first, self.steps_per_epoch, self.config.epochs)
 
     def reallocate(self, state: TrainState) -> tuple[TrainState, Report]:
-        """A round of re-allocation.
+        """Make a round of re-allocation.
 
         Args:
             state: The state when the round is due.
@@ -253,11 +253,11 @@ class Trainer:
         return state, report
 
     def is_finite(self, state: TrainState) -> bool:
-        """Whether all parameters and running statistics are finite."""
+        """Return whether all parameters and running statistics are finite."""
         return bool(_all_finite((state.params, state.batch_stats)))
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of a step."""
+        """Return the learning rate of a step."""
         return float(self._learning_rate(step))
 
     def _function(
@@ -276,7 +276,7 @@ class Trainer:
     def _steps(
         self, model: Any, count: int, placement: Placement | None, state: TrainState, *arguments: Any
     ) -> tuple[TrainState, jax.Array]:
-        """What `run_steps` computes."""
+        """Compute `run_steps`, inside ``jit``."""
 
         def step(state: TrainState) -> TrainState:
             return train_step(
@@ -307,18 +307,18 @@ class Trainer:
         return jax.jit(evaluate, out_shardings=self._placement.replicated)
 
     def _evaluation(self, model: Any, placement: Placement | None, variables: Any, *arguments: Any) -> Totals:
-        """What `evaluate` computes of a batch."""
+        """Evaluate one batch, inside ``jit``."""
         batch = self._feed.take_evaluation(*arguments)
         return eval_batch(variables, *batch, model=model, info=self._info, placement=placement)
 
     @property
     def _example(self) -> jax.ShapeDtypeStruct:
-        """An image in a batch of its own, as the network takes it."""
+        """Shape and dtype of a batch of one image, as the network takes it."""
         return jax.ShapeDtypeStruct((1, *self._info.image_shape), self.model.dtype)
 
     @property
     def _step_info(self) -> DatasetInfo:
-        """The facts with the augmentation that is left to the compiled step."""
+        """The data set's description, with only the augmentation that the compiled step does."""
         if self._info.eval_resize is None:
             return self._info
         return dataclasses.replace(self._info, crop_padding=0, flip=False)
@@ -330,7 +330,7 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def _with_augmentation(info: DatasetInfo, config: DataConfig) -> DatasetInfo:
-    """The facts of the data set with the augmentation that the configuration asks for."""
+    """Apply the configuration's augmentation to the description of the data set."""
     if config.crop_padding and info.eval_resize is not None:
         raise ConfigError(
             f"data.crop_padding does not apply to {info.name}: its training images are random parts of "

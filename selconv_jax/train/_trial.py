@@ -1,4 +1,4 @@
-"""A run tried on shapes: what would fail in its first step or round fails before anything is made."""
+"""Abstract evaluation of a run, so that errors of its first step or round come before it starts."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ __all__ = ["notes_on", "try_on_shapes"]
 def try_on_shapes(
     config: Config, model: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...]
 ) -> TrainState:
-    """Make the state of a run, a step of its optimizer and a reset after a round, of shapes alone.
+    """Evaluate initialization, an optimizer step and a reset after a round on shapes alone.
 
     Args:
         config: The run.
@@ -77,7 +77,7 @@ def notes_on(
     image_shape: tuple[int, ...],
     devices: int,
 ) -> tuple[str, ...]:
-    """What a run may do, yet is probably not meant to.
+    """Warn about settings that are valid but probably not intended.
 
     Args:
         config: The run.
@@ -87,7 +87,7 @@ def notes_on(
         devices: Number of devices over which a batch is split.
 
     Returns:
-        A sentence for each.
+        One sentence for each.
     """
     notes = []
     parts = config.micro_batches * (devices if config.batch_norm == "per_device" else 1)
@@ -106,7 +106,7 @@ def notes_on(
 
 
 def _layers_on_one_pixel(model: nn.Module, image_shape: tuple[int, ...]) -> list[str]:
-    """The layers with batch norm that read a single pixel of each image."""
+    """List the layers with batch norm that read a single pixel of each image."""
     found = []
 
     def look(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -122,7 +122,7 @@ def _layers_on_one_pixel(model: nn.Module, image_shape: tuple[int, ...]) -> list
 
 
 def _keeps_parameters(optimizer: optax.GradientTransformation) -> bool:
-    """Whether the optimizer's state depends on the values that parameters start from."""
+    """Return whether the optimizer's state depends on the initial values of the parameters."""
     params = {"kernel": jnp.ones((1, 1, 2, 2)), "scale": jnp.ones(2), "shift": jnp.ones((2, 2))}
     states = [optimizer.init(jax.tree.map(lambda leaf: leaf * factor, params)) for factor in (1, 2)]  # noqa: B023
     pairs = zip(*map(jax.tree.leaves, states), strict=True)
@@ -131,12 +131,12 @@ def _keeps_parameters(optimizer: optax.GradientTransformation) -> bool:
 
 @contextlib.contextmanager
 def _refused(message: str) -> Iterator[None]:
-    """Turn whatever is raised into an error of one line, in which it takes the place of ``{}``."""
+    """Turn any exception into a `ConfigError` of one line, with its text in place of ``{}``."""
     try:
         yield
     except SelconvError:
         raise
-    except Exception as error:  # optax, flax and jax raise nearly anything
+    except Exception as error:  # optax, flax and jax raise nearly any exception
         reason = str(error).partition("\n")[0].rstrip(". ")
         raise ConfigError(message.format(reason or type(error).__name__)) from error
 

@@ -1,4 +1,4 @@
-"""The directory of a run: made once, never overwritten, used by one process at a time."""
+"""The directory of a run: created once, never overwritten, used by one process at a time."""
 
 import contextlib
 import fcntl
@@ -36,7 +36,7 @@ _LOCK = ".lock"
 
 
 def default_workdir(config_path: str | os.PathLike[str], parent: str | os.PathLike[str] = "runs") -> Path:
-    """The first free directory ``runs/NAME``, ``runs/NAME-2``, ... for a configuration file."""
+    """Return the first free directory ``runs/NAME``, ``runs/NAME-2``, ... for a configuration file."""
     base = Path(parent) / Path(config_path).stem
     candidate, number = base, 1
     while candidate.exists():
@@ -47,10 +47,10 @@ def default_workdir(config_path: str | os.PathLike[str], parent: str | os.PathLi
 
 @contextlib.contextmanager
 def free_workdir(config_path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Make the `default_workdir`, which no other process then gets; an empty one goes in the end.
+    """Reserve the `default_workdir` by creating it; remove it on exit if it is still empty.
 
     Raises:
-        ConfigError: It cannot be made.
+        ConfigError: It cannot be created.
     """
     while True:
         workdir = default_workdir(config_path)
@@ -70,15 +70,15 @@ def free_workdir(config_path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_free(workdir: Path) -> None:
-    """Sees that a directory may become that of a new run.
+    """Check that a directory can become that of a new run.
 
     Args:
         workdir: The directory; it may be missing or empty.
 
     Raises:
-        ConfigError: It holds something, or cannot be read.
+        ConfigError: It is not empty, or cannot be read.
     """
-    # What a process leaves that was killed before its run had begun is in nobody's way.
+    # Leftovers of a process that was killed before its run began do no harm.
     unfinished = {ENVIRONMENT, f".{CONFIG}.new", _LOCK}
     try:
         content = sorted({entry.name for entry in workdir.iterdir()} - unfinished)
@@ -99,19 +99,19 @@ def check_free(workdir: Path) -> None:
 
 
 def create_workdir(workdir: Path, config: Config) -> None:
-    """Write what determines a new run into its directory.
+    """Write the configuration and environment of a new run into its directory.
 
     Args:
-        workdir: The directory, which this process holds, see `lock`.
+        workdir: The directory, locked by this process, see `lock`.
         config: The resolved configuration.
 
     Raises:
-        ConfigError: The directory holds something, or cannot be written.
+        ConfigError: The directory is not empty, or cannot be written.
     """
     check_free(workdir)
     try:
         (workdir / ENVIRONMENT).write_text(json.dumps(_environment(config), indent=2) + "\n")
-        # Last and at once: a directory with a configuration is a run that can be resumed.
+        # Last and atomically: a directory with a configuration is a run that can be resumed.
         temporary = workdir / f".{CONFIG}.new"
         temporary.write_text(dump_config(config), encoding="utf-8")
         temporary.replace(workdir / CONFIG)
@@ -126,7 +126,7 @@ def _unwritable(workdir: Path, error: OSError) -> ConfigError:
 
 
 def read_config(workdir: Path) -> Config:
-    """The configuration of the run in a directory.
+    """Read the configuration of the run in a directory.
 
     Raises:
         ConfigError: The directory does not hold a run.
@@ -141,7 +141,7 @@ def read_config(workdir: Path) -> Config:
 
 @contextlib.contextmanager
 def lock(workdir: Path, *, make: bool = False) -> Iterator[str]:
-    """Hold the run for this process; the system lets go of it however the process ends.
+    """Lock the run for this process; the system releases the lock however the process ends.
 
     Args:
         workdir: The directory of the run.
@@ -151,7 +151,7 @@ def lock(workdir: Path, *, make: bool = False) -> Iterator[str]:
         A mark that this process leaves in the directory, see `lock_mark`.
 
     Raises:
-        ConfigError: Another process holds it, or it cannot be held.
+        ConfigError: Another process holds the lock, or the directory cannot be locked.
     """
     try:
         if make:
@@ -178,13 +178,13 @@ def lock(workdir: Path, *, make: bool = False) -> Iterator[str]:
             file.flush()
         except OSError as error:
             with contextlib.suppress(OSError):
-                file.close()  # which tries to write once more
+                file.close()  # which tries to write again
             raise _unwritable(workdir, error) from None
         yield mark
 
 
 def lock_mark(workdir: Path) -> str:
-    """The mark of the process that holds, or held, the run; empty without any."""
+    """Read the mark of the process that holds, or last held, the run; empty if there is none."""
     try:
         return (workdir / _LOCK).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -1,7 +1,7 @@
-"""Compares the runs of this project with those of the authors' program: numbers, table and picture.
+"""Compare the runs of this project with those of the authors' program: numbers, table and picture.
 
     python experiments/studies/equal_training/compare.py RUNS [RUNS ...]    collect these directories' runs
-    python experiments/studies/equal_training/compare.py    table and picture anew, from results.json
+    python experiments/studies/equal_training/compare.py    table and picture again, from results.json
 
 The other side's numbers, of every seed and epoch, are those of ``authors.json``, whose runs have no random
 numbers in common with ours: differences are those of two independent samples. And those of
@@ -35,7 +35,7 @@ RESULTS, TABLE, PICTURE = "results.json", "table.md", "equal_training.png"
 SIDES = ("this project", "authors' program")
 _COLOURS = (INK, "#D55E00", "#0072B2")  # the last: the other side from our initial values
 
-# Name, unit and decimals of what is compared, in the order of the table.
+# Name, unit and decimals of the compared quantities, in the order of the table.
 QUANTITIES = {
     "accuracy": ("test accuracy", "%", 2),
     "loss": ("training loss", "", 3),
@@ -52,7 +52,7 @@ Interval = Callable[[Samples, Samples, float], tuple[float, float]]
 
 
 def curves(runs: Runs, quantity: str) -> NDArray[np.float64]:
-    """Values of a quantity, ``[seeds, epochs]``."""
+    """Collect the values of a quantity, ``[seeds, epochs]``."""
 
     def column(key: str) -> NDArray[np.float64]:
         return np.array([run["metrics"][key] for run in runs], np.float64)
@@ -65,10 +65,10 @@ def curves(runs: Runs, quantity: str) -> NDArray[np.float64]:
 
 
 def welch_interval(first: Samples, second: Samples, confidence: float) -> tuple[float, float]:
-    """Welch's t-interval of the difference of two means; the variances of the two samples may differ."""
+    """Compute Welch's t-interval of the difference of two means, whose variances may differ."""
     errors = np.array([sample.var(ddof=1) / len(sample) for sample in (first, second)])
     difference = float(first.mean() - second.mean())
-    if not errors.any():  # no variance: the difference is known
+    if not errors.any():  # no variance: the difference is exact
         return difference, difference
     degrees = errors.sum() ** 2 / (errors**2 / (len(first) - 1, len(second) - 1)).sum()
     reach = float(stdtrit(degrees, (1 + confidence) / 2) * np.sqrt(errors.sum()))
@@ -76,7 +76,7 @@ def welch_interval(first: Samples, second: Samples, confidence: float) -> tuple[
 
 
 def paired_interval(first: Samples, second: Samples, confidence: float) -> tuple[float, float]:
-    """Student's t-interval of the mean difference of two samples whose elements are pairs."""
+    """Compute Student's t-interval of the mean difference of two samples whose elements are pairs."""
     differences = first - second
     error = differences.std(ddof=1) / np.sqrt(len(differences))
     reach = float(stdtrit(len(differences) - 1, (1 + confidence) / 2) * error)
@@ -84,11 +84,11 @@ def paired_interval(first: Samples, second: Samples, confidence: float) -> tuple
 
 
 def compare(ours: Runs, authors: Runs, find_interval: Interval = welch_interval) -> list[dict[str, Any]]:
-    """Every difference of the two sides that the study tests, with its intervals.
+    """Compute every tested difference of the two sides, with its intervals.
 
     Args:
         ours: The runs of this project, with their metrics by name and epoch.
-        authors: Those of the other side.
+        authors: The runs of the authors' program.
         find_interval: Takes a value of every run of either side, and the confidence.
 
     Returns:
@@ -124,7 +124,7 @@ def compare(ours: Runs, authors: Runs, find_interval: Interval = welch_interval)
 
 
 def table(results: Mapping[str, Any], authors: Runs) -> str:
-    """Three Markdown tables: the differences tested, of both comparisons, and both sides epoch by epoch."""
+    """Format the tested differences of both comparisons, and both sides epoch by epoch, as Markdown."""
     ours = results["results"][0]["runs"]
     start = (
         f"Mean ± standard deviation over {len(ours)} seeds here and {len(authors)} there; {SIDES[0]} minus "
@@ -178,10 +178,10 @@ def _cell(values: NDArray[np.float64], decimals: int) -> str:
 
 @styled
 def picture(results: Mapping[str, Any], authors: Runs, same_start: Runs) -> Figure:
-    """A panel for every quantity, mean and standard deviation of both sides; and all intervals in one."""
+    """Plot mean and standard deviation of both sides, a panel per quantity, and all intervals in one."""
     ours = results["results"][0]["runs"]
     figure = new_figure(11.5, 6.9)
-    # Each row by itself: the names in the last panel take no room from the row above.
+    # Each row has its own layout: the names in the last panel take no room from the row above.
     panels = [axes for row in figure.subfigures(2, 1) for axes in row.subplots(1, 3)]
     frozen = results["results"][0]["settings"]["allocation"]["until"]
     for axes, quantity in zip(panels, QUANTITIES, strict=False):
@@ -219,7 +219,7 @@ def _draw_curves(axes: Axes, quantity: str, sides: Sequence[Runs], frozen: float
 def _draw_intervals(
     axes: Axes, comparison: Sequence[Mapping[str, Any]], paired: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Differences and intervals in standard deviations of a run, so that one scale serves for all."""
+    """Plot differences and intervals in standard deviations of a run, on one common scale."""
     short = {LAST: "last", AVERAGE: "average"}
     for place, rows in enumerate(zip(comparison, paired, strict=True)):
         # That of the independent runs for both.
@@ -279,7 +279,7 @@ def _read(file: Path, remedy: str) -> Any:
 
 
 def _check(ours: Runs, authors: Runs, *, paired: bool = False) -> None:
-    """Both sides have the same epochs and seeds enough for a spread; the same seeds where they are pairs."""
+    """Check that both sides have the same epochs and enough seeds, and the same seeds if they are pairs."""
     for side, runs in zip(SIDES, (ours, authors), strict=True):
         if len(runs) < 2:
             raise DataError(f"there is one run of {side}; a spread takes two seeds or more.")

@@ -1,4 +1,4 @@
-"""Trains beside the authors' program with the same numbers on both sides, in float64, and compares.
+"""Train with the numbers that the authors' program was given too, in float64, and compare the losses.
 
     python experiments/studies/equal_training/coupled.py [--steps N] [--dump FILE]
 
@@ -41,7 +41,7 @@ Variables = dict[str, Any]
 
 
 def batches(epoch: int) -> Iterator[tuple[jax.Array, NDArray[np.int64]]]:
-    """Cropped and mirrored images ``[B, H, W, C]`` uint8 and labels ``[B]`` of the steps of an epoch."""
+    """Yield the cropped images ``[B, H, W, C]`` uint8 and labels ``[B]`` of every step of an epoch."""
     rng = np.random.default_rng([0, epoch])
     order = rng.permutation(len(DATA.train))
     padding = DATA.info.crop_padding
@@ -55,7 +55,7 @@ def batches(epoch: int) -> Iterator[tuple[jax.Array, NDArray[np.int64]]]:
 
 
 def draws(epoch: int, layer: int, channels: int) -> NDArray[np.float64]:
-    """Uniform numbers ``[C, 3]`` in [0, 1): of a slot's source, and of its shift in (row, column).
+    """Draw uniform numbers ``[C, 3]`` in [0, 1): for a slot's source, and for its shift in (row, column).
 
     Args:
         epoch: The epoch after which the round is.
@@ -66,7 +66,7 @@ def draws(epoch: int, layer: int, channels: int) -> NDArray[np.float64]:
 
 
 def round_of_allocation(variables: Variables, epoch: int) -> Variables:
-    """De-allocates and re-allocates every layer with what `draws` says."""
+    """De-allocate and re-allocate every layer with the numbers of `draws`."""
     rule = CONFIG.allocation
     states = {}
     for layer, (path, state) in enumerate(layer_states(variables).items()):
@@ -87,7 +87,7 @@ def _damage(state: functional.LayerState) -> jax.Array:
 
 
 def initial_variables() -> Variables:
-    """Those of seed 0, in float64."""
+    """Draw the initial values of seed 0, and return them in float64."""
     with jax.enable_x64(False):
         config = dataclasses.replace(CONFIG, seed=0, devices=1)
         variables = Trainer(config, DATA).initial_state().variables
@@ -159,7 +159,7 @@ def train(steps: int) -> dict[str, list[Any]]:
 
 
 def dump(file: Path) -> None:
-    """Writes what the other side is given: initial values by its names, batches, numbers of the rounds."""
+    """Write the other side's input: initial values by its names, batches, numbers of the rounds."""
     network = make_network(CONFIG.model, DATA.info.image_shape, DATA.info.num_classes)
     variables = initial_variables()
     arrays = {f"init/{name}": value for name, value in state_dict(network, variables).items()}
@@ -172,7 +172,7 @@ def dump(file: Path) -> None:
 
 
 def relative_differences(here: Sequence[float], there: Sequence[float]) -> NDArray[np.float64]:
-    """Of the losses of the steps that both sides have."""
+    """Compute the relative differences of the losses of the steps that both sides have."""
     both = min(len(here), len(there))
     return np.abs(np.array(here[:both]) / np.array(there[:both]) - 1)
 

@@ -1,8 +1,8 @@
-"""The study: the threshold is chosen on validation images, then every configuration is trained with it.
+"""Run the study: choose the threshold on validation images, then train every configuration with it.
 
     python experiments/studies/small_densenet/run.py [--workdir DIR] [OPTION of `selconv sweep` ...]
 
-Stopped and started again it goes on where it was. The choice takes a seed that the comparison does not.
+Started again after an interruption, it resumes. The choice takes a seed that the comparison does not.
 """
 
 import argparse
@@ -23,7 +23,7 @@ ABLATION_SEEDS = "0,1,2"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make both sweeps; the exit code is that of the first one that did not end well."""
+    """Make both sweeps; return the exit code of the first one that failed."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--workdir", type=Path, default=Path("runs/small_densenet"))
     options, rest = parser.parse_known_args(arguments)
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def best_threshold(report: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
-    """The threshold with the highest accuracy on validation after the last epoch; of equals the lowest."""
+    """Choose the threshold with the highest validation accuracy after the last epoch; ties: the lowest."""
     scores = {
         part["resolved"]["allocation"]["threshold"]: part["summary"]["validation_accuracy"]["mean"]
         for part in report["configurations"]

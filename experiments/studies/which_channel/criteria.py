@@ -1,4 +1,4 @@
-"""Which channels to close: four rankings of the channels of all layers, and the gates that follow."""
+"""Pruning criteria: four rankings of the channels of all layers, and gates that close the lowest."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ CRITERIA = ("expected channel damage", "batch norm scale", "kernel L1 norm", "ra
 
 
 def rankings(states: Mapping[str, LayerState], criterion: str, seed: int) -> dict[str, np.ndarray]:
-    """Scores of the channels of every layer, comparable between layers; low ones are closed first.
+    """Score the channels of every layer, comparably between layers; the lowest are closed first.
 
     Args:
         states: The layers, from `selconv_jax.transforms._layer_tree.layer_states`, all gates open.
@@ -46,7 +46,7 @@ def rankings(states: Mapping[str, LayerState], criterion: str, seed: int) -> dic
 
 
 def close(scores: Mapping[str, np.ndarray], share: float) -> dict[str, np.ndarray]:
-    """Gates that close the lowest share of all channels; the best channel of a layer stays open.
+    """Make gates that close the lowest-scored fraction of all channels, but never a layer's best channel.
 
     Args:
         scores: From `rankings`.

@@ -1,4 +1,4 @@
-"""Draws the results of the study, and prints its table.
+"""Plot the results of the study, and print its table.
 
 python experiments/studies/which_channel/picture.py RESULTS PICTURE
 """
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown table: mean and standard deviation over the seeds of the test accuracy in per cent."""
+    """Format a Markdown table: mean and standard deviation over the seeds of test accuracy in per cent."""
     lines = [
         "| network | closed | by | seeds | test accuracy (%) | trained on | parameters | multiply-adds |",
         "|---|---|---|---|---|---|---|---|",
@@ -64,7 +64,7 @@ def table(rows: Sequence[Row]) -> str:
 
 @styled
 def picture(rows: Sequence[Row]) -> Figure:
-    """Test accuracy against what is removed: a row of panels for every network, a curve for every criterion.
+    """Plot test accuracy against the removed fraction: panels per network, a curve per criterion.
 
     Points are means over the seeds, bars standard deviations; open ones follow after training on.
     """
@@ -101,7 +101,7 @@ def _draw(axes: Axes, rows: Sequence[Row], key: str) -> None:
 
 
 def _point(group: Sequence[Row], whole: Sequence[Row], key: str, suffix: str) -> tuple[float, float, float]:
-    """What is removed, the mean accuracy and its standard deviation over the seeds, all in per cent."""
+    """Compute removed fraction, mean accuracy and standard deviation over the seeds, all in per cent."""
     found = spread([100 * row[f"test_accuracy{suffix}"] for row in group])
     kept = float(np.mean([row[key] for row in group]))
     removed = kept if key == "share" else 1 - kept / whole[0][key]

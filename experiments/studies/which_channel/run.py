@@ -1,8 +1,8 @@
-"""The study: plain networks are trained, their channels closed by every criterion, measured, trained on.
+"""Run the study: train plain networks, close channels by every criterion, measure, fine-tune.
 
     python experiments/studies/which_channel/run.py [--workdir DIR] [OPTION of `selconv sweep` ...]
 
-Stopped and started again it goes on where it was. ``results.json`` in the directory has every number; then
+Started again after an interruption, it resumes. ``results.json`` in the directory has every number; then
 `picture.py` beside this file draws them.
 """
 
@@ -38,7 +38,7 @@ RESULTS = "results.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains what is not trained yet, then measures; the exit code is that of the training."""
+    """Train the missing networks, then measure; return the exit code of the training."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--workdir", type=Path, default=Path("runs/which_channel"))
     options, rest = parser.parse_known_args(arguments)
@@ -60,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measured(directory: Path, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
-    """The numbers of a trained network, for every criterion and share that is not done.
+    """Yield the results of a trained network for every criterion and fraction not done yet.
 
     Args:
         directory: Of the run of the plain network.
-        done: Network, seed, criterion and share of the rows that there are.
+        done: Network, seed, criterion and fraction of the existing rows.
     """
     plain = read_config(directory)
     points = [
@@ -74,7 +74,7 @@ def measured(directory: Path, done: set[tuple[Any, ...]]) -> Iterator[dict[str, 
     if not points:
         return
     _, _, _, trained = restore_run(directory)
-    # The same network with gates. Its rounds are never asked for.
+    # The same network with gates. It makes no rounds.
     config = dataclasses.replace(
         plain,
         model=dataclasses.replace(plain.model, variant="gate_only"),
@@ -108,14 +108,14 @@ def measured(directory: Path, done: set[tuple[Any, ...]]) -> Iterator[dict[str, 
 
 
 def compact_sizes(plan: CompactionPlan, state: TrainState, image: jax.ShapeDtypeStruct) -> dict[str, int]:
-    """Parameters, and multiply-adds per image, of the network without its closed channels."""
+    """Count parameters and multiply-adds (MACs) per image of the network without its closed channels."""
     variables = plan.take(state.variables)
     counts = count_multiply_adds(lambda x: plan.model.apply(variables, x, train=False), image)
     return {"parameters": count_parameters(variables["params"]), "multiply_adds": sum(counts.values())}
 
 
 def with_gates(state: TrainState, gates: dict[str, Any]) -> TrainState:
-    """A state of its own arrays with these gates, so that a step may take them over."""
+    """Copy a state with these gates, so that it may be donated to a step."""
     flat = traverse_util.flatten_dict(state.selectivity, sep="/")
     flat = {**flat, **{f"{path}/gate": jnp.asarray(gate) for path, gate in gates.items()}}
     state = dataclasses.replace(state, selectivity=traverse_util.unflatten_dict(flat, sep="/"))
@@ -123,7 +123,7 @@ def with_gates(state: TrainState, gates: dict[str, Any]) -> TrainState:
 
 
 def train_on(trainer: Trainer, state: TrainState) -> TrainState:
-    """The state after the epochs of the trainer's run, no round among them."""
+    """Train a state for the epochs of the trainer's run, without rounds; return the final state."""
     for epoch in range(trainer.config.epochs):
         program = trainer.program(state, epoch)
         with contextlib.closing(trainer.batches(state, epoch)) as batches:
@@ -133,12 +133,12 @@ def train_on(trainer: Trainer, state: TrainState) -> TrainState:
 
 
 def accuracies(trainer: Trainer, state: TrainState, suffix: str) -> dict[str, float]:
-    """Accuracy on the validation and the test images."""
+    """Compute the accuracy on the validation and the test images."""
     program = trainer.program(state, 0)
     found = {}
     for split in ("validation", "test"):
         totals = trainer.evaluate(state, program=program, split=split)
-        assert totals is not None  # nobody asked it to stop
+        assert totals is not None  # only a request to stop returns None
         found[f"{split}_accuracy{suffix}"] = float(totals.correct) / float(totals.count)
     return found
 

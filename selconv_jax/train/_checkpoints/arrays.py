@@ -1,7 +1,7 @@
-"""The arrays of one checkpoint, which Orbax writes and reads.
+"""Reading and writing the arrays of one checkpoint with Orbax.
 
 `orbax.checkpoint.experimental.v1.load(FOLDER)` gives a flat dictionary from the path of each leaf,
-`params/Dense_0/kernel`, to its array. Of a run with several processes each writes its share; whatever
+`params/Dense_0/kernel`, to its array. In a run of several processes each writes its part; whatever
 their number, the arrays come back whole on any other number.
 """
 
@@ -43,7 +43,7 @@ _DESCRIPTION = re.compile(r"(\w+)(\[.*\])")
 _SHOWN_LEAVES = 5
 _PLAIN = re.compile(r"[\w /.,:;=+@~-]*")
 
-# Of two saves of one process at the same time Orbax loses files.
+# Orbax loses files when one process runs two saves at the same time.
 _one_at_a_time = threading.Lock()
 
 # Orbax reports every phase of every save; what matters is raised.
@@ -51,7 +51,7 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 
 
 def is_plain(folder: Path) -> bool:
-    """Whether Orbax takes the name of a folder as it is.
+    """Return whether Orbax takes the name of a folder literally.
 
     It looks for files by patterns that begin with the folder's name, in which ``[``, ``*`` and ``?`` stand
     for other characters, and Tensorstore takes a backslash for a slash: what is written under such names is
@@ -62,7 +62,7 @@ def is_plain(folder: Path) -> bool:
 
 @contextmanager
 def _under_plain_name(folder: Path) -> Iterator[Path]:
-    """The folder, under another name if its own is not plain."""
+    """Yield the folder, through a symbolic link with a plain name if its own is not plain."""
     if is_plain(folder):
         yield folder
         return
@@ -73,7 +73,7 @@ def _under_plain_name(folder: Path) -> Iterator[Path]:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves by path, e.g. `opt_state/0/trace/Dense_0/kernel`, in the order of the tree.
+    """Return the leaves by path, e.g. `opt_state/0/trace/Dense_0/kernel`, in the order of the tree.
 
     Args:
         tree: Any pytree.
@@ -89,10 +89,10 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def write_arrays(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
-    """Write the arrays of a process that is alone, and keep the terminal clean when that fails.
+    """Write the arrays of a single-process run, and keep the terminal clean when that fails.
 
-    Orbax closes its event loop at the first write that fails. Each of the others, still under way,
-    then ends in an exception that nobody can catch, and Python prints every one of them.
+    Orbax closes its event loop at the first write that fails. Every write still in progress then ends in
+    an exception that nobody can catch, and Python prints each of them.
 
     Args:
         folder: A new one.
@@ -113,20 +113,20 @@ def write_arrays(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
 
 
 def start_writing(folder: Path, leaves: Mapping[str, Any]) -> Any:
-    """Start to write the arrays of all processes, which all call this.
+    """Start writing the arrays of all processes; every process has to call this.
 
     Args:
-        folder: A new one, which all processes see; its name `is_plain`.
-        leaves: By path, wherever they lie. On return there is a copy of this process's share.
+        folder: A new one that all processes see; its name `is_plain`.
+        leaves: By path, on any devices. On return this process's part of them has been copied.
 
     Returns:
-        Its ``result()`` waits until all processes have written.
+        A future whose ``result()`` waits until all processes have written.
     """
     return ocp.save_async(folder, _storable(leaves))
 
 
 def read_arrays(folder: Path, leaves: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Read arrays whole, whoever wrote them; a process does so without the others.
+    """Read whole arrays, whichever processes wrote them, without involving other processes.
 
     Args:
         folder: Of a verified checkpoint.
@@ -146,7 +146,7 @@ def read_arrays(folder: Path, leaves: Mapping[str, str]) -> dict[str, np.ndarray
     }
     context = ocp.Context()
     if jax.process_count() > 1:
-        # Each process reads by itself: it may be the only one that needs to.
+        # Each process reads independently: it may be the only one that needs to.
         alone = jax.process_index()
         context.multiprocessing.primary_host = alone
         context.multiprocessing.active_processes = {alone}
@@ -163,14 +163,14 @@ def read_arrays(folder: Path, leaves: Mapping[str, str]) -> dict[str, np.ndarray
 
 
 def check_written(folder: Path, leaves: Mapping[str, Any]) -> None:
-    """Sees that the arrays that several processes have written can be read; a process does so alone.
+    """Check that arrays written by several processes can be read, without involving the others.
 
-    Orbax would have it wait for the others, or send to them, in the middle of their steps; so this reads
-    the store of Tensorstore that Orbax leaves.
+    Orbax would wait for the other processes, or send to them, in the middle of their steps; so this reads
+    the Tensorstore files that Orbax leaves directly.
 
     Args:
         folder: Of the checkpoint.
-        leaves: What was written, by path.
+        leaves: The arrays that were written, by path.
 
     Raises:
         CheckpointError: An array is missing, cannot be read, or is of another dtype or shape.
@@ -187,12 +187,12 @@ def check_written(folder: Path, leaves: Mapping[str, Any]) -> None:
 
 
 def check_leaves(folder: Path, leaves: Mapping[str, str], template: PyTree) -> None:
-    """Sees that a checkpoint is of the model at hand.
+    """Check that the leaves of a checkpoint match the current model.
 
     Args:
         folder: Of the checkpoint.
         leaves: `describe` of each array in it, by path.
-        template: What is to be restored: arrays or `jax.ShapeDtypeStruct`.
+        template: The pytree to restore: arrays or `jax.ShapeDtypeStruct`.
 
     Raises:
         CheckpointError: A leaf is missing, extra, or of another dtype or shape.
@@ -217,7 +217,7 @@ def check_leaves(folder: Path, leaves: Mapping[str, str], template: PyTree) -> N
 
 
 def placed(arrays: Mapping[str, np.ndarray], template: PyTree) -> PyTree:
-    """The arrays where a template has them.
+    """Place the arrays on the devices that a template has them on.
 
     Args:
         arrays: By path.
@@ -231,17 +231,17 @@ def placed(arrays: Mapping[str, np.ndarray], template: PyTree) -> PyTree:
 
 
 def _place(array: np.ndarray, like: Any) -> Any:
-    """One leaf where the template has it; a dtype that JAX would narrow stays in NumPy."""
+    """Place one leaf as in the template; a dtype that JAX would narrow stays in NumPy."""
     narrowed = jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
     if narrowed or isinstance(like, np.ndarray | np.generic):
         return array
     sharding = getattr(like, "sharding", None)
     if sharding is not None and not sharding.is_fully_addressable:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-    # An array that was not committed to a device stays so: it may join others on any mesh.
+    # An array that was not committed to a device stays uncommitted: it may join others on any mesh.
     return jax.device_put(array, like.sharding if getattr(like, "committed", True) else None)
 
 
 def _storable(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Without arrays of size 0, which Orbax refuses; all there is to store of them is in the manifest."""
+    """Leave out arrays of size 0, which Orbax refuses; the manifest records their dtype and shape."""
     return {name: leaf for name, leaf in leaves.items() if leaf.size}

@@ -1,14 +1,12 @@
 """Checkpoints of a run: atomic, verified when they are read, pruned to the last few and the best.
 
-The folder of a checkpoint holds what `checkpoint_arrays` writes, and beside it the `manifest.json` of
-`checkpoint_manifest`: the score, dtype and shape of every leaf, and a BLAKE2b digest of every file. It gets
-its name once the arrays have been read back.
+A checkpoint's folder holds its arrays (see `_checkpoints.arrays`) and a `manifest.json`: score, origin,
+dtype and shape of every leaf, and a BLAKE2b digest of every file. It is renamed to its final name
+once the arrays have been read back. In a run of several processes each writes its part of the arrays, and
+process 0 completes the checkpoint, which restores on any number of processes and devices.
 
-Of a run with several processes, each writes its share of the arrays; the first one completes what they
-have written. Whatever the number of processes and devices, a checkpoint restores on any other.
-
-Orbax's `training.Checkpointer` deletes what it overwrites before the new data is written, and
-forgets which checkpoints were to be pruned when a save fails; so it is not used.
+Orbax's `training.Checkpointer` is not used: it deletes the checkpoint that it overwrites before the new data
+is written, and forgets which checkpoints were to be pruned when a save fails.
 """
 
 import math
@@ -53,13 +51,12 @@ PyTree: TypeAlias = Any
 
 @dataclass(frozen=True)
 class Restored:
-    """What `CheckpointStore.restore` found.
+    """Result of `CheckpointStore.restore`.
 
     Attributes:
         step: The step of the checkpoint.
         state: The pytree, with the structure, shapes, dtypes and shardings of the template.
-        skipped: One sentence for each newer checkpoint found damaged: its folder and file, and
-            what is wrong with it.
+        skipped: One sentence for each newer checkpoint that is damaged: folder, file and problem.
     """
 
     step: int
@@ -68,18 +65,18 @@ class Restored:
 
 
 class CheckpointStore:
-    """The checkpoints of one run: `DIR/<step>/`, of which the last `keep` and the best stay.
+    """The checkpoints of one run in `DIR/<step>/`, of which the last `keep` and the best are kept.
 
     A background thread writes one save at a time; every method first waits for it, and raises its
-    error if it failed. Close the store, or use it as a context manager: a save that the end of the
-    interpreter cuts short is lost. Opening a store changes nothing on the disk, so that a run may
-    be evaluated while it trains; the leftovers of a killed process are removed by the next save.
+    error if it failed. Close the store, or use it as a context manager: a save that is cut short by the
+    end of the interpreter is lost. Opening a store changes nothing on the disk, so a run can be
+    evaluated while it trains; the next save removes the leftovers of a killed process.
 
     Args:
         directory: The folder of the checkpoints, created by the first save.
-        keep: How many of the last checkpoints stay, beside the best one; at least 1.
-        origin: What of the configuration the checkpoints follow from, see `config_changes.origin_of`; kept
-            in each, and none of another is read. Empty: not known.
+        keep: Number of the last checkpoints to keep, besides the best one; at least 1.
+        origin: The part of the configuration that determines the result, see `_config_changes.origin_of`.
+            Saved in each checkpoint; one with another origin is not restored. Empty: not known.
 
     Raises:
         ValueError: `keep` is below 1.
@@ -115,15 +112,14 @@ class CheckpointStore:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, state: PyTree, score: float | None = None) -> None:
-        """Copy a state to the host and start to write it; a checkpoint of the step is replaced.
+        """Copy a state to the host and start writing it; an existing checkpoint of the step is replaced.
 
-        Once it is complete, all but the best and the last `keep` up to `step` are removed. Those
+        Once it is complete, all but the best and the last `keep` up to `step` are removed. Checkpoints
         after `step` (the run went back to an earlier one) stay until they are replaced.
 
         Args:
             step: The number of the checkpoint.
-            state: Any pytree of arrays, those of several processes wherever they lie; random keys as
-                their raw uint32 data.
+            state: Any pytree of arrays, on any devices and processes; random keys as raw uint32 data.
             score: Higher is better, e.g. the validation accuracy. None or NaN: never the best.
 
         Raises:
@@ -132,7 +128,7 @@ class CheckpointStore:
         self._wait()
         score = None if score is None or math.isnan(score) else float(score)
         if jax.process_count() == 1:
-            # A true copy: the training step may reuse the buffers that are donated to it.
+            # A real copy: the training step may reuse the donated buffers.
             leaves = {name: np.array(leaf) for name, leaf in named_leaves(jax.device_get(state)).items()}
             self._pending = self._writer.submit(self._write, step, leaves, score)
             return
@@ -142,7 +138,7 @@ class CheckpointStore:
             with told(step, self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 sweep(self.directory)
-        # On return every process has a copy in its memory, and goes on to write its share of it.
+        # On return every process has copied its part into memory, and writes it in the background.
         with told(step, self.directory):
             written = start_writing(partial, arrays)
         self._pending = self._writer.submit(self._complete_together, step, arrays, score, written)
@@ -153,14 +149,14 @@ class CheckpointStore:
         Args:
             template: Arrays or `jax.ShapeDtypeStruct`, with shardings if any. NumPy leaves come
                 back as NumPy arrays, the others as JAX arrays.
-            step: Which one; None: the newest that is not damaged.
+            step: The checkpoint's step; None: the newest that is not damaged.
 
         Returns:
-            The state and its step. Damaged checkpoints that were passed over stay on the disk.
+            The state and its step. Damaged checkpoints that were skipped stay on the disk.
 
         Raises:
-            CheckpointError: There is no such checkpoint, it is damaged (with None: all are), or it
-                is one of another model or origin.
+            CheckpointError: There is no such checkpoint, it is damaged (with None: all are), or it belongs
+                to another model or origin.
         """
         found = self._find(step)
         check_leaves(found.folder, found.manifest["leaves"], template)
@@ -168,10 +164,10 @@ class CheckpointStore:
         return Restored(found.step, state, found.damaged)
 
     def find(self, step: int | None = None) -> Restored:
-        """Verify a checkpoint; what it returns has no state.
+        """Verify a checkpoint as `restore` does, and return the result without the state.
 
         Args:
-            step: Which one; None: the newest that is not damaged.
+            step: The checkpoint's step; None: the newest that is not damaged.
 
         Raises:
             CheckpointError: As `restore`.
@@ -180,10 +176,10 @@ class CheckpointStore:
         return Restored(found.step, None, found.damaged)
 
     def read(self, step: int | None = None) -> tuple[int, dict[str, np.ndarray]]:
-        """Verify a checkpoint and read its arrays without a template, as tables and pictures need.
+        """Verify a checkpoint and read its arrays without a template, for tables and figures.
 
         Args:
-            step: Which one; None: the newest that is not damaged.
+            step: The checkpoint's step; None: the newest that is not damaged.
 
         Returns:
             Its step, and the arrays by path, e.g. `params/Dense_0/kernel`.
@@ -195,7 +191,7 @@ class CheckpointStore:
         return found.step, {name: array for name, array in found.arrays.items() if array.size}
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, damaged ones included, in ascending order."""
+        """Return the steps of all complete checkpoints, damaged ones included, in ascending order."""
         self._wait()
         return sorted(self._folders())
 
@@ -211,7 +207,7 @@ class CheckpointStore:
         return self._best(self._folders())
 
     def unscored(self) -> tuple[str, ...]:
-        """One sentence for each checkpoint whose score is not known as it is damaged, see `best_step`."""
+        """Return one sentence for each checkpoint that is damaged and whose score is thus unknown."""
         self._wait()
         problems = []
         for _, folder in sorted(self._folders().items(), reverse=True):
@@ -222,7 +218,7 @@ class CheckpointStore:
         return tuple(problems)
 
     def check(self) -> None:
-        """Look at the save in progress without waiting for it.
+        """Raise the error of the last save if it has failed, without waiting for a save in progress.
 
         Raises:
             CheckpointError: It could not be written.
@@ -261,7 +257,7 @@ class CheckpointStore:
         return step_folders(self.directory)
 
     def _find(self, step: int | None) -> "_Found":
-        """A good checkpoint, and what is wrong with the newer ones."""
+        """Read the newest intact checkpoint, or that of a step; collect the problems of newer ones."""
         self._wait()
         folders = self._folders()
         if not folders or (step is not None and step not in folders):
@@ -279,13 +275,13 @@ class CheckpointStore:
             else:
                 check_origin(folder, manifest.get("origin", {}), self._origin)
                 return _Found(candidate, folder, manifest, arrays, tuple(damaged))
-        remedy = "Start the run anew." if step is None else "Restore another step, or the newest."
+        remedy = "Start the run from scratch." if step is None else "Restore another step, or the newest."
         raise CheckpointError("\n".join([*damaged, remedy]))
 
     def _best(self, folders: Mapping[int, Path]) -> int | None:
         scores: dict[int, float] = {}
         for step in sorted(folders):
-            with suppress(CheckpointError):  # a damaged manifest: its score is not known
+            with suppress(CheckpointError):  # damaged manifest: score unknown
                 score = read_manifest(folders[step])["score"]
                 if score is not None:
                     scores[step] = score
@@ -307,14 +303,14 @@ class CheckpointStore:
     def _complete_together(
         self, step: int, leaves: Mapping[str, Any], score: float | None, written: Any
     ) -> None:
-        """Wait until all processes have written their shares; the first one completes (in the thread)."""
+        """Wait until all processes have written their parts; process 0 completes (in the thread)."""
         with told(step, self.directory):
             written.result()
             if jax.process_index() == 0:
                 self._complete(step, leaves, score)
 
     def _complete(self, step: int, leaves: Mapping[str, Any], score: float | None) -> None:
-        """Read the arrays that are written, add the manifest, and give the folder its name."""
+        """Read the written arrays back, add the manifest, and rename the folder to its final name."""
         partial = self.directory / f"{step}.partial"
         final, replaced = self.directory / f"{step}", self.directory / f"{step}.replaced"
         if jax.process_count() == 1:
@@ -347,7 +343,7 @@ class _Found:
 
 
 def _prove(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
-    """Read back what was written, as a reader does."""
+    """Read the arrays back through the public path and compare them bit for bit."""
     arrays = read_arrays(folder, {name: describe(leaf) for name, leaf in leaves.items()})
     for name, leaf in leaves.items():
         if arrays[name].tobytes() != leaf.tobytes():

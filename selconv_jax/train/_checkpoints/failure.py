@@ -1,4 +1,4 @@
-"""What is said when a checkpoint could not be written."""
+"""Error messages for checkpoints that could not be written."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ __all__ = ["told"]
 
 @contextmanager
 def told(step: int, directory: Path) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint is written into a `CheckpointError`.
+    """Turn any exception raised while a checkpoint is written into a `CheckpointError`.
 
     Args:
         step: Of the checkpoint.
@@ -32,7 +32,7 @@ def told(step: int, directory: Path) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong and what to do, as a sentence or two."""
+    """Describe the problem and its remedy in one or two sentences."""
     number = getattr(error, "errno", None)
     text = str(error).partition(" [tensorstore_spec")[0]
     if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in text:
@@ -40,5 +40,5 @@ def _reason(error: BaseException) -> str:
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"the folder is not writable ({text})."
     if jax.process_count() > 1 and re.search(r"barrier|[Tt]imed? ?out|heartbeat|UNAVAILABLE", text):
-        return f"another process could not write its share, or has died; see what it says ({text})."
+        return f"another process could not write its part, or has died; see what it says ({text})."
     return f"{text}."

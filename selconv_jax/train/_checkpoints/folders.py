@@ -1,9 +1,9 @@
-"""The folders of a store of checkpoints, by their names.
+"""Folder names of a checkpoint store, and cleaning up after interrupted saves.
 
-Folders only ever appear, change places and disappear by a rename, so a process killed at any
-moment leaves nothing half-made under the name of a step. `<step>.partial` is being written,
-`<step>.removed` being deleted; `<step>.replaced` is what `<step>` was before a new save of the
-same step, and still counts as `<step>` if the process died before the new one took its place.
+Folders are published, replaced and removed by renaming only, so a process killed at any moment leaves
+nothing incomplete under the name of a step. `<step>.partial` is being written, `<step>.removed` being
+deleted; `<step>.replaced` is the previous `<step>` during a new save of the same step, and still counts
+as `<step>` if the process died before the new one took its place.
 """
 
 import re
@@ -19,7 +19,7 @@ _LEFTOVER = re.compile(r"\d+\.(partial.*|replaced|removed)")
 
 
 def step_folders(directory: Path) -> dict[int, Path]:
-    """The folder of every step; a `.replaced` one only where the step has no other.
+    """Map every step to its folder; a `.replaced` folder counts only if the step has no other.
 
     Args:
         directory: Of the store; it may be missing.
@@ -37,7 +37,7 @@ def step_folders(directory: Path) -> dict[int, Path]:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what killed or failed saves left; a `.replaced` that counts gets its name.
+    """Remove the leftovers of killed or failed saves; a `.replaced` that counts gets its name back.
 
     Args:
         directory: Of the store.

@@ -1,4 +1,4 @@
-"""What is written beside the arrays of a checkpoint: score, origin, leaves, and a digest of every file.
+"""The manifest of a checkpoint: score, origin, leaves, and a digest of every file.
 
 Tensorstore does not check array data, so the digests are compared before anything is used.
 """
@@ -19,20 +19,20 @@ _FILE = "manifest.json"
 
 
 def describe(leaf: Any) -> str:
-    """Dtype and shape of an array, e.g. `float32[3, 3, 16, 32]`."""
+    """Format dtype and shape of an array, e.g. `float32[3, 3, 16, 32]`."""
     return f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
 
 
 def write_manifest(
     folder: Path, leaves: Mapping[str, Any], score: float | None, origin: Mapping[str, Any]
 ) -> None:
-    """Describe a checkpoint of which all else is written.
+    """Write the manifest of a checkpoint whose other files are complete.
 
     Args:
         folder: Of the checkpoint.
         leaves: Its arrays by path.
         score: Higher is better; None: there is none.
-        origin: What the checkpoint follows from, as JSON has it.
+        origin: JSON of the configuration that determines the result.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     manifest = {
@@ -45,13 +45,13 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest alone, which tells if it was altered itself.
+    """Read the manifest and check its own digest, but not the other files.
 
     Args:
         folder: Of the checkpoint.
 
     Returns:
-        `score`, `origin` (which old ones lack), `leaves` (descriptions by path) and `files` (digests by
+        `score`, `origin` (missing in old ones), `leaves` (descriptions by path) and `files` (digests by
         path).
 
     Raises:
@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verified_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint of which every file is as it was written.
+    """Read the manifest and check the digest of every file of the checkpoint.
 
     Args:
         folder: Of the checkpoint.
@@ -100,7 +100,7 @@ def _digest(file: Path) -> str:
 
 
 def _encode(manifest: Mapping[str, Any]) -> bytes:
-    """The bytes of a manifest, among them a digest of all the rest."""
+    """Encode a manifest as JSON, with a digest of its other entries."""
     text = json.dumps(manifest, sort_keys=True)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return json.dumps({**manifest, "digest": digest}, sort_keys=True).encode()

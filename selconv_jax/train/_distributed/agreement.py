@@ -36,12 +36,12 @@ class DivergenceError(SelconvError):
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes records and shows progress."""
+    """Return whether this is process 0, which writes records and shows progress."""
     return jax.process_index() == 0
 
 
 def exchange(text: str) -> list[str]:
-    """The texts of all processes, in their order.
+    """Gather a text from every process, in the order of the processes.
 
     Example:
         >>> exchange("hello")
@@ -58,24 +58,24 @@ def exchange(text: str) -> list[str]:
 
 
 def first_decides(value: bool) -> bool:
-    """What the first process says; the others' opinion does not matter."""
+    """Broadcast the decision of process 0; the values of the other processes are ignored."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def together(action: Callable[[], T]) -> T:
-    """Do something on every process that may fail on some, without messages between them.
+    """Run an action on every process and raise on all of them if it fails on any.
 
     Args:
-        action: Returns a value, or raises an exception.
+        action: Returns a value or raises an exception; must not communicate with other processes.
 
     Returns:
-        This process's value, once all have one.
+        This process's value, once the action has succeeded on all.
 
     Raises:
-        SelconvError: On every process, if it failed on any; the message names which, and why. A process
-            that is alone raises what the action raised.
+        SelconvError: On every process, if it failed on any; the message says where and why. A process
+            that is alone raises the exception of the action.
     """
     failure: Exception | None = None
     try:
@@ -94,7 +94,7 @@ def together(action: Callable[[], T]) -> T:
         if problem:
             by_text.setdefault(problem, []).append(process)
     kind: type[SelconvError] = type(failure) if isinstance(failure, SelconvError) else SelconvError
-    # What is not one of ours may be a fault of the program: its traceback is of use.
+    # Any other exception may be a bug in the program: keep its traceback.
     raise kind("\n".join(f"{_processes(which)}: {text}" for text, which in by_text.items())) from (
         None if known else failure
     )
@@ -104,10 +104,10 @@ def require_same(values: Mapping[str, str]) -> None:
     """Check that all processes have the same settings.
 
     Args:
-        values: What must be the same, by what a user calls it; lines are compared one by one.
+        values: Texts that must be equal, by the name that users know; compared line by line.
 
     Raises:
-        ConfigError: On every process, if one differs from the first in anything; the message names both.
+        ConfigError: On every process, if any differs from process 0; the message shows both values.
     """
     for name, value in values.items():
         texts = exchange(value)
@@ -127,20 +127,20 @@ def require_same(values: Mapping[str, str]) -> None:
 
 
 def check_same_state(tree: Any, when: str) -> None:
-    """Compare a fingerprint of arrays that all processes should hold alike.
+    """Compare a digest of arrays that must be equal on all processes.
 
     Args:
-        tree: Arrays, of each of which every process holds the whole.
+        tree: Arrays that are fully replicated on every process.
         when: For the message, such as ``"after epoch 3"``.
 
     Raises:
-        DivergenceError: On every process, if one holds another value than the first.
+        DivergenceError: On every process, if one holds another value than process 0.
     """
     if jax.process_count() == 1:
         return
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
-        # The copy on a device of this process, not one that all agree on.
+        # The local copy on a device of this process.
         digest.update(np.asarray(leaf.addressable_data(0)).tobytes())
     digests = exchange(digest.hexdigest())
     different = [process for process, each in enumerate(digests) if each != digests[0]]
@@ -148,7 +148,7 @@ def check_same_state(tree: Any, when: str) -> None:
         raise DivergenceError(
             f"{when}, {_processes(different)} and process 0 hold different allocations of channels, which "
             "must not happen: a device or its memory may be faulty, or the machines may differ. The run is "
-            "stopped; go on from the last checkpoint by `selconv resume`."
+            "stopped; resume from the last checkpoint by `selconv resume`."
         )
 
 
@@ -163,7 +163,7 @@ _SETTINGS = (
 
 
 def software() -> str:
-    """Versions and settings that decide the results, and a digest of this package's source, a line each."""
+    """List versions and settings that affect results, and a digest of this package's source, one per line."""
     lines = [f"{name} {version_of(name)}" for name in _PACKAGES]
     lines += [f"{jax.default_backend()} {jax.devices()[0].client.platform_version}".splitlines()[0]]
     lines += [f"{name} = {getattr(jax.config, name)}" for name in _SETTINGS]

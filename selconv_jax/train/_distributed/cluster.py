@@ -1,7 +1,7 @@
-"""One process of several: how a run finds the others, and what happens when one is lost.
+"""Joining the processes of a run, and a clear error when one of them is lost.
 
-JAX's own distributed runtime does the work: it introduces the processes to each other, watches that all of
-them live, and ends the others with a message that names the one which does not.
+JAX's distributed runtime does the work: it connects the processes, monitors their heartbeats, and ends all of
+them with a message that names the one that died.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ from selconv_jax.errors import ConfigError, SelconvError
 __all__ = ["Cluster", "announced", "join", "local_gpus"]
 
 HEARTBEAT_SECONDS = 20
-"""A process that has not been heard of for so long is taken for dead, and ends the run."""
+"""A process that sends no heartbeat for this long is considered dead, and the run ends."""
 
 _MARGIN = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """How this process finds the others; None: as the environment announces it.
+    """Address and number of this process among the others; None: detected from the environment.
 
     Attributes:
-        coordinator: ``"HOST:PORT"`` where process 0 can be reached by all.
-        process: Number of this process, from 0.
+        coordinator: ``"HOST:PORT"`` at which all can reach process 0.
+        process: Index of this process, from 0.
         processes: Number of processes.
-        timeout: Seconds within which all processes must have come.
+        timeout: Seconds within which all processes must have joined.
 
     Raises:
         ConfigError: Some are given but not all, or they are out of bounds.
@@ -71,7 +71,7 @@ class Cluster:
 
 
 def announced(environment: Mapping[str, str]) -> str | None:
-    """The kind of cluster that the environment variables of a process announce.
+    """Detect the kind of cluster from the environment variables of a process.
 
     Args:
         environment: Such as `os.environ`.
@@ -99,16 +99,16 @@ def announced(environment: Mapping[str, str]) -> str | None:
 
 
 def local_gpus(environment: Mapping[str, str]) -> list[int] | None:
-    """Which of the GPUs that a process can see are its own, where JAX would not find out.
+    """Select the GPUs of this process among the visible ones where JAX's default would be wrong.
 
-    JAX takes the one whose number is that of the process on its machine. There is no such one where each
-    process is shown a GPU of its own only, and there are more where a process has the machine to itself.
+    JAX takes the GPU whose index is the rank of the process on its machine. That GPU does not exist if each
+    process sees only its own, and it is one of many if a process has the machine to itself.
 
     Args:
         environment: Such as `os.environ`.
 
     Returns:
-        Their numbers among those that are visible; None: as JAX finds.
+        Indices into the visible GPUs; None: JAX's default.
 
     Example:
         >>> local_gpus({"SLURM_LOCALID": "3", "CUDA_VISIBLE_DEVICES": "3"})
@@ -129,20 +129,20 @@ def local_gpus(environment: Mapping[str, str]) -> list[int] | None:
 
 
 def _is_tpu_host() -> bool:
-    """Whether this machine has TPU chips that are to be used; it may be one of a pod without saying so."""
-    # JAX sets the variable when it is imported on a machine that has none.
+    """Return whether JAX uses TPU chips here; the machine may belong to a pod that no variable announces."""
+    # JAX sets the variable when it is imported on a machine without TPU chips.
     has_chips = "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu") is not None
     return has_chips and (jax.config.jax_platforms or "tpu").split(",")[0] == "tpu"
 
 
 @contextlib.contextmanager
 def join(cluster: Cluster, *, shares_stops: bool = True) -> Iterator[None]:
-    """While entered, this process is one of those of the run; before JAX first uses a device.
+    """Join the processes of a run while the context is entered; call before JAX first uses a device.
 
     Args:
-        cluster: Where the others are. Where it says nothing and the environment announces none, the
-            process is alone, and nothing happens.
-        shares_stops: Whether SIGTERM is kept for a `signals.SharedStopRequest`; else it ends the process.
+        cluster: The other processes. If it is empty and the environment announces none, the process is
+            alone, and nothing happens.
+        shares_stops: Whether SIGTERM is left to a `_signals.SharedStopRequest`; else it ends the process.
 
     Raises:
         ConfigError: The coordinator does not answer.
@@ -161,7 +161,7 @@ def join(cluster: Cluster, *, shares_stops: bool = True) -> Iterator[None]:
                 cluster.processes,
                 cluster.process,
                 local_device_ids=local_gpus(os.environ),
-                # The runtime ends the process without a word to Python; the deadline is there before it.
+                # The runtime kills the process without telling Python; our deadline comes first.
                 initialization_timeout=round(cluster.timeout + 4 * _MARGIN),
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
@@ -177,23 +177,23 @@ def join(cluster: Cluster, *, shares_stops: bool = True) -> Iterator[None]:
             yield
         jax.distributed.shutdown()
     except BaseException:
-        # What failed here alone must not wait for the others, which wait for this process.
+        # A process that failed alone must not wait for the others, which wait for it.
         _deadline_timer(_MARGIN, lambda: os._exit(1)).start()
         raise
 
 
 @contextlib.contextmanager
 def _ended_by_loss() -> Iterator[None]:
-    """Turn the failure of a message between processes into a clear end.
+    """Turn a failed collective into one clear error.
 
-    The processes which are left learn of a loss at different moments and in different words, none of which
-    says who was lost; the runtime does, as soon as the heartbeats have stayed away long enough, and ends this
-    process. Until then it waits.
+    The remaining processes notice a loss at different times and with different errors, none of which names
+    the lost process. The runtime names it after the heartbeat timeout and ends this process, which waits
+    until then.
     """
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError, SelconvError) as error:
-        # A checkpoint that waits for the share of another process fails with an error of ours.
+        # A checkpoint that waits for another process's part fails with a SelconvError.
         cause = error.__cause__ if isinstance(error, SelconvError) else error
         if cause is None or not _is_loss(cause):
             raise
@@ -201,7 +201,7 @@ def _ended_by_loss() -> Iterator[None]:
             f"error: process {jax.process_index()} of {jax.process_count()} can no longer reach another "
             "one, which has died or lost its connection. Its number, or that the leader was lost, which is "
             f"process 0, follows within {2 * HEARTBEAT_SECONDS} seconds. Start all processes again with "
-            f"`selconv resume` to go on from the last checkpoint. ({str(error).splitlines()[0]})"
+            f"`selconv resume` to resume from the last checkpoint. ({str(error).splitlines()[0]})"
         )
         with contextlib.suppress(OSError):
             _shorten_last_words()
@@ -209,7 +209,7 @@ def _ended_by_loss() -> Iterator[None]:
         os._exit(1)
 
 
-# Reads what the runtime says when it ends the process, thirty lines of C++, and says who was lost.
+# Condenses the runtime's thirty lines of C++ output into one line that names the lost process.
 _LAST_WORDS = r"""
 import re, sys
 text = sys.stdin.buffer.read().decode(errors="replace")
@@ -223,7 +223,7 @@ sys.stderr.write(text)
 
 
 def _shorten_last_words() -> None:
-    """Hands all that is still written to standard error to a process that outlives this one."""
+    """Redirect standard error to a child process that outlives this one and condenses the output."""
     if os.environ.get("SELCONV_DEBUG", "0") not in ("", "0"):
         return
     words = subprocess.Popen([sys.executable, "-I", "-c", _LAST_WORDS], stdin=subprocess.PIPE)
@@ -235,7 +235,7 @@ def _shorten_last_words() -> None:
 def _is_loss(error: BaseException) -> bool:
     text = str(error)
     if any(word in text for word in ("Duplicate GPU", "invalid usage", "out of memory")):
-        return False  # of this process alone
+        return False  # concerns this process alone
     return any(word in text for word in ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "NCCL", "ABORTED"))
 
 
@@ -263,7 +263,7 @@ def _late(cluster: Cluster) -> None:
         )
     else:
         count = ""
-        remedy = f"Start all {cluster.processes} that --processes says, each with a --process of its own"
+        remedy = f"Start all {cluster.processes} processes of --processes, each with its own --process"
     _say(
         f"error: not all processes{count} have come within {cluster.timeout:.0f} seconds. {remedy}, or give "
         "them longer by --join-timeout."

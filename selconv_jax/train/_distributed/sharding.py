@@ -1,4 +1,4 @@
-"""Where arrays lie: one mesh of all devices of all processes, batches split over it."""
+"""Sharding: one mesh of all devices of all processes, over which batches are split."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from selconv_jax.errors import ConfigError
 
 __all__ = ["BATCH_AXES", "Placement"]
 
-# Batches are split over both; large kernels, where asked for, over the second.
+# Batches are split over both axes; large kernels, if requested, over the second.
 BATCH_AXES = ("batch", "parameters")
 
 
@@ -31,13 +31,13 @@ class Placement:
     def over(
         cls, devices: int, batch_size: int, *, parameter_shards: int = 1, micro_batches: int = 1
     ) -> "Placement":
-        """Take so many devices of the run, of every process the same number, or all if it is 0.
+        """Place a run on a number of devices, the same from every process; 0 takes all.
 
         Args:
-            devices: Number of devices, over all processes.
+            devices: Total number of devices of all processes.
             batch_size: Size of the batch that must divide over the devices.
-            parameter_shards: Parts that kernels are split into, of one process's devices each.
-            micro_batches: Parts of a batch that are computed one after the other; each must divide.
+            parameter_shards: Number of shards of each kernel, on devices of one process.
+            micro_batches: Gradient accumulation steps; each part of the batch must divide over the devices.
 
         Returns:
             The placement.
@@ -62,14 +62,14 @@ class Placement:
 
     @classmethod
     def of(cls, devices: Sequence[Any], parameter_shards: int = 1, *, whole: bool = True) -> "Placement":
-        """A placement on just these devices.
+        """Place a run on exactly these devices.
 
         Args:
-            devices: The devices, those of a process together.
+            devices: The devices, grouped by process.
             parameter_shards: See `over`.
-            whole: Whether they are all of a machine or a pod: then their order is chosen to suit the links
-                between them. Parts of kernels stay within a process, and pods that no such links join keep
-                together: both keep the order.
+            whole: Whether they are all devices of a machine or a pod: then the mesh orders them by their
+                interconnect. With sharded kernels, whose shards stay within a process, and with several
+                slices, the given order is kept.
 
         Returns:
             The placement.
@@ -83,7 +83,7 @@ class Placement:
 
     @property
     def replicated(self) -> NamedSharding:
-        """The sharding of what every device holds whole."""
+        """The sharding of arrays that are replicated on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
@@ -92,7 +92,7 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
 
     def replicate(self, tree: Any) -> Any:
-        """Put a whole copy of every array, which all processes have alike, on every device."""
+        """Replicate arrays, which must be equal on all processes, on every device."""
         return jax.tree.map(
             lambda leaf: jax.make_array_from_callback(
                 np.shape(leaf), self.replicated, lambda index: np.asarray(leaf)[index]
@@ -101,14 +101,14 @@ class Placement:
         )
 
     def state_sharding(self, state: Any) -> Any:
-        """The sharding of every array of a run's state.
+        """Return the sharding of every array of a training state.
 
         Args:
             state: Arrays, or their shapes.
 
         Returns:
-            A tree of shardings: kernels, and what the optimizer keeps of them, split along their last
-            dimension that ``parameter_shards`` divides; all else whole on every device.
+            A tree of shardings: kernels and their optimizer state are split along the last dimension that
+            ``parameter_shards`` divides; everything else is replicated.
         """
         shards = self.mesh.shape[BATCH_AXES[1]]
 
@@ -121,28 +121,28 @@ class Placement:
         return jax.tree_util.tree_map_with_path(sharding, state)
 
     def rows_of_process(self, size: int) -> NDArray[np.int64]:
-        """Which rows of a batch lie on the devices of this process, in ascending order.
+        """Return the indices of a batch's rows on the devices of this process, in ascending order.
 
         Args:
-            size: Rows of the batch.
+            size: Number of rows of the batch.
 
         Returns:
-            ``[size / processes]`` their numbers.
+            ``[size / processes]`` row indices.
         """
         slices = self.split.addressable_devices_indices_map((size,)).values()
         return np.unique(np.concatenate([np.arange(size)[index] for index in slices if index is not None]))
 
     def from_processes(self, tree: Any) -> Any:
-        """Make batches of the `rows_of_process` that each process has in its memory."""
+        """Make global batches from the `rows_of_process` that each process has in host memory."""
         return jax.tree.map(lambda part: jax.make_array_from_process_local_data(self.split, part), tree)
 
     def shard_batch(self, x: jax.Array) -> jax.Array:
-        """Inside of ``jit``: splits the leading axis over the devices."""
+        """Split the leading axis over the devices; for use inside ``jit``."""
         return jax.lax.with_sharding_constraint(x, self.split)
 
 
 def _chosen_devices(devices: int) -> list[Any]:
-    """The devices of the run, those of a process together."""
+    """Choose the devices of the run, grouped by process."""
     present = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     processes = jax.process_count()
     if devices > len(present):
@@ -152,7 +152,7 @@ def _chosen_devices(devices: int) -> list[Any]:
         )
     if devices % processes:
         raise ConfigError(
-            f"devices is {devices}, which the {processes} processes do not divide; each takes as many."
+            f"devices is {devices}, which is not a multiple of the {processes} processes; each uses as many."
         )
     if not devices:
         return present

@@ -1,1 +1,1 @@
-"""Runs that differ in their seed alone, whose steps are made in one program."""
+"""Runs that differ only in their seed, with their steps computed by one program."""

@@ -1,4 +1,4 @@
-"""The progress of several runs that are made together, as one bar or line."""
+"""Progress of several runs trained together, as one bar or line."""
 
 import threading
 
@@ -11,7 +11,7 @@ __all__ = ["SharedDisplay"]
 
 
 class SharedDisplay:
-    """Shows means over the runs, and the images of all of them; lines begin with the name of their run.
+    """Display of the means over the runs and their total speed; lines begin with the name of their run.
 
     Args:
         console: Where to write.
@@ -25,12 +25,12 @@ class SharedDisplay:
         self._open: set[str] = set()
 
     def of(self, name: str, trainer: Trainer, step: int) -> Display:
-        """Return the part of a run.
+        """Return the display of one run.
 
         Args:
             name: Of the run.
             trainer: Its trainer.
-            step: Where it goes on from.
+            step: The step that it starts from.
         """
         with self._lock:
             self._open.add(name)
@@ -39,12 +39,12 @@ class SharedDisplay:
         return _Part(self, name)
 
     def line(self, text: str) -> None:
-        """Write a line that stays."""
+        """Print a permanent line."""
         with self._lock:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, name: str, *numbers: float) -> None:
-        """Show a new state of a run, as `ProgressDisplay.update` takes it."""
+        """Show new values of a run, as `ProgressDisplay.update`."""
         step, loss, accuracy, speed = numbers
         with self._lock:
             self._numbers[name] = int(step), loss, accuracy, speed
@@ -55,7 +55,7 @@ class SharedDisplay:
                 self._display.update(min(steps), mean_loss, mean_accuracy, sum(speeds))
 
     def close(self, name: str) -> None:
-        """End the showing of a run."""
+        """Remove a run from the display."""
         with self._lock:
             self._open.discard(name)
             self._numbers.pop(name, None)
@@ -65,7 +65,7 @@ class SharedDisplay:
 
 
 class _Part:
-    """What one run shows."""
+    """The display of one run."""
 
     def __init__(self, shared: SharedDisplay, name: str) -> None:
         self._shared, self._name = shared, name

@@ -1,4 +1,4 @@
-"""A place where threads meet: what all of them ask for at the same time is answered at once."""
+"""A rendezvous of threads: requests that all of them make are answered together by one thread."""
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -16,23 +16,23 @@ class Ordered(Protocol):
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """See above."""
+        """Sort key of the request."""
 
 
 R = TypeVar("R", bound=Ordered)
 
 
 class Abandoned(BaseException):
-    """Nobody answers any more."""
+    """The serving thread has ended, so that no request is answered any more."""
 
 
 class Rendezvous(Generic[R]):
-    """Members, each in a thread of its own, ask; one thread answers once all that are left have asked.
+    """Members make requests from their own threads; one thread answers once all remaining members wait.
 
-    A member that is behind (its requests have a lower order) is so answered alone until it has caught up.
+    A member that is behind (its requests have a lower order) is thus answered alone until it catches up.
 
     Args:
-        members: Who will ask.
+        members: The members that will make requests.
     """
 
     def __init__(self, members: Sequence[Hashable]) -> None:
@@ -44,21 +44,21 @@ class Rendezvous(Generic[R]):
 
     @property
     def is_abandoned(self) -> bool:
-        """Tell whether nobody answers any more."""
+        """Return whether the serving thread has ended."""
         return self._abandoned
 
     def ask(self, member: Hashable, request: R) -> Any:
         """Wait for the answer to a request.
 
         Args:
-            member: Who asks, in its thread.
-            request: What is asked for.
+            member: The member, from its own thread.
+            request: The request.
 
         Returns:
             The answer.
 
         Raises:
-            Exception: What answering raised.
+            Exception: The exception raised by answering.
             Abandoned: There will be no answer.
         """
         with self._condition:
@@ -73,16 +73,16 @@ class Rendezvous(Generic[R]):
         return answer
 
     def leave(self, member: Hashable) -> None:
-        """Leave: a member will ask no more."""
+        """Remove a member that will make no more requests."""
         with self._condition:
             self._present.discard(member)
             self._condition.notify_all()
 
     def serve(self, answer: Callable[[Sequence[R]], Sequence[Any]]) -> None:
-        """Answer until all members have left.
+        """Answer requests until all members have left.
 
         Args:
-            answer: Of requests of the same order, in the order of the members, an answer for each.
+            answer: Maps requests of the same order, sorted by member, to one answer each.
         """
         try:
             while requests := self._next():
@@ -103,7 +103,7 @@ class Rendezvous(Generic[R]):
             raise
 
     def _next(self) -> dict[Hashable, R]:
-        """The requests to be answered next; none if all members have left."""
+        """Wait for the requests to answer next; empty if all members have left."""
         with self._condition:
             self._condition.wait_for(lambda: self._asked.keys() == self._present)
             if not self._asked:

@@ -1,4 +1,4 @@
-"""Steps and evaluations of several runs in one program, with what each run has of a trainer."""
+"""Training and evaluating several runs in one program, and the trainer that each run sees."""
 
 import dataclasses
 import functools
@@ -26,13 +26,13 @@ _EVALUATION, _STEPS = range(2)
 
 
 def over_members(one: Callable[..., Any], state: Any, arguments: Arguments, mesh: Mesh | None = None) -> Any:
-    """Call a function of a network's state for several states at once, inside of ``jit``.
+    """Vectorize a function of a network's state over several states, inside ``jit``.
 
     Args:
         one: Of a state and further arguments.
-        state: Of all members: every array has an axis of the members before the others.
-        arguments: Each is one array for all members, or a tuple of one for each.
-        mesh: Devices over whose one axis the members are split evenly; None: they are not.
+        state: Of all members: every array has a leading axis of members.
+        arguments: Each is one array shared by all members, or a tuple with one per member.
+        mesh: Mesh of one axis over which the members are split evenly; None: not split.
 
     Returns:
         What ``one`` returns, of all members.
@@ -50,13 +50,13 @@ def over_members(one: Callable[..., Any], state: Any, arguments: Arguments, mesh
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a run wants computed.
+    """A computation that a run requests.
 
     Attributes:
-        order: The step it stands at and what it is about to do there, see `rendezvous.Ordered`.
+        order: The run's step, and the kind of computation, see `rendezvous.Ordered`.
         state: Its state.
-        program: What its state needs at least.
-        batches: Of training steps; None: an evaluation is wanted.
+        program: The smallest program that fits its state.
+        batches: Of training steps; None: an evaluation.
         count: Of training steps.
         split: To be evaluated on.
     """
@@ -69,22 +69,22 @@ class Request:
     split: str = ""
 
     def answer(self, trainer: Trainer, should_stop: Callable[[], bool]) -> Any:
-        """Do it for this run alone."""
+        """Compute it for this run alone."""
         if self.batches is None:
             return trainer.evaluate(self.state, should_stop, self.program, self.split)
         return trainer.run_steps(self.state, self.batches, self.program, self.count)
 
 
 def common_program(requests: Sequence[Request]) -> Program:
-    """Return what computes for all: the copies of each fit where the most do."""
+    """Return the program with the largest capacity, which has room for the copies of every run."""
     return max((each.program for each in requests), key=lambda program: program.model.capacity)
 
 
 class JointTrainer(Trainer):
-    """Makes the steps of several runs at once: a state here is that of all, with an axis for the runs.
+    """Trainer of several runs at once, whose states are stacked along a leading axis.
 
-    Where the runs divide over the devices, each is computed on one of them. Else they share all devices, as a
-    run alone does.
+    If the runs divide over the devices, each is computed on one device. Otherwise all runs share all devices,
+    as a single run does.
 
     Args:
         trainer: Of one of the runs, whose configurations differ in their seed alone.
@@ -112,15 +112,15 @@ class JointTrainer(Trainer):
             lambda tree: [jax.tree.map(lambda leaf: leaf[member], tree) for member in range(members)],  # noqa: B023
             out_shardings=[(of_one, self._placement.replicated)] * members,
         )
-        # The states of the runs after the last steps, and the same as one.
+        # The states of the runs after the last steps, separate and stacked.
         self._last: tuple[list[TrainState], TrainState] | None = None
 
     def answer(self, requests: Sequence[Request], should_stop: Callable[[], bool]) -> Sequence[Any]:
-        """Do what runs that stand at the same step want.
+        """Answer the requests of runs that are at the same step.
 
         Args:
-            requests: Of one order, one of each run.
-            should_stop: Asked between the batches of an evaluation.
+            requests: One of each run, of the same order.
+            should_stop: Called between the batches of an evaluation.
 
         Returns:
             For each run what its `MemberTrainer` is to return.
@@ -139,11 +139,11 @@ class JointTrainer(Trainer):
         return answers
 
     def forget(self) -> None:
-        """Free the memory of the states, which others have taken over."""
+        """Free the memory of the stacked states, which another trainer has taken over."""
         self._last = None
 
     def _joint(self, states: Sequence[TrainState]) -> TrainState:
-        """The states as one; nothing is copied if these are those of the last steps."""
+        """Stack the states; nothing is copied if they are the results of the last steps."""
         if self._last is None or any(
             one is not other for one, other in zip(states, self._last[0], strict=True)
         ):
@@ -173,7 +173,7 @@ class JointTrainer(Trainer):
 
 
 def _joined(batches: Sequence[Iterator[Arguments]]) -> Iterator[Arguments]:
-    """The next arguments of all runs: what is the same array for all once, else a tuple."""
+    """Yield the next arguments of all runs: an array shared by all once, others as a tuple."""
     columns = zip(*(next(each) for each in batches), strict=True)
     yield tuple(
         column[0] if all(array is column[0] for array in column) else tuple(column) for column in columns
@@ -181,10 +181,10 @@ def _joined(batches: Sequence[Iterator[Arguments]]) -> Iterator[Arguments]:
 
 
 class MemberTrainer(Trainer):
-    """The trainer of one of several runs: has its steps and evaluations made together with those of others.
+    """The trainer of one of several runs, whose steps and evaluations are computed together with the others.
 
-    It has no program for a frozen allocation, which would be another one for each run: their steps keep room
-    for the copies there are. Results agree but for rounding.
+    It has no program for a frozen allocation, which would differ between runs: steps keep room for the
+    current copies. Results agree up to rounding.
 
     Args:
         trainer: Whose images and compiled functions are used.
@@ -211,7 +211,7 @@ class MemberTrainer(Trainer):
         return self._bucket_program(state)
 
     def is_compiled(self, program: Program) -> bool:
-        """Return true: who makes the steps also says what is compiled."""
+        """Return true: the thread that computes the steps announces compilations."""
         return True
 
     def batches(self, state: TrainState, epoch: int) -> Generator[Arguments]:
@@ -236,7 +236,7 @@ class MemberTrainer(Trainer):
         del should_stop
         order = int(state.step), _EVALUATION, split != "validation"
         request = Request(order, state, program or self._bucket_program(state), split=split)
-        # Who answers is asked to stop, so that all runs are at the same place.
+        # The answering thread checks for a request to stop, so that all runs stop at the same step.
         totals: Totals | None = self._ask(request)
         return totals
 

@@ -1,1 +1,1 @@
-"""Many runs from one command: configurations by seeds, in this process or in several."""
+"""Sweeps: every configuration with every seed, in this process or in several."""

@@ -1,7 +1,7 @@
-"""Which runs a sweep has: every configuration of a grid with every seed.
+"""Planning the runs of a sweep: every configuration of a grid with every seed.
 
-Each is an ordinary run, as `train_run` makes it, in a directory of its own: nothing
-is known of a sweep but its runs, so that calling it again resumes it.
+Each is an ordinary run of `train_run` in its own directory. A sweep has no other state, so calling it again
+resumes it.
 
 Runs of one seed start from the same values of the variables that their networks have in common, and take
 the images of each epoch in the same order with the same augmentation, whatever the variant of the network:
@@ -38,7 +38,7 @@ class SweepRun:
     """One run of a sweep.
 
     Attributes:
-        configuration: What it shares with the runs of other seeds: the name of the file and the point of
+        configuration: Name shared with the runs of other seeds: the name of the file and the point of
             the grid as it was given, such as ``"quickstart/model.variant=plain"``.
         config: The resolved configuration, with its seed.
         workdir: The directory of the run.
@@ -50,12 +50,12 @@ class SweepRun:
 
     @property
     def name(self) -> str:
-        """The run in a message."""
+        """Name of the run in messages."""
         return f"{self.configuration}, seed {self.config.seed}"
 
     @property
     def has_started(self) -> bool:
-        """Whether the directory holds a run."""
+        """True if the directory holds a run."""
         return (self.workdir / CONFIG).is_file()
 
     @property
@@ -66,12 +66,12 @@ class SweepRun:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the last epoch has been recorded."""
+        """True if the last epoch has been recorded."""
         return self.epochs_done == self.config.epochs
 
     @property
     def log(self) -> Path:
-        """Where the run's output goes that is not shown: beside its directory."""
+        """File beside the run's directory for output that is not shown."""
         return self.workdir.with_name(f"{self.workdir.name}.log")
 
 
@@ -84,21 +84,21 @@ def plan_sweep(
     vary: Sequence[str] = (),
     overrides: Sequence[str] = (),
 ) -> list[SweepRun]:
-    """The runs of a sweep, in order: by file, then by point of the grid, then by seed.
+    """Plan the runs of a sweep, in order of file, point of the grid, and seed.
 
     Args:
         files: Configuration files.
         workdir: Directory of the sweep.
         seeds: Seeds, each used with every configuration.
-        own_seeds: Files with other seeds than those.
+        own_seeds: Files with their own seeds instead.
         vary: ``"key=value1,value2"``: every value is tried, in all combinations with the other keys.
         overrides: ``"key=value"``, for all runs.
 
     Returns:
-        At least one run; nothing is read but the files, and nothing is written.
+        At least one run. Only the files are read, and nothing is written.
 
     Raises:
-        ConfigError: A file, key or value is wrong, or two runs would share a directory.
+        ConfigError: A file, key or value is invalid, or two runs would share a directory.
 
     Example:
         >>> import tempfile
@@ -135,7 +135,7 @@ def plan_sweep(
 
 
 def split_values(text: str) -> tuple[str, list[str]]:
-    """The key and the values of ``"key=value1,value2"``.
+    """Split ``"key=value1,value2"`` into the key and the values.
 
     Args:
         text: Commas within brackets, braces or quotation marks do not separate.
@@ -166,12 +166,12 @@ def split_values(text: str) -> tuple[str, list[str]]:
 
 
 def check_sweep(runs: Sequence[SweepRun], jobs: int = 1, *, together: bool = False) -> None:
-    """Refuses what would fail later: foreign runs in the way, missing data, networks that do not fit.
+    """Check for what would fail later: other runs in the directories, missing data, invalid networks.
 
     Args:
         runs: From `plan_sweep`.
-        jobs: Runs at once.
-        together: Whether all seeds of a configuration are made in one program.
+        jobs: Number of runs at once.
+        together: Whether all seeds of a configuration are trained in one program.
 
     Raises:
         SelconvError: A run cannot be made or resumed, and the message names it; or runs cannot be made
@@ -218,7 +218,7 @@ def _check_together(jobs: int) -> None:
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """The stem of every file, preceded by as many folders as tell it from the others."""
+    """Name each file by its stem, preceded by as many folders as make it unique."""
     paths = [file.resolve().with_suffix("").parts[1:] for file in files]
     names = []
     for file, path in zip(files, paths, strict=True):
@@ -232,7 +232,7 @@ def _names(files: Sequence[Path]) -> list[str]:
 
 
 def _file_name(text: str) -> str:
-    """The text without what file systems and shells take for something else; then a digest of what it was."""
+    """Replace characters that are special in file systems and shells; add a digest if anything changed."""
     name = re.sub(r"[^\w.=,+-]", "_", re.sub(r"[\s\"'\[\]{}]", "", text))
     if name == text and len(name) <= _LONGEST_NAME:
         return name
@@ -250,7 +250,7 @@ def _check_keys(varied: Sequence[str], overrides: Sequence[str]) -> None:
 
 
 def _check_directories(runs: Sequence[SweepRun]) -> None:
-    """No run lies in the directory of another."""
+    """Check that no run lies in the directory of another."""
     taken: dict[Path, SweepRun] = {}
     for run in runs:
         if run.workdir in taken:
@@ -265,7 +265,7 @@ def _check_directories(runs: Sequence[SweepRun]) -> None:
 
 
 def _difference(there: Config, here: Config) -> str:
-    """The first keys with different values, as a sentence without its end."""
+    """Describe the first keys with different values, without a final full stop."""
 
     def flat(config: Config) -> dict[str, Any]:
         return traverse_util.flatten_dict(dataclasses.asdict(config), sep=".")

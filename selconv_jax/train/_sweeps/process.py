@@ -1,6 +1,6 @@
-"""One run of a sweep in a process of its own: ``python -m selconv_jax.train._sweeps.process``.
+"""One run of a sweep in its own process: ``python -m selconv_jax.train._sweeps.process``.
 
-The run comes as a line of JSON on standard input, which stays open as long as the sweep lives.
+The run is a line of JSON on standard input, which stays open as long as the sweep is running.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ __all__ = ["main"]
 
 
 def main() -> int:
-    """Make the run; return as `make_run`, having printed a failure as the last line."""
+    """Make the run; return the code of `make_run`, after printing a failure as the last line."""
     order = json.loads(sys.stdin.readline())
     run = SweepRun(
         order["configuration"], parse_config(tomllib.loads(order["config"])), Path(order["workdir"])
@@ -29,13 +29,13 @@ def main() -> int:
     threading.Thread(target=_stop_with_sweep, daemon=True).start()
     code, error = make_run(run, progress_console())
     if error:
-        with contextlib.suppress(OSError):  # the disk may be what has failed
+        with contextlib.suppress(OSError):  # the disk itself may have failed
             print(f"failed: {error}", flush=True)
     return code
 
 
 def _stop_with_sweep() -> None:
-    """A sweep that was killed leaves no run at work behind: the run is saved, as after a signal."""
+    """Stop the run, which is then saved as after a signal, if the sweep's process has been killed."""
     # Not through `sys.stdin`, whose lock would be held while the interpreter ends.
     while os.read(sys.stdin.fileno(), 1):
         pass

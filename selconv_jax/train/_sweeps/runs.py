@@ -1,4 +1,4 @@
-"""The runs of a sweep made, one after another or some at once in processes of their own."""
+"""Making the runs of a sweep, one after another or several at once in their own processes."""
 
 import collections
 import contextlib
@@ -35,10 +35,10 @@ _COMMAND = (sys.executable, "-m", "selconv_jax.train._sweeps.process")
 
 @dataclasses.dataclass(frozen=True)
 class SweepEnd:
-    """How a sweep ended.
+    """Exit code and failures of a sweep.
 
     Attributes:
-        code: 0 when every run is complete, 1 when one has failed, 128 plus the signal's number when it
+        code: 0 when every run is complete, 1 when one has failed, 128 plus the signal number when it
             was asked to stop.
         failures: The error of every run that failed, in one line, by `SweepRun.name`.
     """
@@ -50,27 +50,27 @@ class SweepEnd:
 def run_sweep(
     runs: Sequence[SweepRun], console: Console, jobs: int = 1, *, together: bool = False
 ) -> SweepEnd:
-    """Make the runs; complete ones are kept, begun ones resumed.
+    """Make all runs of a sweep; complete runs are kept, incomplete ones resumed.
 
-    A run that fails leaves the others as they are. A signal ends the sweep as it ends a run: saved.
+    A run that fails does not affect the others. A signal stops the sweep like a run: it is saved first.
 
     Args:
         runs: From `plan_sweep`, checked by `check_sweep`.
-        console: Where progress is shown.
-        jobs: Runs at once. One is made in this process; more are made in processes of their own, whose
+        console: Console of the progress.
+        jobs: Number of runs at once. A single one is made in this process, several in their own, whose
             output goes to `SweepRun.log`.
         together: All seeds of a configuration at once, in one program of this process, see `make_together`.
 
     Returns:
-        How it ended.
+        Exit code and failures.
     """
     return _Sweep(runs, console, jobs, together).make()
 
 
 def share_devices() -> None:
-    """Keep this process, and those it starts, from taking most of a GPU's memory each for itself.
+    """Keep this process and its children from preallocating most of a GPU's memory each.
 
-    To be called before JAX sees to its devices; what the environment says of it already stays.
+    To be called before JAX initializes its devices; a setting in the environment takes precedence.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -97,7 +97,7 @@ class _Sweep:
         code = self._in_turn(waiting) if self._jobs == 1 else self._at_once(waiting)
         if code:
             complete = f"{sum(run.is_complete for run in self._runs)} of {len(self._runs)} runs complete"
-            self._say(f"the sweep stopped with {complete}; the same command goes on")
+            self._say(f"the sweep stopped with {complete}; resume it with the same command")
             return SweepEnd(code, self._failures)
         return SweepEnd(1 if self._failures else 0, self._failures)
 
@@ -114,14 +114,14 @@ class _Sweep:
                 self._clock.end(run)
                 if code == 1:
                     self._failures[run.name] = error
-                    if alone:  # else it has been said
+                    if alone:  # else it has been reported
                         self._say(f"{_FAILED}{error}")
             if stopped := [code for code, _ in ends if code > 1]:
                 return stopped[0]
         return 0
 
     def _at_once(self, waiting: collections.deque[tuple[int, SweepRun]]) -> int:
-        """Keep as many processes busy as asked for; a request to stop is handed to each of them once."""
+        """Keep ``jobs`` processes busy; forward a request to stop to each of them once."""
         processes: dict[subprocess.Popen[str], tuple[int, SweepRun]] = {}
         shown, told = time.monotonic(), False
         with StopRequest() as stop:
@@ -161,7 +161,7 @@ class _Sweep:
         if process.returncode == 0:
             self._say(f"{title}: complete{self._left()}")
         elif process.returncode == 1:
-            # A failure beside a request to stop is one all the same.
+            # A failure counts also after a request to stop.
             self._fail(number, run, _last_line(run).removeprefix(_FAILED))
         elif stopping:
             self._say(f"{title}: stopped")
@@ -176,7 +176,7 @@ class _Sweep:
         complete = sum(run.is_complete for run in self._runs)
         epochs = ", ".join(f"{run.epochs_done}/{run.config.epochs}" for run in running)
         self._say(
-            f"{complete} of {len(self._runs)} runs complete; epochs of those at work: {epochs}{self._left()}"
+            f"{complete} of {len(self._runs)} runs complete; epochs of running ones: {epochs}{self._left()}"
         )
 
     def _title(self, number: int, run: SweepRun) -> str:
@@ -191,7 +191,7 @@ class _Sweep:
 
 
 def _start(run: SweepRun) -> subprocess.Popen[str]:
-    """A process for one run, which a signal from the terminal does not reach: it would hear it twice."""
+    """Start a process for one run, shielded from the terminal's signals, which are forwarded to it."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
     share_devices()
     environment = dict(os.environ)
@@ -209,14 +209,14 @@ def _start(run: SweepRun) -> subprocess.Popen[str]:
         )
     assert process.stdin is not None
     order = {"configuration": run.configuration, "workdir": os.fspath(run.workdir)}
-    with contextlib.suppress(BrokenPipeError):  # that it has ended is noticed where it is waited for
+    with contextlib.suppress(BrokenPipeError):  # its end is noticed by the loop that waits for it
         process.stdin.write(json.dumps({**order, "config": dump_config(run.config)}) + "\n")
         process.stdin.flush()
     return process
 
 
 def _end_now(processes: Sequence[subprocess.Popen[str]]) -> None:
-    """End what is left when somebody insists; runs go on from their last checkpoint."""
+    """End the remaining processes at a second signal; their runs can resume from the last checkpoint."""
     for process in processes:
         process.terminate()
     for process in processes:
@@ -227,7 +227,7 @@ def _end_now(processes: Sequence[subprocess.Popen[str]]) -> None:
 
 
 def _way(code: int) -> str:
-    """How a process ended that did not end by itself, or ended as after a signal."""
+    """Describe the signal or code with which a process ended."""
     number = -code if code < 0 else code - 128
     with contextlib.suppress(ValueError):
         return f"by {signal.Signals(number).name}"

@@ -1,4 +1,4 @@
-"""How long a sweep will take yet, from the epochs it has made so far."""
+"""Estimate of the remaining time of a sweep from the epochs made so far."""
 
 import dataclasses
 import time
@@ -11,12 +11,12 @@ __all__ = ["Pace", "SweepClock", "seconds_left"]
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """What one run has done in this sweep, and what it has yet to do.
+    """Progress and speed of one run in this sweep.
 
     Attributes:
-        configuration: Runs of one are taken to be equally fast.
+        configuration: Runs of one configuration are assumed to be equally fast.
         epochs: Epochs made since it was started or resumed.
-        seconds: Time that took.
+        seconds: Time of these epochs.
         left: Epochs to come.
     """
 
@@ -27,12 +27,12 @@ class Pace:
 
 
 def seconds_left(paces: Sequence[Pace], jobs: int) -> float | None:
-    """Estimates the time until all runs are complete.
+    """Estimate the time until all runs are complete.
 
     Args:
-        paces: All runs that have epochs to come, and those that have made some. Configurations of which no
-            epoch has been made are taken to be as fast as the others together.
-        jobs: Runs at once.
+        paces: All runs with remaining or finished epochs. Configurations without a finished epoch are
+            assumed to be as fast as the average of the others.
+        jobs: Number of runs at once.
 
     Returns:
         Seconds, at least those of the longest run; None while no epoch has been made.
@@ -58,7 +58,7 @@ def seconds_left(paces: Sequence[Pace], jobs: int) -> float | None:
 
 
 class SweepClock:
-    """Takes the time of the runs of a sweep.
+    """Clock of the runs of a sweep.
 
     Args:
         runs: All of them.
@@ -74,15 +74,15 @@ class SweepClock:
         self._ended: dict[str, Pace] = {}
 
     def start(self, run: SweepRun) -> None:
-        """A run begins, or goes on."""
+        """Note that a run starts or resumes."""
         self._started[run.name] = run.epochs_done, self._clock()
 
     def end(self, run: SweepRun) -> None:
-        """A run has ended; if it is not complete, no more is expected of it in this sweep."""
+        """Note that a run has ended; an incomplete run is not continued in this sweep."""
         self._ended[run.name] = dataclasses.replace(self._pace(run), left=0)
 
     def left(self) -> float | None:
-        """Seconds until all runs are complete, see `seconds_left`."""
+        """Estimate the seconds until all runs are complete, see `seconds_left`."""
         return seconds_left([self._ended.get(run.name) or self._pace(run) for run in self._runs], self._jobs)
 
     def _pace(self, run: SweepRun) -> Pace:

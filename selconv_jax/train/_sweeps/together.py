@@ -1,9 +1,8 @@
-"""Runs of a sweep that differ in their seed alone, made in one program.
+"""Runs of a sweep that differ only in their seed, trained in one program.
 
-Each is an ordinary run in a thread of its own, with its own images, checkpoints and records: only where it
-would compute steps or an evaluation it waits for the others, and one program does it for all. So a run may
-be begun alone and resumed together, or the other way round; one that is behind the others is brought up to
-them first.
+Each is an ordinary run in its own thread, with its own images, checkpoints and records. Only to compute steps
+or an evaluation does it wait for the others, and one program computes for all. A run may thus be started
+alone and resumed together, or the other way round; one that is behind catches up first.
 """
 
 import contextlib
@@ -35,20 +34,20 @@ _SECONDS_TO_LEAVE = 10.0
 
 
 def make_together(runs: Sequence[SweepRun], console: Console) -> list[tuple[int, str]]:
-    """Make runs that differ in their seed alone, or resume them, in one program.
+    """Train or resume, in one program, runs that differ only in their seed.
 
-    A run that fails leaves the others as they are; it is marked in its `SweepRun.log`.
+    A run that fails does not affect the others; the failure is noted in its `SweepRun.log`.
 
     Args:
         runs: At least one.
-        console: Where their progress is shown.
+        console: Console of their progress.
 
     Returns:
-        For each what `make_run` returns.
+        The result of `make_run` for each.
     """
     try:
         trainer, data = run_setup.prepare(runs[0].config)
-    except Exception as error:  # out of memory, say: another configuration may fit
+    except Exception as error:  # such as out of memory: another configuration may fit
         kind = "" if isinstance(error, SelconvError) else f"{type(error).__name__}: "
         return [(1, f"{kind}{one_line(error)}")] * len(runs)
     return _Together(runs, trainer, data, console).make()
@@ -68,8 +67,8 @@ class _Together:
         self.display = SharedDisplay(console)
         self.rendezvous = Rendezvous[Request](range(len(runs)))
         self._lock = threading.Lock()
-        # What the runs have heard of a request to stop. It changes only while all of them wait, so that they
-        # stop at the same step.
+        # The request to stop as the runs see it. It changes only while all of them wait, so that they stop at
+        # the same step.
         self.heard = StopRequest()
         self._joint: dict[int, JointTrainer] = {}
         self._ends: list[tuple[int, str]] = [(1, "it was abandoned")] * len(runs)
@@ -85,7 +84,7 @@ class _Together:
                     thread.start()
                 self.rendezvous.serve(lambda requests: self._answer(requests, stop))
             finally:
-                # Nothing is left to do but to write; if somebody insists, not for long.
+                # Only writing is left to do; after a second signal the wait is short.
                 for thread in threads:
                     thread.join(_SECONDS_TO_LEAVE if self.rendezvous.is_abandoned else None)
         return self._ends
@@ -98,7 +97,7 @@ class _Together:
             self._ends[member] = code, error
             if error:
                 context.say(f"failed: {error}")
-                with contextlib.suppress(OSError):  # the disk may be what has failed
+                with contextlib.suppress(OSError):  # the disk itself may have failed
                     run.log.parent.mkdir(parents=True, exist_ok=True)
                     with run.log.open("a", encoding="utf-8") as log:
                         log.write(f"failed: {error}\n")
@@ -136,7 +135,7 @@ class _Together:
 
 
 class _MemberContext(RunContext):
-    """Where one of the runs is made: beside the others."""
+    """Environment of one of the runs trained together."""
 
     def __init__(self, together: _Together, member: int) -> None:
         super().__init__(together.display.console)
@@ -146,7 +145,7 @@ class _MemberContext(RunContext):
     def prepare(self, config: Config) -> tuple[Trainer, ImageData | StreamedData]:
         trainer = self._together.member(config, self._member)
         if self._member:
-            trainer.notes = ()  # the first one has said them
+            trainer.notes = ()  # the first run has reported them
         return trainer, self._together.data
 
     def display(self, trainer: Trainer, step: int) -> Display:
