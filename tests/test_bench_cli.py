@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import selconv_jax
 from selconv_jax._bench.compilation import compile_program, without_compilation_cache
 from selconv_jax._bench.settings import BenchSettings
 from selconv_jax._cli import bench as bench_command
@@ -172,3 +173,12 @@ def test_compilation_is_timed_without_the_cache():
     assert (program.lower_seconds, program.compile_seconds) == (1.0, 3.0)
     assert program.run(jnp.arange(3)).tolist() == [0, 2, 4]
     assert program.memory is None or program.memory["arguments"] == 12
+
+
+def test_torch_without_a_checkout(monkeypatch, tmp_path):
+    """An installed package lies beside no experiments."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(selconv_jax, "__file__", str(tmp_path / "selconv_jax" / "__init__.py"))
+    with pytest.raises(ConfigError, match="Run it in a checkout of the project"):
+        BenchSettings(torch=True)

@@ -1,5 +1,6 @@
 """How commands end: what is not ours in one line, its traceback on demand, results that cannot be written."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +73,21 @@ def test_a_command_shows_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr("selconv_jax._cli.models.run", fail(RecursionError("deep")))
     assert main(["models"]) == 1
     assert capsys.readouterr().err.startswith("selconv: error: RecursionError: deep (`--debug`")
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("matplotlib", "error: the package matplotlib is not installed; .*'selconv-jax\\[train\\]'"),
+        ("selconv_jax.nowhere", "error: ModuleNotFoundError"),  # a fault of ours, which no extra mends
+    ],
+)
+def test_a_package_that_is_not_installed(monkeypatch, capsys, missing, message):
+    error = ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+    monkeypatch.setattr("selconv_jax._cli.models.run", fail(error))
+    assert main(["models"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"selconv: {message}", line)
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs a full device")

@@ -221,14 +221,14 @@ def test_splits_of_the_embedded_sample(choice):
     data, streamed = load(SAMPLE, splits=choice), open_data(SAMPLE, streaming=True, splits=choice)
     assert isinstance(data, ImageData)
     assert_same(data, streamed)
-    hollow = abstract_data(SAMPLE, splits=choice)
-    assert {key: split and len(split) for key, split in parts(hollow).items()} == {
+    abstract = abstract_data(SAMPLE, splits=choice)
+    assert {key: split and len(split) for key, split in parts(abstract).items()} == {
         key: split and len(split) for key, split in parts(data).items()
     }
 
 
 @pytest.mark.parametrize("held_out", [60_000, 50_000, 0.000_001])
-def test_hollow_sets_refuse_what_leaves_nothing(held_out):
+def test_abstract_sets_refuse_what_leaves_nothing(held_out):
     with pytest.raises(DataError, match=r"cifar10: data.validation is .* of 50000 training images"):
         abstract_data("cifar10", splits=SplitChoice(held_out=held_out))
     assert len(abstract_data("cifar10", splits=SplitChoice(held_out=5000)).train) == 45_000

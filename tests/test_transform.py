@@ -258,7 +258,7 @@ def test_top_k_0_only_closes(variables):
     assert selconv_jax.required_capacity(new) == 0.0
 
 
-def test_required_slots_is_the_largest_share(variables):
+def test_required_capacity_is_the_largest_fraction(variables):
     new, report = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.3))
     shares = [int(layer.copies) / layer.deallocated.size for layer in report.layers.values()]
     assert selconv_jax.required_capacity(new) == pytest.approx(max(shares), rel=1e-6)

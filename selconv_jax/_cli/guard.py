@@ -80,13 +80,6 @@ def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
         _show(error)
         _say(f"error: {error}")
         code = 1
-    except ModuleNotFoundError as error:
-        _show(error)
-        _say(
-            f"error: the package {error.name} is not installed; commands need the extra `train`: "
-            "pip install 'selconv-jax[train]'."
-        )
-        code = 1
     except BrokenPipeError:
         # The reader of the output has closed the pipe.
         code = 141
@@ -98,6 +91,13 @@ def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
             _say("interrupted")
             return 130
         _show(error)
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and not missing.startswith("selconv_jax"):
+            _say(
+                f"error: the package {missing} is not installed; commands need the extra `train`: "
+                "pip install 'selconv-jax[train]'."
+            )
+            return 1
         _say(f"error: {described(error)} (`--debug` or {DEBUG}=1 shows where it comes from)")
         code = 1
     finally:
