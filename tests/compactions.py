@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,9 +85,7 @@ def assert_close_trees(actual, expected, tolerance):
 
 
 def assert_equal_trees(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(one, other)
+    chex.assert_trees_all_equal(actual, expected)
 
 
 def close(variables, path, channels):

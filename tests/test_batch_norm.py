@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,8 +65,7 @@ def test_derivatives_of_first_and_second_order(platform):
     arguments = (x, scale, bias)
     for transform in (jax.grad, jax.jacfwd, jax.hessian):
         actual, expected = (transform(f, argnums=(0, 1, 2))(*arguments) for f in (ours, simple))
-        for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("number", range(2))
@@ -88,8 +88,7 @@ def test_known_statistics_change_nothing(number):
         jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(variables["params"], parts, known)
         for known in (False, True)
     ]
-    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+    chex.assert_trees_all_close(*results, rtol=1e-9, atol=1e-12)
 
 
 def test_statistics_of_another_width_are_refused():

@@ -1,5 +1,6 @@
 """Allocations made for benchmarks: as many channels as asked for, and the same function as it should be."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,16 +26,10 @@ def logits(model, variables, train=False):
     return result[0] if train else result
 
 
-def same_structure(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-
-
 @pytest.mark.parametrize("share", [0.0, 0.125, 0.3, 0.5, 1.0])
 def test_share_of_copies_is_exact(variables, share):
     new = with_copies(variables, share, seed=0)
-    same_structure(new, variables)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, variables)
     before = layer_states(variables)
     for name, state in layer_states(new).items():
         assert state.gate.all()
@@ -71,7 +66,7 @@ def test_copies_follow_from_the_seed(variables):
 def test_nothing_allocated_is_the_plain_network(variables):
     plain = MODEL.clone(variant="plain")
     bare = without_allocation(variables)
-    same_structure(bare, plain.init(jax.random.key(0), IMAGES, train=False))
+    chex.assert_trees_all_equal_shapes_and_dtypes(bare, plain.init(jax.random.key(0), IMAGES, train=False))
     expected = logits(MODEL, with_copies(variables, 0.0, seed=0))
     np.testing.assert_allclose(logits(plain, bare), expected, rtol=1e-6, atol=1e-6)
 
@@ -79,7 +74,7 @@ def test_nothing_allocated_is_the_plain_network(variables):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_share_of_closed_channels_is_exact(variables, share):
     new = with_closed(variables, share, seed=0)
-    same_structure(new, variables)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, variables)
     for state in layer_states(new).values():
         channels = len(state.gate)
         assert (~state.gate).sum() == min(int(share * channels + 1e-9), channels - 1)

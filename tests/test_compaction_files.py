@@ -3,8 +3,8 @@
 import functools
 import json
 
+import chex
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,9 +50,7 @@ def test_types_are_kept(tmp_path):
     read_model, read_variables = selconv_jax.load_compact(tmp_path / "small.npz")
     assert read_model.dtype == jnp.bfloat16
     assert read_model.network.clone(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16) == network
-    for one, other in zip(jax.tree.leaves(read_variables), jax.tree.leaves(variables), strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)
+    chex.assert_trees_all_equal(read_variables, variables, strict=True)
 
 
 def test_nothing_is_overwritten_unasked(saved, small):

@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -341,9 +342,7 @@ def test_full_size_step_has_the_right_shapes(path):
         jax.ShapeDtypeStruct((config.batch_size, *info.image_shape), jnp.uint8),
         jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     )
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), state
-    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
 
 
 # Options that leave a few layers of every kind.

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -43,13 +44,6 @@ def variables(model):
 @pytest.fixture
 def arrays(model, variables):
     return state_dict(model, variables)
-
-
-def assert_equal(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for ours, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert ours.dtype == wanted.dtype
-        np.testing.assert_array_equal(ours, wanted)
 
 
 def test_all_networks_are_recorded():
@@ -93,7 +87,7 @@ def test_every_family_and_variant(network, variant):
     variables = perturbed_variables(model, (1, 32, 32, 1), seed=1, **shares)
     theirs = state_dict(model, variables)
     assert all(value.flags.c_contiguous for value in theirs.values())
-    assert_equal(load_state_dict(model, theirs), variables)
+    chex.assert_trees_all_equal(load_state_dict(model, theirs), variables, strict=True)
     endings = {key.rpartition(".")[2] for key in theirs}
     assert ("is_open" in endings) == (variant != "plain")
     assert ({"_bias", "_ind_ptr", "_eye"} <= endings) == (variant == "selective")
@@ -123,9 +117,9 @@ def test_strict_loading_finds_the_constants(arrays):
 
 def test_constants_may_be_missing_and_counts_are_dropped(model, variables, arrays):
     counted = {key: np.int64(7) if COUNT in key else value for key, value in arrays.items()}
-    assert_equal(load_state_dict(model, counted), variables)
+    chex.assert_trees_all_equal(load_state_dict(model, counted), variables, strict=True)
     without = {key: value for key, value in arrays.items() if COUNT not in key and "_eye" not in key}
-    assert_equal(load_state_dict(model, without), variables)
+    chex.assert_trees_all_equal(load_state_dict(model, without), variables, strict=True)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
@@ -138,7 +132,7 @@ def test_types_are_those_of_init(dtype, arrays):
     back = state_dict(model, loaded)
     written = np.float32 if dtype == jnp.bfloat16 else np.float16
     assert back["classifier.weight"].dtype == back[f"{LAYER}._bias"].dtype == written
-    assert_equal(load_state_dict(model, back), loaded)
+    chex.assert_trees_all_equal(load_state_dict(model, back), loaded, strict=True)
 
 
 def under(prefix, arrays):
@@ -176,7 +170,7 @@ WRAPPED = {
 
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_wrapped_and_prefixed(wrapper, model, variables, arrays):
-    assert_equal(load_state_dict(model, WRAPPED[wrapper](arrays)), variables)
+    chex.assert_trees_all_equal(load_state_dict(model, WRAPPED[wrapper](arrays)), variables, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +360,7 @@ def test_files_there_and_back(suffix, tmp_path, model, variables, arrays):
         save_state_dict(path, model, variables)
     save_state_dict(path, model, variables, overwrite=True)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    assert_equal(load_state_dict(model, str(path)), variables)
+    chex.assert_trees_all_equal(load_state_dict(model, str(path)), variables, strict=True)
     with pytest.raises(CheckpointError, match=re.escape(f"{path} does not fit DenseNet: 1 of another")):
         load_state_dict(model.clone(num_classes=3, growth=2, stem="imagenet"), path)
 
@@ -447,7 +441,7 @@ def tensors(torch, arrays):
 
 
 def test_tensors_are_arrays(torch, model, variables, tensors):
-    assert_equal(load_state_dict(model, tensors), variables)
+    chex.assert_trees_all_equal(load_state_dict(model, tensors), variables, strict=True)
     narrow = {key: value.bfloat16() if value.is_floating_point() else value for key, value in tensors.items()}
     loaded = load_state_dict(model, narrow)
     wanted = narrow["classifier.weight"].float().numpy().T
@@ -461,7 +455,7 @@ def test_tensors_are_arrays(torch, model, variables, tensors):
 def test_pytorch_files(name, zipped, tmp_path, torch, model, variables, tensors):
     content = {"state_dict": tensors, "epoch": 3} if name.endswith(".tar") else tensors
     torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
-    assert_equal(load_state_dict(model, tmp_path / name), variables)
+    chex.assert_trees_all_equal(load_state_dict(model, tmp_path / name), variables, strict=True)
 
 
 class RunsCode:

@@ -1,5 +1,6 @@
 """Selective layers under nn.remat, nn.scan and nn.vmap, and the transforms of stacked layers."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -94,8 +95,7 @@ def test_layers_of_a_stack_draw_apart_and_alike_in_longer_stacks(scanned):
     short, _ = selconv_jax.reallocate(
         jax.tree.map(lambda leaf: leaf[:2], variables), jax.random.key(1), AllocationRule(threshold=0.2)
     )
-    for one, other in zip(jax.tree.leaves(short), jax.tree.leaves(new), strict=True):
-        np.testing.assert_allclose(one, other[:2], rtol=1e-6)
+    chex.assert_trees_all_close(short, jax.tree.map(lambda leaf: leaf[:2], new), rtol=1e-6)
     same = jax.tree.map(lambda leaf: jnp.stack([leaf[0]] * 2), variables)
     # Not replicas, which are refused.
     same["params"]["blocks"]["conv"]["bias"] += jnp.array([[0.0], [1e-6]])
@@ -113,8 +113,9 @@ def test_stacks_of_stacks():
     assert new["params"]["shift"].shape == (2, 3, 8, 1)
     row = jax.tree.map(lambda leaf: leaf.reshape(6, *leaf.shape[2:]), stack)
     expected, _ = selconv_jax.reallocate(row, jax.random.key(0), AllocationRule(threshold=0.3))
-    for one, other in zip(jax.tree.leaves(new), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one.reshape(other.shape), other, rtol=1e-6)
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda leaf: leaf.reshape(6, *leaf.shape[2:]), new), expected, rtol=1e-6
+    )
 
 
 def test_a_stack_beside_single_layers_leaves_their_draws():

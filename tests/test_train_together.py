@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,7 +121,7 @@ def test_losses_are_those_of_runs_alone(network):
             state, numbers = alone.run_steps(state, alone.batches(state, 0), program, 1)
             losses.append(float(numbers[0]))
         np.testing.assert_allclose([each[seed] for each in together], losses, rtol=1e-5)
-        jax.tree.map(np.testing.assert_array_equal, every.states[seed].selectivity, state.selectivity)
+        chex.assert_trees_all_equal(every.states[seed].selectivity, state.selectivity)
         assert int(every.states[seed].step) == int(state.step) == 30
         totals = alone.evaluate(state)
         np.testing.assert_allclose(evaluated[seed].loss, totals.loss, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -66,9 +67,8 @@ def test_structure_shapes_dtypes_and_shardings_stay(variables):
     mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))
     placed = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
     new, _ = selconv_jax.reallocate(placed, jax.random.key(0), AllocationRule(threshold=0.3))
-    assert jax.tree.structure(new) == jax.tree.structure(placed)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, placed)
     for old, leaf in zip(jax.tree.leaves(placed), jax.tree.leaves(new), strict=True):
-        assert (leaf.shape, leaf.dtype) == (old.shape, old.dtype)
         assert leaf.sharding.is_equivalent_to(old.sharding, old.ndim)
 
 
@@ -93,7 +93,7 @@ def test_wide_layers_may_be_sharded(variables):
     assert new["params"]["block1_layer1"]["conv1"]["kernel"].sharding.is_equivalent_to(sharding, 4)
     expected, same = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.3))
     assert report.deallocated == same.deallocated > 0
-    chex_equal(new, expected, rtol=1e-6)
+    chex.assert_trees_all_close(new, expected, rtol=1e-6)
 
 
 def test_other_leaves_pass_through_untouched(variables):
@@ -110,7 +110,7 @@ def test_frozen_variables_stay_frozen(variables):
     new, _ = selconv_jax.reallocate(freeze(variables), jax.random.key(0), AllocationRule(threshold=0.3))
     expected, _ = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.3))
     assert type(new) is type(freeze({}))
-    chex_equal(new.unfreeze(), expected)
+    chex.assert_trees_all_equal(new.unfreeze(), expected)
 
 
 def test_compiles_once_per_model_and_allocation(variables, monkeypatch):
@@ -132,15 +132,15 @@ def test_inside_of_jit_equals_outside(variables):
     inside, same = jax.jit(lambda v, k: selconv_jax.reallocate(v, k, allocation))(
         variables, jax.random.key(5)
     )
-    chex_equal(inside, outside)
-    chex_equal(same, report)
+    chex.assert_trees_all_equal(inside, outside)
+    chex.assert_trees_all_equal(same, report)
 
 
 def test_threshold_as_an_array(variables):
     expected, report = selconv_jax.reallocate(variables, jax.random.key(5), AllocationRule(threshold=0.3))
     for threshold in (np.float32(0.3), jnp.asarray(0.3)):
         new, same = selconv_jax.reallocate(variables, jax.random.key(5), AllocationRule(threshold=threshold))
-        chex_equal(new, expected)
+        chex.assert_trees_all_equal(new, expected)
         assert same == report
 
     def closed(threshold):
@@ -183,7 +183,7 @@ def test_input_channels_may_be_sharded_on_a_mesh_of_explicit_axes(variables):
     with jax.set_mesh(mesh):
         for new, same in (run(placed), jax.jit(run)(placed)):
             assert same == report
-            chex_equal(new, expected)
+            chex.assert_trees_all_equal(new, expected)
             for old, leaf in zip(jax.tree.leaves(placed), jax.tree.leaves(new), strict=True):
                 assert leaf.sharding.is_equivalent_to(old.sharding, old.ndim)
 
@@ -216,7 +216,7 @@ def test_a_layer_with_a_parameter_that_is_not_a_number_is_left_alone(name):
     broken = {**variables, "params": {**variables["params"], name: broken}}
     new, report = selconv_jax.reallocate(broken, jax.random.key(0), AllocationRule(threshold=0.3))
     assert report.deallocated == report.reallocated == 0
-    chex_equal(new, broken)
+    chex.assert_trees_all_equal(new, broken)
 
 
 def test_draws_depend_on_key_and_path_only(variables):
@@ -341,7 +341,7 @@ def test_layers_of_other_dimensions_leave_the_draws():
     alone = {name: {"one": leaves} for name, leaves in one.items()}
     expected, _ = selconv_jax.reallocate(alone, jax.random.key(0), allocation)
     assert report.layers["one"].reallocated.any()
-    chex_equal(new["params"]["one"], expected["params"]["one"])
+    chex.assert_trees_all_equal(new["params"]["one"], expected["params"]["one"])
 
 
 def test_random_sources_are_any_open_channels():
@@ -394,9 +394,3 @@ def at(tree, *path):
     for key in path:
         tree = tree[key]
     return tree
-
-
-def chex_equal(actual, expected, rtol=0.0):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=rtol, atol=0)

@@ -1,5 +1,6 @@
 """From plain networks to selective ones: the same function, and refusals by name."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,7 @@ def test_the_twin_computes_the_same(plain, variant):
     twin = network(variant)
     template = template_of(twin, SHAPE)
     variables = selectivize(plain, template)
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), variables) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), dict(template)
-    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(variables, dict(template))
     images = jax.random.normal(jax.random.key(0), SHAPE)
     expected = jax.jit(lambda variables: network("plain").apply(variables, images, train=False))(plain)
     actual = jax.jit(lambda variables: twin.apply(variables, images, train=False))(variables)
