@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ import selconv_jax
 from selconv_jax import BatchNormReLUConv, SelectiveConv
 from selconv_jax._xla.platforms import tracing_for
 from selconv_jax.compaction._gather import take_channels, take_repeated
+from selconv_jax.nn._computation import window_of
 
 LAYERS = {
     "plain 1x1": BatchNormReLUConv(4, (1, 1)),
@@ -27,7 +29,7 @@ CHANNELS = 16
 def case(name, batch=2):
     """A layer, its variables with copies and closed channels, and an input."""
     layer = LAYERS[name]
-    x = jax.random.normal(jax.random.key(0), (batch, *(5,) * len(layer._window()), CHANNELS))
+    x = jax.random.normal(jax.random.key(0), (batch, *(5,) * len(window_of(layer)), CHANNELS))
     given = {"closed": 0.2, "copies": 0.5} if isinstance(layer, SelectiveConv) else {}
     return layer, perturbed_variables(layer, x.shape, seed=1, **given), x
 
@@ -152,5 +154,4 @@ def test_gradients_under_shard_map_with_its_checks(name, train, kind):
     expected = jax.jit(jax.grad(lambda params, x: (loss(params, x[:2]) + loss(params, x[2:])) / 2, (0, 1)))(
         variables["params"], x
     )
-    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,18 +41,29 @@ class Statistics(NamedTuple):
     var: jax.Array
 
 
-@jax.custom_jvp
-def batch_statistics(x: jax.Array) -> Statistics:
+def batch_statistics(x: jax.Array, axis_name: Any = None) -> Statistics:
     """Compute the mean and biased variance of each channel of a batch.
 
     Under ``jit`` with a sharded batch these are the statistics of the global batch.
 
     Args:
         x: ``[N, ..., C]`` floating.
+        axis_name: Mapped axis, or several, whose members each hold an equal part of the batch; None: ``x``
+            is the batch.
 
     Returns:
         Mean and variance ``[C]``, in float32 or wider; differentiable.
     """
+    local = _local_statistics(x)
+    if axis_name is None:
+        return local
+    mean = lax.pmean(local.mean, axis_name)
+    return Statistics(mean, lax.pmean(local.var + jnp.square(local.mean - mean), axis_name))
+
+
+@jax.custom_jvp
+def _local_statistics(x: jax.Array) -> Statistics:
+    """Compute the statistics of the batch that one device holds, or under ``jit`` of all of it."""
     x = x.astype(statistics_dtype(x.dtype))
     # One pass: for each image, sum the differences from its first pixel, and their squares. The difference
     # of squares then does not cancel, however far the values are from 0: the pixel is one of n values, so
@@ -77,14 +88,14 @@ def batch_statistics(x: jax.Array) -> Statistics:
     return Statistics(mean, jnp.mean(within + jnp.square(of_image - mean[None]), axis=0))
 
 
-@batch_statistics.defjvp
-def _batch_statistics_jvp(
+@_local_statistics.defjvp
+def _local_statistics_jvp(
     primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[Statistics, Statistics]:
     # The deviations sum to 0, so the variance has no gradient through the mean. Differentiating the code
     # above would take one more pass to compute that zero.
     (x,), (change,) = primals, tangents
-    statistics = batch_statistics(x)
+    statistics = _local_statistics(x)
     x, change = (array.astype(statistics.mean.dtype) for array in (x, change))
     deviation = x - lax.expand_dims(materialize(statistics.mean), _leading(x))
     return statistics, Statistics(

@@ -15,7 +15,8 @@ from flax.core import unfreeze
 from selconv_jax.analysis._counting import count_multiply_adds, count_parameters
 from selconv_jax.compaction import plan_compaction
 from selconv_jax.compaction._network import Compact, NetworkCall, example_inputs, network_call, relative_path
-from selconv_jax.nn._layers import SelectiveConv, check_capacity
+from selconv_jax.nn._computation import check_copies
+from selconv_jax.nn._layers import SelectiveConv
 
 __all__ = ["Count", "LayerCounts", "count_layers", "total_counts"]
 
@@ -186,7 +187,7 @@ def _products(
         if isinstance(module, SelectiveConv) and context.method_name == "__call__":
             if copies is None and module.capacity:
                 return module.clone(capacity=0.0, parent=module.scope)(*args, **kwargs)
-            check_capacity(path, module.capacity, args[0].shape[-1], (copies or {}).get(path, 0))
+            check_copies(path, module.capacity, args[0].shape[-1], (copies or {}).get(path, 0))
         order.setdefault(path)
         paths.append(path)
         with jax.named_scope(f"{_MARK}{len(paths) - 1}"):

@@ -15,6 +15,7 @@ from selconv_jax.compaction._gather import spread_channels, take_channels, take_
 from selconv_jax.compaction._layout import LayerLayout
 from selconv_jax.functional._groups import without_rows
 from selconv_jax.functional._shift import channel_shift, select, select_with_statistics
+from selconv_jax.nn._computation import Selected, window_of
 from selconv_jax.nn._layers import BatchNormReLUConv
 
 __all__ = ["StaticConv", "call_static", "output_shape"]
@@ -44,7 +45,7 @@ class StaticConv(BatchNormReLUConv):
     layout: LayerLayout | None = None
 
     @nn.compact
-    def __call__(self, x: Array, train: bool, statistics: Statistics | None = None) -> Array:
+    def __call__(self, x: Array, train: bool | None = None, statistics: Statistics | None = None) -> Array:
         """Apply the layer, see `BatchNormReLUConv.__call__`.
 
         Args:
@@ -69,8 +70,10 @@ class StaticConv(BatchNormReLUConv):
         if layout.copied:
             shape = (len(layout.copied), x.ndim - 2)
             shift = self.param("shift", nn.initializers.zeros, shape, self.param_dtype)
+        is_training = self.train if train is None else train
+        axis_name = None if self.is_initializing() else self.axis_name
         arrange = _in_place if layout.is_in_place else _gathered
-        x, statistics = arrange(x, layout, shift, statistics if train else None)
+        x, statistics = arrange(x, layout, shift, statistics if is_training else None, axis_name)
         return super().__call__(x, train, statistics)
 
     @property
@@ -80,19 +83,17 @@ class StaticConv(BatchNormReLUConv):
         return self.layout
 
     @nn.nowrap
-    def _select(
-        self, x: Array, kernel: Array, statistics: Statistics | None
-    ) -> tuple[Array, Array, Statistics | None]:
+    def _select(self, inputs: Selected) -> Selected:
         """Return all of the input, and the kernel with the rows of idle channels held at zero."""
         if not self._layout.idle:
-            return x, kernel, statistics
+            return inputs
         idle = np.zeros(self._layout.reads, bool)
         idle[list(self._layout.idle)] = True
-        return x, without_rows(kernel, jnp.asarray(idle)), statistics
+        return inputs._replace(kernel=without_rows(inputs.kernel, jnp.asarray(idle)))
 
 
 def _in_place(
-    x: Array, layout: LayerLayout, shift: Array | None, statistics: Statistics | None
+    x: Array, layout: LayerLayout, shift: Array | None, statistics: Statistics | None, axis_name: Any
 ) -> tuple[Array, Statistics | None]:
     """Write the copies into the places of channels that are not read; return the statistics if known."""
     assert shift is not None
@@ -103,11 +104,11 @@ def _in_place(
     shift = spread_channels(shift, places, layout.inputs, axis=0)
     if statistics is None:
         return select(x, jnp.asarray(source), shift, len(places)), None
-    return select_with_statistics(x, statistics, jnp.asarray(source), shift, len(places))
+    return select_with_statistics(x, statistics, jnp.asarray(source), shift, len(places), axis_name)
 
 
 def _gathered(
-    x: Array, layout: LayerLayout, shift: Array | None, statistics: Statistics | None
+    x: Array, layout: LayerLayout, shift: Array | None, statistics: Statistics | None, axis_name: Any
 ) -> tuple[Array, Statistics | None]:
     """Gather the channels that are read; return their statistics if known."""
     parts, known = [], []
@@ -118,7 +119,7 @@ def _gathered(
     if shift is not None:
         parts.append(channel_shift(take_repeated(x, layout.copied), shift))
         if statistics is not None:
-            known.append(batch_statistics(parts[-1]))
+            known.append(batch_statistics(parts[-1], axis_name))
     x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
     statistics = join_statistics(*known) if known else None
     if not layout.order:
@@ -129,7 +130,11 @@ def _gathered(
 
 
 def call_static(
-    layer: BatchNormReLUConv, layout: LayerLayout, x: Array, train: bool, statistics: Statistics | None = None
+    layer: BatchNormReLUConv,
+    layout: LayerLayout,
+    x: Array,
+    train: bool | None = None,
+    statistics: Statistics | None = None,
 ) -> Array:
     """Call a layer with a fixed allocation, with its variables in the same scope.
 
@@ -157,7 +162,7 @@ def call_static(
 
 def output_shape(layer: BatchNormReLUConv, x: Any) -> tuple[int, ...]:
     """Return the shape ``[N, *S', features]`` of a layer's output for an input ``[N, *S, C]``."""
-    window = layer._window()
+    window = window_of(layer)
     if len(x.shape) != len(window) + 2:
         raise ValueError(
             f"{layer.name or type(layer).__name__}: input of shape {x.shape}, but kernel_size {window} needs "

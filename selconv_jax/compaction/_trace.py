@@ -23,6 +23,7 @@ from selconv_jax.compaction._network import (
     relative_path,
 )
 from selconv_jax.compaction._static_conv import StaticConv, output_shape
+from selconv_jax.nn._computation import window_of
 from selconv_jax.nn._layers import BatchNormReLUConv
 
 __all__ = [
@@ -183,14 +184,19 @@ def _fields(variables: Any) -> list[Field]:
 
 
 def _layer_step(
-    layer: BatchNormReLUConv, path: str, features: int, x: jax.Array, train: bool, statistics: Any = None
+    layer: BatchNormReLUConv,
+    path: str,
+    features: int,
+    x: jax.Array,
+    train: bool | None = None,
+    statistics: Any = None,
 ) -> jax.Array:
     del train
     dtype = canonicalize_dtype(x, np.zeros((), layer.param_dtype), dtype=layer.dtype)
     shape = (*output_shape(layer, x)[:-1], features)
     if type(layer) is not StaticConv and features:
         kernel = (layer.variables.get("params") or {}).get("kernel")
-        expected = (*layer._window(), x.shape[-1] // layer.feature_group_count, features)
+        expected = (*window_of(layer), x.shape[-1] // layer.feature_group_count, features)
         if kernel is None or kernel.shape != expected:
             found = "there is none" if kernel is None else f"it has shape {kernel.shape}"
             raise ValueError(

@@ -127,7 +127,12 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, capacity: int | No
 
 
 def select_with_statistics(
-    x: jax.Array, statistics: Statistics, source: jax.Array, shift: jax.Array, capacity: int | None = None
+    x: jax.Array,
+    statistics: Statistics,
+    source: jax.Array,
+    shift: jax.Array,
+    capacity: int | None = None,
+    axis_name: Any = None,
 ) -> tuple[jax.Array, Statistics]:
     """Select channels and derive the statistics of the result, reading only the copies.
 
@@ -137,6 +142,7 @@ def select_with_statistics(
         source: See `select`.
         shift: See `select`.
         capacity: See `select`.
+        axis_name: Mapped axis over which ``statistics`` were computed.
 
     Returns:
         The result of `select`, and its statistics.
@@ -152,7 +158,7 @@ def select_with_statistics(
         moved = jnp.dot(of_copies, slot.astype(of_copies.dtype), precision=lax.Precision.HIGHEST)
         return jnp.where(source >= 0, moved, of_x)
 
-    return selected, Statistics(*map(placed, statistics, batch_statistics(copies)))
+    return selected, Statistics(*map(placed, statistics, batch_statistics(copies, axis_name)))
 
 
 def _bound(capacity: int | None, x: jax.Array) -> int:

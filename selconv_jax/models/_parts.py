@@ -14,7 +14,8 @@ from selconv_jax._xla.convolution import convolve
 from selconv_jax._xla.materialize import materialize
 from selconv_jax._xla.platforms import target_platform
 from selconv_jax.errors import ConfigError, nearest
-from selconv_jax.nn._layers import BatchNormReLU, BatchNormReLUConv, SelectiveConv, fan_out_normal
+from selconv_jax.nn._computation import fan_out_normal
+from selconv_jax.nn._layers import BatchNormReLU, BatchNormReLUConv, SelectiveConv
 
 __all__ = [
     "STEMS",

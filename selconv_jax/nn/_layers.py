@@ -1,37 +1,20 @@
 """Batch norm, ReLU and convolution as one Flax (Linen) module: the selective layer and its plain twin."""
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from selconv_jax._utils.arguments import check_number, check_whole
-from selconv_jax._xla.batch_norm import (
-    Statistics,
-    batch_norm,
-    batch_norm_relu,
-    batch_statistics,
-    statistics_dtype,
-    update_running_statistics,
-)
-from selconv_jax._xla.convolution import canonical_padding, canonical_window, convolve
-from selconv_jax.errors import ConfigError
-from selconv_jax.functional._groups import without_rows
-from selconv_jax.functional._shift import select, select_with_statistics
+from selconv_jax._xla.batch_norm import Statistics, statistics_dtype
+from selconv_jax.nn import _computation as computation
+from selconv_jax.nn._computation import Initializer, Selected, fan_out_normal, window_of
 
-__all__ = ["BatchNormReLU", "BatchNormReLUConv", "SelectiveConv", "check_capacity", "fan_out_normal"]
+__all__ = ["BatchNormReLU", "BatchNormReLUConv", "SelectiveConv"]
 
 Array = jax.Array
-Initializer = Callable[..., Any]
-_Selected = tuple[Array, Array, Statistics | None]
-
-# Normal with standard deviation sqrt(2 / (kh * kw * O)); method, "One selective layer".
-fan_out_normal: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class BatchNormReLUConv(nn.Module):
@@ -54,6 +37,10 @@ class BatchNormReLUConv(nn.Module):
         dropout_rate: Fraction of the activations that dropout zeroes in training; needs a ``dropout`` key.
         momentum: Decay rate of the running statistics: the fraction of them that a step keeps.
         epsilon: Added to the variance.
+        axis_name: Mapped axis (of ``jax.shard_map``, ``vmap`` or ``pmap``) over which the statistics of the
+            batch are computed, as in `flax.linen.BatchNorm`; not needed under ``jit``, where they are those
+            of the global batch.
+        train: Mode of the calls that do not give one.
         dtype: Type of the computation; None: inferred from the input and parameters. Statistics are
             computed in float32 or wider.
         param_dtype: Type of the parameters.
@@ -70,35 +57,26 @@ class BatchNormReLUConv(nn.Module):
     dropout_rate: float = 0.0
     momentum: float = 0.9
     epsilon: float = 1e-5
+    axis_name: Any = None
+    train: bool | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
     precision: Any = None
     kernel_init: Initializer = fan_out_normal
 
     def __post_init__(self) -> None:
-        check_whole("features", self.features, 1)
-        check_whole("feature_group_count", self.feature_group_count, 1)
-        rank = len(self._window())
-        canonical_window(self.strides, rank, "strides")
-        canonical_padding(self.padding, rank)
-        canonical_window(self.kernel_dilation, rank, "kernel_dilation")
-        check_number("dropout_rate", self.dropout_rate, lambda share: 0.0 <= share < 1.0, "in [0, 1)")
-        _check_normalization(self)
-        if self.features % self.feature_group_count:
-            raise ConfigError(
-                f"features is {self.features}, not a multiple of feature_group_count "
-                f"{self.feature_group_count}."
-            )
+        computation.check_conv_settings(self, self.features)
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Array, train: bool, statistics: Statistics | None = None) -> Array:
+    def __call__(self, x: Array, train: bool | None = None, statistics: Statistics | None = None) -> Array:
         """Apply the layer.
 
         Args:
             x: ``[N, *S, C]`` floating.
             train: Normalize with the statistics of the batch and update the running ones, for which
-                ``batch_stats`` must be mutable; otherwise normalize with the running ones.
+                ``batch_stats`` must be mutable; otherwise normalize with the running ones. None: the
+                attribute ``train``.
             statistics: Statistics of ``x`` if they are known: those of its concatenated parts from
                 `batch_statistics`, joined by `join_statistics`. In a dense network, where many layers read
                 the same channels, they are then computed once. The result is the same, gradients included.
@@ -109,64 +87,27 @@ class BatchNormReLUConv(nn.Module):
 
         Raises:
             ValueError: The rank of the input does not match ``kernel_size``, its channels do not divide
-                into the groups, the statistics have another number of channels, or ``train`` is traced.
+                into the groups, the statistics have another number of channels, or ``train`` is traced or
+                given by neither call nor attribute.
             flax.errors.ModifyScopeVariableError: ``train`` is true and ``batch_stats`` is not mutable.
         """
-        given: Any = train
-        if isinstance(given, jax.core.Tracer):
-            raise ValueError(
-                f"{self.name or type(self).__name__}: train is traced, but it decides what is compiled. "
-                "Pass it by position, with static_argnums=(2,) for nn.remat, in_axes=nn.broadcast for "
-                "nn.scan, in_axes=(0, None) for nn.vmap; under jax.jit, make it a static argument."
-            )
-        channels = x.shape[-1]
-        window = self._window()
-        rank = len(window)
-        if x.ndim != rank + 2:
-            raise ValueError(
-                f"{self.name or type(self).__name__}: input of shape {x.shape}, but kernel_size "
-                f"{window} needs {rank + 2} dimensions: batch, {rank} spatial, channels."
-            )
-        if channels % self.feature_group_count:
-            raise ValueError(
-                f"{self.name or type(self).__name__}: {channels} input channels do not divide into "
-                f"{self.feature_group_count} groups (feature_group_count)."
-            )
-        if statistics is not None and any(values.shape != (channels,) for values in statistics):
-            shapes = ", ".join(str(values.shape) for values in statistics)
-            raise ValueError(
-                f"{self.name or type(self).__name__}: statistics of shapes {shapes}, but an input of shape "
-                f"{x.shape} has a mean and a variance of shape {(channels,)}."
-            )
-        shape = (*window, channels // self.feature_group_count, self.features)
+        name = self.name or type(self).__name__
+        train = _mode(name, self.train, train)
+        computation.check_inputs(self, name, x, statistics)
+        shape = (*window_of(self), x.shape[-1] // self.feature_group_count, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
 
-        x, kernel, statistics = self._select(x, kernel, statistics if train else None)
-        x = _batch_norm_relu(self, x, train, statistics)
+        x, kernel, statistics = self._select(Selected(x, kernel, statistics if train else None))
+        x = _norm_relu(self, x, train, statistics)
         if self.dropout_rate > 0:
             x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
-        return convolve(
-            x,
-            kernel,
-            strides=canonical_window(self.strides, rank, "strides"),
-            padding=canonical_padding(self.padding, rank),
-            kernel_dilation=canonical_window(self.kernel_dilation, rank, "kernel_dilation"),
-            groups=self.feature_group_count,
-            precision=self.precision,
-        )
+        return computation.apply_convolution(self, x, kernel)
 
     @nn.nowrap
-    def _window(self) -> tuple[int, ...]:
-        """Return the kernel size, one per spatial dimension."""
-        size: Any = self.kernel_size
-        sizes = tuple(size) if isinstance(size, Iterable) else (size,)
-        return canonical_window(sizes, len(sizes), "kernel_size")
-
-    @nn.nowrap
-    def _select(self, x: Array, kernel: Array, statistics: Statistics | None) -> _Selected:
+    def _select(self, inputs: Selected) -> Selected:
         """Return the input, kernel and known statistics to compute with; a hook for subclasses."""
-        return x, kernel, statistics
+        return inputs
 
 
 class SelectiveConv(BatchNormReLUConv):
@@ -203,44 +144,21 @@ class SelectiveConv(BatchNormReLUConv):
     gate_only: bool = False
 
     def __post_init__(self) -> None:
-        check_number(
-            "capacity",
-            self.capacity,
-            lambda share: 0.0 <= share <= 1.0,
-            "a fraction of the channels in [0, 1]",
-        )
+        computation.check_capacity(self.capacity)
         super().__post_init__()
 
     @nn.nowrap
-    def _select(self, x: Array, kernel: Array, statistics: Statistics | None) -> _Selected:
-        channels = x.shape[-1]
+    def _select(self, inputs: Selected) -> Selected:
+        channels = inputs.x.shape[-1]
         gate = self.variable("selectivity", "gate", jnp.ones, (channels,), jnp.bool_)
-        kernel = without_rows(kernel, ~gate.value)
-        if self.gate_only:
-            return x, kernel, statistics
-        source = self.variable("selectivity", "source", jnp.full, (channels,), -1, jnp.int32).value
-        shift = self.param("shift", nn.initializers.zeros, (channels, x.ndim - 2), self.param_dtype)
-        if not isinstance(source, jax.core.Tracer) and getattr(source, "is_fully_addressable", True):
-            copies = int(np.count_nonzero(np.asarray(source) >= 0))
-            check_capacity("/".join(self.path) or type(self).__name__, self.capacity, channels, copies)
-        capacity = math.ceil(self.capacity * channels)
-        if capacity == 0:
-            # Copies without capacity make the output NaN through the kernel, at no cost per pixel.
-            return x, without_rows(kernel, source >= 0, jnp.nan), statistics
-        if statistics is None:
-            return select(x, source, shift, capacity), kernel, None
-        x, statistics = select_with_statistics(x, statistics, source, shift, capacity)
-        return x, kernel, statistics
-
-
-def check_capacity(name: str, capacity: float, channels: int, copies: int) -> None:
-    """Raise a `ConfigError` if a layer has more copies than its ``capacity`` provides for."""
-    room = math.ceil(capacity * channels)
-    if copies > room:
-        raise ConfigError(
-            f"layer {name!r}: capacity is {capacity}, which provides for {room} copies, but {copies} of its "
-            f"{channels} channels are copies. Take model.clone(capacity=c) with c of at least "
-            "selconv_jax.required_capacity(variables)."
+        source = shift = None
+        if not self.gate_only:
+            source = self.variable("selectivity", "source", jnp.full, (channels,), -1, jnp.int32).value
+            shape = (channels, inputs.x.ndim - 2)
+            shift = self.param("shift", nn.initializers.zeros, shape, self.param_dtype)
+        name = "/".join(self.path) or type(self).__name__
+        return computation.select_channels(
+            inputs, gate.value, source, shift, self.capacity, name=name, axis_name=_axis_name(self)
         )
 
 
@@ -250,24 +168,29 @@ class BatchNormReLU(nn.Module):
     Attributes:
         momentum: Decay rate of the running statistics: the fraction of them that a step keeps.
         epsilon: Added to the variance.
+        axis_name: See `BatchNormReLUConv`.
+        train: Mode of the calls that do not give one.
         param_dtype: Type of the parameters.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
+    axis_name: Any = None
+    train: bool | None = None
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        _check_normalization(self)
+        computation.check_norm_settings(self)
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Array, train: bool, statistics: Statistics | None = None) -> Array:
+    def __call__(self, x: Array, train: bool | None = None, statistics: Statistics | None = None) -> Array:
         """Apply batch norm and ReLU to ``[N, *S, C]``, see `BatchNormReLUConv.__call__`."""
-        return _batch_norm_relu(self, x, train, statistics)
+        train = _mode(self.name or type(self).__name__, self.train, train)
+        return _norm_relu(self, x, train, statistics)
 
 
-def _batch_norm_relu(
+def _norm_relu(
     module: BatchNormReLUConv | BatchNormReLU, x: Array, train: bool, statistics: Statistics | None
 ) -> Array:
     """Apply batch norm and ReLU with the variables of ``module``; update its running ones in training."""
@@ -275,21 +198,28 @@ def _batch_norm_relu(
     scale = module.param("scale", nn.initializers.ones, channels, module.param_dtype)
     bias = module.param("bias", nn.initializers.zeros, channels, module.param_dtype)
     dtype = statistics_dtype(module.param_dtype)
-    running_mean = module.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
-    running_var = module.variable("batch_stats", "var", jnp.ones, channels, dtype)
-    if not train:
-        normalized = batch_norm(x, running_mean.value, running_var.value, scale, bias, module.epsilon)
-        return nn.relu(normalized)
-    mean, var = batch_statistics(x) if statistics is None else statistics
-    if not module.is_initializing():
-        running_mean.value, running_var.value = update_running_statistics(
-            running_mean.value, running_var.value, mean, var, x.size // x.shape[-1], module.momentum
+    mean = module.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
+    var = module.variable("batch_stats", "var", jnp.ones, channels, dtype)
+    running = Statistics(mean.value, var.value)
+    y, running = computation.norm_relu(module, x, scale, bias, running, train, statistics, _axis_name(module))
+    if train and not module.is_initializing():
+        mean.value, var.value = running
+    return y
+
+
+def _axis_name(module: BatchNormReLUConv | BatchNormReLU) -> Any:
+    """Return the axis to compute statistics over; initialization runs outside of the mapped function."""
+    return None if module.is_initializing() else module.axis_name
+
+
+def _mode(name: str, attribute: bool | None, argument: Any) -> bool:
+    """Return whether a call trains: what it was given, else the module's attribute."""
+    if isinstance(argument, jax.core.Tracer):
+        raise ValueError(
+            f"{name}: train is traced, but it decides what is compiled. Pass it by position, with "
+            "static_argnums=(2,) for nn.remat, in_axes=nn.broadcast for nn.scan, in_axes=(0, None) for "
+            "nn.vmap; under jax.jit, make it a static argument."
         )
-    return batch_norm_relu(x, mean, var, scale, bias, module.epsilon)
-
-
-def _check_normalization(module: BatchNormReLUConv | BatchNormReLU) -> None:
-    check_number("momentum", module.momentum, lambda share: 0.0 <= share <= 1.0, "in [0, 1]")
-    check_number(
-        "epsilon", module.epsilon, lambda value: 0.0 <= value < math.inf, "a finite number, at least 0"
-    )
+    if argument is None and attribute is None:
+        raise ValueError(f"{name}: pass train=True or train=False, in the call or as attribute of the layer.")
+    return bool(attribute if argument is None else argument)
