@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from flax.core import FrozenDict, unfreeze
+from flax.core import FrozenDict, meta, unfreeze
 
 from selconv_jax.functional._allocation import LayerState
 from selconv_jax.functional._groups import group_count
@@ -114,10 +114,12 @@ def refuse_replicas(states: Mapping[str, LayerState]) -> None:
 
 
 def _replaced(tree: Any, new: Mapping[Path, Any], path: Path) -> Any:
-    """Replace the leaves at some paths of a tree; mappings keep their types, and empty ones are kept."""
+    """Replace the leaves at some paths of a tree; types of mappings, empty ones and boxes are kept."""
     if isinstance(tree, Mapping):
         kind = FrozenDict if isinstance(tree, FrozenDict) else dict
         return kind({key: _replaced(child, new, (*path, key)) for key, child in tree.items()})
+    if path in new and isinstance(tree, meta.AxisMetadata):
+        return tree.replace_boxed(new[path])
     return new.get(path, tree)
 
 
@@ -125,7 +127,7 @@ def _layer_state(path: Path, flat: dict[str, dict[Path, Any]]) -> LayerState:
     name = "/".join(path)
     fields: dict[str, Any] = {}
     for field, collection in _COLLECTION.items():
-        value = flat[collection].get((*path, field))
+        value = meta.unbox(flat[collection].get((*path, field)))
         if value is None and field not in _OPTIONAL:
             raise ValueError(
                 f"selective layer {name!r}: variables[{collection!r}] has no {field!r} for it. "
@@ -133,8 +135,7 @@ def _layer_state(path: Path, flat: dict[str, dict[Path, Any]]) -> LayerState:
             )
         if value is not None and not hasattr(value, "shape"):
             raise ValueError(
-                f"selective layer {name!r}: {field} is a {type(value).__name__}, expected an array. Unbox "
-                "partitioned parameters with flax.linen.meta.unbox."
+                f"selective layer {name!r}: {field} is a {type(value).__name__}, expected an array."
             )
         fields[field] = value
     if (fields["source"] is None) != (fields["shift"] is None):

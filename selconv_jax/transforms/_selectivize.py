@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import traverse_util
-from flax.core import FrozenDict, freeze, unfreeze
+from flax.core import FrozenDict, freeze, meta, unfreeze
 
 __all__ = ["selectivize"]
 
@@ -91,8 +91,7 @@ def _check_fit(wanted: dict[Path, Any], given: dict[Path, Any]) -> None:
         more = f"; and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
         raise ValueError(
             f"{len(misfits)} of the plain variables do not fit the selective model: {listed}{more}. Build "
-            "both models with the same arguments and layer names; unbox partitioned parameters with "
-            "flax.linen.meta.unbox."
+            "both models with the same arguments and layer names."
         )
 
 
@@ -101,7 +100,8 @@ def _name(path: Path) -> str:
 
 
 def _kind(leaf: Any) -> str:
-    """Return the dtype and shape of an array, or the type name of anything else."""
+    """Return the dtype and shape of an array, boxed or not, or the type name of anything else."""
+    leaf = meta.unbox(leaf)
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return f"{leaf.dtype}{list(leaf.shape)}"
     return type(leaf).__name__
