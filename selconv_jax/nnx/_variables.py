@@ -8,7 +8,7 @@ from flax import nnx, traverse_util
 
 from selconv_jax.nnx._layers import Selectivity
 
-__all__ = ["linen_variables", "update_module"]
+__all__ = ["collection_of", "linen_variables", "update_module"]
 
 
 def linen_variables(module: nnx.Module) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def linen_variables(module: nnx.Module) -> dict[str, Any]:
     flat = {
         (collection, *map(str, path)): variable[...]
         for path, variable in nnx.to_flat_state(nnx.state(module))
-        if (collection := _collection(variable))
+        if (collection := collection_of(variable))
     }
     return traverse_util.unflatten_dict(flat)
 
@@ -53,7 +53,7 @@ def update_module(module: nnx.Module, variables: Mapping[str, Any]) -> None:
     places = {
         (collection, *map(str, path)): (path, variable)
         for path, variable in state
-        if (collection := _collection(variable))
+        if (collection := collection_of(variable))
     }
     if strange := sorted(set(places) ^ set(flat)):
         owner = "module" if strange[0] in places else "dictionary"
@@ -74,7 +74,7 @@ def update_module(module: nnx.Module, variables: Mapping[str, Any]) -> None:
     )
 
 
-def _collection(variable: nnx.Variable[Any]) -> str | None:
+def collection_of(variable: nnx.Variable[Any]) -> str | None:
     """Return the Linen collection of a variable; None if it is none of the three."""
     if isinstance(variable, nnx.Param):
         return "params"
