@@ -8,8 +8,17 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # type: ignore[attr-defined]
 from numpy.typing import NDArray
 
-from selconv_jax.compaction._signature import constant_signature, step_signature
-from selconv_jax.compaction._trace import LAYER, PRODUCER, STACKED, Field, Trace, inner_programs
+from selconv_jax.compaction._network import path_parts
+from selconv_jax.compaction._trace import (
+    LAYER,
+    PRODUCER,
+    STACKED,
+    Field,
+    Trace,
+    constant_signature,
+    inner_programs,
+    step_signature,
+)
 
 __all__ = ["Flow", "channel_flow"]
 
@@ -65,13 +74,8 @@ def channel_flow(traces: Sequence[Trace]) -> Flow:
 
     Concatenations join channels, sums tie them together, paddings add channels of zeros; pools, casts,
     activations and other operations that treat all channels alike pass them on. Any other operation needs
-    all of its operands, and its results are not tracked.
-
-    Args:
-        traces: Traces of one network in all its modes. A channel that one of them needs is needed.
-
-    Returns:
-        The flow.
+    all of its operands, and its results are not tracked. The traces are those of one network in all its
+    modes: a channel that one of them needs is needed.
     """
     walk = _Walk()
     for trace in traces:
@@ -204,7 +208,7 @@ class _Walk:
     def _layer(self, equation: Any, values: list[_Value]) -> Ids:
         path, count = equation.params["path"], len(values) - len(equation.params["names"])
         (value, *statistics), variables = values[:count], values[count:]
-        own = [_field(path, *name) for name in equation.params["names"]]
+        own = [(collection, *path_parts(path), name) for collection, name in equation.params["names"]]
         self.owners.update((field, path) for field in own)
         # Compaction slices a layer's variables, which is only valid if the layer reads them as they are, not
         # computed from others (a normalized kernel) or taken from another layer (a tied one). Variables of
@@ -282,10 +286,6 @@ class _Walk:
         return _UNIFORM if result.ndim else None
 
 
-def _field(path: str, collection: str, name: str) -> Field:
-    return (collection, *(path.split("/") if path else ()), name)
-
-
 def _called_once(equation: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
     """Return the program that an equation calls once with its operands, and its constants; None: no call."""
     if equation.primitive.name not in _CALLS + _CUSTOM_CALLS:
@@ -317,10 +317,7 @@ def _keeps_channels(equation: Any) -> bool:
         return last not in parameters["axes"]
     if name in _POOLS:
         per_axis = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
-        return all(parameters[key][-1] == 1 for key in per_axis) and tuple(parameters["padding"][-1]) == (
-            0,
-            0,
-        )
+        return all(parameters[key][-1] == 1 for key in per_axis) and not any(parameters["padding"][-1])
     return name in rules and rules[name]()
 
 
