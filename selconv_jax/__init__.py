@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from selconv_jax import (
         analysis,
         compaction,
+        conversion,
         data,
         errors,
         functional,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         transforms,
     )
     from selconv_jax.compaction import CompactionPlan, compact, load_compact, plan_compaction, save_compact
+    from selconv_jax.conversion import selectivize_model
     from selconv_jax.errors import CheckpointError, ConfigError, DataError, SelconvError
     from selconv_jax.nn import BatchNormReLUConv, SelectiveConv
     from selconv_jax.transforms import (
@@ -52,6 +54,7 @@ __all__ = [
     "analysis",
     "compact",
     "compaction",
+    "conversion",
     "data",
     "errors",
     "functional",
@@ -69,6 +72,7 @@ __all__ = [
     "rewritten_mask",
     "save_compact",
     "selectivize",
+    "selectivize_model",
     "train",
     "transforms",
 ]
@@ -90,6 +94,7 @@ __getattr__, __dir__ = lazy_exports(
         "analysis": "analysis",
         "compact": "compaction",
         "compaction": "compaction",
+        "conversion": "conversion",
         "data": "data",
         "errors": "errors",
         "functional": "functional",
@@ -107,6 +112,7 @@ __getattr__, __dir__ = lazy_exports(
         "rewritten_mask": "transforms",
         "save_compact": "compaction",
         "selectivize": "transforms",
+        "selectivize_model": "conversion",
         "train": "train",
         "transforms": "transforms",
     },

@@ -1,5 +1,21 @@
-"""Selective layers in Flax NNX modules."""
+"""Selective layers as Flax NNX modules, and the transforms of modules that have them."""
 
-from selconv_jax.nnx._bridge import linen_variables, update_module
+from selconv_jax.nnx._compact import Compact, compact
+from selconv_jax.nnx._layers import BatchNormReLUConv, SelectiveConv, Selectivity
+from selconv_jax.nnx._linen import to_linen
+from selconv_jax.nnx._transforms import reallocate, reset_rewritten, selectivize
+from selconv_jax.nnx._variables import linen_variables, update_module
 
-__all__ = ["linen_variables", "update_module"]
+__all__ = [
+    "BatchNormReLUConv",
+    "Compact",
+    "SelectiveConv",
+    "Selectivity",
+    "compact",
+    "linen_variables",
+    "reallocate",
+    "reset_rewritten",
+    "selectivize",
+    "to_linen",
+    "update_module",
+]

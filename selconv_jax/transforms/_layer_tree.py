@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import FrozenDict, meta, unfreeze
 
+from selconv_jax._utils.modules import as_variables
 from selconv_jax.functional._allocation import LayerState
 from selconv_jax.functional._groups import group_count
 
@@ -30,14 +31,14 @@ _COLLECTION = {
 _OPTIONAL = ("source", "shift")
 
 
-def layer_states(variables: Variables) -> dict[str, LayerState]:
+def layer_states(variables: Any) -> dict[str, LayerState]:
     """Collect the selective and gate-only layers of a model, by path.
 
     Layers stacked by ``nn.scan`` or ``nn.vmap`` are one `LayerState` whose arrays have the stack's axes as
     leading axes: gate ``[*L, C]``, kernel ``[*L, *K, C / G, O]``, and so on.
 
     Args:
-        variables: The model's variables: ``params``, ``batch_stats``, ``selectivity``.
+        variables: The model's variables: ``params``, ``batch_stats``, ``selectivity``; or an NNX module.
 
     Returns:
         `LayerState` by the path of the layer, parts joined by ``/`` (``""`` for a model that is one layer).
@@ -45,6 +46,7 @@ def layer_states(variables: Variables) -> dict[str, LayerState]:
     Raises:
         ValueError: There is no selective layer, or its arrays are missing or inconsistent in shape.
     """
+    variables = as_variables(variables)
     flat = {
         collection: traverse_util.flatten_dict(unfreeze(variables.get(collection, {})))
         for collection in ("params", "batch_stats", "selectivity")

@@ -5,7 +5,7 @@ import functools
 import math
 import zlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,15 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from selconv_jax._utils.arguments import check_number, check_whole
+from selconv_jax._utils.modules import is_nnx_module
 from selconv_jax.functional._allocation import LayerState, deallocate, fill_slots, sources_from_uniform
 from selconv_jax.functional._damage import channel_scores, expected_channel_damage, normalize_damage
 from selconv_jax.functional._groups import group_count
 from selconv_jax.transforms._layer_tree import are_replicas, layer_states, merge_layers, refuse_replicas
 from selconv_jax.transforms._report import LayerReport, Report
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 __all__ = ["AllocationRule", "reallocate", "required_capacity"]
 
@@ -63,9 +67,19 @@ class AllocationRule:
         )
 
 
+@overload
+def reallocate(
+    variables: "nnx.Module", key: jax.Array, allocation: AllocationRule | None = None
+) -> Report: ...
+
+
+@overload
 def reallocate(
     variables: Variables, key: jax.Array, allocation: AllocationRule | None = None
-) -> tuple[Any, Report]:
+) -> tuple[Any, Report]: ...
+
+
+def reallocate(variables: Any, key: jax.Array, allocation: AllocationRule | None = None) -> Any:
     """Close the least important channels of every selective layer and refill them with copies of the best.
 
     One round of the method's "De-allocation" and "Re-allocation" for all layers of any Flax model; the
@@ -82,7 +96,8 @@ def reallocate(
 
     Args:
         variables: The model's variables: ``params``, ``batch_stats``, ``selectivity``. Other collections
-            and parameters are returned unchanged.
+            and parameters are returned unchanged. An NNX module is updated in place, see
+            `selconv_jax.nnx.reallocate`; only the report is returned.
         key: A PRNG key.
         allocation: Settings of the round; None: the published ones.
 
@@ -103,6 +118,10 @@ def reallocate(
         >>> report.deallocated == report.reallocated > 0
         True
     """
+    if is_nnx_module(variables):
+        from selconv_jax.nnx import _transforms  # of an outer ring, which NNX users alone load
+
+        return _transforms.reallocate(variables, key, allocation)
     allocation = allocation or AllocationRule()
     states = layer_states(variables)
     numbers = _Numbers(allocation.threshold, allocation.shift_range)
@@ -122,11 +141,11 @@ def reallocate(
     return merge_layers(variables, new_states), Report(layers)
 
 
-def required_capacity(variables: Variables) -> float:
+def required_capacity(variables: Any) -> float:
     """Return the smallest sufficient ``capacity``: the largest fraction of copies in any selective layer.
 
     Args:
-        variables: The model's variables, holding concrete arrays.
+        variables: The model's variables, holding concrete arrays; or an NNX module.
 
     Returns:
         A fraction in [0, 1], see `SelectiveConv`.

@@ -1,8 +1,4 @@
-"""Selective layers in Flax NNX modules, with their variables as nested dictionaries.
-
-A layer enters an NNX module as ``nnx.bridge.ToNNX(SelectiveConv(...))``. Functions of a model's variables
-then take ``linen_variables(module)``, and ``update_module`` writes their results back.
-"""
+"""The variables of NNX modules as nested dictionaries, which the functions of Linen variables take."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,34 +6,34 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
-__all__ = ["linen_variables", "update_module"]
+from selconv_jax.nnx._layers import Selectivity
+
+__all__ = ["collection_of", "linen_variables", "update_module"]
 
 
 def linen_variables(module: nnx.Module) -> dict[str, Any]:
     """Collect the variables of an NNX module as a Linen model with the same attributes would hold them.
 
     Args:
-        module: An NNX module, initialized (``nnx.bridge.lazy_init``).
+        module: An NNX module; Linen layers in ``nnx.bridge.ToNNX`` must be initialized.
 
     Returns:
         ``{"params": ..., "batch_stats": ..., "selectivity": ...}``, nested by attribute name and, in lists,
         by the index as a string. Variables of other kinds, such as random number generators, are left out.
 
     Example:
-        >>> import jax, jax.numpy as jnp, selconv_jax
+        >>> import selconv_jax
         >>> from flax import nnx
-        >>> layer = nnx.bridge.ToNNX(selconv_jax.SelectiveConv(4, (3, 3)), rngs=nnx.Rngs(0))
-        >>> layer = layer.lazy_init(jnp.ones((1, 8, 8, 16)), train=False)
-        >>> allocation = selconv_jax.AllocationRule(threshold=0.1)
-        >>> variables, report = selconv_jax.reallocate(linen_variables(layer), jax.random.key(0), allocation)
-        >>> update_module(layer, variables)
-        >>> int((layer.source[...] >= 0).sum()) == report.reallocated > 0
-        True
+        >>> layer = selconv_jax.nnx.SelectiveConv(16, 4, (3, 3), rngs=nnx.Rngs(0))
+        >>> sorted(linen_variables(layer)["params"])
+        ['bias', 'kernel', 'scale', 'shift']
+        >>> selconv_jax.required_capacity(linen_variables(layer))
+        0.0
     """
     flat = {
         (collection, *map(str, path)): variable[...]
         for path, variable in nnx.to_flat_state(nnx.state(module))
-        if (collection := _collection(variable))
+        if (collection := collection_of(variable))
     }
     return traverse_util.unflatten_dict(flat)
 
@@ -57,7 +53,7 @@ def update_module(module: nnx.Module, variables: Mapping[str, Any]) -> None:
     places = {
         (collection, *map(str, path)): (path, variable)
         for path, variable in state
-        if (collection := _collection(variable))
+        if (collection := collection_of(variable))
     }
     if strange := sorted(set(places) ^ set(flat)):
         owner = "module" if strange[0] in places else "dictionary"
@@ -78,12 +74,12 @@ def update_module(module: nnx.Module, variables: Mapping[str, Any]) -> None:
     )
 
 
-def _collection(variable: nnx.Variable[Any]) -> str | None:
+def collection_of(variable: nnx.Variable[Any]) -> str | None:
     """Return the Linen collection of a variable; None if it is none of the three."""
     if isinstance(variable, nnx.Param):
         return "params"
     if isinstance(variable, nnx.BatchStat):
         return "batch_stats"
-    # The bridge makes this type from the collection's name.
-    selectivity = nnx.variable_type_from_name("selectivity", allow_register=True)
-    return "selectivity" if isinstance(variable, selectivity) else None
+    # Flax's bridge may have made a type of its own from the collection's name.
+    is_allocation = isinstance(variable, Selectivity) or type(variable).__name__ == "selectivity"
+    return "selectivity" if is_allocation else None

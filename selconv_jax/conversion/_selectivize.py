@@ -1,0 +1,206 @@
+"""Selective networks from trained networks of batch norm, ReLU and convolution."""
+
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from flax.core import unfreeze
+
+from selconv_jax.compaction._network import intercept_calls, network_call, relative_path
+from selconv_jax.conversion._triples import Triple, find_triples
+from selconv_jax.errors import ConfigError
+from selconv_jax.nn._layers import SelectiveConv
+
+__all__ = ["Conversion", "Selectivized", "selectivize_model"]
+
+
+class Conversion(NamedTuple):
+    """A selective network, and what it was made of.
+
+    Attributes:
+        model: The network, called like the plain one.
+        variables: Its variables. A converted layer has all of its own under the name of the convolution.
+        converted: Path of the batch norm of each converted convolution, by the path of the convolution.
+        left: Why each other convolution was left as it is, by its path.
+    """
+
+    model: nn.Module
+    variables: dict[str, Any]
+    converted: dict[str, str]
+    left: dict[str, str]
+
+    def summary(self) -> str:
+        """Say in a few lines what was converted, and what was left and why."""
+        lines = [
+            f"{len(self.converted)} of {len(self.converted) + len(self.left)} convolutions are selective"
+        ]
+        lines += [f"  {conv} (normalized by {norm})" for conv, norm in self.converted.items()]
+        lines += [f"  {conv} is left: {reason}" for conv, reason in self.left.items()]
+        return "\n".join(lines)
+
+
+class Selectivized(nn.Module):
+    """Network whose batch norms, ReLUs and convolutions run as selective layers.
+
+    Attributes:
+        plain: The network as it was.
+        layers: The layers: paths of their batch norm, convolution and dropout, and their settings.
+        capacity: See `selconv_jax.SelectiveConv`.
+        gate_only: See `selconv_jax.SelectiveConv`.
+    """
+
+    plain: nn.Module
+    layers: tuple[tuple[str, str, str | None, tuple[tuple[str, Any], ...]], ...]
+    capacity: float = 1.0
+    gate_only: bool = False
+
+    def setup(self) -> None:
+        """Share the network's scope, so that this wrapper does not appear in the names of variables."""
+        nn.share_scope(self, self.plain)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network with its layers replaced."""
+        root = tuple(filter(None, relative_path(self, ()).split("/")))
+        norms = {norm for norm, *_ in self.layers}
+        dropouts = {dropout for _, _, dropout, _ in self.layers}
+        layers = {conv: (norm, dict(settings)) for norm, conv, _, settings in self.layers}
+        seen: dict[str, tuple[jax.Array, bool]] = {}
+
+        def swap(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if type(module) not in (nn.BatchNorm, nn.Dropout, nn.Conv):
+                return call(*args, **kwargs)
+            path = relative_path(module, root)
+            if path in norms:
+                # The layer computes from the input of its batch norm. What is returned in its place is read
+                # only by the ReLU and dropout, whose result the layer ignores.
+                seen[path] = _norm_call(module, *args, **kwargs)
+                return seen[path][0]
+            if path in dropouts:
+                return args[0] if args else kwargs["inputs"]
+            if path not in layers:
+                return call(*args, **kwargs)
+            norm, settings = layers[path]
+            x, train = seen.pop(norm)
+            return SelectiveConv(
+                **settings,
+                capacity=self.capacity,
+                gate_only=self.gate_only,
+                kernel_init=module.kernel_init,
+                name=module.name,
+                parent=module.scope,
+            )(x, train)
+
+        with intercept_calls(swap):
+            return self.plain(*args, **kwargs)
+
+
+def selectivize_model(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *inputs: Any,
+    capacity: float = 1.0,
+    gate_only: bool = False,
+    **options: Any,
+) -> Conversion:
+    """Convert a trained network of ordinary Flax layers to a selective network, which computes the same.
+
+    The network is traced. Every ``nn.Conv(..., use_bias=False)`` whose input is the ReLU of an
+    ``nn.BatchNorm``, with or without an ``nn.Dropout`` between them, becomes a `SelectiveConv`, if nothing
+    else reads what is in between. The network can then be re-allocated, trained on and compacted.
+
+    In training, the running variance takes the unbiased estimate from then on (method, "One selective layer",
+    step 2), where ``nn.BatchNorm`` takes the biased one.
+
+    Args:
+        model: The network. It is called as ``model.apply(variables, *inputs, **options)``, with or without
+            ``train``.
+        variables: Its variables.
+        *inputs: Inputs: arrays or `jax.ShapeDtypeStruct`, as only shapes matter.
+        capacity: See `selconv_jax.SelectiveConv`; ``result.model.clone(capacity=...)`` changes it.
+        gate_only: See `selconv_jax.SelectiveConv`.
+        **options: Keyword arguments that are the same in every call, such as ``deterministic=True``.
+
+    Returns:
+        The network, its variables, and what was converted and what was not.
+
+    Raises:
+        ConfigError: The network does not run on the inputs, or no layer of it can be converted.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, selconv_jax
+        >>> class Network(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x, train):
+        ...         x = nn.Conv(16, (3, 3))(x)
+        ...         x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        ...         return nn.Conv(8, (3, 3), use_bias=False)(x)
+        >>> x = jnp.ones((1, 8, 8, 3))
+        >>> variables = Network().init(jax.random.key(0), x, train=False)
+        >>> result = selconv_jax.selectivize_model(Network(), variables, x)
+        >>> print(result.summary())
+        1 of 2 convolutions are selective
+          Conv_1 (normalized by BatchNorm_0)
+          Conv_0 is left: its input is not the ReLU of a batch norm
+    """
+    call, method = network_call(model, inputs, None, options)
+    assert method is None
+    variables = unfreeze(dict(variables))
+    shapes = jax.eval_shape(lambda tree: tree, variables)
+    found: dict[str, Triple] = {}
+    left: dict[str, str] = {}
+    for train in call.modes:
+        try:
+            triples, rest = find_triples(model, shapes, call, train)
+        except TypeError:
+            if not (train and call.may_lack_train):
+                raise
+            continue
+        found |= triples
+        left |= rest
+    found = {path: triple for path, triple in found.items() if path not in left}
+    if not found:
+        reasons = "; ".join(f"{path}: {reason}" for path, reason in left.items()) or "it has no nn.Conv"
+        raise ConfigError(
+            f"no layer of {type(model).__name__} can become selective: {textwrap.shorten(reasons, 300)}."
+        )
+    layers = tuple(
+        (triple.norm, path, triple.dropout, tuple(triple.settings.items())) for path, triple in found.items()
+    )
+    selective = Selectivized(model, layers, capacity, gate_only)
+    new = _renamed(variables, found, gate_only)
+    return Conversion(selective, new, {path: triple.norm for path, triple in found.items()}, left)
+
+
+def _norm_call(
+    module: Any, x: jax.Array, use_running_average: bool | None = None, *, mask: Any = None
+) -> tuple[jax.Array, bool]:
+    """Return the input of a batch norm and whether it would train."""
+    del mask  # calls with a mask are no part of a layer
+    frozen = nn.merge_param("use_running_average", module.use_running_average, use_running_average)
+    return x, not frozen
+
+
+def _renamed(variables: Mapping[str, Any], triples: Mapping[str, Triple], gate_only: bool) -> dict[str, Any]:
+    """Move the variables of the batch norms to their convolutions, and add those of the allocation."""
+    flat = traverse_util.flatten_dict(variables)
+    for path, triple in triples.items():
+        conv, norm = tuple(path.split("/")), tuple(triple.norm.split("/"))
+        for collection, name in (
+            ("params", "scale"),
+            ("params", "bias"),
+            ("batch_stats", "mean"),
+            ("batch_stats", "var"),
+        ):
+            flat[collection, *conv, name] = flat.pop((collection, *norm, name))
+        channels = flat["params", *conv, "scale"].shape
+        flat["selectivity", *conv, "gate"] = jnp.ones(channels, bool)
+        if not gate_only:
+            kernel = flat["params", *conv, "kernel"]
+            flat["selectivity", *conv, "source"] = jnp.full(channels, -1, jnp.int32)
+            flat["params", *conv, "shift"] = jnp.zeros((*channels, np.ndim(kernel) - 2), kernel.dtype)
+    return traverse_util.unflatten_dict(flat)

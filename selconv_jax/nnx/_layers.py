@@ -1,0 +1,202 @@
+"""The selective layer and its plain twin as Flax NNX modules."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.linen.dtypes import promote_dtype
+
+from selconv_jax._xla.batch_norm import Statistics, statistics_dtype
+from selconv_jax.errors import ConfigError
+from selconv_jax.nn import _computation as computation
+from selconv_jax.nn._computation import Initializer, Selected, fan_out_normal, window_of
+
+__all__ = ["BatchNormReLUConv", "SelectiveConv", "Selectivity"]
+
+Array = jax.Array
+
+
+class Selectivity(nnx.Variable[Array]):
+    """Allocation of a selective layer: its gate or its sources, which only `reallocate` changes."""
+
+
+with contextlib.suppress(ValueError):  # where Flax's bridge has been used before, it keeps its own type
+    nnx.register_variable_name("selectivity", Selectivity)
+
+
+class BatchNormReLUConv(nnx.Module):
+    """Batch norm, ReLU, dropout and convolution without bias: the plain twin of `SelectiveConv`.
+
+    The NNX form of `selconv_jax.nn.BatchNormReLUConv`: the same variables and the same computation.
+
+    Variables, with ``C`` input channels: `flax.nnx.Param` kernel ``[*kernel_size, C / groups, O]``, scale
+    ``[C]``, bias ``[C]`` (of the batch norm); `flax.nnx.BatchStat` mean ``[C]``, var ``[C]``, float32 or
+    wider.
+
+    Args:
+        in_features: Number of input channels ``C``.
+        out_features: Number of output channels ``O``.
+        kernel_size: One size per spatial dimension; an integer means one dimension.
+        strides: See `selconv_jax.nn.BatchNormReLUConv`, also for the arguments below.
+        padding: Likewise.
+        kernel_dilation: Likewise.
+        feature_group_count: Likewise.
+        dropout_rate: Likewise; takes its keys from the stream ``dropout`` of ``rngs``.
+        momentum: Likewise.
+        epsilon: Likewise.
+        axis_name: Likewise.
+        use_running_average: Normalize with the running statistics, and without dropout, in calls that do not
+            say; ``module.train()`` and ``module.eval()`` set it, as in `flax.nnx.BatchNorm`.
+        dtype: Type of the computation; None: inferred from the input and parameters.
+        param_dtype: Type of the parameters.
+        precision: Precision of the convolution, see `jax.lax.Precision`.
+        kernel_init: Initializer of the kernel; `flax.nnx.with_partitioning` annotates its sharding.
+        rngs: Random number generators, with streams ``params`` and, for dropout, ``dropout``.
+
+    Raises:
+        ConfigError: An argument is out of bounds.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        *,
+        strides: int | Sequence[int] | None = 1,
+        padding: str | int | Sequence[int | tuple[int, int]] = "SAME",
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
+        dropout_rate: float = 0.0,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        axis_name: Any = None,
+        use_running_average: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Initializer = fan_out_normal,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kernel_size: int | Sequence[int] = (
+            kernel_size if isinstance(kernel_size, int) else tuple(kernel_size)
+        )
+        self.strides = strides
+        self.padding = padding
+        self.kernel_dilation = kernel_dilation
+        self.feature_group_count = feature_group_count
+        self.dropout_rate = dropout_rate
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.axis_name = axis_name
+        self.use_running_average = use_running_average
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        computation.check_conv_settings(self, out_features)
+        if in_features % feature_group_count:
+            raise ConfigError(
+                f"in_features is {in_features}, not a multiple of feature_group_count {feature_group_count}."
+            )
+        window, channels = window_of(self), (in_features,)
+        shape = (*window, in_features // feature_group_count, out_features)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        self.scale = nnx.Param(jnp.ones(channels, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(channels, param_dtype))
+        self.mean = nnx.BatchStat(jnp.zeros(channels, statistics_dtype(param_dtype)))
+        self.var = nnx.BatchStat(jnp.ones(channels, statistics_dtype(param_dtype)))
+        self.dropout = nnx.Dropout(dropout_rate, rngs=rngs) if dropout_rate > 0 else None
+
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, statistics: Statistics | None = None
+    ) -> Array:
+        """Apply the layer.
+
+        Args:
+            x: ``[N, *S, C]`` floating.
+            use_running_average: Normalize with the running statistics, and without dropout. Otherwise
+                normalize with those of the batch, and update the running ones. None: the attribute.
+            statistics: Statistics of ``x`` if they are known, see `selconv_jax.nn.BatchNormReLUConv`.
+
+        Returns:
+            ``[N, *S', O]``.
+
+        Raises:
+            ValueError: The shape of the input, or of its statistics, does not fit the layer.
+        """
+        name = type(self).__name__
+        train = not (self.use_running_average if use_running_average is None else use_running_average)
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"{name}: input of shape {x.shape}, but in_features is {self.in_features}.")
+        computation.check_inputs(self, name, x, statistics)
+        x, kernel = promote_dtype(x, self.kernel[...], dtype=self.dtype)
+        x, kernel, statistics = self._select(Selected(x, kernel, statistics if train else None))
+        running = Statistics(self.mean[...], self.var[...])
+        x, new = computation.norm_relu(
+            self, x, self.scale[...], self.bias[...], running, train, statistics, self.axis_name
+        )
+        if train:
+            self.mean[...], self.var[...] = new
+        if self.dropout is not None:
+            x = self.dropout(x, deterministic=not train)
+        return computation.apply_convolution(self, x, kernel)
+
+    def _select(self, inputs: Selected) -> Selected:
+        """Return the input, kernel and known statistics to compute with; a hook for subclasses."""
+        return inputs
+
+
+class SelectiveConv(BatchNormReLUConv):
+    """Selective convolution: channel selection, batch norm, ReLU, dropout, gate, convolution.
+
+    The NNX form of `selconv_jax.nn.SelectiveConv`: the same variables and the same computation.
+
+    Variables beyond those of `BatchNormReLUConv`: `Selectivity` gate ``[C]`` bool and source ``[C]`` int32
+    (-1: the channel reads itself); `flax.nnx.Param` shift ``[C, len(kernel_size)]`` in pixels, row first. A
+    gate-only layer has the gate alone.
+
+    Args:
+        *args: See `BatchNormReLUConv`, also for ``options``.
+        capacity: Copies that the compiled program provides for, as a fraction of the channels in [0, 1], see
+            `selconv_jax.nn.SelectiveConv`; an attribute that may be set between rounds.
+        gate_only: The layer closes channels and never copies any.
+        **options: Likewise.
+
+    Raises:
+        ConfigError: An argument is out of bounds.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import selconv_jax
+        >>> layer = selconv_jax.nnx.SelectiveConv(4, 8, (3, 3), rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 6, 6, 4))).shape, layer.source[...].tolist()
+        ((2, 6, 6, 8), [-1, -1, -1, -1])
+    """
+
+    def __init__(self, *args: Any, capacity: float = 1.0, gate_only: bool = False, **options: Any) -> None:
+        computation.check_capacity(capacity)
+        super().__init__(*args, **options)
+        self.capacity = capacity
+        self.gate_only = gate_only
+        self.gate = Selectivity(jnp.ones(self.in_features, bool))
+        if not gate_only:
+            self.source = Selectivity(jnp.full(self.in_features, -1, jnp.int32))
+            self.shift = nnx.Param(jnp.zeros((self.in_features, len(window_of(self))), self.param_dtype))
+
+    def _select(self, inputs: Selected) -> Selected:
+        source, shift = (None, None) if self.gate_only else (self.source[...], self.shift[...])
+        return computation.select_channels(
+            inputs,
+            self.gate[...],
+            source,
+            shift,
+            self.capacity,
+            name=type(self).__name__,
+            axis_name=self.axis_name,
+        )

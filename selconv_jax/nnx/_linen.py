@@ -1,0 +1,164 @@
+"""An NNX module as a Linen model, for functions that follow the calls of Linen layers."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+from flax.nnx.nn.dtypes import promote_dtype
+from jax import lax
+
+from selconv_jax import nn as linen
+from selconv_jax.nnx._layers import BatchNormReLUConv, SelectiveConv
+from selconv_jax.nnx._variables import collection_of, linen_variables
+
+__all__ = ["to_linen"]
+
+_Path = tuple[Any, ...]
+
+_REST = "nnx"  # collection of the variables that no other collection takes, such as random number generators
+
+
+def to_linen(module: nnx.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """Convert an NNX module to a Linen model that computes the same.
+
+    Its selective and plain layers, convolutions and dropouts become those of Linen, with the same names. So
+    what `selconv_jax.compact`, `selconv_jax.analysis.count_layers` and Flax's own tables know of Linen models
+    they know of the module.
+
+    Args:
+        module: The module; its ``__call__`` is converted. It is not changed.
+
+    Returns:
+        The model, called as ``model.apply(variables, *inputs, train=...)``, where ``train`` stands for
+        ``module.train()`` and ``module.eval()``, and its variables: those of `linen_variables`, sharing the
+        module's arrays, and a collection ``nnx`` if there are others.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import selconv_jax
+        >>> from flax import nnx
+        >>> layer = selconv_jax.nnx.SelectiveConv(4, 8, (3, 3), rngs=nnx.Rngs(0))
+        >>> model, variables = selconv_jax.nnx.to_linen(layer)
+        >>> model.apply(variables, jnp.ones((2, 6, 6, 4)), train=False).shape
+        (2, 6, 6, 8)
+    """
+    variables = linen_variables(module)
+    flat = nnx.to_flat_state(nnx.state(module))
+    rest = {  # leaves may also be arrays without a variable around them
+        tuple(map(str, path)): leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        for path, leaf in flat
+        if not collection_of(leaf)
+    }
+    if rest:
+        variables[_REST] = traverse_util.unflatten_dict(rest)
+    layers = tuple((path, layer) for path, part in nnx.iter_modules(module) if (layer := _linen_layer(part)))
+    places = tuple((path, collection_of(leaf) or _REST) for path, leaf in flat)
+    return _Converted(nnx.graphdef(module), places, layers), variables
+
+
+class _Converted(nn.Module):
+    """Linen model of an NNX module.
+
+    Attributes:
+        graph: The module without its variables.
+        places: Path and collection of every variable.
+        layers: Path and Linen form of the layers that are converted.
+    """
+
+    graph: nnx.GraphDef[Any]
+    places: tuple[tuple[_Path, str], ...]
+    layers: tuple[tuple[_Path, nn.Module], ...]
+
+    @nn.compact
+    def __call__(self, *inputs: Any, train: bool, **options: Any) -> Any:
+        """Call the module in training or evaluation mode."""
+        layers = dict(self.layers)
+        own = [(path, collection) for path, collection in self.places if path[:-1] not in layers]
+        # Converted layers read their variables themselves; a compacted network may lack some.
+        state = {path: jnp.zeros(()) for path, _ in self.places} | {
+            path: _inner(self.scope, path[:-1]).get_variable(collection, str(path[-1]))
+            for path, collection in own
+        }
+        module: nnx.Module = nnx.merge(self.graph, nnx.from_flat_state(state.items()))
+        for path, part in nnx.iter_modules(module):
+            if path in layers:
+                object.__setattr__(part, "_linen", layers[path].clone(parent=_inner(self.scope, path)))
+                part.__class__ = _FORWARDING[type(part)]
+        if train:
+            module.train()
+        else:
+            module.eval()
+        y = module(*inputs, **options)
+        if train and self.is_mutable_collection("batch_stats"):
+            new = dict(nnx.to_flat_state(nnx.state(module, nnx.BatchStat)))
+            for path, collection in own:
+                if collection == "batch_stats":
+                    _inner(self.scope, path[:-1]).put_variable(
+                        collection, str(path[-1]), new[path].get_value()
+                    )
+        return y
+
+
+def _inner(scope: Any, path: _Path) -> Any:
+    """Return the scope of the variables below a path of attributes."""
+    return functools.reduce(lambda scope, name: scope.push(str(name), reuse=True), path, scope)
+
+
+def _linen_layer(part: nnx.Module) -> nn.Module | None:
+    """Return the Linen form of a layer; None: it stays what it is."""
+    if type(part) is nnx.Dropout:
+        return nn.Dropout(part.rate, part.broadcast_dims, rng_collection=part.rng_collection)
+    kind: Any = _LINEN.get(type(part))
+    if kind is None:
+        return None
+    attributes = vars(part)
+    if any(attributes.get(name, usual) is not usual for name, usual in _USUAL.items()):
+        return None
+    skipped = {"parent", "name", "kernel", "bias", "dropout", *_USUAL}
+    names = {field.name for field in dataclasses.fields(kind)} & attributes.keys() - skipped
+    converted: nn.Module = kind(
+        features=attributes["out_features"], **{name: attributes[name] for name in names}
+    )
+    return converted
+
+
+def _unary(self: Any, x: Any) -> Any:
+    return self._linen(x)
+
+
+def _dropout(self: Any, x: Any, *, deterministic: bool | None = None, rngs: Any = None) -> Any:
+    del rngs
+    return self._linen(x, deterministic=self.deterministic if deterministic is None else deterministic)
+
+
+def _selective(self: Any, x: Any, use_running_average: bool | None = None, *, statistics: Any = None) -> Any:
+    frozen = self.use_running_average if use_running_average is None else use_running_average
+    return self._linen(x, not frozen, statistics)
+
+
+_LINEN = {
+    SelectiveConv: linen.SelectiveConv,
+    BatchNormReLUConv: linen.BatchNormReLUConv,
+    nnx.Conv: nn.Conv,
+    nnx.Linear: nn.Dense,
+}
+# Attributes that are converted only where they have their default values.
+_USUAL = {
+    "mask": None,
+    "preferred_element_type": None,
+    "promote_dtype": promote_dtype,
+    "conv_general_dilated": lax.conv_general_dilated,
+    "dot_general": lax.dot_general,
+}
+_CALLS: dict[type[nnx.Module], Any] = {
+    SelectiveConv: _selective,
+    BatchNormReLUConv: _selective,
+    nnx.Conv: _unary,
+    nnx.Linear: _unary,
+    nnx.Dropout: _dropout,
+}
+# The layers' classes with calls of their Linen forms.
+_FORWARDING = {kind: type(kind.__name__, (kind,), {"__call__": call}) for kind, call in _CALLS.items()}

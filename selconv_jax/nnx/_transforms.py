@@ -1,0 +1,80 @@
+"""Tree transforms of the variables as updates of NNX modules in place."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from selconv_jax.nnx._variables import linen_variables, update_module
+from selconv_jax.transforms import _optimizer_state, _reallocation, _selectivize
+from selconv_jax.transforms._reallocation import AllocationRule
+from selconv_jax.transforms._report import Report
+
+__all__ = ["reallocate", "reset_rewritten", "selectivize"]
+
+
+def reallocate(module: nnx.Module, key: jax.Array, allocation: AllocationRule | None = None) -> Report:
+    """Re-allocate the channels of every selective layer of a module, in place.
+
+    One round of `selconv_jax.reallocate`, which see, on the module's variables. Layers are found in modules,
+    lists and dictionaries at any depth, and may also be Linen ones in ``nnx.bridge.ToNNX``. It may be called
+    under ``nnx.jit``.
+
+    Args:
+        module: The module.
+        key: A PRNG key.
+        allocation: Settings of the round; None: the published ones.
+
+    Returns:
+        The report of the round; a layer's name is its path of attributes, such as ``blocks/0/conv``.
+
+    Raises:
+        ValueError: The module has no selective layer, or its arrays are inconsistent.
+
+    Example:
+        >>> import jax, selconv_jax
+        >>> from flax import nnx
+        >>> layer = selconv_jax.nnx.SelectiveConv(16, 4, (3, 3), rngs=nnx.Rngs(0))
+        >>> report = selconv_jax.nnx.reallocate(
+        ...     layer, jax.random.key(0), selconv_jax.AllocationRule(threshold=0.1))
+        >>> int((layer.source[...] >= 0).sum()) == report.reallocated > 0
+        True
+    """
+    variables, report = _reallocation.reallocate(linen_variables(module), key, allocation)
+    update_module(module, variables)
+    return report
+
+
+def reset_rewritten(optimizer: nnx.Optimizer[Any], module: nnx.Module, report: Report) -> None:
+    """Reinitialize, in place, the optimizer state of the parameter entries that re-allocation rewrote.
+
+    See `selconv_jax.reset_rewritten`.
+
+    Args:
+        optimizer: The optimizer of the module.
+        module: The module.
+        report: What `reallocate` returned.
+
+    Raises:
+        ValueError: The optimizer is not one of this module's parameters, or a part of its state does not
+            have one entry per parameter entry (such as factored second moments).
+    """
+    params = nnx.as_pure(nnx.state(module, optimizer.wrt))
+    state = nnx.as_pure(optimizer.opt_state)
+    new = _optimizer_state.reset_rewritten(optimizer.tx, state, params, report)
+    nnx.update(optimizer.opt_state, nnx.state(new))
+
+
+def selectivize(plain: nnx.Module, selective: nnx.Module) -> None:
+    """Give a selective module, in place, the variables of a trained plain one; it then computes the same.
+
+    See `selconv_jax.selectivize`.
+
+    Args:
+        plain: The trained module.
+        selective: The same module with `SelectiveConv` in place of `BatchNormReLUConv`; its values are lost.
+
+    Raises:
+        ValueError: The modules do not match.
+    """
+    update_module(selective, _selectivize.selectivize(linen_variables(plain), linen_variables(selective)))

@@ -1,0 +1,140 @@
+"""NNX modules as Linen models, and their compaction."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.errors import ScopeParamShapeError
+
+from selconv_jax import AllocationRule, ConfigError
+from selconv_jax.analysis import count_layers, count_parameters
+from selconv_jax.nnx import Compact, SelectiveConv, compact, linen_variables, reallocate, to_linen
+
+X = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+
+
+class Network(nnx.Module):
+    def __init__(self, rngs, dropout=0.1):
+        self.stem = nnx.Conv(3, 16, (3, 3), rngs=rngs)
+        self.blocks = nnx.List(
+            [
+                SelectiveConv(16, 16, (3, 3), dropout_rate=dropout, rngs=rngs),
+                SelectiveConv(16, 24, (1, 1), strides=2, rngs=rngs),
+            ]
+        )
+        self.norm = nnx.BatchNorm(24, rngs=rngs)
+        self.dropout = nnx.Dropout(5 * dropout, rngs=rngs)
+        self.head = nnx.Linear(24, 4, rngs=rngs)
+
+    def __call__(self, x, scale=1.0):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        x = nnx.relu(self.norm(x)).mean(axis=(1, 2))
+        return scale * self.head(self.dropout(x))
+
+
+@pytest.fixture(scope="module")
+def module():
+    """Moved running statistics, copies, and closed channels in both layers."""
+    network = Network(nnx.Rngs(0))
+    network(X)
+    assert reallocate(network, jax.random.key(0), AllocationRule(threshold=0.3, top_k=1)).copies > 0
+    reallocate(network, jax.random.key(1), AllocationRule(threshold=0.2, top_k=0))
+    network.eval()
+    return network
+
+
+def test_linen_model_computes_the_same(module):
+    model, variables = to_linen(module)
+    np.testing.assert_array_equal(model.apply(variables, X, train=False), module(X))
+    np.testing.assert_array_equal(model.apply(variables, X, train=False, scale=2.0), module(X, scale=2.0))
+    network = Network(nnx.Rngs(0), dropout=0.0)
+    model, variables = to_linen(network)
+    y, changed = model.apply(variables, X, train=True, mutable=["batch_stats"])
+    np.testing.assert_array_equal(network(X), y)
+    chex.assert_trees_all_equal(linen_variables(network)["batch_stats"], dict(changed["batch_stats"]))
+
+
+def test_layers_are_counted_by_their_names(module):
+    rows = {row.path: row for row in count_layers(*to_linen(module), X)}
+    assert {"stem", "blocks/0", "blocks/1", "norm", "head"} <= set(rows)
+    assert rows["stem"].compact.parameters < rows["stem"].plain.parameters
+    assert rows["head"].plain.multiply_adds == 4 * 24 * 4
+
+
+def test_compact_module_computes_the_same_and_trains_on(module):
+    small = compact(module, X, rngs=nnx.Rngs(1))
+    assert count_parameters(nnx.state(small, nnx.Param)) < count_parameters(nnx.state(module, nnx.Param))
+    assert small.network["stem"]["kernel"].shape[-1] < 16  # channels that no layer reads any more
+    small.eval()
+    np.testing.assert_allclose(small(X), module(X), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(small(X, scale=2.0), module(X, scale=2.0), rtol=1e-5, atol=1e-6)
+    before = jax.tree.map(jnp.copy, linen_variables(small)["batch_stats"])
+    optimizer = nnx.Optimizer(small, optax.sgd(0.05, momentum=0.9), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(small, optimizer):
+        def loss(small):
+            return optax.softmax_cross_entropy_with_integer_labels(small(X), jnp.arange(4)).mean()
+
+        value, gradients = nnx.value_and_grad(loss)(small)
+        optimizer.update(small, gradients)
+        return value
+
+    small.train()
+    assert (small(X) != small(X)).any()  # dropout
+    losses = [float(step(small, optimizer)) for _ in range(8)]
+    assert min(losses[-2:]) < losses[0]
+    after = linen_variables(small)["batch_stats"]
+    assert all(jax.tree.leaves(jax.tree.map(lambda old, new: bool((old != new).any()), before, after)))
+
+
+def test_training_goes_as_the_whole_module_would():
+    whole = Network(nnx.Rngs(0), dropout=0.0)
+    reallocate(whole, jax.random.key(0), AllocationRule(threshold=0.3, top_k=0))
+    small = compact(whole, jax.ShapeDtypeStruct(X.shape, X.dtype))
+    assert isinstance(small, Compact)
+
+    def loss(module):
+        return jnp.sum(jnp.sin(module(X)))
+
+    expected, gradient = nnx.value_and_grad(loss)(whole)
+    actual, of_small = nnx.value_and_grad(loss)(small)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    chex.assert_trees_all_close(of_small["network"]["head"], gradient["head"], rtol=1e-4, atol=1e-5)
+    statistics = linen_variables(small)["batch_stats"]["network"]["norm"]
+    chex.assert_trees_all_close(
+        statistics, linen_variables(whole)["batch_stats"]["norm"], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_layers_that_cannot_be_converted_stay(module):
+    class Doubled(SelectiveConv):
+        def __call__(self, x, **options):
+            return 2 * super().__call__(x, **options)
+
+    class Other(nnx.Module):
+        def __init__(self, rngs):
+            self.stem = nnx.Conv(3, 16, (3, 3), mask=jnp.ones((3, 3, 3, 16)), rngs=rngs)
+            self.conv = Doubled(16, 8, (3, 3), rngs=rngs)
+
+        def __call__(self, x):
+            return self.conv(self.stem(x))
+
+    other = Other(nnx.Rngs(0))
+    other.eval()
+    reallocate(other, jax.random.key(0), AllocationRule(threshold=0.3, top_k=0))
+    small = compact(other, X)
+    small.eval()
+    np.testing.assert_allclose(small(X), other(X), rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_that_do_not_fit_are_refused(module):
+    with pytest.raises(ConfigError, match="pass its inputs"):
+        compact(module)
+    with pytest.raises(ScopeParamShapeError, match=r"/stem.*\(3, 3, 5, 16\)"):
+        compact(module, jnp.ones((1, 8, 8, 5)))
