@@ -11,30 +11,17 @@ __all__ = ["Case", "plan_cases", "torch_name"]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A case to measure.
+    """A case to measure."""
 
-    Attributes:
-        name: In reports; unique for a network.
-        group: What reports put it under: ``"training step"``, ``"re-allocation"``, ``"evaluation"``,
-            ``"input"``.
-        base: Name of the case that it is compared with; None: none.
-        rival: Name of the same case in PyTorch; None: none.
-        images: Images per step, or per call if it makes no steps; 0: none.
-        prepare: Compiles it and makes the first call.
-        timed: Whether it is timed, not just compiled.
-        steps: Steps per call; times are given per step.
-        seeds: Number of networks that one call trains; times are given per step of one network.
-    """
-
-    name: str
-    group: str
-    base: str | None
-    rival: str | None
-    images: int
-    prepare: Callable[[], Prepared]
-    timed: bool = True
-    steps: int = 1
-    seeds: int = 1
+    name: str  # in reports; unique for a network
+    group: str  # in reports: "training step", "re-allocation", "evaluation" or "input"
+    base: str | None  # name of the case that it is compared with; None: none
+    rival: str | None  # name of the same case in PyTorch; None: none
+    images: int  # images per step, or per call if it makes no steps; 0: none
+    prepare: Callable[[], Prepared]  # compiles it and makes the first call
+    timed: bool = True  # whether it is timed, not just compiled
+    steps: int = 1  # steps per call; times are given per step
+    seeds: int = 1  # number of networks that one call trains; times are given per step of one network
 
 
 def plan_cases(bench: Workbench) -> list[Case]:

@@ -18,17 +18,11 @@ _ARRAY = re.compile(r"[a-z]+(?P<bits>\d*)\[(?P<dims>[\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class CostedOperation:
-    """An operation of a compiled program, usually a fusion of many.
+    """An operation of a compiled program, usually a fusion of many."""
 
-    Attributes:
-        name: In the program's text.
-        cycles: The compiler's estimate.
-        place: Its origin, such as ``"jit(step)/block1_layer1/conv1/dot_general"``; may be empty.
-    """
-
-    name: str
-    cycles: int
-    place: str
+    name: str  # in the program's text
+    cycles: int  # the compiler's estimate
+    place: str  # its origin, such as ``"jit(step)/block1_layer1/conv1/dot_general"``; may be empty
 
 
 def entry_costs(text: str) -> list[CostedOperation]:

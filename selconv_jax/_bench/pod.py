@@ -21,30 +21,17 @@ __all__ = ["PodPlan", "compile_for_pod", "largest_batch"]
 
 @dataclasses.dataclass(frozen=True)
 class PodPlan:
-    """A run compiled for a topology.
-
-    Attributes:
-        topology: Its name.
-        chips: Number of its chips.
-        batch_size: Images per training step.
-        micro_batches: Gradient accumulation steps. If there are several, the
-            cycles and messages within their loop are not counted, or once.
-        capacity: Fraction of the channels that the step is compiled for.
-        gradient_bytes: Size of the gradient of all parameters.
-        memory_capacity: Bytes of a chip's memory; None: the chip is unknown.
-        clock: Cycles per second of a chip; None: likewise.
-        programs: The training step, then the evaluation if requested.
-    """
+    """A run compiled for a topology."""
 
     topology: str
     chips: int
-    batch_size: int
-    micro_batches: int
-    capacity: float
-    gradient_bytes: int
-    memory_capacity: int | None
-    clock: float | None
-    programs: Sequence[CompiledProgram]
+    batch_size: int  # images per training step
+    micro_batches: int  # if several, the cycles and messages within their loop are not counted, or once
+    capacity: float  # fraction of the channels that the step is compiled for
+    gradient_bytes: int  # of all parameters
+    memory_capacity: int | None  # bytes of a chip's memory; None: the chip is unknown
+    clock: float | None  # cycles per second of a chip; None: likewise
+    programs: Sequence[CompiledProgram]  # the training step, then the evaluation if requested
 
 
 def compile_for_pod(

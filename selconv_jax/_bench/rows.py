@@ -22,33 +22,16 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """Ratio of the times of two cases.
+    """Ratio of the times of two cases."""
 
-    Attributes:
-        to: Name of the other case.
-        medians: Ratio of the medians of both.
-        paired: Median of the ratios within each round, which is less sensitive to slow phases of the machine.
-    """
-
-    to: str
-    medians: float
-    paired: float | None
+    to: str  # name of the other case
+    medians: float  # of the medians of both
+    paired: float | None  # median of those within each round, less sensitive to slow phases of the machine
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A case in a report, with the names of the JSON file; the first six are attributes of `Case`.
-
-    Attributes:
-        summary: Of the repetitions; None if there are none.
-        images_per_second: At the median; None if it has no images.
-        ratio: To the base of the case; None: it has none, or the base was not timed.
-        torch_ratio: To the same case in PyTorch; below 1 is faster than PyTorch.
-        compile: Seconds of ``tracing`` and ``compiling``; None: unknown.
-        memory: See `compilation.Program`.
-        memory_ratio: Total memory relative to the base.
-        seconds: All repetitions, in the order of the rounds; empty if it was not timed.
-    """
+    """A case in a report, with the names of the JSON file; the first six are attributes of `Case`."""
 
     name: str
     group: str
@@ -56,14 +39,14 @@ class Row:
     images: int
     steps_per_call: int
     seeds: int
-    summary: Summary | None
-    images_per_second: float | None
-    ratio: Ratio | None
-    torch_ratio: Ratio | None
-    compile: dict[str, float] | None
-    memory: dict[str, int] | None
-    memory_ratio: float | None
-    seconds: Sequence[float]
+    summary: Summary | None  # of the repetitions; None if there are none
+    images_per_second: float | None  # at the median; None if it has no images
+    ratio: Ratio | None  # to the base of the case; None: it has none, or the base was not timed
+    torch_ratio: Ratio | None  # to the same case in PyTorch; below 1 is faster than PyTorch
+    compile: dict[str, float] | None  # seconds of ``tracing`` and ``compiling``; None: unknown
+    memory: dict[str, int] | None  # see `compilation.Program`
+    memory_ratio: float | None  # total memory relative to the base
+    seconds: Sequence[float]  # all repetitions, in the order of the rounds; empty if it was not timed
 
 
 def rows_of(result: NetworkResult) -> list[Row]:

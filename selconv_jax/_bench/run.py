@@ -28,21 +28,13 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkResult:
-    """Results of the benchmark of a network.
-
-    Attributes:
-        model: Its name.
-        cases: Those that were compiled.
-        rounds: Seconds of the timed cases, per step if a call makes several.
-        complete: False if the benchmark was stopped early.
-        notes: Remarks for the reader, such as omitted cases.
-    """
+    """Results of the benchmark of a network."""
 
     model: str
-    cases: Sequence[Measured]
-    rounds: Sequence[Round]
-    complete: bool
-    notes: Sequence[str] = ()
+    cases: Sequence[Measured]  # those that were compiled
+    rounds: Sequence[Round]  # seconds of the timed cases, per step if a call makes several
+    complete: bool  # false if the benchmark was stopped early
+    notes: Sequence[str] = ()  # remarks for the reader, such as omitted cases
 
 
 def bench_network(

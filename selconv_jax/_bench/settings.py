@@ -28,43 +28,24 @@ _BASELINE = "pytorch_baseline"  # folder of the PyTorch networks, which the pack
 
 @dataclasses.dataclass(frozen=True)
 class BenchSettings:
-    """A benchmark.
+    """A benchmark; a `ConfigError` if a value is unknown or out of bounds."""
 
-    Attributes:
-        models: Names of `selconv_jax.models.MODELS`.
-        options: Arguments of the networks that replace those of their names.
-        batch: Images per step.
-        image: ``(H, W, C)``.
-        dtype: Type of the computation; parameters and statistics stay float32.
-        what: Kinds of measurement, from `WHAT`.
-        capacity: Fractions of the channels; for each, a step compiled for so many copies is measured, in a
-            network with as many copies.
-        share: Of the channels: re-allocated for the frozen step and evaluation, closed for the compact step.
-        repeats: Rounds of measurement.
-        steps: Training steps per call of a compiled program; 0: as training runs do, 1 on CPU, 50 elsewhere.
-        torch: Also measure the same steps in PyTorch.
-        topology: Compile for these TPUs, such as ``"v5e:1x1"``, and time nothing; None: time.
-        together: Also measure the same steps for this many seeds in one program; 0: do not.
-        seed: Seed of the order of measurement, the images, the networks and the allocations.
-
-    Raises:
-        ConfigError: A value is unknown or out of bounds.
-    """
-
-    models: tuple[str, ...] = ("densenet40",)
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    batch: int = 64
-    image: tuple[int, int, int] = (32, 32, 3)
-    dtype: str = "float32"
+    models: tuple[str, ...] = ("densenet40",)  # names of `selconv_jax.models.MODELS`
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # arguments of the networks
+    batch: int = 64  # images per step
+    image: tuple[int, int, int] = (32, 32, 3)  # (H, W, C)
+    dtype: str = "float32"  # of the computation; parameters and statistics stay float32
     what: tuple[str, ...] = tuple(name for name in WHAT if name != "compile")
+    # For each fraction of the channels, a step compiled for so many copies in a network with as many.
     capacity: tuple[float, ...] = (0.0, 0.125, 0.25, 0.5, 1.0)
+    # Of the channels: re-allocated for the frozen step and evaluation, closed for the compact step.
     share: float = 0.25
-    repeats: int = 10
-    steps: int = 0
-    torch: bool = False
-    topology: str | None = None
-    together: int = 0
-    seed: int = 0
+    repeats: int = 10  # rounds of measurement
+    steps: int = 0  # training steps per call; 0: as training runs do, 1 on CPU, 50 elsewhere
+    torch: bool = False  # also measure the same steps in PyTorch
+    topology: str | None = None  # compile for these TPUs, such as "v5e:1x1", and time nothing; None: time
+    together: int = 0  # also measure the same steps for this many seeds in one program; 0: do not
+    seed: int = 0  # of the order of measurement, the images, the networks and the allocations
 
     def __post_init__(self) -> None:
         for name in ("batch", "repeats"):

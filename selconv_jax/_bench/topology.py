@@ -19,19 +19,12 @@ __all__ = ["TopologyResult", "bench_topology"]
 
 @dataclasses.dataclass(frozen=True)
 class TopologyResult:
-    """The compiled steps of a network.
-
-    Attributes:
-        model: Its name.
-        chips: Number of chips of the topology, over which a batch is split.
-        steps: The compiled steps, the plain one first.
-        complete: False if it was stopped early.
-    """
+    """The compiled steps of a network."""
 
     model: str
-    chips: int
-    steps: Sequence[CompiledProgram]
-    complete: bool
+    chips: int  # of the topology, over which a batch is split
+    steps: Sequence[CompiledProgram]  # the plain one first
+    complete: bool  # false if it was stopped early
 
 
 def bench_topology(

@@ -52,17 +52,11 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU chip, after the tables in Google Cloud's documentation of its version.
+    """A TPU chip, after the tables in Google Cloud's documentation of its version."""
 
-    Attributes:
-        memory: Bytes of its memory.
-        link_bytes: Outgoing bytes per second of all its links to other chips together.
-        clock: Cycles per second, derived from the peak operations per second in bfloat16.
-    """
-
-    memory: int
-    link_bytes: float
-    clock: float
+    memory: int  # bytes
+    link_bytes: float  # outgoing bytes per second of all its links to other chips together
+    clock: float  # cycles per second, derived from the peak operations per second in bfloat16
 
 
 _CHIPS = {
@@ -84,27 +78,16 @@ class Messages:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
-    """A program as compiled for a topology; all numbers are those of one chip.
+    """A program as compiled for a topology; all numbers are those of one chip."""
 
-    Attributes:
-        name: In reports.
-        memory: See `compilation.Program`.
-        fits: Whether it fits in the memory of a chip; None: not known.
-        messages: Collectives, by kind.
-        cycles: Sum of the compiler's estimates, without the collectives.
-        message_seconds: See `message_seconds`; None: the chip is not known.
-        compile_seconds: Time of compilation.
-        largest: The most costly operations, the most costly first.
-    """
-
-    name: str
-    memory: Mapping[str, int] | None
-    fits: bool | None
-    messages: Sequence[Messages]
-    cycles: int
-    message_seconds: float | None
+    name: str  # in reports
+    memory: Mapping[str, int] | None  # see `compilation.Program`
+    fits: bool | None  # whether it fits in the memory of a chip; None: not known
+    messages: Sequence[Messages]  # collectives, by kind
+    cycles: int  # sum of the compiler's estimates, without the collectives
+    message_seconds: float | None  # see `message_seconds`; None: the chip is not known
     compile_seconds: float
-    largest: Sequence[CostedOperation] = ()
+    largest: Sequence[CostedOperation] = ()  # the most costly operations, the most costly first
 
 
 def check_topology(name: str) -> None:

@@ -41,32 +41,20 @@ _BATCHES = 16  # that the images of the input are
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A case that is compiled and warmed up.
+    """A case that is compiled and warmed up."""
 
-    Attributes:
-        call: Runs it once and blocks until it is done.
-        program: The compiled program; None: unknown.
-    """
-
-    call: Callable[[], object]
-    program: Program | None = None
+    call: Callable[[], object]  # runs it once and blocks until it is done
+    program: Program | None = None  # the compiled program; None: unknown
 
 
 @dataclasses.dataclass(frozen=True)
 class StepNetwork:
-    """A network whose training step is measured.
+    """A network whose training step is measured."""
 
-    Attributes:
-        name: In reports.
-        kind: `PLAIN`, ``"step"``, ``"frozen"`` or ``"compact"``.
-        copies: Fraction of the channels that are re-allocated; None: it has no selective layers.
-        make: Makes the network and its variables.
-    """
-
-    name: str
-    kind: str
-    copies: float | None
-    make: Callable[[], Network]
+    name: str  # in reports
+    kind: str  # `PLAIN`, ``"step"``, ``"frozen"`` or ``"compact"``
+    copies: float | None  # fraction of the channels that are re-allocated; None: it has no selective layers
+    make: Callable[[], Network]  # makes the network and its variables
 
 
 class Workbench:

@@ -45,28 +45,18 @@ _POOLS = ("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
-    """Channels, numbered by ids, and the arrays and layers that they reach.
+    """Channels, numbered by ids, and the arrays and layers that they reach."""
 
-    Attributes:
-        outputs: Ids ``[O]`` of the output channels of each layer or other convolution, by path.
-        inputs: Ids ``[C]`` of the input channels of each layer, by path, in the order of the program.
-        classes: ``[ids]``, the class of each id: the ids of a class are kept or removed together.
-        needed: ``[ids]`` bool, ids that an operation other than a layer needs, or that the network returns.
-        labels: ``[ids]``, names of the channels that are comparable with the trace of a smaller network.
-        fixed: Paths of layers that must not be changed: layers inside loops, branches and stacks, and
-            layers with variables that are read elsewhere or computed from others.
-        arrays: Ids of every array of channels, in the order of the program.
-        signature: All operations with their parameters; a smaller network must have the same.
-    """
-
-    outputs: dict[str, Ids]
-    inputs: dict[str, Ids]
-    classes: Ids
-    needed: NDArray[np.bool_]
-    labels: list[tuple[Any, ...]]
+    outputs: dict[str, Ids]  # [O], output channels of each layer or other convolution, by path
+    inputs: dict[str, Ids]  # [C], input channels of each layer, by path, in the order of the program
+    classes: Ids  # [ids], the class of each id: the ids of a class are kept or removed together
+    needed: NDArray[np.bool_]  # [ids], that an operation other than a layer needs, or the network returns
+    labels: list[tuple[Any, ...]]  # [ids], names that are comparable with the trace of a smaller network
+    # Layers that must not be changed: those inside loops, branches and stacks, and those with variables that
+    # are read elsewhere or computed from others.
     fixed: frozenset[str]
-    arrays: list[Ids]
-    signature: list[Any]
+    arrays: list[Ids]  # every array of channels, in the order of the program
+    signature: list[Any]  # all operations with their parameters; a smaller network must have the same
 
 
 def channel_flow(traces: Sequence[Trace]) -> Flow:

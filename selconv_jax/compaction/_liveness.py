@@ -60,19 +60,12 @@ def host_allocations(
 
 
 class Kept(NamedTuple):
-    """Channels that a smaller network keeps.
+    """Channels that a smaller network keeps."""
 
-    Attributes:
-        inputs: ``[C]`` bool, by the path of a layer: kept channels of its input array.
-        slots: ``[C]`` bool, by the path of a layer: kept channels after its selection (kernel rows).
-        outputs: ``[O]`` bool, by the path of a layer or other convolution: kept output channels.
-        live: ``[ids]`` bool, kept channels of the flow.
-    """
-
-    inputs: dict[str, Mask]
-    slots: dict[str, Mask]
-    outputs: dict[str, Mask]
-    live: Mask
+    inputs: dict[str, Mask]  # [C], by the path of a layer: of its input array
+    slots: dict[str, Mask]  # [C], by the path of a layer: after its selection (kernel rows)
+    outputs: dict[str, Mask]  # [O], by the path of a layer or other convolution
+    live: Mask  # [ids], of the flow
 
 
 def needed_channels(flow: Flow, layers: Mapping[str, HostAllocation], multiple: int) -> Kept:

@@ -138,18 +138,11 @@ def path_parts(path: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkCall:
-    """Calls ``apply(variables, *inputs, train=..., **options)`` of a network.
+    """Calls ``apply(variables, *inputs, train=..., **options)`` of a network."""
 
-    Attributes:
-        inputs: Shapes of the inputs.
-        modes: Values of ``train``: ``(False, True)``; ``(None,)`` if there is no such argument.
-        may_lack_train: The network has ``**kwargs`` instead, which may not accept ``train``.
-        options: Keyword arguments that are the same in every call.
-    """
-
-    inputs: tuple[Any, ...]
-    modes: tuple[bool | None, ...]
-    may_lack_train: bool = False
+    inputs: tuple[Any, ...]  # shapes
+    modes: tuple[bool | None, ...]  # values of ``train``; ``(None,)`` if there is no such argument
+    may_lack_train: bool = False  # the network has ``**kwargs`` instead, which may not accept ``train``
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, model: Compact, variables: Any, inputs: tuple[Any, ...], train: bool | None) -> Any:

@@ -52,22 +52,14 @@ class KernelPlace:
     """Place of a smaller kernel in a whole one ``[*K, C / G, O]``: some of its rows and outputs.
 
     Rows of idle channels are zeros in the smaller kernel, and are not written back to the whole one.
-
-    Attributes:
-        channels: Number of input channels ``C``.
-        features: Number of outputs ``O``.
-        groups: Number of groups ``G``.
-        slots: Indices of the kept input channels, group by group.
-        outputs: Indices of the kept outputs, ascending.
-        idle: Indices into ``slots``.
     """
 
-    channels: int
-    features: int
-    groups: int
-    slots: Index
-    outputs: Index
-    idle: Index = ()
+    channels: int  # C
+    features: int  # O
+    groups: int  # G
+    slots: Index  # indices of the kept input channels, group by group
+    outputs: Index  # indices of the kept outputs, ascending
+    idle: Index = ()  # indices into ``slots``
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Check whether an array of this shape is such a kernel."""

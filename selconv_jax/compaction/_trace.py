@@ -87,21 +87,13 @@ for _step in (LAYER, PRODUCER, STACKED):
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """A traced network.
+    """A traced network."""
 
-    Attributes:
-        program: The program; its layers are the operations `LAYER` and `PRODUCER`.
-        arguments: The variable that each argument of the program holds; None: an input.
-        results: The variable that each result of the program updates; None: an output.
-        groups: Number of groups of each layer, by path.
-        output: Shapes and dtypes of the network's output.
-    """
-
-    program: ClosedJaxpr
-    arguments: tuple[Field | None, ...]
-    results: tuple[Field | None, ...]
-    groups: dict[str, int]
-    output: Any
+    program: ClosedJaxpr  # its layers are the operations `LAYER` and `PRODUCER`
+    arguments: tuple[Field | None, ...]  # the variable that each argument holds; None: an input
+    results: tuple[Field | None, ...]  # the variable that each result updates; None: an output
+    groups: dict[str, int]  # number of groups of each layer, by path
+    output: Any  # shapes and dtypes of the network's output
 
 
 def trace_network(

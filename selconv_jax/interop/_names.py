@@ -42,17 +42,11 @@ _MODULES: tuple[tuple[str, str, Mapping[str, str]], ...] = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A variable of a network under both names.
+    """A variable of a network under both names."""
 
-    Attributes:
-        path: Our path, from the collection, such as ``("params", "block1_layer1", "conv1", "kernel")``.
-        name: The authors' name, such as ``"features.block1.layer1.brc_1.conv.weight"``.
-        shape: Shape of our array.
-    """
-
-    path: tuple[str, ...]
-    name: str
-    shape: Shape
+    path: tuple[str, ...]  # ours, such as ("params", "block1_layer1", "conv1", "kernel")
+    name: str  # the authors', such as "features.block1.layer1.brc_1.conv.weight"
+    shape: Shape  # of our array
 
     @property
     def layer(self) -> tuple[str, ...]:
