@@ -43,15 +43,10 @@ def compile_for_pod(
     evaluation: bool = True,
     tell: Callable[[str], None] = lambda what: None,
 ) -> PodPlan:
-    """Compile the programs of a run ahead of time for these chips.
+    """Compile the programs of a run ahead of time for these chips, instead of its ``devices``.
 
-    Args:
-        config: The run; its ``devices`` is ignored.
-        topology: Name of the topology.
-        devices: Its chips, from `tpu.topology_devices`.
-        capacity: Fraction of the channels that the selective layers have room to re-allocate.
-        evaluation: Also compile the evaluation.
-        tell: Called with a description of the next program.
+    Selective layers have room to re-allocate the fraction ``capacity`` of their channels. ``tell`` is called
+    with a description of the next program.
 
     Raises:
         ConfigError: The batch does not divide over the chips, or does not fit in their memory.
@@ -136,12 +131,9 @@ def largest_batch(
 
     size = max(config.batch_size // least, 1) * least
     best = attempt(size)
-    while best is not None and 2 * size <= most:
-        size *= 2
-        larger = attempt(size)
-        if larger is None:
-            return best
-        best = larger
+    if best is not None:
+        while 2 * size <= most and (larger := attempt(2 * size)) is not None:
+            best, size = larger, 2 * size
     while best is None and size > least:
         size = max(size // 2 // least, 1) * least
         best = attempt(size)

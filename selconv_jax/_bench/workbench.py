@@ -70,17 +70,9 @@ class Workbench:
         self.selective = settings.model(name, "selective")
         self.optimizer_config = _OPTIMIZER
         self.optimizer = make_optimizer(_OPTIMIZER, _STEPS)
-        channels = settings.image[2]
-        self.info = DatasetInfo(
-            "noise",
-            settings.image,
-            self.plain.num_classes,
-            None,
-            (0.5,) * channels,
-            (0.25,) * channels,
-            crop_padding=4,
-            flip=True,
-        )
+        mean, std = ((value,) * settings.image[2] for value in (0.5, 0.25))
+        classes = self.plain.num_classes
+        self.info = DatasetInfo("noise", settings.image, classes, None, mean, std, crop_padding=4, flip=True)
 
     @property
     def steps(self) -> int:
