@@ -11,7 +11,15 @@ from flax.errors import ScopeParamShapeError
 
 from selconv_jax import AllocationRule, ConfigError
 from selconv_jax.analysis import count_layers, count_parameters
-from selconv_jax.nnx import Compact, SelectiveConv, compact, linen_variables, reallocate, to_linen
+from selconv_jax.nnx import (
+    LinenModule,
+    SelectiveConv,
+    compact,
+    linen_variables,
+    reallocate,
+    selectivize_module,
+    to_linen,
+)
 
 X = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
 
@@ -97,7 +105,7 @@ def test_training_goes_as_the_whole_module_would():
     whole = Network(nnx.Rngs(0), dropout=0.0)
     reallocate(whole, jax.random.key(0), AllocationRule(threshold=0.3, top_k=0))
     small = compact(whole, jax.ShapeDtypeStruct(X.shape, X.dtype))
-    assert isinstance(small, Compact)
+    assert isinstance(small, LinenModule)
 
     def loss(module):
         return jnp.sum(jnp.sin(module(X)))
@@ -138,3 +146,36 @@ def test_inputs_that_do_not_fit_are_refused(module):
         compact(module)
     with pytest.raises(ScopeParamShapeError, match=r"/stem.*\(3, 3, 5, 16\)"):
         compact(module, jnp.ones((1, 8, 8, 5)))
+
+
+def test_ordinary_module_becomes_selective():
+    class Plain(nnx.Module):
+        def __init__(self, rngs):
+            self.stem = nnx.Conv(3, 16, (3, 3), rngs=rngs)
+            self.norms = nnx.List([nnx.BatchNorm(16, momentum=0.9, rngs=rngs) for _ in range(2)])
+            self.convs = nnx.List([nnx.Conv(16, 16, (3, 3), use_bias=False, rngs=rngs) for _ in range(2)])
+            self.head = nnx.Linear(16, 4, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.stem(x)
+            for norm, conv in zip(self.norms, self.convs, strict=True):
+                x = x + conv(nnx.relu(norm(x)))
+            return self.head(x.mean(axis=(1, 2)))
+
+    plain = Plain(nnx.Rngs(0))
+    plain(X)
+    selective, result = selectivize_module(plain, X)
+    assert result.converted == {"convs/0": "norms/0", "convs/1": "norms/1"}
+    for mode in ("eval", "train"):
+        getattr(plain, mode)()
+        getattr(selective, mode)()
+        np.testing.assert_allclose(selective(X), plain(X), rtol=1e-4, atol=1e-5)
+    report = reallocate(selective, jax.random.key(0), AllocationRule(threshold=0.3))
+    assert report.copies > 0
+    assert sorted(report.layers) == ["network/convs/0", "network/convs/1"]
+    optimizer = nnx.Optimizer(selective, optax.sgd(0.05), wrt=nnx.Param)
+    gradient = nnx.grad(lambda module: jnp.sum(module(X) ** 2))(selective)
+    optimizer.update(selective, gradient)
+    selective.model = selective.model.clone(capacity=0.0)
+    with pytest.raises(ConfigError, match="provides for 0 copies"):
+        selective(X)

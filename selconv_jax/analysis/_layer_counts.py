@@ -14,8 +14,9 @@ from flax.core import unfreeze
 
 from selconv_jax.analysis._counting import count_multiply_adds, count_parameters
 from selconv_jax.compaction import plan_compaction
-from selconv_jax.compaction._network import Compact, NetworkCall, network_call, path_parts, relative_path
+from selconv_jax.compaction._network import Compact, NetworkCall, network_call, path_parts
 from selconv_jax.nn._computation import check_copies
+from selconv_jax.nn._interception import relative_path
 from selconv_jax.nn._layers import SelectiveConv
 
 __all__ = ["Count", "LayerCounts", "count_layers", "total_counts"]

@@ -1,10 +1,9 @@
-"""Compacted networks, the calls of a network, and the interception of its layers."""
+"""Compacted networks, and the calls of a network."""
 
 import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
@@ -15,18 +14,10 @@ from flax.linen.dtypes import promote_dtype
 from selconv_jax.compaction._static_conv import LayerLayout, call_static
 from selconv_jax.errors import ConfigError
 from selconv_jax.models._parts import Stem
+from selconv_jax.nn._interception import intercept_calls, relative_path
 from selconv_jax.nn._layers import BatchNormReLUConv, SelectiveConv
 
-__all__ = [
-    "Compact",
-    "NetworkCall",
-    "intercept_calls",
-    "is_layer",
-    "is_producer",
-    "network_call",
-    "path_parts",
-    "relative_path",
-]
+__all__ = ["Compact", "NetworkCall", "is_layer", "is_producer", "network_call", "path_parts"]
 
 
 class Compact(nn.Module):
@@ -84,22 +75,6 @@ class Compact(nn.Module):
         return getattr(self.network, "dtype", None)
 
 
-def intercept_calls(handle: Callable[..., Any]) -> AbstractContextManager[None]:
-    """Intercept every call of a module: ``handle(module, call, *args, **kwargs)`` takes the call's place."""
-
-    def interceptor(
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        context: nn.module.InterceptorContext,
-    ) -> Any:
-        if context.method_name != "__call__":
-            return call(*args, **kwargs)
-        return handle(context.module, call, *args, **kwargs)
-
-    return nn.intercept_methods(interceptor)
-
-
 def is_layer(module: Any) -> bool:
     """Check whether a module is a layer that may be replaced, which excludes subclasses by users."""
     return type(module) in (BatchNormReLUConv, SelectiveConv)
@@ -115,20 +90,6 @@ def is_producer(module: Any) -> bool:
     own = (module.mask, module.conv_general_dilated, module.conv_general_dilated_cls)
     is_usual = module.promote_dtype is promote_dtype and all(value is None for value in own)
     return is_usual and module.feature_group_count == 1
-
-
-def relative_path(module: nn.Module, root: tuple[str, ...]) -> str:
-    """Return the path of a module's variables below ``root``, parts joined by ``/``.
-
-    The module's own path cannot be used: it includes modules that share the scope of others, such as
-    `Compact`, which the scopes above it do not.
-    """
-    scope: Any = module.scope
-    parts: list[str] = []
-    while scope.parent is not None:
-        parts.insert(0, scope.name)
-        scope = scope.parent
-    return "/".join((*scope.path, *parts)[len(root) :])
 
 
 def path_parts(path: str) -> tuple[str, ...]:

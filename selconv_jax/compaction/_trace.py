@@ -16,16 +16,10 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive  # type: ignore[attr-defined]
 from jax.interpreters import batching
 
-from selconv_jax.compaction._network import (
-    Compact,
-    NetworkCall,
-    intercept_calls,
-    is_layer,
-    is_producer,
-    relative_path,
-)
+from selconv_jax.compaction._network import Compact, NetworkCall, is_layer, is_producer
 from selconv_jax.compaction._static_conv import StaticConv, output_shape
 from selconv_jax.nn._computation import window_of
+from selconv_jax.nn._interception import intercept_calls, relative_path
 from selconv_jax.nn._layers import BatchNormReLUConv
 
 __all__ = [

@@ -11,8 +11,9 @@ from flax.core import unfreeze
 
 from selconv_jax.compaction._flow import Flow, channel_flow
 from selconv_jax.compaction._liveness import Kept
-from selconv_jax.compaction._network import Compact, NetworkCall, intercept_calls, path_parts
+from selconv_jax.compaction._network import Compact, NetworkCall, path_parts
 from selconv_jax.compaction._trace import Trace, without_dropout
+from selconv_jax.nn._interception import intercept_calls
 
 __all__ = ["joins_the_same", "random_case", "same_numbers"]
 

@@ -11,9 +11,10 @@ import numpy as np
 from flax import traverse_util
 from flax.core import unfreeze
 
-from selconv_jax.compaction._network import intercept_calls, network_call, relative_path
+from selconv_jax.compaction._network import network_call
 from selconv_jax.conversion._triples import Triple, find_triples
 from selconv_jax.errors import ConfigError
+from selconv_jax.nn._interception import intercept_calls, relative_path
 from selconv_jax.nn._layers import SelectiveConv
 
 __all__ = ["Conversion", "Selectivized", "selectivize_model"]
@@ -95,7 +96,7 @@ class Selectivized(nn.Module):
                 parent=module.scope,
             )(x, train)
 
-        with intercept_calls(swap):
+        with intercept_calls(swap, first=True):
             return self.plain(*args, **kwargs)
 
 

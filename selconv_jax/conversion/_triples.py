@@ -13,8 +13,9 @@ from flax.linen.dtypes import promote_dtype
 from jax.extend.core import Jaxpr, Literal, Primitive
 from jax.interpreters import batching
 
-from selconv_jax.compaction._network import NetworkCall, intercept_calls, relative_path
+from selconv_jax.compaction._network import NetworkCall
 from selconv_jax.compaction._trace import inner_programs
+from selconv_jax.nn._interception import intercept_calls, relative_path
 
 __all__ = ["Triple", "find_triples"]
 

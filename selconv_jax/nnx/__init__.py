@@ -1,14 +1,14 @@
 """Selective layers as Flax NNX modules, and the transforms of modules that have them."""
 
-from selconv_jax.nnx._compact import Compact, compact
 from selconv_jax.nnx._layers import BatchNormReLUConv, SelectiveConv, Selectivity
 from selconv_jax.nnx._linen import to_linen
+from selconv_jax.nnx._linen_module import LinenModule, compact, selectivize_module
 from selconv_jax.nnx._transforms import reallocate, reset_rewritten, selectivize
 from selconv_jax.nnx._variables import linen_variables, update_module
 
 __all__ = [
     "BatchNormReLUConv",
-    "Compact",
+    "LinenModule",
     "SelectiveConv",
     "Selectivity",
     "compact",
@@ -16,6 +16,7 @@ __all__ = [
     "reallocate",
     "reset_rewritten",
     "selectivize",
+    "selectivize_module",
     "to_linen",
     "update_module",
 ]

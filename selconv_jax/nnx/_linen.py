@@ -117,11 +117,10 @@ def _linen_layer(part: nnx.Module) -> nn.Module | None:
     attributes = vars(part)
     if any(attributes.get(name, usual) is not usual for name, usual in _USUAL.items()):
         return None
-    skipped = {"parent", "name", "kernel", "bias", "dropout", *_USUAL}
+    skipped = {"parent", "name", "kernel", "bias", "scale", "dropout", "use_running_average", *_USUAL}
     names = {field.name for field in dataclasses.fields(kind)} & attributes.keys() - skipped
-    converted: nn.Module = kind(
-        features=attributes["out_features"], **{name: attributes[name] for name in names}
-    )
+    size = {} if kind is nn.BatchNorm else {"features": attributes["out_features"]}
+    converted: nn.Module = kind(**size, **{name: attributes[name] for name in names})
     return converted
 
 
@@ -134,6 +133,11 @@ def _dropout(self: Any, x: Any, *, deterministic: bool | None = None, rngs: Any 
     return self._linen(x, deterministic=self.deterministic if deterministic is None else deterministic)
 
 
+def _norm(self: Any, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Any:
+    frozen = self.use_running_average if use_running_average is None else use_running_average
+    return self._linen(x, frozen, mask=mask)
+
+
 def _selective(self: Any, x: Any, use_running_average: bool | None = None, *, statistics: Any = None) -> Any:
     frozen = self.use_running_average if use_running_average is None else use_running_average
     return self._linen(x, not frozen, statistics)
@@ -144,6 +148,7 @@ _LINEN = {
     BatchNormReLUConv: linen.BatchNormReLUConv,
     nnx.Conv: nn.Conv,
     nnx.Linear: nn.Dense,
+    nnx.BatchNorm: nn.BatchNorm,
 }
 # Attributes that are converted only where they have their default values.
 _USUAL = {
@@ -158,6 +163,7 @@ _CALLS: dict[type[nnx.Module], Any] = {
     BatchNormReLUConv: _selective,
     nnx.Conv: _unary,
     nnx.Linear: _unary,
+    nnx.BatchNorm: _norm,
     nnx.Dropout: _dropout,
 }
 # The layers' classes with calls of their Linen forms.

@@ -1,26 +1,28 @@
-"""Compaction of NNX modules."""
+"""Compaction and conversion of NNX modules, whose results are Linen models inside of a module."""
 
 from typing import Any
 
 import flax.linen as nn
 from flax import nnx, traverse_util
 
-from selconv_jax import compaction
+from selconv_jax import compaction, conversion
+from selconv_jax.nnx._layers import Selectivity
 from selconv_jax.nnx._linen import to_linen
 from selconv_jax.nnx._variables import linen_variables, update_module
 
-__all__ = ["Compact", "compact"]
+__all__ = ["LinenModule", "compact", "selectivize_module"]
 
-_TYPES = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+_TYPES = {"params": nnx.Param, "batch_stats": nnx.BatchStat, "selectivity": Selectivity}
 
 
-class Compact(nnx.Module):
-    """Module that runs with fewer channels; `compact` creates it.
+class LinenModule(nnx.Module):
+    """Module that computes what a Linen model does; `compact` and `selectivize_module` create it.
 
-    It is called like the whole module. Its variables have the same names, below ``network``.
+    It is called like the module that it was made from. Its variables have the same names, below ``network``.
 
     Attributes:
         network: The variables, nested.
+        model: The Linen model; may be replaced by a clone with other settings, such as a ``capacity``.
         use_running_average: Evaluation mode, see `flax.nnx.BatchNorm`; set by ``train()`` and ``eval()``.
     """
 
@@ -30,28 +32,27 @@ class Compact(nnx.Module):
         self.network = nnx.data(traverse_util.unflatten_dict(known))
         rest = {path: nnx.Variable(leaf) for path, leaf in flat.items() if path[0] not in _TYPES}
         self._rest = nnx.data(traverse_util.unflatten_dict(rest))
-        self._model = model
+        self.model = model
         self._dropout = None if rngs is None else rngs.dropout.fork()
         self.use_running_average = False
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """Call the module; in training mode, update its running statistics."""
+        """Call the model; in training mode, update its running statistics."""
         own = {collection: leaves["network"] for collection, leaves in linen_variables(self).items()}
         variables = own | nnx.to_pure_dict(nnx.state(self._rest))
         if self.use_running_average:
-            return self._model.apply(variables, *inputs, train=False, **options)
+            return self.model.apply(variables, *inputs, train=False, **options)
         keys = {} if self._dropout is None else {"dropout": self._dropout()}
-        y, changed = self._model.apply(
+        y, changed = self.model.apply(
             variables, *inputs, train=True, mutable=["batch_stats"], rngs=keys, **options
         )
-        new = {collection: {"network": leaves} for collection, leaves in (own | dict(changed)).items()}
-        update_module(self, new)
+        update_module(self, {name: {"network": leaves} for name, leaves in (own | dict(changed)).items()})
         return y
 
 
 def compact(
     module: nnx.Module, *inputs: Any, multiple: int = 1, rngs: nnx.Rngs | None = None, **options: Any
-) -> Compact:
+) -> LinenModule:
     """Remove closed channels and all computations whose results are unused, see `selconv_jax.compact`.
 
     Args:
@@ -78,4 +79,38 @@ def compact(
     """
     model, variables = to_linen(module)
     small, small_variables = compaction.compact(model, variables, *inputs, multiple=multiple, **options)
-    return Compact(small, small_variables, rngs)
+    return LinenModule(small, small_variables, rngs)
+
+
+def selectivize_module(
+    module: nnx.Module, *inputs: Any, rngs: nnx.Rngs | None = None, **options: Any
+) -> tuple[LinenModule, conversion.Conversion]:
+    """Convert a trained module of ordinary layers to a selective one, see `selconv_jax.selectivize_model`.
+
+    Every ``nnx.Conv(..., use_bias=False)`` whose input is the ReLU of an ``nnx.BatchNorm`` becomes selective.
+
+    Args:
+        module: The module; it is not changed.
+        *inputs: Inputs of the module: arrays or `jax.ShapeDtypeStruct`, as only shapes matter.
+        rngs: Generators with a stream ``dropout``, for training on a module with dropout.
+        **options: Keyword arguments of the calls, and ``capacity`` and ``gate_only`` of
+            `selconv_jax.SelectiveConv`.
+
+    Returns:
+        The selective module, in the mode of a new one, and what was converted and what was not.
+
+    Raises:
+        ConfigError: The module does not run on the inputs, or no layer of it can be converted.
+
+    Example:
+        >>> import jax.numpy as jnp, selconv_jax
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> conv = nnx.Conv(8, 4, (3, 3), use_bias=False, rngs=rngs)
+        >>> module = nnx.Sequential(nnx.BatchNorm(8, rngs=rngs), nnx.relu, conv)
+        >>> selective, result = selconv_jax.nnx.selectivize_module(module, jnp.ones((1, 8, 8, 8)))
+        >>> result.converted
+        {'layers/2': 'layers/0'}
+    """
+    result = conversion.selectivize_model(*to_linen(module), *inputs, **options)
+    return LinenModule(result.model, result.variables, rngs), result

@@ -1,0 +1,62 @@
+"""Interception of the calls of a network's modules."""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+
+__all__ = ["intercept_calls", "relative_path"]
+
+_Handler = Callable[..., Any]
+
+_handlers: contextvars.ContextVar[tuple[_Handler, ...]] = contextvars.ContextVar("handlers", default=())
+
+
+@contextlib.contextmanager
+def intercept_calls(handle: _Handler, first: bool = False) -> Iterator[None]:
+    """Intercept every call of a module inside the context.
+
+    Of several contexts the outermost comes first, as with Flax's own interceptors.
+
+    Args:
+        handle: Called as ``handle(module, call, *args, **kwargs)`` in place of ``call(*args, **kwargs)``; its
+            result becomes that of the call.
+        first: This handler comes first nevertheless: those who call a network that replaces its own layers
+            see the layers that it has then.
+    """
+    outer = _handlers.get()
+    token = _handlers.set((handle, *outer) if first else (*outer, handle))
+    try:
+        with contextlib.nullcontext() if outer else nn.intercept_methods(_interceptor):
+            yield
+    finally:
+        _handlers.reset(token)
+
+
+def _interceptor(
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Any:
+    if context.method_name == "__call__":
+        for handle in reversed(_handlers.get()):
+            call = functools.partial(handle, context.module, call)
+    return call(*args, **kwargs)
+
+
+def relative_path(module: nn.Module, root: tuple[str, ...]) -> str:
+    """Return the path of a module's variables below ``root``, parts joined by ``/``.
+
+    The module's own path cannot be used: it includes modules that share the scope of others, such as compact
+    networks, which the scopes above it do not.
+    """
+    scope: Any = module.scope
+    parts: list[str] = []
+    while scope.parent is not None:
+        parts.insert(0, scope.name)
+        scope = scope.parent
+    return "/".join((*scope.path, *parts)[len(root) :])
