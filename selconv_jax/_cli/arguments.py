@@ -81,6 +81,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     compact.add_argument("--output", metavar="FILE", help="the file (default: DIR/compact.npz)")
 
+    _add_export(commands)
+
     show = commands.add_parser(
         "show",
         help="tables and pictures of a run",
@@ -178,6 +180,26 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
         help="last (default), best (the highest validation accuracy; without validation images, the last), "
         "or the number of a step",
     )
+
+
+def _add_export(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    export = commands.add_parser(
+        "export",
+        help="write the network of a checkpoint for other programs",
+        description="Writes the network of a checkpoint as StableHLO, ONNX or safetensors, compares the file "
+        "with the network on random images, and prints sizes and times.",
+    )
+    _add_run(export)
+    _add_checkpoint(export)
+    export.add_argument(
+        "--format", required=True, metavar="FORMAT", help="stablehlo, onnx or safetensors (the variables)"
+    )
+    export.add_argument("--compact", action="store_true", help="without closed and unused channels")
+    export.add_argument("--normalize", action="store_true", help="take uint8 images and normalize them")
+    export.add_argument(
+        "--output", metavar="FILE", help="the file (default: DIR/network.FORMAT or DIR/compact.FORMAT)"
+    )
+    export.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:

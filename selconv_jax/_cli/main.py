@@ -37,7 +37,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     # argparse takes no positional arguments after an option into a list, so overrides are collected here.
     options, rest = parser.parse_known_args(arguments)
     if rest and (
-        options.command not in ("train", "resume", "eval", "compact", "sweep", "bench", "compile")
+        options.command not in ("train", "resume", "eval", "compact", "export", "sweep", "bench", "compile")
         or any(word.startswith("-") for word in rest)
     ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -56,6 +56,7 @@ _HANDLERS = {
     "resume": ("runs", "resume"),
     "eval": ("runs", "evaluate"),
     "compact": ("runs", "compact"),
+    "export": ("export", "run"),
     "show": ("runs", "show"),
     "sweep": ("sweep", "run"),
     "bench": ("bench", "run"),
