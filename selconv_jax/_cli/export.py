@@ -7,7 +7,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ def _write(
     }
 
 
-def _times(calls: list[Callable[[], Any]]) -> list[float]:
+def _times(calls: Sequence[Callable[[], Any]]) -> list[float]:
     """Time the calls in turns; return their medians in milliseconds."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(_ROUNDS):
