@@ -165,9 +165,10 @@ def test_functions_that_cannot_be_exported(tmp_path):
         export.save_stablehlo(path, lambda: jnp.ones(3))
     with pytest.raises(ConfigError, match=r"cannot be exported for batches of any size: .*batch"):
         export.save_stablehlo(path, lambda x: x if x.shape[0] > 3 else -x, jnp.ones(4))
+    # The arrays of a function must be on one device, or on the host.
     spread = jax.sharding.NamedSharding(jax.make_mesh((2,), ("x",)), jax.sharding.PartitionSpec("x"))
     weights = jax.device_put(jnp.ones(4), spread)
-    with pytest.raises(ConfigError, match=r"jax\.device_get|cannot be exported"):
+    with pytest.raises(ConfigError, match="cannot be exported"):
         export.save_stablehlo(path, lambda x: x * weights, jnp.ones((2, 4)))
     assert not path.exists()
 

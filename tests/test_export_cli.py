@@ -60,7 +60,7 @@ def test_compact_and_normalized(workdir, logits_of, pixels, tmp_path, capsys):
     assert main([*arguments, "--compact", "--normalize"]) == 0
     output = capsys.readouterr().out
     assert f"checkpoint of step 16: compacted network in {path}" in output
-    for title in ("bytes", "parameters", "multiply-adds"):
+    for title in ("parameters", "multiply-adds"):
         original, small = cells(output, title)
         assert 0 < small < original
     assert path.stat().st_size == cells(output, "bytes")[1]

@@ -30,8 +30,8 @@ def save_stablehlo(
 
     Args:
         path: The file, by convention ``.stablehlo``.
-        function: Called with the inputs; its constants, such as the variables of a network, are stored. For
-            a Linen model ``functools.partial(model.apply, variables, train=False)``, for an NNX module after
+        function: Called with the inputs; its constants, such as the variables of a network, are stored; if
+            they lie on several devices, take their `jax.device_get`. For a Linen model ``functools.partial(model.apply, variables, train=False)``, for an NNX module after
             ``module.eval()`` the module itself.
         *inputs: Arrays or `jax.ShapeDtypeStruct`, of which shapes, but for the first axis, and types matter.
         overwrite: Replace an existing file.
@@ -67,11 +67,6 @@ def save_stablehlo(
         raise ConfigError(
             f"the function cannot be exported for batches of any size: {' '.join(str(error).split())[:300]}"
         ) from error
-    if exported.nr_devices != 1:
-        raise ConfigError(
-            f"the function's arrays lie on {exported.nr_devices} devices, and the file would need as many. "
-            "Take jax.device_get(variables)."
-        )
     write(path, bytes(exported.serialize()))
 
 
