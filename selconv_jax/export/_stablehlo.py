@@ -31,7 +31,8 @@ def save_stablehlo(
     Args:
         path: The file, by convention ``.stablehlo``.
         function: Called with the inputs; its constants, such as the variables of a network, are stored; if
-            they lie on several devices, take their `jax.device_get`. For a Linen model ``functools.partial(model.apply, variables, train=False)``, for an NNX module after
+            they lie on several devices, take their `jax.device_get`. For a Linen model
+            ``functools.partial(model.apply, variables, train=False)``, for an NNX module after
             ``module.eval()`` the module itself.
         *inputs: Arrays or `jax.ShapeDtypeStruct`, of which shapes, but for the first axis, and types matter.
         overwrite: Replace an existing file.
