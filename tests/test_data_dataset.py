@@ -14,10 +14,10 @@ from selconv_jax.data import DatasetInfo, ImageData, Split, load
 from selconv_jax.data._catalog import (
     KNOWN,
     SAMPLE,
-    default_data_dir,
     known_set,
     prepare_command,
     prepared_directories,
+    resolve_data_dir,
     status,
 )
 from selconv_jax.errors import DataError
@@ -128,11 +128,11 @@ def test_catalog_is_consistent():
 
 def test_default_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    assert default_data_dir() == tmp_path
+    assert resolve_data_dir(None) == tmp_path
     assert prepare_command("cifar10", tmp_path) == "selconv data prepare cifar10 --from PATH"
     monkeypatch.delenv("TFDS_DATA_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_data_dir() == tmp_path / "tensorflow_datasets"
+    assert resolve_data_dir(None) == tmp_path / "tensorflow_datasets"
     assert prepare_command("cifar10", tmp_path / "my sets").endswith(f" --data-dir '{tmp_path}/my sets'")
 
 

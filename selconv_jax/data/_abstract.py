@@ -41,18 +41,6 @@ def abstract_data(
 
     A set of the catalog need not be prepared. Any other must be, as its facts are read from its files.
 
-    Args:
-        name: See `open_data`.
-        data_dir: See `open_data`.
-        streaming: See `open_data`.
-        splits: See `open_data`.
-
-    Returns:
-        The set.
-
-    Raises:
-        DataError: The name is neither in the catalog nor that of a prepared set.
-
     Example:
         >>> len(abstract_data("imagenet2012").train)
         1281167

@@ -1,5 +1,6 @@
 """Load a data set by name into memory, or open it for streaming."""
 
+import importlib.resources
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -8,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from selconv_jax.data._catalog import SAMPLE, find_known, resolve_data_dir
+from selconv_jax.data._catalog import KNOWN, SAMPLE, find_known, resolve_data_dir
 from selconv_jax.data._dataset import DatasetInfo, ImageData, Split, check_labels
 from selconv_jax.data._records import PreparedImages, open_prepared, read_split
-from selconv_jax.data._sample import load_sample
 from selconv_jax.data._splits import Slice, SplitChoice, hold_out, resolve_splits
 from selconv_jax.data._stream import ImageSource, SourcePart, StreamedData
 from selconv_jax.errors import DataError
@@ -64,23 +64,20 @@ def open_data(
     streaming: bool | None = None,
     splits: SplitChoice = _DEFAULT,
 ) -> ImageData | StreamedData:
-    """Load a set as :func:`load` does, or open it for streaming.
+    """Load a set as `load` does, or open it for streaming.
 
     For a streamed set outside the catalog, the mean and standard deviation are computed from a thousand
     evenly spaced training images; the labels of as many images of each split are checked. To hold out
     images (`SplitChoice.held_out`), the labels of all training images are read once.
 
     Args:
-        name: As for :func:`load`.
-        data_dir: As for :func:`load`.
+        name: As for `load`, and likewise ``data_dir`` and ``splits``.
+        data_dir: The directory of the prepared sets.
         streaming: Whether to stream; ``None``: only if the images differ in size or take more than 2 GiB.
-        splits: As for :func:`load`.
-
-    Returns:
-        The set, in memory or open for streaming.
+        splits: Choice of the images.
 
     Raises:
-        DataError: As for :func:`load`, or if ``streaming`` is false for a set that can only be streamed.
+        DataError: As for `load`, or if ``streaming`` is false for a set that can only be streamed.
 
     Example:
         >>> len(open_data("fashion_mnist_sample", streaming=True).train)
@@ -114,7 +111,17 @@ def open_data(
 
 
 def _open_sample(splits: SplitChoice, streaming: bool) -> ImageData | StreamedData:
-    data = load_sample()
+    """Open the first 200 training and 100 test images of each class of Fashion-MNIST, in original order.
+
+    They come with the package, and ``FASHION_MNIST_LICENSE.txt`` beside them.
+    """
+    file = importlib.resources.files("selconv_jax.data") / "fashion_mnist_sample.npz"
+    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+        data = ImageData(
+            KNOWN[SAMPLE].info(),
+            train=Split(arrays["train_images"], arrays["train_labels"]),
+            test=Split(arrays["test_images"], arrays["test_labels"]),
+        )
     if not splits.is_default:
         there = {"train": data.train, "test": data.test}
         counts = {key: len(split) for key, split in there.items()}
@@ -172,16 +179,31 @@ def _spec(slices: Sequence[Slice], counts: Mapping[str, int]) -> str:
 
 
 def _info(name: str, label: Any, images: Sequence[NDArray[np.uint8]]) -> DatasetInfo:
-    """Derive the facts of a set outside the catalog from training images ``[..., H, W, C]``."""
+    """Derive the facts of a set outside the catalog from training images ``[..., H, W, C]``.
+
+    Means and deviations are exact, by counting. A constant channel, such as opaque alpha, gets the
+    deviation 1, so that it is 0 when normalized.
+    """
     height, width, channels = images[0].shape[-3:]
-    mean, std = _moments(images, channels)
+    levels = np.arange(256) / 255
+    mean, std = [], []
+    for channel in range(channels):
+        counts = np.zeros(256, np.int64)
+        for pixels in images:
+            counts += np.bincount(pixels[..., channel].reshape(-1), minlength=256)
+        if np.count_nonzero(counts) == 1:  # the formula below would return a rounding error
+            mean.append(float(levels[counts.argmax()]))
+            std.append(1.0)
+            continue
+        mean.append(float(np.average(levels, weights=counts)))
+        std.append(float(np.sqrt(np.average((levels - mean[-1]) ** 2, weights=counts))))
     return DatasetInfo(
         name=name,
         image_shape=(height, width, channels),
         num_classes=label.num_classes,
         class_names=tuple(label.names),
-        mean=mean,
-        std=std,
+        mean=tuple(mean),
+        std=tuple(std),
         crop_padding=round(height / 8),
         flip=True,
     )
@@ -210,26 +232,3 @@ def _check_features(name: str, features: Any) -> None:
         )
     if "label" not in keys or not getattr(features["label"], "num_classes", None):
         raise DataError(f"{name} has no class label named 'label'; its features are {', '.join(keys)}.")
-
-
-def _moments(
-    images: Sequence[NDArray[np.uint8]], channels: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Compute the mean and standard deviation of each channel, as fractions of 255, exactly by counting.
-
-    A constant channel, such as opaque alpha, gets the deviation 1, so that it is 0 when normalized.
-    """
-    levels = np.arange(256) / 255
-    means, deviations = [], []
-    for channel in range(channels):
-        counts = np.zeros(256, np.int64)
-        for pixels in images:
-            counts += np.bincount(pixels[..., channel].reshape(-1), minlength=256)
-        if np.count_nonzero(counts) == 1:  # the formula below would return a rounding error
-            means.append(float(levels[counts.argmax()]))
-            deviations.append(1.0)
-            continue
-        mean = np.average(levels, weights=counts)
-        means.append(float(mean))
-        deviations.append(float(np.sqrt(np.average((levels - mean) ** 2, weights=counts))))
-    return tuple(means), tuple(deviations)

@@ -33,10 +33,7 @@ def to_8_bits(image: Image.Image, mode: str) -> Image.Image:
 
     Args:
         image: As Pillow opened it.
-        mode: ``"L"``, ``"RGB"`` or ``"RGBA"``.
-
-    Returns:
-        An image of that mode.
+        mode: Mode of the result, ``"L"``, ``"RGB"`` or ``"RGBA"``.
 
     Raises:
         PixelError: If the file does not state the range of its values (floating-point, signed and 32-bit

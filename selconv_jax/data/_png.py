@@ -27,13 +27,7 @@ _END = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
-    """Write an image as a PNG file.
-
-    Args:
-        image: uint8 ``[H, W, C]``, ``C`` 1 (grey) or 3 (red, green, blue).
-
-    Returns:
-        The content of the file.
+    """Write an image uint8 ``[H, W, C]`` as a PNG file; ``C`` is 1 (grey) or 3 (red, green, blue).
 
     Example:
         >>> pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
@@ -55,15 +49,12 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
 
 
 def decode_image(data: bytes, channels: int | None = None) -> NDArray[np.uint8]:
-    """Read an image file of any common format.
+    """Read an image file of any common format as uint8 ``[H, W, C]``, see `to_8_bits`.
 
     Args:
         data: The content of the file.
         channels: Convert to this number of channels, 1, 3 or 4; ``None``: grey images stay grey, all
-            others become red, green and blue. Channels are converted to 8 bits, see `to_8_bits`.
-
-    Returns:
-        uint8 ``[H, W, C]``.
+            others become red, green and blue.
 
     Raises:
         ValueError: If the file is damaged or not an image; a `PixelError` if it is intact, but does not
@@ -82,7 +73,7 @@ def decode_image(data: bytes, channels: int | None = None) -> NDArray[np.uint8]:
 
 
 def _decode_plain(data: bytes) -> NDArray[np.uint8] | None:
-    """Read a file of the form that :func:`encode_png` writes; ``None`` for any other."""
+    """Read a file of the form that `encode_png` writes; None for any other."""
     if len(data) < _HEAD.size + 4 + len(_END) or not data.startswith(_SIGNATURE):
         return None
     _, header, width, height, depth, color, _, _, interlace, size, name = _HEAD.unpack_from(data)
@@ -101,6 +92,6 @@ def _decode_plain(data: bytes) -> NDArray[np.uint8] | None:
 
 
 def _chunk(name: bytes, content: bytes) -> bytes:
-    """Assemble a chunk of a PNG file: length, name, content, checksum."""
+    """Assemble a chunk of a PNG file."""
     checksum = zlib.crc32(content, zlib.crc32(name))
     return b"".join([struct.pack(">I", len(content)), name, content, struct.pack(">I", checksum)])

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from selconv_jax.data._augment import augment, normalize
+from selconv_jax.data._augment import augment, draw_mixup, mix, normalize
 from selconv_jax.data._dataset import DatasetInfo
-from selconv_jax.data._mixup import draw_mixup, mix
 from selconv_jax.train._classification import classification_totals
 from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._gradients import BatchNormScope, Examples, Mixture, batch_gradients

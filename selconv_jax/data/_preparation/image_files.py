@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 from PIL import Image
 
+from selconv_jax._utils.console import Progress
 from selconv_jax.data._catalog import KnownSet
 from selconv_jax.data._pixels import to_8_bits
-from selconv_jax.data._preparation.progress import Progress
+from selconv_jax.data._preparation.originals import check_counts
 from selconv_jax.errors import DataError
 
 __all__ = ["ImageFile", "ImageFiles", "as_color_jpeg", "verify_files"]
@@ -37,29 +38,14 @@ class ImageFile:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
-    """The files of a data set.
-
-    Attributes:
-        class_names: Names in the order of the labels.
-        splits: For each split, a function that starts a pass over its files.
-    """
+    """The files of a data set: a function per split that starts a pass over them; classes by label."""
 
     class_names: tuple[str, ...]
     splits: Mapping[str, Callable[[], Iterator[ImageFile]]]
 
 
 def verify_files(known: KnownSet, files: ImageFiles, progress: Progress) -> None:
-    """Check the number of files against the catalog, without reading their content.
-
-    Args:
-        known: The catalog's entry.
-        files: The files.
-        progress: Called with the number of files found in each split.
-
-    Raises:
-        DataError: If the number of classes, of files of a split, or (for a balanced set) of files per
-            class is not the published one.
-    """
+    """Check the number of classes and files against the catalog, without reading the files."""
     if len(files.class_names) != known.num_classes:
         raise DataError(
             f"{known.name}: {len(files.class_names)} classes; expected {known.num_classes}. "
@@ -72,14 +58,7 @@ def verify_files(known: KnownSet, files: ImageFiles, progress: Progress) -> None
             per_class[file.label] += 1
             if number % _REPORT_EVERY == 0 and number < expected:
                 progress(task, number, expected)
-        found = int(per_class.sum())
-        if found != expected or (known.balanced and per_class.min() != per_class.max()):
-            raise DataError(
-                f"{known.name}, {key} split: {found} images, {per_class.min()} to {per_class.max()} "
-                f"per class; expected {expected}"
-                + (", the same number of each class. " if known.balanced else ". ")
-                + f"Get it again from {known.origin}."
-            )
+        check_counts(known, key, per_class)
         progress(task, expected, expected)
 
 
@@ -92,10 +71,7 @@ def as_color_jpeg(content: bytes, size: tuple[int, int] | None = None) -> bytes:
 
     Args:
         content: The content of the file.
-        size: ``(height, width)`` that the image must have; ``None``: any.
-
-    Returns:
-        The content of a JPEG file with three channels.
+        size: ``(height, width)`` that the image must have; None: any.
 
     Raises:
         ValueError: If the file is damaged, not an image, or of another size; a `PixelError` if it is

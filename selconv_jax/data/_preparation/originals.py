@@ -1,17 +1,21 @@
 """Original files of a data set, and their verification."""
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from selconv_jax.data._catalog import KnownSet
 from selconv_jax.data._dataset import ImageData, Split
 from selconv_jax.errors import DataError
 
-__all__ = ["Part", "read_file", "verify"]
+__all__ = ["Part", "archive_damage", "check_counts", "read_file", "verify"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,35 +32,27 @@ class Part:
 
 
 def read_file(path: Path) -> bytes:
-    """Read a file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content.
-
-    Raises:
-        DataError: If it cannot be read.
-    """
+    """Read a file; raise a `DataError` if that fails."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
+@contextlib.contextmanager
+def archive_damage(where: Path | str) -> Iterator[None]:
+    """Turn the errors of a damaged tar archive inside the block to a `DataError` that names the archive."""
+    try:
+        yield
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise DataError(
+            f"{where}: damaged, cut short, or not an archive ({reason}). Get it again."
+        ) from error
+
+
 def verify(known: KnownSet, parts: Mapping[str, Part], splits: Mapping[str, Split]) -> None:
-    """Check the content of a set against the catalog.
-
-    Args:
-        known: The catalog's entry.
-        parts: The original files by name.
-        splits: The splits decoded from them, ``train`` and ``test``.
-
-    Raises:
-        DataError: If a file's checksum, the number of images, in total or per class, their shape or the
-            range of the labels is not the published one. The message names the file or the split.
-    """
+    """Check the content of a set in memory against the catalog: checksums, shapes, labels and counts."""
     for name, digest in known.digests.items():
         found = hashlib.sha256(parts[name].content).hexdigest()
         if found != digest:
@@ -66,10 +62,15 @@ def verify(known: KnownSet, parts: Mapping[str, Part], splits: Mapping[str, Spli
             )
     ImageData(known.info(), splits["train"], splits["test"])  # shapes and labels
     for key, split in splits.items():
-        per_class = np.bincount(split.labels, minlength=known.num_classes)
-        if len(split) != known.counts[key] or per_class.min() != per_class.max():
-            raise DataError(
-                f"{known.name}, {key} split: {len(split)} images, per class {per_class.tolist()}; "
-                f"expected {known.counts[key]}, the same number of each class. "
-                f"Get it again from {known.origin}."
-            )
+        check_counts(known, key, np.bincount(split.labels, minlength=known.num_classes))
+
+
+def check_counts(known: KnownSet, key: str, per_class: NDArray[np.int64]) -> None:
+    """Check the number of images of a split, in total and, for a balanced set, of each class."""
+    total, least, most = per_class.sum(), per_class.min(), per_class.max()
+    if total != known.counts[key] or (known.balanced and least != most):
+        raise DataError(
+            f"{known.name}, {key} split: {total} images, {least} to {most} per class; expected "
+            f"{known.counts[key]}{', the same number of each class' if known.balanced else ''}. "
+            f"Get it again from {known.origin}."
+        )
