@@ -12,14 +12,7 @@ __all__ = ["best_index", "last_change", "require_records", "series"]
 
 
 def require_records(records: Sequence[Mapping[str, Any]]) -> None:
-    """Raise a `SelconvError` if the log is empty.
-
-    Args:
-        records: The lines of ``metrics.jsonl``.
-
-    Raises:
-        SelconvError: There are none.
-    """
+    """Raise a `SelconvError` if a run's log has no record."""
     if not records:
         raise SelconvError(
             "the run has no finished epoch yet, so metrics.jsonl holds nothing to report: "
@@ -28,18 +21,9 @@ def require_records(records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def series(records: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
-    """Extract one logged quantity over the epochs.
+    """Extract one logged quantity over the epochs, ``[len(records)]`` float64.
 
-    Args:
-        records: The lines of ``metrics.jsonl``.
-        key: The name of the quantity.
-
-    Returns:
-        ``[len(records)]`` float64; NaN where a record lacks the key, holds null or is not finite.
-
-    Example:
-        >>> series([{"epoch": 1, "test_loss": 0.5}, {"epoch": 2}], "test_loss")
-        array([0.5, nan])
+    It is NaN where a record lacks the key, holds null or is not finite.
     """
     values = np.array(
         [np.nan if record.get(key) is None else float(record[key]) for record in records],
@@ -49,34 +33,18 @@ def series(records: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64
 
 
 def best_index(records: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the index of the record with the highest validation accuracy.
+    """Return the index of the first record with the highest validation accuracy; None if no record has one.
 
-    Args:
-        records: The lines of ``metrics.jsonl``.
-
-    Returns:
-        The index, the earliest among equals; None if no record has a validation accuracy. Test images are
-        never used for the choice, as results are reported on them.
-
-    Example:
-        >>> best_index([{"validation_accuracy": 0.5}, {"validation_accuracy": 0.75}])
-        1
-        >>> best_index([{"test_accuracy": 0.5}]) is None
-        True
+    Test images are never used for the choice, as results are reported on them.
     """
     accuracy = series(records, "validation_accuracy")
     return None if np.isnan(accuracy).all() else int(np.nanargmax(accuracy))
 
 
 def last_change(records: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the epoch after which the allocation did not change.
+    """Return the last epoch (1-based) whose round closed or re-allocated a channel.
 
-    Args:
-        records: The lines of ``metrics.jsonl``.
-
-    Returns:
-        The last epoch (1-based) whose round closed or re-allocated a channel; None if none did, or if it
-        is the last record, so that a later change is still possible.
+    None if none did, or if it is the last record, so that a later change is still possible.
     """
     changes = np.nan_to_num(series(records, "deallocated"))
     changes = changes + np.nan_to_num(series(records, "reallocated"))

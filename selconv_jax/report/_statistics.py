@@ -57,19 +57,13 @@ class PairedDifference:
     def excludes_zero(self) -> bool:
         """True if 0 lies outside the interval: the difference is larger than chance explains.
 
-        This holds for a single comparison: of twenty without any effect, one is expected to be true.
+        Of twenty comparisons without any effect, one is expected to be true.
         """
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Compute the mean and standard deviation of a sample.
-
-    Args:
-        values: At least one finite number.
-
-    Returns:
-        The mean, the standard deviation and the size of the sample.
+    """Compute the mean and standard deviation of at least one finite number.
 
     Example:
         >>> spread([1.0, 3.0])
@@ -85,7 +79,7 @@ def paired_difference(
 ) -> PairedDifference:
     """Compute the mean difference to a baseline, paired by seed, with its standard error and t-interval.
 
-    The interval is ``mean ± t * std_error`` with `t_quantile`, for approximately normal differences.
+    The interval is ``mean ± t * std_error``, for approximately normal differences.
 
     Args:
         values: A finite number by seed.
@@ -119,17 +113,7 @@ def paired_difference(
 
 
 def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """Compute the two-sided quantile of Student's t-distribution.
-
-    Args:
-        degrees: Degrees of freedom, at least 1.
-        confidence: Probability of absolute values below the quantile, in (0, 1).
-
-    Returns:
-        The quantile at ``(1 + confidence) / 2``.
-
-    Raises:
-        SelconvError: An argument is out of bounds.
+    """Compute the quantile of Student's t-distribution at ``(1 + confidence) / 2``.
 
     Example:
         >>> round(t_quantile(4), 3)

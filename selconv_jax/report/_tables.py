@@ -97,14 +97,10 @@ def run_table(records: Sequence[Mapping[str, Any]], summary: Mapping[str, str]) 
 
 
 def layer_table(layers: Sequence[LayerAllocation]) -> Table:
-    """Tabulate the allocation of every layer, with totals.
+    """Tabulate the allocation of every layer, in forward order, with totals, for ``rich.print``.
 
-    Args:
-        layers: The layers of the network, in forward order.
-
-    Returns:
-        A table for ``rich.print``: channels, open ones, copies among these, closed ones, and the channel
-        with the most copies (the lowest among equals).
+    Columns are channels, open ones, copies among these, closed ones, and the channel with the most copies
+    (the lowest among equals).
 
     Example:
         >>> import numpy as np
@@ -136,9 +132,6 @@ def count_table(layers: Sequence[LayerCounts], title: str, forms: Sequence[str] 
         layers: From `selconv_jax.analysis.count_layers`.
         title: Title of the table.
         forms: Forms that have columns, of ``"plain"``, ``"selective"`` and ``"compact"``.
-
-    Returns:
-        A table for ``rich.print``; multiply-adds are in millions.
 
     Example:
         >>> conv = LayerCounts("conv", Count(292, 18_432), Count(300, 18_432), Count(148, 9_216))
