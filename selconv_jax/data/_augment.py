@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from selconv_jax.errors import ConfigError
-
 __all__ = ["augment", "crop_and_flip", "draw_mixup", "mix", "normalize"]
 
 
@@ -57,8 +55,6 @@ def crop_and_flip(
         >>> crop_and_flip(image, *shift, jnp.array([False]), crop_padding=1)[0, 0, :, 0].tolist()
         [2, 3, 0]
     """
-    if crop_padding < 0:
-        raise ConfigError(f"crop_padding is {crop_padding}; expected 0 (no crop) or more.")
     _, height, width, _ = images.shape
     border = (crop_padding, crop_padding)
     padded = jnp.pad(images, ((0, 0), border, border, (0, 0)))
@@ -80,12 +76,6 @@ def normalize(
         >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), (0.5,), (0.25,)).item()
         2.0
     """
-    channels = images.shape[-1]
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels:
-            raise ConfigError(
-                f"{name} has {len(values)} values for images of {channels} channels; give one per channel."
-            )
     offset = jnp.asarray(mean, jnp.float32)[None, None, None, :]
     scale = jnp.asarray(std, jnp.float32)[None, None, None, :]
     return ((images.astype(jnp.float32) / 255 - offset) / scale).astype(dtype)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 from selconv_jax.data._dataset import DatasetInfo
-from selconv_jax.errors import DataError, nearest
 
 __all__ = [
     "KNOWN",
@@ -24,7 +23,6 @@ __all__ = [
     "KnownSet",
     "Status",
     "find_known",
-    "known_set",
     "prepare_command",
     "prepared_directories",
     "resolve_data_dir",
@@ -235,13 +233,6 @@ _SAMPLE = dataclasses.replace(
 KNOWN: dict[str, KnownSet] = {
     known.name: known for known in (_SAMPLE, _FASHION_MNIST, _CIFAR10, _CIFAR100, _TINY_IMAGENET, _IMAGENET)
 }
-
-
-def known_set(name: str) -> KnownSet:
-    """Look up an entry of the catalog; the `DataError` for an unknown name suggests the nearest."""
-    if name not in KNOWN:
-        raise DataError(f"There is no data set {name!r} to prepare. {nearest(name, KNOWN)}")
-    return KNOWN[name]
 
 
 def find_known(name: str) -> KnownSet | None:

@@ -68,13 +68,13 @@ def open_data(
 
     For a streamed set outside the catalog, the mean and standard deviation are computed from a thousand
     evenly spaced training images; the labels of as many images of each split are checked. To hold out
-    images (`SplitChoice.held_out`), the labels of all training images are read once.
+    images, the labels of all training images are read once.
 
     Args:
-        name: As for `load`, and likewise ``data_dir`` and ``splits``.
-        data_dir: The directory of the prepared sets.
-        streaming: Whether to stream; ``None``: only if the images differ in size or take more than 2 GiB.
-        splits: Choice of the images.
+        name: As for `load`.
+        data_dir: As for `load`.
+        streaming: Whether to stream; None: only if the images differ in size or take more than 2 GiB.
+        splits: As for `load`.
 
     Raises:
         DataError: As for `load`, or if ``streaming`` is false for a set that can only be streamed.
@@ -102,7 +102,10 @@ def open_data(
         )
     if streaming is None:
         streaming = differing or _size(builder, parts) > MOST_RESIDENT_BYTES
-    specs = {key: _spec(slices, counts) for key, slices in parts.items()}
+    specs = {  # in the syntax of tensorflow-datasets, with whole splits by name
+        key: "+".join(part.split if len(part) == counts[part.split] else str(part) for part in slices)
+        for key, slices in parts.items()
+    }
     if streaming:
         return _open_streamed(name, builder, specs, info, splits)
     loaded = {key: read_split(builder, spec) for key, spec in specs.items()}
@@ -117,24 +120,16 @@ def _open_sample(splits: SplitChoice, streaming: bool) -> ImageData | StreamedDa
     """
     file = importlib.resources.files("selconv_jax.data") / "fashion_mnist_sample.npz"
     with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-        data = ImageData(
-            KNOWN[SAMPLE].info(),
-            train=Split(arrays["train_images"], arrays["train_labels"]),
-            test=Split(arrays["test_images"], arrays["test_labels"]),
-        )
-    if not splits.is_default:
-        there = {"train": data.train, "test": data.test}
-        counts = {key: len(split) for key, split in there.items()}
-        chosen = {
-            key: _joined([there[part.split].take(np.arange(part.start, part.stop)) for part in slices])
-            for key, slices in resolve_splits(SAMPLE, splits, counts, ("test",)).items()
-        }
-        data = ImageData(data.info, **chosen | _held_out(SAMPLE, chosen["train"], splits))
-    return StreamedData(data.info, data.train, data.test, data.validation) if streaming else data
-
-
-def _joined(parts: Sequence[Split]) -> Split:
-    return Split(*(np.concatenate([getattr(part, key) for part in parts]) for key in ("images", "labels")))
+        there = {key: Split(arrays[f"{key}_images"], arrays[f"{key}_labels"]) for key in ("train", "test")}
+    counts = {key: len(split) for key, split in there.items()}
+    chosen = {}
+    for key, slices in resolve_splits(SAMPLE, splits, counts, ("test",)).items():
+        parts = [there[part.split].take(np.arange(part.start, part.stop)) for part in slices]
+        images, labels = [part.images for part in parts], [part.labels for part in parts]
+        chosen[key] = Split(np.concatenate(images), np.concatenate(labels))
+    chosen |= _held_out(SAMPLE, chosen["train"], splits)
+    info = KNOWN[SAMPLE].info()
+    return StreamedData(info, **chosen) if streaming else ImageData(info, **chosen)
 
 
 def _held_out(name: str, train: Split, splits: SplitChoice) -> dict[str, Split]:
@@ -170,12 +165,6 @@ def _open_streamed(
 def _evenly_spaced(count: int) -> NDArray[np.int64]:
     """Return evenly spaced indices of at most a thousand of ``count`` images."""
     return np.linspace(0, count - 1, min(_SAMPLED, count), dtype=np.int64)
-
-
-def _spec(slices: Sequence[Slice], counts: Mapping[str, int]) -> str:
-    """Format slices for tensorflow-datasets, with whole splits by name."""
-    whole = {key: Slice(key, 0, count) for key, count in counts.items()}
-    return "+".join(part.split if part == whole[part.split] else str(part) for part in slices)
 
 
 def _info(name: str, label: Any, images: Sequence[NDArray[np.uint8]]) -> DatasetInfo:

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from selconv_jax.data._catalog import KNOWN, find_known, prepare_command, prepared_directories
 from selconv_jax.data._dataset import Split
-from selconv_jax.data._pixels import PixelError
-from selconv_jax.data._png import decode_image
+from selconv_jax.data._image_formats import PixelError, decode_image
 from selconv_jax.errors import DataError, nearest
 
 __all__ = ["PreparedImages", "open_prepared", "quiet_tfds", "read_split"]

@@ -33,11 +33,6 @@ class SplitChoice:
     validation: str | None = None
     held_out: int | float | None = None
 
-    @property
-    def is_default(self) -> bool:
-        """True if all choices are the default."""
-        return self == SplitChoice()
-
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
@@ -57,16 +52,10 @@ class Slice:
 def resolve_splits(
     name: str, choice: SplitChoice, counts: Mapping[str, int], default_test: Sequence[str]
 ) -> dict[str, tuple[Slice, ...]]:
-    """Resolve a choice of splits to slices of images.
+    """Resolve a choice of splits to slices of ``"train"``, ``"test"`` and, if it is chosen, ``"validation"``.
 
-    Args:
-        name: The name of the set, for messages.
-        choice: The choice.
-        counts: The number of images of every split of the set.
-        default_test: Names of the default test split, in order of preference.
-
-    Returns:
-        The slices of ``"train"``, ``"test"`` and, if it is chosen, ``"validation"``; no image is in two.
+    ``counts`` are the numbers of images of every split of the set, and ``default_test`` names of the default
+    test split, in order of preference. No image is in two slices.
 
     Example:
         >>> choice = SplitChoice(train="train[:80%]", validation="train[80%:]")
@@ -164,8 +153,7 @@ def hold_out(name: str, labels: NDArray[np.int32], number: int | float) -> tuple
         number: Number of images to hold out, or fraction of them in (0, 1).
 
     Returns:
-        Indices of the remaining images and of those held out, int64, each in ascending order. A class
-        with no validation image or no remaining training image is a `DataError`.
+        Indices of the remaining images and of those held out, int64, each in ascending order.
 
     Example:
         >>> hold_out("toy", np.array([0, 1, 0, 1, 0, 1], np.int32), 2)

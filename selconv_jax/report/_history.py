@@ -26,8 +26,7 @@ def series(records: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64
     It is NaN where a record lacks the key, holds null or is not finite.
     """
     values = np.array(
-        [np.nan if record.get(key) is None else float(record[key]) for record in records],
-        dtype=np.float64,
+        [np.nan if record.get(key) is None else float(record[key]) for record in records], dtype=np.float64
     )
     return np.where(np.isfinite(values), values, np.nan)
 

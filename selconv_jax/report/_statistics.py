@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 
 from selconv_jax.errors import SelconvError
 
-__all__ = ["CONFIDENCE", "PairedDifference", "Spread", "paired_difference", "spread", "t_quantile"]
+__all__ = ["CONFIDENCE", "PairedDifference", "Spread", "paired_difference", "spread"]
 
 CONFIDENCE = 0.95
 
@@ -90,13 +90,15 @@ def paired_difference(
         Values minus baseline.
 
     Raises:
-        SelconvError: No seed is common to both, or a number is not finite.
+        SelconvError: No seed is common to both, a number is not finite, or ``confidence`` out of bounds.
 
     Example:
         >>> difference = paired_difference({0: 3.0, 1: 5.0, 7: 9.0}, {0: 1.0, 1: 1.0})
         >>> difference.mean, difference.std_error, difference.count
         (3.0, 1.0, 2)
     """
+    if not 0 < confidence < 1:
+        raise SelconvError(f"confidence is {confidence}; it must be in (0, 1).")
     seeds = sorted(values.keys() & baseline.keys())
     if not seeds:
         raise SelconvError(f"no seed is common to {sorted(values)} and {sorted(baseline)}: there is no pair.")
@@ -108,20 +110,5 @@ def paired_difference(
     if sample.std is None:
         return PairedDifference(sample.mean, None, None, 1)
     error = sample.std / math.sqrt(sample.count)
-    reach = t_quantile(sample.count - 1, confidence) * error
+    reach = float(stdtrit(sample.count - 1, (1 + confidence) / 2)) * error
     return PairedDifference(sample.mean, error, (sample.mean - reach, sample.mean + reach), sample.count)
-
-
-def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """Compute the quantile of Student's t-distribution at ``(1 + confidence) / 2``.
-
-    Example:
-        >>> round(t_quantile(4), 3)
-        2.776
-    """
-    if degrees < 1 or not 0 < confidence < 1:
-        raise SelconvError(
-            f"there are {degrees} degrees of freedom, which must be at least 1, and confidence {confidence}, "
-            "which must be in (0, 1)."
-        )
-    return float(stdtrit(degrees, (1 + confidence) / 2))

@@ -14,8 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from selconv_jax.data._catalog import KnownSet
-from selconv_jax.data._preparation.image_files import ImageFile, ImageFiles
-from selconv_jax.data._preparation.originals import archive_damage, read_file
+from selconv_jax.data._preparation.originals import ImageFile, ImageFiles, archive_damage, read_file
 from selconv_jax.errors import DataError
 
 __all__ = ["open_imagenet"]

@@ -1,34 +1,57 @@
-"""Original files of a data set, and their verification."""
+"""Original files of a data set, whole in memory or read one image at a time, and their verification."""
 
 import contextlib
 import dataclasses
 import hashlib
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from selconv_jax._utils.console import Progress
 from selconv_jax.data._catalog import KnownSet
 from selconv_jax.data._dataset import ImageData, Split
 from selconv_jax.errors import DataError
 
-__all__ = ["Part", "archive_damage", "check_counts", "read_file", "verify"]
+__all__ = ["ImageFile", "ImageFiles", "Part", "archive_damage", "read_file", "verify", "verify_files"]
+
+_REPORT_EVERY = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One original file, unpacked, from whichever package or archive it came.
-
-    Attributes:
-        content: Its bytes.
-        path: Its location, for messages: a file, or an archive and a member of it.
-    """
+    """One original file, unpacked, and its location for messages: a file, or an archive and a member."""
 
     content: bytes
     path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFile:
+    """One image file, whose content is read on demand.
+
+    Attributes:
+        name: Its name, unique within the split.
+        label: Index of its class.
+        path: Its location, for messages.
+        read: Returns its content; valid until the next file is requested.
+    """
+
+    name: str
+    label: int
+    path: str
+    read: Callable[[], bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFiles:
+    """The files of a data set: a function per split that starts a pass over them; classes by label."""
+
+    class_names: tuple[str, ...]
+    splits: Mapping[str, Callable[[], Iterator[ImageFile]]]
 
 
 def read_file(path: Path) -> bytes:
@@ -62,10 +85,28 @@ def verify(known: KnownSet, parts: Mapping[str, Part], splits: Mapping[str, Spli
             )
     ImageData(known.info(), splits["train"], splits["test"])  # shapes and labels
     for key, split in splits.items():
-        check_counts(known, key, np.bincount(split.labels, minlength=known.num_classes))
+        _check_counts(known, key, np.bincount(split.labels, minlength=known.num_classes))
 
 
-def check_counts(known: KnownSet, key: str, per_class: NDArray[np.int64]) -> None:
+def verify_files(known: KnownSet, files: ImageFiles, progress: Progress) -> None:
+    """Check the number of classes and files against the catalog, without reading the files."""
+    if len(files.class_names) != known.num_classes:
+        raise DataError(
+            f"{known.name}: {len(files.class_names)} classes; expected {known.num_classes}. "
+            f"Get it again from {known.origin}."
+        )
+    for key, expected in known.counts.items():
+        per_class = np.zeros(known.num_classes, np.int64)
+        task = f"Counting {key} images of {known.name}"
+        for number, file in enumerate(files.splits[key]()):
+            per_class[file.label] += 1
+            if number % _REPORT_EVERY == 0 and number < expected:
+                progress(task, number, expected)
+        _check_counts(known, key, per_class)
+        progress(task, expected, expected)
+
+
+def _check_counts(known: KnownSet, key: str, per_class: NDArray[np.int64]) -> None:
     """Check the number of images of a split, in total and, for a balanced set, of each class."""
     total, least, most = per_class.sum(), per_class.min(), per_class.max()
     if total != known.counts[key] or (known.balanced and least != most):

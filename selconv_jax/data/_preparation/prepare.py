@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from selconv_jax._utils.console import Progress, console_progress
 from selconv_jax.data._catalog import (
+    KNOWN,
     SAMPLE,
     KnownSet,
-    known_set,
     prepare_command,
     prepared_directories,
     resolve_data_dir,
@@ -25,12 +25,11 @@ from selconv_jax.data._catalog import (
 from selconv_jax.data._preparation.cifar import decode_cifar, read_cifar
 from selconv_jax.data._preparation.download import download
 from selconv_jax.data._preparation.idx import decode_idx, find_idx_files, read_idx_files
-from selconv_jax.data._preparation.image_files import ImageFiles, verify_files
 from selconv_jax.data._preparation.imagenet import open_imagenet
-from selconv_jax.data._preparation.originals import verify
+from selconv_jax.data._preparation.originals import ImageFiles, verify, verify_files
 from selconv_jax.data._preparation.tiny_imagenet import open_tiny_imagenet
 from selconv_jax.data._preparation.writing import Examples, examples_of_arrays, examples_of_files, write_tfds
-from selconv_jax.errors import DataError
+from selconv_jax.errors import DataError, nearest
 
 __all__ = ["prepare"]
 
@@ -67,7 +66,9 @@ def prepare(
         DataError: If the name is unknown, the files are missing or not the published ones, or the
             directory cannot be written.
     """
-    known = known_set(name)
+    if name not in KNOWN:
+        raise DataError(f"There is no data set {name!r} to prepare. {nearest(name, KNOWN)}")
+    known = KNOWN[name]
     if known.name == SAMPLE:
         raise DataError(f"{SAMPLE} comes with this package and needs no preparation.")
     if progress is None:

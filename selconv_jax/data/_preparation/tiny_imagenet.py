@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from selconv_jax.data._catalog import KnownSet
-from selconv_jax.data._preparation.image_files import ImageFile, ImageFiles
-from selconv_jax.data._preparation.originals import read_file
+from selconv_jax.data._preparation.originals import ImageFile, ImageFiles, read_file
 from selconv_jax.errors import DataError
 
 __all__ = ["open_tiny_imagenet"]

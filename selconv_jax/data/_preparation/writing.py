@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from selconv_jax._utils.console import Progress
 from selconv_jax.data._catalog import KnownSet
 from selconv_jax.data._dataset import Split
-from selconv_jax.data._pixels import PixelError
-from selconv_jax.data._png import encode_png
+from selconv_jax.data._image_formats import PixelError, as_color_jpeg, encode_png
 from selconv_jax.data._preparation.cifar import COARSE_CLASSES
-from selconv_jax.data._preparation.image_files import ImageFiles, as_color_jpeg
+from selconv_jax.data._preparation.originals import ImageFiles
 from selconv_jax.data._records import quiet_tfds
 from selconv_jax.errors import DataError
 
