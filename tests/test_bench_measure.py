@@ -4,7 +4,8 @@ import gc
 
 import pytest
 
-from selconv_jax._bench.measure import Summary, paired_ratio, seconds_of, summarize, take_rounds
+from selconv_jax._bench.rows import Summary, paired_ratio, seconds_of, summarize
+from selconv_jax._bench.run import take_rounds
 
 
 class Clock:

@@ -10,10 +10,10 @@ from rich.console import Console
 from runs import run_with_tpu_compiler, tiny_config
 
 from selconv_jax._bench import pod
-from selconv_jax._bench.chips import chip_of
-from selconv_jax._bench.collectives import Collective, collectives
-from selconv_jax._bench.pod import CompiledProgram, Messages, PodPlan, compile_for_pod, largest_batch
-from selconv_jax._bench.pod_report import messages_table, pod_table, scaling_line
+from selconv_jax._bench.hlo import message_sizes
+from selconv_jax._bench.pod import PodPlan, compile_for_pod, largest_batch
+from selconv_jax._bench.tpu import CompiledProgram, Messages, chip_of, message_seconds
+from selconv_jax._bench.tpu_report import messages_table, pod_table, scaling_line
 from selconv_jax._cli.main import main
 from selconv_jax.data._abstract import abstract_data
 from selconv_jax.data._loading import open_data
@@ -32,13 +32,8 @@ TEXT = """\
 
 
 def test_messages_of_a_program():
-    assert collectives(TEXT) == [
-        Collective("all-reduce", 128, "jit(step)/psum"),
-        Collective("all-reduce", 40, ""),
-        Collective("all-gather", 64, ""),
-        Collective("collective-permute", 16, ""),
-    ]
-    assert collectives("") == []
+    assert message_sizes(TEXT) == {"all-reduce": [128, 40], "all-gather": [64], "collective-permute": [16]}
+    assert message_sizes("") == {}
 
 
 def test_rates_of_chips():
@@ -132,9 +127,9 @@ def test_tables_and_estimate():
 
 def test_time_of_messages_by_hand():
     """Twice the bytes but for each chip's own part, over the links; 2 + 1 hops there and back, 1 us each."""
-    seconds = pod._seconds([2_000_000], chip_of("v5e:4x2"), "v5e:4x2")
+    seconds = message_seconds([2_000_000], chip_of("v5e:4x2"), "v5e:4x2")
     assert seconds == pytest.approx(2 * 2e6 * 7 / 8 / 200e9 + 6e-6)
-    assert pod._seconds([10], chip_of("v5e:1x1"), "v5e:1x1") == 0.0
+    assert message_seconds([10], chip_of("v5e:1x1"), "v5e:1x1") == 0.0
 
 
 @pytest.mark.parametrize(

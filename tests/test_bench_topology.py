@@ -9,12 +9,13 @@ import pytest
 from rich.console import Console
 from runs import run_with_tpu_compiler
 
-from selconv_jax._bench import topology
+from selconv_jax._bench import tpu
 from selconv_jax._bench.hlo import CostedOperation, entry_costs
 from selconv_jax._bench.picture import bar_picture
 from selconv_jax._bench.settings import BenchSettings
-from selconv_jax._bench.topology import CompiledStep, TopologyResult, topology_devices
-from selconv_jax._bench.topology_report import costs_table, cycles_panel, largest_table, topology_report
+from selconv_jax._bench.topology import TopologyResult
+from selconv_jax._bench.tpu import CompiledProgram, topology_devices
+from selconv_jax._bench.tpu_report import costs_table, cycles_panel, largest_table, topology_report
 from selconv_jax.errors import ConfigError
 
 # Shortened and simplified from what the compiler writes.
@@ -96,7 +97,7 @@ def test_refusals_of_the_compiler(monkeypatch, message, said):
         raise jax.errors.JaxRuntimeError(message)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(topology.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(tpu.topologies, "get_topology_desc", refuse)
     with pytest.raises(ConfigError, match=said):
         topology_devices("v99:1x1")
 
@@ -105,8 +106,8 @@ def test_reports():
     memory = {"total": 2_000_000, "temporary": 1_500_000}
     largest = [CostedOperation("fusion.1", 4000, "jit(step)/[x]"), CostedOperation("dot", 1000, "")]
     steps = [
-        CompiledStep("plain", 5000, 1.0, memory, 1.0, 3.0, largest),
-        CompiledStep("selective, capacity 0.5", 7500, 1.5, None, None, 4.0, largest[:1]),
+        CompiledProgram("plain", memory, True, [], 5000, 0.0, 3.0, largest),
+        CompiledProgram("selective, capacity 0.5", None, None, [], 7500, 0.0, 4.0, largest[:1]),
     ]
     result = TopologyResult("densenet40", 4, steps, complete=True)
     text = io.StringIO()
@@ -121,7 +122,10 @@ def test_reports():
     panel = cycles_panel(result, "v5e:2x2")
     assert [bar.text for bar in panel.bars] == ["5", "8   1.50 x plain"]
     assert len(bar_picture([panel], "title", "caption").axes) == 1
-    assert json.loads(json.dumps(topology_report(result)))["steps"][1]["largest"][0]["cycles"] == 4000
+    plain, selective = json.loads(json.dumps(topology_report(result)))["steps"]
+    assert selective["largest"][0]["cycles"] == 4000
+    assert (plain["ratio"], plain["memory_ratio"]) == (1.0, 1.0)
+    assert (selective["ratio"], selective["memory_ratio"]) == (1.5, None)
 
 
 @pytest.mark.slow

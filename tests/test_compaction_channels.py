@@ -8,7 +8,7 @@ from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax.analysis._counting import count_parameters
-from selconv_jax.compaction._layout import LayerLayout
+from selconv_jax.compaction._static_conv import LayerLayout
 from selconv_jax.models import DenseNet, PreResNet, ResNeXt
 
 # Channels before the transition: 4 of the stem, 2 of layer 1 (4, 5), 2 of layer 2 (6, 7).

@@ -11,8 +11,8 @@ from states import perturbed_variables
 import selconv_jax
 from selconv_jax import ConfigError, SelectiveConv
 from selconv_jax._xla.batch_norm import Statistics, batch_statistics
-from selconv_jax.compaction import _compact as planning
-from selconv_jax.compaction._layout import LayerLayout
+from selconv_jax.compaction import _plan as planning
+from selconv_jax.compaction._static_conv import LayerLayout
 
 SHAPE = (2, 6, 6, 8)
 

@@ -9,13 +9,14 @@ import pytest
 
 import selconv_jax
 from selconv_jax import AllocationRule
+from selconv_jax.analysis import count_parameters
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "experiments" / "composition"
 EXAMPLES = sorted(path.stem for path in DIRECTORY.glob("*.py"))
 
 
 def test_the_examples_are_there():
-    assert EXAMPLES == ["residual_block", "sensor_1d", "unet"]
+    assert EXAMPLES == ["prune_a_network", "residual_block", "sensor_1d", "unet"]
 
 
 @pytest.mark.parametrize(
@@ -45,3 +46,14 @@ def test_example(name, capsys):
     with jax.numpy_dtype_promotion("standard"):
         apply = jax.jit(lambda variables: model.apply(variables, x, train=False))
         np.testing.assert_allclose(apply(filled), apply(closed), rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_is_pruned(capsys):
+    script = runpy.run_path(str(DIRECTORY / "prune_a_network.py"))
+    model, variables, small, small_variables = script["main"](steps=8)
+    assert "3 of 4 convolutions are selective" in capsys.readouterr().out
+    assert count_parameters(small_variables["params"]) < count_parameters(variables["params"])
+    x = jax.random.uniform(jax.random.key(0), (4, 28, 28, 1))
+    np.testing.assert_allclose(
+        small.apply(small_variables, x, False), model.apply(variables, x, False), rtol=1e-4, atol=1e-4
+    )

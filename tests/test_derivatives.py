@@ -14,7 +14,7 @@ from states import perturbed_variables
 import selconv_jax
 from selconv_jax import BatchNormReLUConv, SelectiveConv
 from selconv_jax._xla.platforms import tracing_for
-from selconv_jax.compaction._gather import take_channels, take_repeated
+from selconv_jax.compaction._places import take_channels, take_repeated
 from selconv_jax.nn._computation import window_of
 
 LAYERS = {

@@ -17,7 +17,5 @@ MODULES = sorted(
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name, tmp_path, monkeypatch):
-    if name.startswith("selconv_jax._bench.torch_"):
-        pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)  # some write files
     assert doctest.testmod(importlib.import_module(name)).failed == 0

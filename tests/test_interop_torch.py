@@ -15,7 +15,7 @@ from states import perturbed_variables
 from test_models_recorded import NETWORKS, section
 
 from selconv_jax import CheckpointError, ConfigError
-from selconv_jax.interop._shift_units import ShiftUnits
+from selconv_jax.interop._arrays import shift_units
 from selconv_jax.interop.torch import load_state_dict, save_state_dict, state_dict
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
 
@@ -216,11 +216,10 @@ def test_a_verdict_on_the_variant_needs_known_names(arrays):
 
 def test_units_by_hand():
     sizes = {("a",): (8, 8), ("b",): (8, 24), ("c",): (1, 3)}
-    pixels = ShiftUnits(sizes, align_corners=False).pixels
-    assert [pixels(path).tolist() for path in sizes] == [[1, 1], [0.5, 1.5], [0.5, 1.5]]
-    pixels = ShiftUnits(sizes, align_corners=True).pixels
-    assert [pixels(path).tolist() for path in sizes] == [[0.875, 0.875], [14 / 32, 46 / 32], [0, 1]]
-    assert ShiftUnits(None, align_corners=False).pixels(("any",)).tolist() == [1, 1]
+    units = shift_units(sizes, align_corners=False)
+    assert [units[path].tolist() for path in sizes] == [[1, 1], [0.5, 1.5], [0.5, 1.5]]
+    units = shift_units(sizes, align_corners=True)
+    assert [units[path].tolist() for path in sizes] == [[0.875, 0.875], [14 / 32, 46 / 32], [0, 1]]
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

@@ -4,118 +4,81 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from selconv_jax._bench.states import without_allocation
-from selconv_jax._bench.workbench import Prepared, Workbench
+from selconv_jax._bench.workbench import PLAIN, Prepared, Workbench
 
-__all__ = ["PLAIN", "Case", "plan_cases", "step_name", "torch_name"]
-
-PLAIN = "plain"
+__all__ = ["Case", "plan_cases", "torch_name"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A case to measure.
+    """A case to measure."""
 
-    Attributes:
-        name: In reports; unique for a network.
-        group: What reports put it under: ``"training step"``, ``"re-allocation"``, ``"evaluation"``,
-            ``"input"``.
-        base: Name of the case that it is compared with; None: none.
-        rival: Name of the same case in PyTorch; None: none.
-        images: Images per step, or per call if it makes no steps; 0: none.
-        prepare: Compiles it and makes the first call.
-        timed: Whether it is timed, not just compiled.
-        steps: Steps per call; times are given per step.
-        seeds: Number of networks that one call trains; times are given per step of one network.
-    """
-
-    name: str
-    group: str
-    base: str | None
-    rival: str | None
-    images: int
-    prepare: Callable[[], Prepared]
-    timed: bool = True
-    steps: int = 1
-    seeds: int = 1
-
-
-def step_name(capacity: float) -> str:
-    """Name the step of a selective network with a capacity for copies."""
-    return f"selective, capacity {capacity:g}"
+    name: str  # in reports; unique for a network
+    group: str  # in reports: "training step", "re-allocation", "evaluation" or "input"
+    base: str | None  # name of the case that it is compared with; None: none
+    rival: str | None  # name of the same case in PyTorch; None: none
+    images: int  # images per step, or per call if it makes no steps; 0: none
+    prepare: Callable[[], Prepared]  # compiles it and makes the first call
+    timed: bool = True  # whether it is timed, not just compiled
+    steps: int = 1  # steps per call; times are given per step
+    seeds: int = 1  # number of networks that one call trains; times are given per step of one network
 
 
 def plan_cases(bench: Workbench) -> list[Case]:
-    """Plan the requested cases of a network, except those in PyTorch.
-
-    Args:
-        bench: The network.
-
-    Returns:
-        The cases, the base of each before it.
-    """
-    settings = bench.settings
-    what, batch, share, seeds = set(settings.what), settings.batch, settings.share, settings.together
-    timed = "step" in what
-    group = "training step"
-    cases = []
-    # Everything else is compared with the plain step.
-    timed_base = bool(what & {"step", "frozen", "compact", "reallocate"}) or settings.torch
-    if timed_base or what & {"compile", "memory"}:
-        rival = torch_name(None) if settings.torch else None
-        plain = Case(PLAIN, group, None, rival, batch, bench.prepare_plain, timed_base, bench.steps)
-        cases.append(plain)
-    if what & {"step", "compile", "memory"}:
-        if seeds:
-            cases.append(_together(plain, functools.partial(bench.prepare_plain, seeds), timed, seeds))
-        for capacity in settings.capacity:
-            rival = torch_name(capacity) if settings.torch else None
-            prepare = functools.partial(bench.prepare_capacity, capacity)
-            cases.append(Case(step_name(capacity), group, PLAIN, rival, batch, prepare, timed, bench.steps))
-            if seeds:
-                prepare = functools.partial(bench.prepare_capacity, capacity, seeds)
-                cases.append(_together(cases[-1], prepare, timed, seeds))
-    if "frozen" in what:
-        rival = torch_name(share) if settings.torch else None
-        name = f"frozen, {share:g} re-allocated"
-        cases.append(Case(name, group, PLAIN, rival, batch, bench.prepare_frozen, steps=bench.steps))
-    if "compact" in what:
-        name = f"compact, {share:g} closed"
-        cases.append(Case(name, group, PLAIN, None, batch, bench.prepare_compact, steps=bench.steps))
+    """Plan the requested cases of a network, except those in PyTorch; the base of each is before it."""
+    settings, what, batch = bench.settings, set(bench.settings.what), bench.settings.batch
+    cases = _step_cases(bench, what)
     if "reallocate" in what:
         cases.append(
             Case("one round, whole network", "re-allocation", PLAIN, None, 0, bench.prepare_reallocate)
         )
     if "eval" in what:
-        cases += _eval_cases(bench)
+        plain = functools.partial(bench.prepare_eval, bench.plain_network)
+        selective_network = functools.partial(bench.selective_network, settings.share)
+        selective = functools.partial(bench.prepare_eval, selective_network)
+        name = f"eval selective, capacity {settings.share:g}"
+        cases.append(Case("eval plain", "evaluation", None, None, batch, plain))
+        cases.append(Case(name, "evaluation", "eval plain", None, batch, selective))
     if "input" in what:
         cases.append(Case("gather and augment", "input", None, None, batch, bench.prepare_input))
     return cases
 
 
-def _together(alone: Case, prepare: Callable[[], Prepared], timed: bool, seeds: int) -> Case:
-    """Derive the case that makes the same steps for several networks in one program."""
-    name = f"{alone.name}, {seeds} seeds"
-    return dataclasses.replace(
-        alone, name=name, base=alone.name, rival=None, prepare=prepare, timed=timed, seeds=seeds
-    )
+def _step_cases(bench: Workbench, what: set[str]) -> list[Case]:
+    settings = bench.settings
+    # Everything else is compared with the plain step.
+    is_plain_timed = bool(what & {"step", "frozen", "compact", "reallocate"}) or settings.torch
+    has_steps = bool(what & {"step", "compile", "memory"})
+    if not is_plain_timed and not has_steps:
+        return []
+    cases = []
+    for network in bench.step_networks(what | ({"step"} if has_steps else set())):
+        prepare = functools.partial(bench.prepare_step, network.make)
+        alone = Case(
+            network.name,
+            "training step",
+            base=None if network.kind == PLAIN else PLAIN,
+            rival=torch_name(network.copies) if settings.torch and network.kind != "compact" else None,
+            images=settings.batch,
+            prepare=prepare,
+            timed=is_plain_timed if network.kind == PLAIN else network.kind in what,
+            steps=bench.steps,
+        )
+        cases.append(alone)
+        if settings.together and has_steps and network.kind in (PLAIN, "step"):
+            together = dataclasses.replace(
+                alone,
+                name=f"{alone.name}, {settings.together} seeds",
+                base=alone.name,
+                rival=None,
+                prepare=functools.partial(prepare, seeds=settings.together),
+                timed="step" in what,
+                seeds=settings.together,
+            )
+            cases.append(together)
+    return cases
 
 
 def torch_name(capacity: float | None) -> str:
     """Name the PyTorch step with a fraction of copies; None: of the plain network."""
     return "torch plain" if capacity is None else f"torch selective, {capacity:g} re-allocated"
-
-
-def _eval_cases(bench: Workbench) -> list[Case]:
-    share, batch, group = bench.settings.share, bench.settings.batch, "evaluation"
-
-    def prepare_plain() -> Prepared:
-        return bench.prepare_eval(bench.plain, without_allocation(bench.initial.variables))
-
-    def prepare_selective() -> Prepared:
-        return bench.prepare_eval(bench.selective.clone(capacity=share), bench.copied(share))
-
-    return [
-        Case("eval plain", group, None, None, batch, prepare_plain),
-        Case(f"eval selective, capacity {share:g}", group, "eval plain", None, batch, prepare_selective),
-    ]

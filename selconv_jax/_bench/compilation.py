@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-__all__ = ["Program", "compile_lowered", "compile_program", "memory_of", "without_compilation_cache"]
+__all__ = ["Program", "compile_program", "without_compilation_cache"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,9 @@ class Program:
         run: The compiled function; ``as_text()`` gives its text.
         lower_seconds: Time of tracing and lowering.
         compile_seconds: Time of compilation, or of reading the compilation cache.
-        memory: See `memory_of`.
+        memory: Bytes on a device: ``arguments``, ``outputs`` (those that take the place of a donated argument
+            included), ``in_place`` (the outputs that do), ``temporary``, ``peak`` where the compiler tells
+            it, and ``total``: arguments, outputs and temporary less those in place. None: unknown.
     """
 
     run: Any
@@ -30,51 +32,17 @@ class Program:
 
 
 def compile_program(
-    function: Callable[..., Any], *arguments: Any, clock: Callable[[], float] = time.perf_counter, **jit: Any
+    lower: Callable[[], jax.stages.Lowered], clock: Callable[[], float] = time.perf_counter
 ) -> Program:
-    """Compile a function for its arguments, in its own ``jit``.
-
-    Args:
-        function: A pure function.
-        *arguments: Arrays, or their shapes.
-        clock: Seconds, monotonic.
-        **jit: Further arguments of `jax.jit`.
-
-    Returns:
-        The program.
-    """
+    """Compile what ``lower`` returns, such as ``lambda: jax.jit(function).lower(x)``, timing both."""
     start = clock()
-    lowered = jax.jit(function, **jit).lower(*arguments)
-    lower_seconds = clock() - start
-    return dataclasses.replace(compile_lowered(lowered, clock), lower_seconds=lower_seconds)
-
-
-def compile_lowered(lowered: jax.stages.Lowered, clock: Callable[[], float] = time.perf_counter) -> Program:
-    """Compile a lowered function.
-
-    Args:
-        lowered: From ``jax.jit(...).lower(...)``.
-        clock: Seconds, monotonic.
-
-    Returns:
-        The program; the time of tracing is not known.
-    """
-    start = clock()
+    lowered = lower()
+    is_lowered = clock()
     compiled = lowered.compile()
-    return Program(compiled, 0.0, clock() - start, memory_of(compiled))
+    return Program(compiled, is_lowered - start, clock() - is_lowered, _memory_of(compiled))
 
 
-def memory_of(compiled: Any) -> dict[str, int] | None:
-    """Return the device memory that a compiled program needs, in bytes.
-
-    Args:
-        compiled: From ``jax.jit(...).lower(...).compile()``.
-
-    Returns:
-        ``arguments``, ``outputs`` (those that take the place of a donated argument included),
-        ``in_place`` (the outputs that do), ``temporary``, ``peak`` where the compiler tells it, and
-        ``total``: arguments, outputs and temporary less those in place. None: it is not known here.
-    """
+def _memory_of(compiled: Any) -> dict[str, int] | None:
     try:
         analysis = compiled.memory_analysis()
     except (NotImplementedError, jax.errors.JaxRuntimeError):

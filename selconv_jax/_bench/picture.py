@@ -23,15 +23,7 @@ _OTHER = "#F0C987"
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One bar.
-
-    Attributes:
-        label: At its left.
-        value: Its length.
-        low: Lower end of its spread; None: none.
-        high: Upper end of its spread.
-        text: At its right.
-    """
+    """One bar, with the ends of its spread, if any, and the text at its right."""
 
     label: str
     value: float
@@ -42,13 +34,7 @@ class Bar:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """Bars on one scale.
-
-    Attributes:
-        title: Above them.
-        unit: Unit of the lengths, below them.
-        bars: From the top.
-    """
+    """Bars on one scale, from the top, and the unit of their lengths."""
 
     title: str
     unit: str
@@ -75,21 +61,10 @@ def panels_of(result: NetworkResult) -> list[Panel]:
 def bar_picture(panels: Sequence[Panel], title: str, caption: str) -> Figure:
     """Draw panels of horizontal bars, one below the other.
 
-    Args:
-        panels: From the top.
-        title: Title of the picture.
-        caption: Text below it, such as the machine.
-
-    Returns:
-        The figure; its axes are the panels.
+    The axes of the figure are the panels; the caption is the text below them, such as the machine.
 
     Raises:
         SelconvError: There are no bars.
-
-    Example:
-        >>> panel = Panel("densenet40: training step", "ms", [Bar("plain", 500, 490, 520, "500 ms")])
-        >>> len(bar_picture([panel], "A benchmark", "two cores").axes)
-        1
     """
     if not panels:
         raise SelconvError("nothing was timed, so there is no picture to draw.")

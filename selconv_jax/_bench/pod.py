@@ -1,22 +1,14 @@
-"""A run's step and evaluation compiled ahead of time for a TPU pod: memory, collectives, cycles.
-
-The compiler is the real one, of the package libtpu; nothing is run.
-"""
+"""Training step and evaluation of a run, compiled ahead of time for a TPU pod."""
 
 import collections
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from selconv_jax._bench.chips import Chip, chip_of
-from selconv_jax._bench.collectives import collectives
-from selconv_jax._bench.compilation import Program as Compiled
-from selconv_jax._bench.compilation import compile_lowered
-from selconv_jax._bench.hlo import entry_costs
-from selconv_jax._xla.platforms import tracing_for
+from selconv_jax._bench.tpu import CompiledProgram, chip_of, compile_ahead
 from selconv_jax.data._abstract import abstract_data
 from selconv_jax.errors import ConfigError
 from selconv_jax.train._config import Config
@@ -24,79 +16,22 @@ from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._program import bucket_program
 from selconv_jax.train._trainer import Trainer
 
-__all__ = ["CompiledProgram", "Messages", "PodPlan", "compile_for_pod", "largest_batch"]
-
-# Assumed latency of one link for the first byte of a message.
-HOP_SECONDS = 1e-6
-
-
-@dataclasses.dataclass(frozen=True)
-class Messages:
-    """Collectives of one kind in a program.
-
-    Attributes:
-        kind: Such as ``"all-reduce"``.
-        count: Their number.
-        bytes: Total size of their results on one chip.
-        largest: Size of the largest one.
-    """
-
-    kind: str
-    count: int
-    bytes: int
-    largest: int
-
-
-@dataclasses.dataclass(frozen=True)
-class CompiledProgram:
-    """A program as compiled for a topology.
-
-    Attributes:
-        name: ``"training step"`` or ``"evaluation"``.
-        memory: Of one chip, see `compilation.memory_of`.
-        fits: Whether it fits in the memory of a chip; None: not known.
-        messages: Collectives, by kind.
-        cycles: Sum of the compiler's estimates for one chip, without the collectives.
-        message_seconds: Time of the messages if each has the links to itself, at their published rate, and
-            waits for nothing; None: the chip is not known.
-        compile_seconds: Time of compilation.
-    """
-
-    name: str
-    memory: Mapping[str, int] | None
-    fits: bool | None
-    messages: Sequence[Messages]
-    cycles: int
-    message_seconds: float | None
-    compile_seconds: float
+__all__ = ["PodPlan", "compile_for_pod", "largest_batch"]
 
 
 @dataclasses.dataclass(frozen=True)
 class PodPlan:
-    """A run compiled for a topology.
-
-    Attributes:
-        topology: Its name.
-        chips: Number of its chips.
-        batch_size: Images per training step.
-        micro_batches: Gradient accumulation steps. If there are several, the
-            cycles and messages within their loop are not counted, or once.
-        capacity: Fraction of the channels that the step is compiled for.
-        gradient_bytes: Size of the gradient of all parameters.
-        memory_capacity: Bytes of a chip's memory; None: the chip is unknown.
-        clock: Cycles per second of a chip; None: likewise.
-        programs: The training step, then the evaluation if requested.
-    """
+    """A run compiled for a topology."""
 
     topology: str
     chips: int
-    batch_size: int
-    micro_batches: int
-    capacity: float
-    gradient_bytes: int
-    memory_capacity: int | None
-    clock: float | None
-    programs: Sequence[CompiledProgram]
+    batch_size: int  # images per training step
+    micro_batches: int  # if several, the cycles and messages within their loop are not counted, or once
+    capacity: float  # fraction of the channels that the step is compiled for
+    gradient_bytes: int  # of all parameters
+    memory_capacity: int | None  # bytes of a chip's memory; None: the chip is unknown
+    clock: float | None  # cycles per second of a chip; None: likewise
+    programs: Sequence[CompiledProgram]  # the training step, then the evaluation if requested
 
 
 def compile_for_pod(
@@ -108,18 +43,10 @@ def compile_for_pod(
     evaluation: bool = True,
     tell: Callable[[str], None] = lambda what: None,
 ) -> PodPlan:
-    """Compile the programs of a run ahead of time for these chips.
+    """Compile the programs of a run ahead of time for these chips, instead of its ``devices``.
 
-    Args:
-        config: The run; its ``devices`` is ignored.
-        topology: Name of the topology.
-        devices: Its chips, from `topology.topology_devices`.
-        capacity: Fraction of the channels that the selective layers have room to re-allocate.
-        evaluation: Also compile the evaluation.
-        tell: Called with a description of the next program.
-
-    Returns:
-        Memory, collectives and cycles as the compiler reports them.
+    Selective layers have room to re-allocate the fraction ``capacity`` of their channels. ``tell`` is called
+    with a description of the next program.
 
     Raises:
         ConfigError: The batch does not divide over the chips, or does not fit in their memory.
@@ -138,18 +65,16 @@ def compile_for_pod(
             f"parameter_shards is {config.parameter_shards}, which does not divide the {per_host} chips of a "
             f"host of {topology}."
         )
-    data = abstract_data(*config.data.source)
-    trainer = Trainer(config, data, Placement.of(devices, config.parameter_shards))
+    trainer = Trainer(
+        config, abstract_data(*config.data.source), Placement.of(devices, config.parameter_shards)
+    )
     program = bucket_program(trainer.model, capacity if config.model.variant == "selective" else 0.0)
-    chip = chip_of(topology)
-    compiled = []
     lowers = {"training step": trainer.lower_step, "evaluation": trainer.lower_evaluation}
+    compiled = []
     for name in list(lowers)[: 1 + evaluation]:
         tell(name)
-        with tracing_for("tpu"):
-            lowered = lowers[name](program)
         try:
-            compiled.append(_program(name, compile_lowered(lowered), chip, topology))
+            compiled.append(compile_ahead(name, functools.partial(lowers[name], program), topology))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -158,6 +83,7 @@ def compile_for_pod(
                 f"{str(error).splitlines()[0]} Choose a smaller batch_size, or more micro_batches."
             ) from None
     params = jax.tree.leaves(trainer.state_shape().params)
+    chip = chip_of(topology)
     return PodPlan(
         topology=topology,
         chips=chips,
@@ -179,14 +105,7 @@ def largest_batch(
     capacity: float = 0.25,
     tell: Callable[[str], None] = lambda what: None,
 ) -> PodPlan | None:
-    """Find the largest batch that fits, by doubling and halving that of the run.
-
-    Args:
-        config: The run; the search starts from its batch size.
-        topology: Name of the topology.
-        devices: Its chips.
-        capacity: See `compile_for_pod`.
-        tell: Called with a description of the next program.
+    """Find the largest batch that fits, by doubling and halving that of the run; see `compile_for_pod`.
 
     Returns:
         The plan, of the training step alone; None: not even one image per chip fits.
@@ -195,10 +114,9 @@ def largest_batch(
     most = len(abstract_data(*config.data.source).train)
 
     def attempt(size: int) -> PodPlan | None:
-        tried = dataclasses.replace(config, batch_size=size)
         try:
             plan = compile_for_pod(
-                tried,
+                dataclasses.replace(config, batch_size=size),
                 topology,
                 devices,
                 capacity=capacity,
@@ -213,41 +131,10 @@ def largest_batch(
 
     size = max(config.batch_size // least, 1) * least
     best = attempt(size)
-    while best is not None and 2 * size <= most:
-        size *= 2
-        larger = attempt(size)
-        if larger is None:
-            return best
-        best = larger
+    if best is not None:
+        while 2 * size <= most and (larger := attempt(2 * size)) is not None:
+            best, size = larger, 2 * size
     while best is None and size > least:
         size = max(size // 2 // least, 1) * least
         best = attempt(size)
     return best
-
-
-def _program(name: str, compiled: Compiled, chip: Chip | None, topology: str) -> CompiledProgram:
-    text = compiled.run.as_text()
-    found = collectives(text)
-    by_kind: dict[str, list[int]] = collections.defaultdict(list)
-    for message in found:
-        by_kind[message.kind].append(message.bytes)
-    memory = compiled.memory
-    return CompiledProgram(
-        name=name,
-        memory=memory,
-        fits=memory["total"] <= chip.memory if memory and chip else None,
-        messages=[Messages(kind, len(sizes), sum(sizes), max(sizes)) for kind, sizes in by_kind.items()],
-        cycles=sum(cost.cycles for cost in entry_costs(text)),
-        message_seconds=_seconds([message.bytes for message in found], chip, topology) if chip else None,
-        compile_seconds=compiled.compile_seconds,
-    )
-
-
-def _seconds(sizes: Sequence[int], chip: Chip, topology: str) -> float:
-    """Estimate the time of sequential all-reduces, which send nearly all bytes, and cross all hops, twice."""
-    sides = [int(side) for side in topology.partition(":")[2].split("x")]
-    chips = math.prod(sides)
-    if chips == 1:
-        return 0.0
-    hops = sum(side // 2 for side in sides)
-    return sum(2 * size * (chips - 1) / chips / chip.link_bytes + 2 * hops * HOP_SECONDS for size in sizes)

@@ -13,13 +13,7 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 
 class BenchProgress:
-    """Display of the case that is compiled or timed.
-
-    Args:
-        console: Where to write.
-        network: Name at the beginning of every line.
-        clock: Seconds, monotonic.
-    """
+    """Display of the case that is compiled or timed; every line begins with the network's name."""
 
     def __init__(self, console: Console, network: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._network, self._clock = console, network, clock

@@ -1,14 +1,14 @@
 """Tables and JSON of a benchmark."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from selconv_jax._bench.rows import Ratio, Row, rows_of
+from selconv_jax._bench.rows import Ratio, rows_of
 from selconv_jax._bench.run import NetworkResult
 from selconv_jax._bench.settings import BenchSettings
 
@@ -28,9 +28,9 @@ _MEMORY = ("arguments", "outputs", "in_place", "temporary", "total", "peak")
 MEGA = 1e6  # megabytes are 10^6 bytes here
 
 
-def new_table(title: str, caption: str) -> Table:
-    """Make an empty table in the common style."""
-    return Table(
+def new_table(title: str, caption: str, *headings: str, text: Collection[str] = ()) -> Table:
+    """Make an empty table in the common style; the first column and those in ``text`` are left-justified."""
+    table = Table(
         title=Text(title, "table.title"),
         title_justify="left",
         caption=caption,
@@ -39,6 +39,10 @@ def new_table(title: str, caption: str) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
+    for number, heading in enumerate(headings):
+        is_text = number == 0 or heading in text
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
+    return table
 
 
 def describe(settings: BenchSettings) -> str:
@@ -50,32 +54,21 @@ def describe(settings: BenchSettings) -> str:
 
 
 def time_table(result: NetworkResult, title: str) -> Table:
-    """Tabulate the timed cases of a network: median, quartiles, minimum, speed, ratios.
-
-    Args:
-        result: The measurements.
-        title: Of the table.
-
-    Returns:
-        A table for ``rich.print``; a case without repetitions has no row.
-    """
+    """Tabulate the timed cases of a network: median, quartiles, minimum, speed, ratios."""
     table = new_table(
         title,
         "times in ms per step (of one seed) or call; ratio: of the medians, in brackets the median of the "
         "ratios within each round; to PyTorch: below 1 is faster than it",
+        *("\ncase", "\nmedian", "\nquartiles", "\nmin.", "repe-\ntitions", "images\nper s"),
+        *("ratio to the base", "ratio to\nPyTorch"),
     )
-    table.add_column("\ncase", no_wrap=True)
-    headings = ("\nmedian", "\nquartiles", "\nmin.", "repe-\ntitions", "images\nper s", "ratio to the base")
-    for heading in (*headings, "ratio to\nPyTorch"):
-        table.add_column(heading, justify="right", no_wrap=True)
     group = None
     for row in rows_of(result):
         if row.summary is None:
             continue
         if group not in (None, row.group):
             table.add_section()
-        group = row.group
-        summary = row.summary
+        group, summary = row.group, row.summary
         table.add_row(
             Text(row.name),
             _ms(summary.median),
@@ -92,57 +85,36 @@ def time_table(result: NetworkResult, title: str) -> Table:
 def gains(result: NetworkResult) -> list[str]:
     """Describe the gain of training seeds together, in a sentence for each such case that was timed."""
     return [
-        f"{row.measured.case.seeds} seeds together make {1 / row.ratio.medians:.2f} times as many steps per "
-        f"second as one after the other ({row.measured.case.base})"
+        f"{row.seeds} seeds together make {1 / row.ratio.medians:.2f} times as many steps per second as one "
+        f"after the other ({row.base})"
         for row in rows_of(result)
-        if row.measured.case.seeds > 1 and row.ratio is not None
+        if row.seeds > 1 and row.ratio is not None
     ]
 
 
 def memory_table(result: NetworkResult, title: str) -> Table:
-    """Tabulate the memory of the compiled steps of a network.
-
-    Args:
-        result: The measurements.
-        title: Of the table.
-
-    Returns:
-        A table for ``rich.print``, in megabytes (10^6 bytes).
-    """
+    """Tabulate the memory of the compiled steps of a network."""
+    memories = {row.name: (row.memory, row.memory_ratio) for row in rows_of(result) if row.memory}
+    keys = [key for key in _MEMORY if any(key in memory for memory, _ in memories.values())]
     table = new_table(
-        title, "MB; total: arguments, outputs and temporary arrays less outputs in place of arguments"
+        title,
+        "MB; total: arguments, outputs and temporary arrays less outputs in place of arguments",
+        *("case", *(key.replace("_", " ") for key in keys), "total, ratio"),
     )
-    rows = [row for row in rows_of(result) if row.measured.memory is not None]
-    keys = [key for key in _MEMORY if any(key in (row.measured.memory or {}) for row in rows)]
-    table.add_column("case", no_wrap=True)
-    for heading in (*(key.replace("_", " ") for key in keys), "total, ratio"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        memory = row.measured.memory or {}
+    for name, (memory, ratio) in memories.items():
         numbers = [f"{memory[key] / MEGA:,.1f}" if key in memory else "" for key in keys]
-        table.add_row(Text(row.name), *numbers, "" if row.memory_ratio is None else f"{row.memory_ratio:.2f}")
+        table.add_row(Text(name), *numbers, "" if ratio is None else f"{ratio:.2f}")
     return table
 
 
 def compile_table(result: NetworkResult, title: str) -> Table:
-    """Tabulate the times of tracing and compiling, once each, without a compilation cache.
-
-    Args:
-        result: The measurements.
-        title: Of the table.
-
-    Returns:
-        A table for ``rich.print``, in seconds.
-    """
-    table = new_table(title, "seconds, once each; the first program also traces what the others share")
-    table.add_column("case", no_wrap=True)
-    for heading in ("tracing", "compiling", "both"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for measured in result.cases:
-        lower, compiled = measured.lower_seconds, measured.compile_seconds
-        if lower is None or compiled is None:
-            continue
-        table.add_row(Text(measured.case.name), f"{lower:.2f}", f"{compiled:.2f}", f"{lower + compiled:.2f}")
+    """Tabulate the times of tracing and compiling, without a compilation cache."""
+    caption = "seconds, once each; the first program also traces what the others share"
+    table = new_table(title, caption, "case", "tracing", "compiling", "both")
+    for row in rows_of(result):
+        if row.compile is not None:
+            seconds = (*row.compile.values(), sum(row.compile.values()))
+            table.add_row(Text(row.name), *(f"{each:.2f}" for each in seconds))
     return table
 
 
@@ -151,15 +123,9 @@ def report_of(
 ) -> dict[str, Any]:
     """Collect all results, ready for JSON: times in seconds, memory in bytes.
 
-    Args:
-        settings: The benchmark.
-        environment: From `environment.environment`.
-        results: One per network.
-
-    Returns:
-        ``settings``, ``environment``, and ``networks``, each with its ``cases`` (all repetitions, their
-        summary, ratios, memory, time of compiling) and ``rounds`` (seconds by case, in the order of turns).
+    Every network has its ``cases`` (see `Row`) and ``rounds`` (seconds by case, in the order of turns).
     """
+    without = {} if "compile" in settings.what else {"compile": None}
     return {
         "settings": dataclasses.asdict(settings),
         "environment": dict(environment),
@@ -168,33 +134,11 @@ def report_of(
                 "model": result.model,
                 "complete": result.complete,
                 "notes": list(result.notes),
-                "cases": [_case_report(row, "compile" in settings.what) for row in rows_of(result)],
+                "cases": [dataclasses.asdict(row) | without for row in rows_of(result)],
                 "rounds": [dict(seconds) for seconds in result.rounds],
             }
             for result in results
         ],
-    }
-
-
-def _case_report(row: Row, with_compile: bool) -> dict[str, Any]:
-    measured = row.measured
-    compiled = {"tracing": measured.lower_seconds, "compiling": measured.compile_seconds}
-    known = with_compile and measured.compile_seconds is not None
-    return {
-        "name": row.name,
-        "group": row.group,
-        "base": measured.case.base,
-        "images": measured.case.images,
-        "steps_per_call": measured.case.steps,
-        "seeds": measured.case.seeds,
-        "summary": None if row.summary is None else dataclasses.asdict(row.summary),
-        "images_per_second": row.images_per_second,
-        "ratio": None if row.ratio is None else dataclasses.asdict(row.ratio),
-        "torch_ratio": None if row.torch_ratio is None else dataclasses.asdict(row.torch_ratio),
-        "compile": compiled if known else None,
-        "memory": measured.memory,
-        "memory_ratio": row.memory_ratio,
-        "seconds": list(row.seconds),
     }
 
 

@@ -1,86 +1,51 @@
 """Settings of a benchmark, checked before anything is computed."""
 
 import dataclasses
-import math
-import re
+import importlib
+import importlib.util
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from selconv_jax._bench.torch_baseline import check_torch_baseline
+import selconv_jax
+from selconv_jax._bench.tpu import check_topology
 from selconv_jax.errors import ConfigError, nearest
 from selconv_jax.models import create_model, stem_for
 
-__all__ = ["WHAT", "BenchSettings", "check_topology"]
+__all__ = ["WHAT", "BenchSettings", "load_torch_baseline"]
 
 # The kinds of measurement, in the order of the report.
 WHAT = ("step", "frozen", "compact", "reallocate", "eval", "input", "compile", "memory")
 
 _CLASSES = 10
 _DTYPES = ("float32", "bfloat16")
-
-
-_MOST_CHIPS = 2**14  # no pod has as many
-
-
-def check_topology(name: str) -> None:
-    """Check the name of a TPU topology; the compiler aborts the process at some invalid sizes.
-
-    Args:
-        name: Such as ``"v5e:2x4"``.
-
-    Raises:
-        ConfigError: It is not of this form, or has no chips, or more than there are.
-    """
-    sizes = re.fullmatch(r"\w+:([1-9]\d{0,4}(?:x[1-9]\d{0,4}){1,2})", name)
-    if sizes is None or math.prod(map(int, sizes[1].split("x"))) > _MOST_CHIPS:
-        raise ConfigError(
-            f"--topology is {name!r}; it must be of the form v5e:1x1, v5e:2x4, v4:2x2x1: a kind of TPU, and "
-            f"how many chips lie along each axis, at least 1, and at most {_MOST_CHIPS:,} in all."
-        )
+_BASELINE = "pytorch_baseline"  # folder of the PyTorch networks, which the package does not contain
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchSettings:
-    """A benchmark.
+    """A benchmark; a `ConfigError` if a value is unknown or out of bounds."""
 
-    Attributes:
-        models: Names of `selconv_jax.models.MODELS`.
-        options: Arguments of the networks that replace those of their names.
-        batch: Images per step.
-        image: ``(H, W, C)``.
-        dtype: Type of the computation; parameters and statistics stay float32.
-        what: Kinds of measurement, from `WHAT`.
-        capacity: Fractions of the channels; for each, a step compiled for so many copies is measured, in a
-            network with as many copies.
-        share: Of the channels: re-allocated for the frozen step and evaluation, closed for the compact step.
-        repeats: Rounds of measurement.
-        steps: Training steps per call of a compiled program; 0: as training runs do, 1 on CPU, 50 elsewhere.
-        torch: Also measure the same steps in PyTorch.
-        topology: Compile for these TPUs, such as ``"v5e:1x1"``, and time nothing; None: time.
-        together: Also measure the same steps for this many seeds in one program; 0: do not.
-        seed: Seed of the order of measurement, the images, the networks and the allocations.
-
-    Raises:
-        ConfigError: A value is unknown or out of bounds.
-    """
-
-    models: tuple[str, ...] = ("densenet40",)
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    batch: int = 64
-    image: tuple[int, int, int] = (32, 32, 3)
-    dtype: str = "float32"
+    models: tuple[str, ...] = ("densenet40",)  # names of `selconv_jax.models.MODELS`
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # arguments of the networks
+    batch: int = 64  # images per step
+    image: tuple[int, int, int] = (32, 32, 3)  # (H, W, C)
+    dtype: str = "float32"  # of the computation; parameters and statistics stay float32
     what: tuple[str, ...] = tuple(name for name in WHAT if name != "compile")
+    # For each fraction of the channels, a step compiled for so many copies in a network with as many.
     capacity: tuple[float, ...] = (0.0, 0.125, 0.25, 0.5, 1.0)
+    # Of the channels: re-allocated for the frozen step and evaluation, closed for the compact step.
     share: float = 0.25
-    repeats: int = 10
-    steps: int = 0
-    torch: bool = False
-    topology: str | None = None
-    together: int = 0
-    seed: int = 0
+    repeats: int = 10  # rounds of measurement
+    steps: int = 0  # training steps per call; 0: as training runs do, 1 on CPU, 50 elsewhere
+    torch: bool = False  # also measure the same steps in PyTorch
+    topology: str | None = None  # compile for these TPUs, such as "v5e:1x1", and time nothing; None: time
+    together: int = 0  # also measure the same steps for this many seeds in one program; 0: do not
+    seed: int = 0  # of the order of measurement, the images, the networks and the allocations
 
     def __post_init__(self) -> None:
         for name in ("batch", "repeats"):
@@ -116,19 +81,38 @@ class BenchSettings:
         if self.torch and self.topology:
             raise ConfigError("--torch and --topology do not go together: nothing is timed. Leave one out.")
         if self.torch:
-            check_torch_baseline()
+            _find_torch_baseline()
         for name in self.models:
             self.model(name, "selective")
 
     def model(self, name: str, variant: str) -> nn.Module:
-        """Create a network by name; a selective one has no room for copies (clone it with a ``capacity``).
-
-        Args:
-            name: One of ``models``.
-            variant: See `selconv_jax.models.DenseNet`.
-
-        Returns:
-            The network, for images of ``image`` and 10 classes.
-        """
+        """Create one of ``models`` for the images and 10 classes, without room for copies."""
         arguments = {"stem": stem_for(self.image), "dtype": jnp.dtype(self.dtype), **self.options}
         return create_model(name, _CLASSES, variant=variant, capacity=0.0, **arguments)
+
+
+def _find_torch_baseline() -> Path:
+    """Find the folder of the PyTorch networks in a checkout: the working directory's, or the package's.
+
+    Raises:
+        ConfigError: PyTorch is not installed, or there is no checkout.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise ConfigError(
+            "--torch needs PyTorch, which is not installed: `pip install torch`, or leave --torch out."
+        )
+    for root in (Path.cwd(), Path(selconv_jax.__file__).parent.parent):
+        if (root / "experiments" / _BASELINE / "cases.py").is_file():
+            return root / "experiments"
+    raise ConfigError(
+        f"--torch needs the networks of experiments/{_BASELINE}, which the installed package does not "
+        "contain. Run it in a checkout of the project, or leave --torch out."
+    )
+
+
+def load_torch_baseline() -> Any:
+    """Import the module that plans the PyTorch steps; see `_find_torch_baseline` for errors."""
+    folder = str(_find_torch_baseline())
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(f"{_BASELINE}.cases")

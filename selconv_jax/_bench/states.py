@@ -26,21 +26,8 @@ def with_copies(variables: Mapping[str, Any], share: float, seed: int) -> Any:
     The channels are chosen at random, closed, and filled with shifted copies of random open ones (method,
     "Re-allocation": their kernel rows are 0, their batch norm is that of the source). Gate-only layers stay.
 
-    Args:
-        variables: A model's variables, with all channels open.
-        share: Of the channels, in [0, 1]; rounded down to whole channels. At 1 each half of the channels is
-            filled from the other.
-        seed: Seed of all random numbers.
-
-    Returns:
-        Variables of the same structure.
-
-    Example:
-        >>> import selconv_jax
-        >>> layer = selconv_jax.SelectiveConv(features=2, kernel_size=(1, 1))
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 8)), train=False)
-        >>> selconv_jax.required_capacity(with_copies(variables, 0.25, seed=0))
-        0.25
+    ``share`` is in [0, 1] and rounded down to whole channels; at 1 each half is filled from the other. All
+    channels must be open.
     """
     rng = np.random.default_rng(seed)
     states = {name: state for name, state in layer_states(variables).items() if state.source is not None}
@@ -66,21 +53,8 @@ def with_copies(variables: Mapping[str, Any], share: float, seed: int) -> Any:
 def with_closed(variables: Mapping[str, Any], share: float, seed: int) -> Any:
     """Close a random fraction of the channels of every selective and gate-only layer.
 
-    Args:
-        variables: A model's variables, with all channels open.
-        share: Of the channels, in [0, 1]; rounded down to whole channels. An open one is left in every
-            group of a convolution.
-        seed: Seed of all random numbers.
-
-    Returns:
-        Variables of the same structure.
-
-    Example:
-        >>> import selconv_jax
-        >>> layer = selconv_jax.SelectiveConv(features=2, kernel_size=(1, 1))
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 8)), train=False)
-        >>> int(with_closed(variables, 0.25, seed=0)["selectivity"]["gate"].sum())
-        6
+    ``share`` is in [0, 1] and rounded down to whole channels; an open one is left in every group of a
+    convolution. All channels must be open.
     """
     rng = np.random.default_rng(seed)
     states = {}

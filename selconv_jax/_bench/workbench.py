@@ -3,10 +3,9 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +26,10 @@ from selconv_jax.train._state import TrainState, initial_state
 from selconv_jax.train._step import eval_batch, train_step
 from selconv_jax.transforms._reallocation import AllocationRule, reallocate
 
-__all__ = ["Prepared", "Workbench"]
+__all__ = ["PLAIN", "Prepared", "StepNetwork", "Workbench"]
+
+PLAIN = "plain"
+Network = tuple[Any, dict[str, Any]]  # model and variables
 
 # The rate does not affect the speed; a small one keeps the loss finite on synthetic images.
 _OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
@@ -39,26 +41,27 @@ _BATCHES = 16  # that the images of the input are
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A case that is compiled and warmed up.
+    """A case that is compiled and warmed up."""
 
-    Attributes:
-        call: Runs it once and blocks until it is done.
-        program: The compiled program; None: unknown.
-    """
+    call: Callable[[], object]  # runs it once and blocks until it is done
+    program: Program | None = None  # the compiled program; None: unknown
 
-    call: Callable[[], object]
-    program: Program | None = None
+
+@dataclasses.dataclass(frozen=True)
+class StepNetwork:
+    """A network whose training step is measured."""
+
+    name: str  # in reports
+    kind: str  # `PLAIN`, ``"step"``, ``"frozen"`` or ``"compact"``
+    copies: float | None  # fraction of the channels that are re-allocated; None: it has no selective layers
+    make: Callable[[], Network]  # makes the network and its variables
 
 
 class Workbench:
     """The networks, images and states of one network's cases, created on first use.
 
-    All of it lies on one device. Steps are the library's own `train_step`, with
-    augmentation and a donated state, all on the same batch.
-
-    Args:
-        name: Of the network.
-        settings: The benchmark.
+    All of it lies on one device. Steps are the library's own `train_step`, with augmentation and a donated
+    state, all on the same batch.
     """
 
     def __init__(self, name: str, settings: BenchSettings) -> None:
@@ -67,17 +70,9 @@ class Workbench:
         self.selective = settings.model(name, "selective")
         self.optimizer_config = _OPTIMIZER
         self.optimizer = make_optimizer(_OPTIMIZER, _STEPS)
-        channels = settings.image[2]
-        self.info = DatasetInfo(
-            "noise",
-            settings.image,
-            self.plain.num_classes,
-            None,
-            (0.5,) * channels,
-            (0.25,) * channels,
-            crop_padding=4,
-            flip=True,
-        )
+        mean, std = ((value,) * settings.image[2] for value in (0.5, 0.25))
+        classes = self.plain.num_classes
+        self.info = DatasetInfo("noise", settings.image, classes, None, mean, std, crop_padding=4, flip=True)
 
     @property
     def steps(self) -> int:
@@ -110,9 +105,43 @@ class Workbench:
         """Variables of the selective network with a fraction of the channels re-allocated."""
         return with_copies(self.initial.variables, share, self.settings.seed)
 
-    def closed(self, share: float) -> dict[str, Any]:
-        """Variables of the selective network with a fraction of the channels closed, none re-allocated."""
-        return with_closed(self.initial.variables, share, self.settings.seed)
+    def plain_network(self) -> Network:
+        """Return the plain network and its variables."""
+        return self.plain, without_allocation(self.initial.variables)
+
+    def selective_network(self, capacity: float) -> Network:
+        """Make the selective network with as many copies as it has capacity for."""
+        return self.selective.clone(capacity=capacity), self.copied(capacity)
+
+    def step_networks(self, kinds: Collection[str]) -> list[StepNetwork]:
+        """List the networks of these kinds whose training steps are measured, the plain one first."""
+        share = self.settings.share
+
+        def frozen() -> Network:
+            model, variables = self.selective_network(share)
+            return plan_compaction(model, variables, compare=False).frozen_model(), variables
+
+        def compact() -> Network:
+            variables = with_closed(self.initial.variables, share, self.settings.seed)
+            plan = plan_compaction(self.selective, variables, compare=False)
+            return plan.model, plan.take(variables)
+
+        selective = (
+            StepNetwork(
+                f"selective, capacity {capacity:g}",
+                "step",
+                capacity,
+                functools.partial(self.selective_network, capacity),
+            )
+            for capacity in self.settings.capacity
+        )
+        networks = (
+            StepNetwork(PLAIN, PLAIN, None, self.plain_network),
+            *selective,
+            StepNetwork(f"frozen, {share:g} re-allocated", "frozen", share, frozen),
+            StepNetwork(f"compact, {share:g} closed", "compact", None, compact),
+        )
+        return [network for network in networks if network.kind in (PLAIN, *kinds)]
 
     def state(self, variables: dict[str, Any]) -> TrainState:
         """Make a state with a copy of these variables and a fresh optimizer, which may be donated."""
@@ -134,8 +163,9 @@ class Workbench:
             placement=placement,
         )
 
-    def prepare_step(self, model: Any, variables: dict[str, Any], seeds: int = 1) -> Prepared:
-        """Compile the step of a network for a state with these variables, or for several such states."""
+    def prepare_step(self, make: Callable[[], Network], seeds: int = 1) -> Prepared:
+        """Compile the step of a network for a state with its variables, or for several such states."""
+        model, variables = make()
         state, batch = self.state(variables), tuple[Any, ...](self.batch)
         one, count = self.step(model), self.steps
 
@@ -152,74 +182,36 @@ class Workbench:
             def function(state: TrainState, *batch: Any) -> TrainState:
                 return over_members(steps, state, batch)
 
-        program = compile_program(function, state, *batch, donate_argnums=0)
-        step = program.run
+        program = compile_program(lambda: jax.jit(function, donate_argnums=0).lower(state, *batch))
 
-        def call() -> None:
+        def run() -> TrainState:
             nonlocal state
-            state = jax.block_until_ready(step(state, *batch))
+            state = program.run(state, *batch)
+            return state
 
-        call()
+        prepared = _warmed_up(run, program)
         if np.any(np.asarray(state.failed_step) >= 0):
             raise SelconvError("the loss of the first step is not finite: choose other network options.")
-        return Prepared(call, program)
-
-    def prepare_plain(self, seeds: int = 1) -> Prepared:
-        """Prepare the step of the plain network."""
-        return self.prepare_step(self.plain, without_allocation(self.initial.variables), seeds)
-
-    def prepare_capacity(self, capacity: float, seeds: int = 1) -> Prepared:
-        """Prepare the step of the selective network with as many copies as it has capacity for."""
-        return self.prepare_step(self.selective.clone(capacity=capacity), self.copied(capacity), seeds)
-
-    def frozen(self) -> tuple[Any, dict[str, Any]]:
-        """Make the network compiled for its frozen allocation, ``share`` re-allocated, and its variables."""
-        variables = self.copied(self.settings.share)
-        model = self.selective.clone(capacity=self.settings.share)
-        return plan_compaction(model, variables, compare=False).frozen_model(), variables
-
-    def compact(self) -> tuple[Any, dict[str, Any]]:
-        """Make the compacted network after closing ``share`` of the channels, and its variables."""
-        variables = self.closed(self.settings.share)
-        plan = plan_compaction(self.selective, variables, compare=False)
-        return plan.model, plan.take(variables)
-
-    def prepare_frozen(self) -> Prepared:
-        """Prepare the step of `frozen`."""
-        return self.prepare_step(*self.frozen())
-
-    def prepare_compact(self) -> Prepared:
-        """Prepare the step of `compact`."""
-        return self.prepare_step(*self.compact())
+        return prepared
 
     def prepare_reallocate(self) -> Prepared:
         """Prepare one round on the whole network, as training calls it between epochs."""
         variables, key = self.initial.variables, jax.random.key(self.settings.seed)
         allocation = AllocationRule(threshold=_THRESHOLD)
+        return _warmed_up(lambda: reallocate(variables, key, allocation))
 
-        def call() -> None:
-            jax.block_until_ready(reallocate(variables, key, allocation))
-
-        call()
-        return Prepared(call)
-
-    def prepare_eval(self, model: nn.Module, variables: dict[str, Any]) -> Prepared:
+    def prepare_eval(self, make: Callable[[], Network]) -> Prepared:
         """Prepare the evaluation of one batch."""
+        model, variables = make()
         evaluate = functools.partial(eval_batch, model=model, info=self.info)
-        program = compile_program(evaluate, variables, *self.batch)
-
-        def call() -> None:
-            jax.block_until_ready(program.run(variables, *self.batch))
-
-        call()
-        return Prepared(call, program)
+        program = compile_program(lambda: jax.jit(evaluate).lower(variables, *self.batch))
+        return _warmed_up(lambda: program.run(variables, *self.batch), program)
 
     def prepare_input(self) -> Prepared:
         """Prepare gathering a batch from images on the device, with augmentation and normalization."""
         size = self.settings.batch
         split = Split(*self.noise(_BATCHES * size))
-        placement = Placement.over(1, size)
-        feed = ResidentFeed(ImageData(self.info, split, split), placement, size, size)
+        feed = ResidentFeed(ImageData(self.info, split, split), Placement.over(1, size), size, size)
         arguments = next(feed.train(self.initial.key, 0, 0))
 
         def make(step: jax.Array, *arguments: Any) -> tuple[jax.Array, jax.Array]:
@@ -228,11 +220,16 @@ class Workbench:
             batch = augment(key, images, crop_padding=self.info.crop_padding, flip=self.info.flip)
             return normalize(batch, self.info.mean, self.info.std, self.settings.dtype), labels
 
-        program = compile_program(make, jnp.zeros((), jnp.int32), *arguments)
+        program = compile_program(lambda: jax.jit(make).lower(jnp.zeros((), jnp.int32), *arguments))
         steps = itertools.cycle([jnp.asarray(step, jnp.int32) for step in range(_BATCHES)])
+        return _warmed_up(lambda: program.run(next(steps), *arguments), program)
 
-        def call() -> None:
-            jax.block_until_ready(program.run(next(steps), *arguments))
 
-        call()
-        return Prepared(call, program)
+def _warmed_up(run: Callable[[], object], program: Program | None = None) -> Prepared:
+    """Make the first call of a case."""
+
+    def call() -> None:
+        jax.block_until_ready(run())
+
+    call()
+    return Prepared(call, program)

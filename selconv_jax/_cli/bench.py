@@ -18,8 +18,9 @@ from selconv_jax._bench.report import compile_table, describe, gains, memory_tab
 from selconv_jax._bench.rows import rows_of
 from selconv_jax._bench.run import NetworkResult, bench_network
 from selconv_jax._bench.settings import BenchSettings
-from selconv_jax._bench.topology import TopologyResult, bench_topology, prepare_process, topology_devices
-from selconv_jax._bench.topology_report import costs_table, cycles_panel, largest_table, topology_report
+from selconv_jax._bench.topology import TopologyResult, bench_topology
+from selconv_jax._bench.tpu import prepare_process, topology_devices
+from selconv_jax._bench.tpu_report import costs_table, cycles_panel, largest_table, topology_report
 from selconv_jax._cli.runs import share_compilations
 from selconv_jax._utils.console import progress_console
 from selconv_jax._utils.files import write_json

@@ -10,8 +10,8 @@ from rich.console import Console
 from selconv_jax._bench.compilation import without_compilation_cache
 from selconv_jax._bench.environment import environment
 from selconv_jax._bench.pod import PodPlan, compile_for_pod, largest_batch
-from selconv_jax._bench.pod_report import messages_table, pod_table, scaling_line
-from selconv_jax._bench.topology import prepare_process, topology_devices
+from selconv_jax._bench.tpu import prepare_process, topology_devices
+from selconv_jax._bench.tpu_report import messages_table, pod_table, scaling_line
 from selconv_jax._utils.console import terminal_or_lines
 from selconv_jax._utils.files import write_json
 from selconv_jax.errors import ConfigError

@@ -12,7 +12,7 @@ from selconv_jax.report._tables import count_table
 from selconv_jax.train._config import Config
 from selconv_jax.train._network import make_network
 from selconv_jax.train._program import bucket_program
-from selconv_jax.transforms._reallocation import required_capacity
+from selconv_jax.transforms._capacity import required_capacity
 
 __all__ = ["run_counts"]
 

@@ -1,14 +1,19 @@
-"""Atomic writing of files."""
+"""Atomic writing of files, and reading of archives of arrays."""
 
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 from selconv_jax.errors import CheckpointError
 
-__all__ = ["check_target", "write_atomically", "write_json"]
+__all__ = ["check_target", "read_npz", "write_atomically", "write_json"]
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
@@ -41,3 +46,15 @@ def check_target(path: Path, *, overwrite: bool = False) -> None:
         raise CheckpointError(f"{path}: there is a file already. Choose another name or remove it first.")
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: there is no folder {path.parent}; make it first.")
+
+
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """Read all arrays of an npz file; raise a `ValueError` if it is not a whole one of plain arrays."""
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array without a name")
+        with archive:
+            return dict(archive)
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(str(error)) from error

@@ -2,11 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr  # type: ignore[attr-defined]
+from jax.extend.core import Jaxpr
+
+from selconv_jax.compaction._trace import inner_programs
 
 __all__ = ["count_multiply_adds", "count_parameters"]
 
@@ -59,7 +61,7 @@ def _count(jaxpr: Jaxpr, scope: str) -> Counter[str]:
         elif equation.primitive.name == "conv_general_dilated":
             counts[path] += _of_convolution(equation)
         else:
-            inner = [_count(part, path) for part in _parts(equation.params)]
+            inner = [_count(part, path) for part in inner_programs(equation)]
             if equation.primitive.name == "cond":
                 counts += sorted(inner, key=Counter.total)[-1]
             else:
@@ -79,13 +81,3 @@ def _of_convolution(equation: Any) -> int:
     kernel = equation.invars[1].aval.shape
     features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
     return math.prod(equation.outvars[0].aval.shape) * (math.prod(kernel) // features)
-
-
-def _parts(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    """Iterate over the jaxprs inside an equation, such as ``jit``, ``scan`` or a custom gradient."""
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, Jaxpr):
-                yield item

@@ -14,7 +14,7 @@ from flax.core import unfreeze
 
 from selconv_jax.analysis._counting import count_multiply_adds, count_parameters
 from selconv_jax.compaction import plan_compaction
-from selconv_jax.compaction._network import Compact, NetworkCall, example_inputs, network_call
+from selconv_jax.compaction._network import Compact, NetworkCall, network_call, path_parts
 from selconv_jax.nn._computation import check_copies
 from selconv_jax.nn._interception import relative_path
 from selconv_jax.nn._layers import SelectiveConv
@@ -88,16 +88,16 @@ def count_layers(
     Args:
         model: The network, with the ``capacity`` that it will run with (``model.clone(capacity=...)``).
         variables: Its variables. The values of gates and sources are needed; the others may be shapes.
-        *inputs: Inputs, see `plan_compaction`. Multiply-adds are those of the whole batch: use ``N = 1``.
-        method: See `plan_compaction`.
-        **options: See `plan_compaction`.
+        *inputs: Inputs, see `compact`. Multiply-adds are those of the whole batch: use ``N = 1``.
+        method: See `compact`.
+        **options: See `compact`.
 
     Returns:
         The modules that have parameters or products, in the order in which they are called.
 
     Raises:
-        ConfigError: A layer has more copies than its ``capacity`` provides for; or see `plan_compaction`.
-        ValueError: See `plan_compaction`.
+        ConfigError: A layer has more copies than its ``capacity`` provides for; or see `compact`.
+        ValueError: See `compact`.
 
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax
@@ -111,52 +111,32 @@ def count_layers(
         >>> total_counts(layers).compact.parameters
         1442
     """
-    shapes, copies = _shapes(variables), _copies(variables)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), variables)
+    copies = _copies(variables)
     plan = plan_compaction(model, variables, *inputs, compare=False, method=method, **options)
-    call, name = network_call(model, inputs or example_inputs(model, variables), method, options)
-    whole = Compact(model, method=name)
+    call, whole = network_call(model, variables, inputs, method, options)
     small = jax.eval_shape(plan.take, shapes)
     order: dict[str, None] = {}
     plain = _products(whole, shapes, call, order, copies=None)
     selective = _products(whole, shapes, call, order, copies)
     # Compacted layers have no capacity; layers that compaction leaves unchanged keep theirs.
     compact = _products(plan.model, small, call, order, copies={} if any(copies.values()) else None)
-    parameters = [
-        _parameters(shapes, without_shifts=copies.keys()),
-        _parameters(shapes),
-        _parameters(small),
-    ]
+    parameters = (_parameters(shapes, without_shifts=copies), _parameters(shapes), _parameters(small))
     for counts in (plain, *parameters):
         order |= dict.fromkeys(counts)
+    forms = list(zip(parameters, (plain, selective, compact), strict=True))
     layers = [
-        LayerCounts(
-            path,
-            *(
-                Count(sizes.get(path, 0), products.get(path, 0))
-                for sizes, products in zip(parameters, (plain, selective, compact), strict=True)
-            ),
-        )
+        LayerCounts(path, *(Count(sizes.get(path, 0), products.get(path, 0)) for sizes, products in forms))
         for path in order
     ]
     return [layer for layer in layers if layer.plain != Count() or layer.selective != Count()]
 
 
 def total_counts(layers: Iterable[LayerCounts]) -> LayerCounts:
-    """Sum the counts over layers, under the path ``"total"``.
-
-    Args:
-        layers: From `count_layers`.
-
-    Returns:
-        The counts of the network.
-    """
+    """Sum the counts of `count_layers`, under the path ``"total"``."""
     layers = list(layers)
-    return LayerCounts(
-        "total",
-        sum((layer.plain for layer in layers), Count()),
-        sum((layer.selective for layer in layers), Count()),
-        sum((layer.compact for layer in layers), Count()),
-    )
+    forms = ("plain", "selective", "compact")
+    return LayerCounts("total", *(sum((getattr(each, form) for each in layers), Count()) for form in forms))
 
 
 def _products(
@@ -168,12 +148,7 @@ def _products(
 ) -> dict[str, int]:
     """Count multiply-adds by the path of the innermost module, adding these paths to ``order``.
 
-    Args:
-        model: The network.
-        variables: Shapes of its variables.
-        call: How it is called.
-        order: Paths of the called modules, in order.
-        copies: Copies of each selective layer, which its capacity must provide for; None: trace for none.
+    The capacity of each selective layer must provide for its ``copies``; None: trace for none.
     """
     paths: list[str] = []
 
@@ -220,13 +195,9 @@ def _copies(variables: Variables) -> dict[str, int]:
 
 def _parameters(variables: Variables, without_shifts: Iterable[str] = ()) -> dict[str, int]:
     """Count parameters by the path of the module, excluding the shifts of some layers."""
-    excluded = {(*path.split("/"), "shift") if path else ("shift",) for path in without_shifts}
+    excluded = {(*path_parts(path), "shift") for path in without_shifts}
     counts: dict[str, int] = {}
     for path, leaf in traverse_util.flatten_dict(unfreeze(variables["params"])).items():
         name = "/".join(path[:-1])
         counts[name] = counts.get(name, 0) + (0 if path in excluded else count_parameters(leaf))
     return counts
-
-
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), tree)

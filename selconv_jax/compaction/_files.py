@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ import numpy as np
 from flax import traverse_util
 from flax.core import unfreeze
 
-from selconv_jax._utils.files import check_target, write_atomically
+from selconv_jax._utils.files import check_target, read_npz, write_atomically
 from selconv_jax._utils.versions import version_of
-from selconv_jax.compaction._layout import LayerLayout
 from selconv_jax.compaction._network import Compact
+from selconv_jax.compaction._static_conv import LayerLayout
 from selconv_jax.errors import CheckpointError
 from selconv_jax.models import MODELS
 
@@ -105,12 +103,8 @@ def load_compact(
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file.")
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it holds one array")
-        with archive:
-            arrays = dict(archive)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        arrays = read_npz(path)
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: not a whole file of a compacted network ({error}). Write it again."
         ) from error
@@ -136,7 +130,14 @@ def _from_file(
     if network is not None and type(network).__name__ != name:
         raise CheckpointError(f"{path}: holds a {name}, but network is a {type(network).__name__}.")
     if network is not None:
-        _check_attributes(path, network, description["attributes"])
+        # The file may be older and lack some attributes.
+        given = json.loads(json.dumps(_attributes(network)))
+        if difference := _difference(description["attributes"], given):
+            attribute, one, other = difference
+            raise CheckpointError(
+                f"{path}: was made from a {name} with {attribute}={one!r}, but network has "
+                f"{attribute}={other!r}. Pass the network it was made from."
+            )
     elif name in _NETWORKS:
         network = _NETWORKS[name](**_arguments(_NETWORKS[name], description["attributes"]))
     else:
@@ -187,17 +188,6 @@ def _description(value: Any) -> Any:
     except (TypeError, ValueError):
         name = "object"  # as NumPy calls classes
     return getattr(value, "__qualname__", type(value).__qualname__) if name == "object" else name
-
-
-def _check_attributes(path: Path, network: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Raise a `CheckpointError` if an attribute differs from the file, which may be older and lack some."""
-    given = json.loads(json.dumps(_attributes(network)))
-    if difference := _difference(saved, given):
-        name, one, other = difference
-        raise CheckpointError(
-            f"{path}: was made from a {type(network).__name__} with {name}={one!r}, but network has "
-            f"{name}={other!r}. Pass the network it was made from."
-        )
 
 
 def _difference(saved: Any, given: Any, name: str = "") -> tuple[str, Any, Any] | None:

@@ -8,8 +8,17 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # type: ignore[attr-defined]
 from numpy.typing import NDArray
 
-from selconv_jax.compaction._signature import constant_signature, step_signature
-from selconv_jax.compaction._trace import LAYER, PRODUCER, STACKED, Field, Trace, inner_programs
+from selconv_jax.compaction._network import path_parts
+from selconv_jax.compaction._trace import (
+    LAYER,
+    PRODUCER,
+    STACKED,
+    Field,
+    Trace,
+    constant_signature,
+    inner_programs,
+    step_signature,
+)
 
 __all__ = ["Flow", "channel_flow"]
 
@@ -36,28 +45,18 @@ _POOLS = ("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
-    """Channels, numbered by ids, and the arrays and layers that they reach.
+    """Channels, numbered by ids, and the arrays and layers that they reach."""
 
-    Attributes:
-        outputs: Ids ``[O]`` of the output channels of each layer or other convolution, by path.
-        inputs: Ids ``[C]`` of the input channels of each layer, by path, in the order of the program.
-        classes: ``[ids]``, the class of each id: the ids of a class are kept or removed together.
-        needed: ``[ids]`` bool, ids that an operation other than a layer needs, or that the network returns.
-        labels: ``[ids]``, names of the channels that are comparable with the trace of a smaller network.
-        fixed: Paths of layers that must not be changed: layers inside loops, branches and stacks, and
-            layers with variables that are read elsewhere or computed from others.
-        arrays: Ids of every array of channels, in the order of the program.
-        signature: All operations with their parameters; a smaller network must have the same.
-    """
-
-    outputs: dict[str, Ids]
-    inputs: dict[str, Ids]
-    classes: Ids
-    needed: NDArray[np.bool_]
-    labels: list[tuple[Any, ...]]
+    outputs: dict[str, Ids]  # [O], output channels of each layer or other convolution, by path
+    inputs: dict[str, Ids]  # [C], input channels of each layer, by path, in the order of the program
+    classes: Ids  # [ids], the class of each id: the ids of a class are kept or removed together
+    needed: NDArray[np.bool_]  # [ids], that an operation other than a layer needs, or the network returns
+    labels: list[tuple[Any, ...]]  # [ids], names that are comparable with the trace of a smaller network
+    # Layers that must not be changed: those inside loops, branches and stacks, and those with variables that
+    # are read elsewhere or computed from others.
     fixed: frozenset[str]
-    arrays: list[Ids]
-    signature: list[Any]
+    arrays: list[Ids]  # every array of channels, in the order of the program
+    signature: list[Any]  # all operations with their parameters; a smaller network must have the same
 
 
 def channel_flow(traces: Sequence[Trace]) -> Flow:
@@ -65,13 +64,8 @@ def channel_flow(traces: Sequence[Trace]) -> Flow:
 
     Concatenations join channels, sums tie them together, paddings add channels of zeros; pools, casts,
     activations and other operations that treat all channels alike pass them on. Any other operation needs
-    all of its operands, and its results are not tracked.
-
-    Args:
-        traces: Traces of one network in all its modes. A channel that one of them needs is needed.
-
-    Returns:
-        The flow.
+    all of its operands, and its results are not tracked. The traces are those of one network in all its
+    modes: a channel that one of them needs is needed.
     """
     walk = _Walk()
     for trace in traces:
@@ -204,7 +198,7 @@ class _Walk:
     def _layer(self, equation: Any, values: list[_Value]) -> Ids:
         path, count = equation.params["path"], len(values) - len(equation.params["names"])
         (value, *statistics), variables = values[:count], values[count:]
-        own = [_field(path, *name) for name in equation.params["names"]]
+        own = [(collection, *path_parts(path), name) for collection, name in equation.params["names"]]
         self.owners.update((field, path) for field in own)
         # Compaction slices a layer's variables, which is only valid if the layer reads them as they are, not
         # computed from others (a normalized kernel) or taken from another layer (a tied one). Variables of
@@ -282,10 +276,6 @@ class _Walk:
         return _UNIFORM if result.ndim else None
 
 
-def _field(path: str, collection: str, name: str) -> Field:
-    return (collection, *(path.split("/") if path else ()), name)
-
-
 def _called_once(equation: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
     """Return the program that an equation calls once with its operands, and its constants; None: no call."""
     if equation.primitive.name not in _CALLS + _CUSTOM_CALLS:
@@ -317,10 +307,7 @@ def _keeps_channels(equation: Any) -> bool:
         return last not in parameters["axes"]
     if name in _POOLS:
         per_axis = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
-        return all(parameters[key][-1] == 1 for key in per_axis) and tuple(parameters["padding"][-1]) == (
-            0,
-            0,
-        )
+        return all(parameters[key][-1] == 1 for key in per_axis) and not any(parameters["padding"][-1])
     return name in rules and rules[name]()
 
 

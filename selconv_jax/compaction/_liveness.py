@@ -1,56 +1,71 @@
 """Liveness of a network's channels, and the layouts and places of layers without the dead ones."""
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from flax import traverse_util
+from flax.core import unfreeze
 from numpy.typing import NDArray
 
 from selconv_jax.compaction._flow import Flow, Ids
-from selconv_jax.compaction._layout import KernelPlace, LayerLayout, RowsPlace
-from selconv_jax.compaction._trace import LAYER_VARIABLES, Field
+from selconv_jax.compaction._network import path_parts
+from selconv_jax.compaction._places import KernelPlace, Place, RowsPlace
+from selconv_jax.compaction._static_conv import LayerLayout
+from selconv_jax.compaction._trace import LAYER_VARIABLES, Field, Trace
 
-__all__ = ["HostAllocation", "Kept", "Place", "Reduction", "needed_channels", "reduction"]
+__all__ = ["HostAllocation", "Kept", "host_allocations", "needed_channels", "reduction"]
 
 Mask = NDArray[np.bool_]
 
 
-@dataclasses.dataclass(frozen=True)
-class HostAllocation:
-    """The allocation of a layer, on the host.
+class HostAllocation(NamedTuple):
+    """The allocation of a layer, on the host."""
 
-    Attributes:
-        gate: ``[C]`` bool; all true in a plain layer.
-        source: ``[C]`` int, -1 where the channel reads itself.
-        groups: Number of groups of the convolution.
-    """
-
-    gate: Mask
-    source: NDArray[np.int64]
+    gate: Mask  # [C]; all true in a plain layer
+    source: NDArray[np.int64]  # [C], -1 where the channel reads itself
     groups: int
-
-    @property
-    def is_untouched(self) -> bool:
-        """True if no channel is closed or a copy."""
-        return bool(self.gate.all() and (self.source < 0).all())
+    is_plain: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """Channels that a smaller network keeps.
+def host_allocations(
+    traces: Sequence[Trace], flow: Flow, variables: Mapping[str, Any]
+) -> dict[str, HostAllocation]:
+    """Collect the allocations of all layers that may be changed, by path."""
+    gates = traverse_util.flatten_dict(unfreeze(variables.get("selectivity", {})))
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in gates.values()):
+        raise ValueError(
+            "gates and sources are traced, but they decide what is compiled. Plan outside of jax.jit and use "
+            "the plan's take and put inside."
+        )
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in gates.values()):
+        raise ValueError("gates and sources are shapes; pass their values, which decide what is compiled.")
+    gates = jax.device_get(gates)
+    groups = {path: count for trace in traces for path, count in trace.groups.items()}
+    layers = {}
+    for path, ids in flow.inputs.items():
+        if path in flow.fixed:
+            continue
+        of_gate, of_source = ((*path_parts(path), name) for name in ("gate", "source"))
+        gate = np.asarray(gates.get(of_gate, np.ones(len(ids), bool)), bool)
+        source = np.asarray(gates.get(of_source, np.full(len(ids), -1)), np.int64)
+        if gate.shape != ids.shape:
+            raise ValueError(
+                f"layer {path!r}: gate has shape {gate.shape}, but the input has {len(ids)} channels. Pass "
+                "the variables of this model."
+            )
+        layers[path] = HostAllocation(gate, source, groups[path], is_plain=of_gate not in gates)
+    return layers
 
-    Attributes:
-        inputs: ``[C]`` bool, by the path of a layer: kept channels of its input array.
-        slots: ``[C]`` bool, by the path of a layer: kept channels after its selection (kernel rows).
-        outputs: ``[O]`` bool, by the path of a layer or other convolution: kept output channels.
-        live: ``[ids]`` bool, kept channels of the flow.
-    """
 
-    inputs: dict[str, Mask]
-    slots: dict[str, Mask]
-    outputs: dict[str, Mask]
-    live: Mask
+class Kept(NamedTuple):
+    """Channels that a smaller network keeps."""
+
+    inputs: dict[str, Mask]  # [C], by the path of a layer: of its input array
+    slots: dict[str, Mask]  # [C], by the path of a layer: after its selection (kernel rows)
+    outputs: dict[str, Mask]  # [O], by the path of a layer or other convolution
+    live: Mask  # [ids], of the flow
 
 
 def needed_channels(flow: Flow, layers: Mapping[str, HostAllocation], multiple: int) -> Kept:
@@ -60,14 +75,7 @@ def needed_channels(flow: Flow, layers: Mapping[str, HostAllocation], multiple: 
     it through an open gate, directly or as the source of a copy. All groups of a convolution keep the same
     number of channels; a group without a needed output is removed. If equal groups or rounding take more
     channels than are needed, closed ones are kept: first those whose input is live anyway, then by index.
-
-    Args:
-        flow: From `channel_flow`.
-        layers: Allocation of every layer in ``flow.inputs``.
-        multiple: Widths are rounded up to a multiple of it, as far as the channels suffice.
-
-    Returns:
-        The kept channels.
+    ``layers`` has the allocation of every layer in ``flow.inputs``.
     """
     return _Search(flow, layers, multiple).run()
 
@@ -158,71 +166,45 @@ class _Search:
         return count
 
 
-Place = KernelPlace | RowsPlace
-
-
-@dataclasses.dataclass
-class Reduction:
-    """Layouts, widths and places of variables that make a network smaller.
-
-    Attributes:
-        layouts: Layout of each replaced layer, by path.
-        widths: Number of outputs of each other convolution that loses some, by path.
-        places: Place of each small variable in the whole one; None: the smaller network does not have it.
-    """
-
-    layouts: dict[str, LayerLayout] = dataclasses.field(default_factory=dict)
-    widths: dict[str, int] = dataclasses.field(default_factory=dict)
-    places: dict[Field, Place | None] = dataclasses.field(default_factory=dict)
+Places = dict[Field, Place | None]
 
 
 def reduction(
-    flow: Flow, layers: dict[str, HostAllocation], kept: Kept, selective: frozenset[str]
-) -> Reduction:
-    """Lay out every layer that changes.
-
-    Args:
-        flow: The channel flow.
-        layers: Allocation of each layer, by path.
-        kept: The kept channels.
-        selective: Paths of the layers with a gate. If any layer changes, all of these become static.
+    layers: Mapping[str, HostAllocation], kept: Kept
+) -> tuple[dict[str, LayerLayout], dict[str, int], Places]:
+    """Lay out every layer that changes, and if any does, all that are not plain.
 
     Returns:
-        The reduction; empty if no channel is closed, copied or unneeded.
+        Layouts and widths, see `Compact`, and places, see `CompactionPlan`.
     """
-    result = Reduction()
-    changed = {path for path in layers if not _is_whole(layers[path], kept, path)}
+    layouts: dict[str, LayerLayout] = {}
+    places: Places = {}
+    changed = {path for path, layer in layers.items() if not _is_whole(layer, kept, path)}
     narrower = {path for path in kept.outputs if path not in layers and not kept.outputs[path].all()}
-    if not changed and not narrower:
-        return result
-    for path in layers:
-        if path in changed or path in selective:
-            _add_layer(result, path, layers[path], kept)
+    for path, layer in layers.items():
+        if path in changed or ((changed or narrower) and not layer.is_plain):
+            layouts[path], own = _layout(path, layer, kept)
+            places |= own
     for path in narrower:
-        outputs = _numbers(kept.outputs[path])
-        place = RowsPlace(len(kept.outputs[path]), outputs)
-        result.widths[path] = len(outputs)
-        result.places |= {("params", *_parts(path), name): place for name in ("kernel", "bias")}
-    return result
+        outputs = kept.outputs[path]
+        place = RowsPlace(len(outputs), _numbers(outputs))
+        places |= {("params", *path_parts(path), name): place for name in ("kernel", "bias")}
+    return layouts, {path: int(kept.outputs[path].sum()) for path in narrower}, places
 
 
 def _is_whole(layer: HostAllocation, kept: Kept, path: str) -> bool:
-    masks = (kept.inputs[path], kept.slots[path], kept.outputs[path])
-    return layer.is_untouched and all(mask.all() for mask in masks)
+    masks = (layer.gate, layer.source < 0, kept.inputs[path], kept.slots[path], kept.outputs[path])
+    return all(mask.all() for mask in masks)
 
 
-def _add_layer(result: Reduction, path: str, layer: HostAllocation, kept: Kept) -> None:
-    fields = {
-        name: (collection, *_parts(path), name)
-        for collection, names in LAYER_VARIABLES.items()
-        for name in names
-    }
-    result.places |= dict.fromkeys(fields.values())
+def _layout(path: str, layer: HostAllocation, kept: Kept) -> tuple[LayerLayout, Places]:
+    """Return the layout of a layer, and the places of all variables that it may have."""
+    fields = {name: (collection, *path_parts(path), name) for collection, name in LAYER_VARIABLES}
+    places: Places = dict.fromkeys(fields.values())
     inputs, outputs = kept.inputs[path], kept.outputs[path]
     arriving = int(inputs.sum())
     if not outputs.any():
-        result.layouts[path] = LayerLayout(inputs=arriving, own=(), copied=(), outputs=0)
-        return
+        return LayerLayout(inputs=arriving, own=(), copied=(), outputs=0), places
     channels = len(layer.gate)
     position = np.cumsum(inputs) - 1
     live_groups = outputs.reshape(layer.groups, -1).any(axis=1)
@@ -241,7 +223,7 @@ def _add_layer(result: Reduction, path: str, layer: HostAllocation, kept: Kept) 
         order = np.argsort(group[read], kind="stable")
     slots = read[order]
     idle = _numbers(~layer.gate[slots])
-    result.layouts[path] = LayerLayout(
+    layout = LayerLayout(
         inputs=arriving,
         own=_tuple(position[own]),
         copied=_tuple(position[layer.source[copies]]),
@@ -251,8 +233,8 @@ def _add_layer(result: Reduction, path: str, layer: HostAllocation, kept: Kept) 
         order=() if (slots == read).all() else _tuple(order),
     )
     per_channel = RowsPlace(channels, _tuple(slots))
-    result.places |= {fields[name]: per_channel for name in ("scale", "bias", "mean", "var")}
-    result.places[fields["kernel"]] = KernelPlace(
+    places |= {fields[name]: per_channel for name in ("scale", "bias", "mean", "var")}
+    places[fields["kernel"]] = KernelPlace(
         channels=channels,
         features=len(outputs),
         groups=layer.groups,
@@ -261,16 +243,13 @@ def _add_layer(result: Reduction, path: str, layer: HostAllocation, kept: Kept) 
         idle=idle,
     )
     if len(copies):
-        result.places[fields["shift"]] = RowsPlace(channels, _tuple(copies), axis=-2)
+        places[fields["shift"]] = RowsPlace(channels, _tuple(copies), axis=-2)
+    return layout, places
 
 
-def _numbers(mask: NDArray[np.bool_]) -> tuple[int, ...]:
+def _numbers(mask: Mask) -> tuple[int, ...]:
     return _tuple(np.flatnonzero(mask))
 
 
 def _tuple(numbers: NDArray[Any]) -> tuple[int, ...]:
-    return tuple(int(number) for number in numbers)
-
-
-def _parts(path: str) -> tuple[str, ...]:
-    return tuple(path.split("/")) if path else ()
+    return tuple(numbers.tolist())

@@ -11,21 +11,13 @@ import jax
 from flax.core.scope import DenyList
 from flax.linen.dtypes import promote_dtype
 
-from selconv_jax.compaction._layout import LayerLayout
-from selconv_jax.compaction._static_conv import call_static
+from selconv_jax.compaction._static_conv import LayerLayout, call_static
 from selconv_jax.errors import ConfigError
 from selconv_jax.models._parts import Stem
 from selconv_jax.nn._interception import intercept_calls, relative_path
 from selconv_jax.nn._layers import BatchNormReLUConv, SelectiveConv
 
-__all__ = [
-    "Compact",
-    "NetworkCall",
-    "example_inputs",
-    "is_layer",
-    "is_producer",
-    "network_call",
-]
+__all__ = ["Compact", "NetworkCall", "is_layer", "is_producer", "network_call", "path_parts"]
 
 
 class Compact(nn.Module):
@@ -63,7 +55,7 @@ class Compact(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network with its layers replaced."""
         layouts, widths = dict(self.layouts), dict(self.widths)
-        root = tuple(filter(None, relative_path(self, ()).split("/")))
+        root = path_parts(relative_path(self, ()))
 
         def swap(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             path = relative_path(module, root)
@@ -71,8 +63,7 @@ class Compact(nn.Module):
                 return call_static(module, layout, *args, **kwargs)
             width = widths.get(path) if is_producer(module) else None
             if width is not None and width != module.features:
-                smaller = module.clone(features=width, parent=module.scope)
-                return smaller(*args, **kwargs)
+                return module.clone(features=width, parent=module.scope)(*args, **kwargs)
             return call(*args, **kwargs)
 
         with intercept_calls(swap):
@@ -101,34 +92,22 @@ def is_producer(module: Any) -> bool:
     return is_usual and module.feature_group_count == 1
 
 
+def path_parts(path: str) -> tuple[str, ...]:
+    """Split a path into its parts; the network itself has none."""
+    return tuple(path.split("/")) if path else ()
+
+
 @dataclasses.dataclass(frozen=True)
 class NetworkCall:
-    """Calls ``apply(variables, *inputs, train=..., **options)`` of a network.
+    """Calls ``apply(variables, *inputs, train=..., **options)`` of a network."""
 
-    Attributes:
-        inputs: Shapes of the inputs.
-        modes: Values of ``train``: ``(False, True)``; ``(None,)`` if there is no such argument.
-        may_lack_train: The network has ``**kwargs`` instead, which may not accept ``train``.
-        options: Keyword arguments that are the same in every call.
-    """
-
-    inputs: tuple[Any, ...]
-    modes: tuple[bool | None, ...]
-    may_lack_train: bool = False
+    inputs: tuple[Any, ...]  # shapes
+    modes: tuple[bool | None, ...]  # values of ``train``; ``(None,)`` if there is no such argument
+    may_lack_train: bool = False  # the network has ``**kwargs`` instead, which may not accept ``train``
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, model: Compact, variables: Any, inputs: tuple[Any, ...], train: bool | None) -> Any:
-        """Call a network; in training return the collections that it may change, too.
-
-        Args:
-            model: The network, whole or smaller.
-            variables: Its variables.
-            inputs: The inputs.
-            train: One of ``modes``.
-
-        Returns:
-            The output, and the collections by name, which are empty except in training.
-        """
+        """Call a network in one of ``modes``; return the output, and in training the changed collections."""
         apply: Callable[..., Any] = functools.partial(model.apply, **self.options)
         key = jax.random.key(0)
         if not train:
@@ -139,26 +118,28 @@ class NetworkCall:
 
 
 def network_call(
-    model: nn.Module, inputs: tuple[Any, ...], method: Any, options: Mapping[str, Any]
-) -> tuple[NetworkCall, str | None]:
-    """Infer the calls of a network from its signature.
-
-    Args:
-        model: The network.
-        inputs: Its inputs, or their shapes.
-        method: The method, or its name; None: ``__call__``.
-        options: Keyword arguments that are the same in every call.
-
-    Returns:
-        The call, and the name of the method; None: ``__call__``.
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    inputs: tuple[Any, ...],
+    method: Any,
+    options: Mapping[str, Any],
+) -> tuple[NetworkCall, Compact]:
+    """Infer the calls of a network from its signature; return them, and the network with its method.
 
     Raises:
-        ConfigError: There is no such method, or an input is not an array.
+        ConfigError: There is no such method, an input is not an array, or there are neither inputs nor an
+            example of them.
     """
     name = method if isinstance(method, str) or method is None else getattr(method, "__name__", None)
     function = getattr(model, name or "__call__", None) if name or method is None else None
     if not callable(function):
         raise ConfigError(f"method is {method!r}; a {type(model).__name__} has no such method.")
+    if not inputs and not hasattr(model, "example_images"):
+        raise ConfigError(
+            f"a {type(model).__name__} does not provide example inputs; pass its inputs, such as "
+            "jnp.ones((1, 32, 32, 3)), or their shapes as jax.ShapeDtypeStruct."
+        )
+    inputs = inputs or (model.example_images(variables),)
     try:
         shapes = jax.eval_shape(lambda *inputs: inputs, *inputs)
     except TypeError as error:
@@ -174,22 +155,4 @@ def network_call(
     if "train" in fixed:
         modes, is_open = (bool(fixed.pop("train")),), False
     call = NetworkCall(shapes, modes, is_open and not has_train, fixed)
-    return call, None if name == "__call__" else name
-
-
-def example_inputs(model: nn.Module, variables: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return example inputs of a network that provides them, as those of `selconv_jax.models` do.
-
-    Args:
-        model: The network.
-        variables: Its variables.
-
-    Raises:
-        ConfigError: It does not provide any.
-    """
-    if hasattr(model, "example_images"):
-        return (model.example_images(variables),)
-    raise ConfigError(
-        f"a {type(model).__name__} does not provide example inputs; pass its inputs, such as "
-        "jnp.ones((1, 32, 32, 3)), or their shapes as jax.ShapeDtypeStruct."
-    )
+    return call, Compact(model, method=None if name == "__call__" else name)

@@ -1,6 +1,7 @@
-"""Static layers: selective layers with a fixed allocation and only the variables that it needs."""
+"""Static layers: selective layers with a fixed allocation, the layout, and only the variables it needs."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,16 +12,109 @@ from flax.linen.dtypes import promote_dtype
 
 from selconv_jax._xla.batch_norm import Statistics, batch_statistics, join_statistics
 from selconv_jax._xla.convolution import canonical_padding, canonical_window, convolve
-from selconv_jax.compaction._gather import spread_channels, take_channels, take_repeated
-from selconv_jax.compaction._layout import LayerLayout
+from selconv_jax.compaction._places import index_mask, spread_channels, take_channels, take_repeated
 from selconv_jax.functional._groups import without_rows
 from selconv_jax.functional._shift import channel_shift, select, select_with_statistics
 from selconv_jax.nn._computation import Selected, window_of
 from selconv_jax.nn._layers import BatchNormReLUConv
 
-__all__ = ["StaticConv", "call_static", "output_shape"]
+__all__ = ["LayerLayout", "StaticConv", "call_static", "output_shape"]
 
 Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerLayout:
+    """Fixed allocation of a layer, static in the compiled program.
+
+    The layer computes with `reads` channels: those that it reads directly, then the copies, or in another
+    order if ``order`` is given, as groups need it. All indices count from 0.
+
+    Attributes:
+        inputs: Number of input channels.
+        own: Indices of the input channels that are read directly, without duplicates.
+        copied: Index of the input channel that each copy reads through its shift.
+        outputs: Number of output channels; 0: the output is unused and not computed.
+        groups: Number of groups of the convolution.
+        idle: Indices of the reads whose kernel rows are zero and stay zero.
+        order: Permutation of ``[own, copied]`` that gives the reads; empty: the identity.
+    """
+
+    inputs: int
+    own: tuple[int, ...]
+    copied: tuple[int, ...]
+    outputs: int
+    groups: int = 1
+    idle: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        positions = (*self.own, *self.copied)
+        problem = ""
+        if any(not 0 <= position < self.inputs for position in positions):
+            problem = f"a channel is read that is not among the {self.inputs} inputs"
+        elif len(set(self.own)) < len(self.own):
+            problem = "a channel is read directly twice"
+        elif self.order and sorted(self.order) != list(range(self.reads)):
+            problem = f"order is not a permutation of {self.reads} channels"
+        elif any(not 0 <= position < self.reads for position in self.idle):
+            problem = f"an idle channel is not among the {self.reads} that are read"
+        elif self.groups < 1 or self.outputs % self.groups or self.reads % self.groups:
+            problem = f"{self.reads} reads and {self.outputs} outputs do not divide into {self.groups} groups"
+        elif self.outputs > 0 and not self.reads:
+            problem = "nothing is read"
+        if problem:
+            raise ValueError(f"the layout of a compacted layer is inconsistent: {problem}.")
+
+    @property
+    def reads(self) -> int:
+        """Number of channels that the layer normalizes and convolves."""
+        return len(self.own) + len(self.copied)
+
+    @property
+    def is_in_place(self) -> bool:
+        """True if the reads are the input channels in order, some of them replaced by copies.
+
+        They can then be computed as before compaction, without a gather of the channels read directly.
+        """
+        if not self.copied or self.reads != self.inputs:
+            return False
+        order = self.order or range(self.reads)
+        return all(order[channel] == number for number, channel in enumerate(self.own))
+
+    def to_json(self) -> dict[str, Any]:
+        """Convert to plain numbers and lists, with runs of consecutive indices as ``[first, count]``."""
+        return {
+            name: _runs(value) if isinstance(value, tuple) else value
+            for name, value in vars(self).items()
+            if value != ()
+        }
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "LayerLayout":
+        """Restore a layout from the plain values of `to_json`; a `ValueError` if they are others."""
+        try:
+            fields = {
+                name: _numbers(value) if isinstance(value, list) else int(value)
+                for name, value in values.items()
+            }
+            return LayerLayout(**{"own": (), "copied": (), **fields})  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ValueError(f"not the layout of a layer ({error}).") from error
+
+
+def _runs(numbers: Iterable[int]) -> list[list[int]]:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == sum(runs[-1]):
+            runs[-1][1] += 1
+        else:
+            runs.append([number, 1])
+    return runs
+
+
+def _numbers(runs: Iterable[Iterable[int]]) -> tuple[int, ...]:
+    return tuple(number for first, count in runs for number in range(int(first), int(first) + int(count)))
 
 
 class StaticConv(BatchNormReLUConv):
@@ -34,7 +128,6 @@ class StaticConv(BatchNormReLUConv):
         layout: The allocation; ``features`` and ``feature_group_count`` must be those of the layout.
 
     Example:
-        >>> import jax, jax.numpy as jnp
         >>> layout = LayerLayout(inputs=6, own=(0, 1, 4), copied=(4,), outputs=8)
         >>> layer = StaticConv(features=8, kernel_size=(3, 3), layout=layout)
         >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 5, 5, 6)), train=False)
@@ -46,19 +139,7 @@ class StaticConv(BatchNormReLUConv):
 
     @nn.compact
     def __call__(self, x: Array, train: bool | None = None, statistics: Statistics | None = None) -> Array:
-        """Apply the layer, see `BatchNormReLUConv.__call__`.
-
-        Args:
-            x: ``[N, *S, layout.inputs]`` floating.
-            train: See `BatchNormReLUConv`.
-            statistics: Statistics of ``x`` if they are known, see `BatchNormReLUConv`.
-
-        Returns:
-            ``[N, *S', features]``.
-
-        Raises:
-            ValueError: The number of input channels is not that of the layout.
-        """
+        """Apply the layer to ``[N, *S, layout.inputs]``, see `BatchNormReLUConv.__call__`."""
         layout = self._layout
         if x.shape[-1] != layout.inputs:
             raise ValueError(
@@ -87,9 +168,8 @@ class StaticConv(BatchNormReLUConv):
         """Return all of the input, and the kernel with the rows of idle channels held at zero."""
         if not self._layout.idle:
             return inputs
-        idle = np.zeros(self._layout.reads, bool)
-        idle[list(self._layout.idle)] = True
-        return inputs._replace(kernel=without_rows(inputs.kernel, jnp.asarray(idle)))
+        idle = jnp.asarray(index_mask(self._layout.idle, self._layout.reads))
+        return inputs._replace(kernel=without_rows(inputs.kernel, idle))
 
 
 def _in_place(
@@ -113,20 +193,17 @@ def _gathered(
     """Gather the channels that are read; return their statistics if known."""
     parts, known = [], []
     if layout.own:
-        parts.append(take_channels(x, layout.own))
-        if statistics is not None:
-            known.append(Statistics(*(take_channels(values, layout.own) for values in statistics)))
+        own = jax.tree.map(lambda values: take_channels(values, layout.own), (x, statistics))
+        parts.append(own[0])
+        known.append(own[1])
     if shift is not None:
         parts.append(channel_shift(take_repeated(x, layout.copied), shift))
-        if statistics is not None:
-            known.append(batch_statistics(parts[-1], axis_name))
+        known.append(None if statistics is None else batch_statistics(parts[-1], axis_name))
     x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-    statistics = join_statistics(*known) if known else None
+    statistics = None if statistics is None else join_statistics(*known)
     if not layout.order:
         return x, statistics
-    if statistics is not None:
-        statistics = Statistics(*(take_channels(values, layout.order) for values in statistics))
-    return take_channels(x, layout.order), statistics
+    return jax.tree.map(lambda values: take_channels(values, layout.order), (x, statistics))
 
 
 def call_static(
@@ -136,28 +213,13 @@ def call_static(
     train: bool | None = None,
     statistics: Statistics | None = None,
 ) -> Array:
-    """Call a layer with a fixed allocation, with its variables in the same scope.
-
-    Args:
-        layer: The layer, bound.
-        layout: Its layout.
-        x: ``[N, *S, layout.inputs]``.
-        train: See `BatchNormReLUConv`.
-        statistics: See `BatchNormReLUConv`.
-
-    Returns:
-        ``[N, *S', layout.outputs]``.
-    """
+    """Call a bound layer with a fixed allocation, with its variables in the same scope."""
     if layout.outputs == 0:
         return jnp.zeros((*output_shape(layer, x)[:-1], 0), _promoted(layer, x).dtype)
-    arguments: dict[str, Any] = {
-        field.name: getattr(layer, field.name)
-        for field in dataclasses.fields(BatchNormReLUConv)
-        if field.name not in ("name", "parent")
-    }
-    arguments |= {"features": layout.outputs, "feature_group_count": layout.groups, "layout": layout}
-    arguments |= {"name": layer.name, "parent": layer.scope}
-    return StaticConv(**arguments)(x, train, statistics)
+    fields = dataclasses.fields(BatchNormReLUConv)
+    arguments: dict[str, Any] = {field.name: getattr(layer, field.name) for field in fields}
+    arguments |= {"features": layout.outputs, "feature_group_count": layout.groups, "parent": layer.scope}
+    return StaticConv(**arguments, layout=layout)(x, train, statistics)
 
 
 def output_shape(layer: BatchNormReLUConv, x: Any) -> tuple[int, ...]:

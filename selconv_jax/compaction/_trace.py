@@ -1,6 +1,8 @@
-"""Traced programs of a network with each layer as one opaque operation."""
+"""Traced programs of a network with each layer as one opaque operation, and the operations' signatures."""
 
 import dataclasses
+import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,15 +13,10 @@ import numpy as np
 from flax import traverse_util
 from flax.core import unfreeze
 from flax.linen.dtypes import canonicalize_dtype
-from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive  # type: ignore[attr-defined]
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive  # type: ignore[attr-defined]
 from jax.interpreters import batching
 
-from selconv_jax.compaction._network import (
-    Compact,
-    NetworkCall,
-    is_layer,
-    is_producer,
-)
+from selconv_jax.compaction._network import Compact, NetworkCall, is_layer, is_producer
 from selconv_jax.compaction._static_conv import StaticConv, output_shape
 from selconv_jax.nn._computation import window_of
 from selconv_jax.nn._interception import intercept_calls, relative_path
@@ -33,19 +30,21 @@ __all__ = [
     "Field",
     "Trace",
     "coarsest_step",
+    "constant_signature",
     "inner_programs",
+    "step_signature",
     "trace_network",
     "without_dropout",
 ]
 
 Field = tuple[str, ...]  # key of a variable: collection, path of the module, name
 
-# The variables of a layer or another convolution, by collection.
-LAYER_VARIABLES = {
-    "params": ("kernel", "scale", "bias", "shift"),
-    "batch_stats": ("mean", "var"),
-    "selectivity": ("gate", "source"),
-}
+# The variables of a layer or another convolution: collection and name.
+LAYER_VARIABLES = (
+    *(("params", name) for name in ("kernel", "scale", "bias", "shift")),
+    *(("batch_stats", name) for name in ("mean", "var")),
+    *(("selectivity", name) for name in ("gate", "source")),
+)
 
 # A layer, and any other convolution, as one operation. Operands are the input, for a layer its statistics if
 # they are known, and the variables. Parameters are the path, the names of the variables, the module's
@@ -54,6 +53,10 @@ LAYER = Primitive("selconv_layer")
 PRODUCER = Primitive("selconv_producer")
 # Either of them under a transformation that makes one operation of several layers, such as ``nn.vmap``.
 STACKED = Primitive("selconv_stacked")
+
+# Parameters with an entry for each axis, of which the last may be a number of channels.
+_PER_AXIS = ("shape", "new_sizes", "padding_config", "start_indices", "limit_indices")
+_ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 # Attributes that do not affect how an output is computed from the inputs, or that compaction replaces.
 _NOT_COMPARED = ("features", "feature_group_count", "kernel_init", "bias_init", "name", "parent", "layout")
@@ -78,37 +81,19 @@ for _step in (LAYER, PRODUCER, STACKED):
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """A traced network.
+    """A traced network."""
 
-    Attributes:
-        program: The program; its layers are the operations `LAYER` and `PRODUCER`.
-        arguments: The variable that each argument of the program holds; None: an input.
-        results: The variable that each result of the program updates; None: an output.
-        groups: Number of groups of each layer, by path.
-        output: Shapes and dtypes of the network's output.
-    """
-
-    program: ClosedJaxpr
-    arguments: tuple[Field | None, ...]
-    results: tuple[Field | None, ...]
-    groups: dict[str, int]
-    output: Any
+    program: ClosedJaxpr  # its layers are the operations `LAYER` and `PRODUCER`
+    arguments: tuple[Field | None, ...]  # the variable that each argument holds; None: an input
+    results: tuple[Field | None, ...]  # the variable that each result updates; None: an output
+    groups: dict[str, int]  # number of groups of each layer, by path
+    output: Any  # shapes and dtypes of the network's output
 
 
 def trace_network(
     model: Compact, variables: Mapping[str, Any], call: NetworkCall, train: bool | None
 ) -> Trace:
-    """Trace a call of a network, without computing anything and without dropout.
-
-    Args:
-        model: The network, whole or smaller.
-        variables: Its variables, or their shapes.
-        call: The call.
-        train: One of the modes of the call.
-
-    Returns:
-        The program and its layers.
-    """
+    """Trace a call of a network in one of its modes, without computing anything and without dropout."""
     groups: dict[str, int] = {}
     layouts, widths = dict(model.layouts), dict(model.widths)
     is_inside = False  # a producer is being called to infer the shape of its output
@@ -206,12 +191,8 @@ def _layer_step(
 
 
 def _producer_step(module: Any, path: str, inputs: jax.Array) -> jax.Array:
-    alone = module.clone(parent=None, name=None)
-
-    def apply(x: jax.Array) -> Any:
-        return alone.init_with_output(jax.random.key(0), x)[0]
-
-    y = jax.eval_shape(apply, jax.ShapeDtypeStruct(inputs.shape, inputs.dtype))
+    alone, x = module.clone(parent=None, name=None), jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
+    y = jax.eval_shape(lambda x: alone.init_with_output(jax.random.key(0), x)[0], x)
     return _bound(PRODUCER, module, path, (inputs,), y.shape, y.dtype)
 
 
@@ -219,21 +200,13 @@ def _bound(
     step: Any, module: Any, path: str, inputs: tuple[jax.Array, ...], shape: tuple[int, ...], dtype: Any
 ) -> jax.Array:
     flat = traverse_util.flatten_dict(unfreeze(dict(module.variables)))
-    names = tuple(
-        (collection, name)
-        for collection, known in LAYER_VARIABLES.items()
-        for name in known
-        if (collection, name) in flat
-    )
+    names = tuple(name for name in LAYER_VARIABLES if name in flat)
+    fields = dataclasses.fields(BatchNormReLUConv if isinstance(module, BatchNormReLUConv) else module)
     # Compared as text, including numbers that the network's own code derives from its widths.
     attributes = tuple(
-        (field.name, str(getattr(module, field.name)))
-        for field in dataclasses.fields(
-            BatchNormReLUConv if isinstance(module, BatchNormReLUConv) else module
-        )
-        if field.name not in _NOT_COMPARED
+        (field.name, str(getattr(module, field.name))) for field in fields if field.name not in _NOT_COMPARED
     )
-    y: jax.Array = step.bind(
+    return step.bind(
         *inputs,
         *(flat[name] for name in names),
         path=path,
@@ -242,4 +215,35 @@ def _bound(
         shape=shape,
         dtype=np.dtype(dtype),
     )
-    return y
+
+
+def step_signature(equation: Any, any_width: bool) -> tuple[Any, ...]:
+    """Describe an operation by its parameters, constants, and the shapes and dtypes of operands and results.
+
+    Signatures are comparable between a network and a smaller one: with ``any_width``, for an operation that
+    treats all positions of the last axis alike, the size of this axis is left out.
+    """
+    operands, parameters = equation.invars, dict(equation.params)
+    if equation.primitive in (LAYER, PRODUCER):
+        operands = operands[: -len(parameters["names"]) or None]
+        del parameters["names"]
+    end = -1 if any_width else None
+    types = tuple(
+        (atom.aval.shape[:end], str(atom.aval.dtype)) if hasattr(atom.aval, "shape") else str(atom.aval)
+        for atom in (*operands, *equation.outvars)
+    )
+    for name in _PER_AXIS if any_width else ():
+        if isinstance(value := parameters.get(name), tuple):
+            parameters[name] = value[:end]
+    # Programs inside an operation are compared as text, without the memory addresses of functions.
+    written = _ADDRESS.sub("", repr(sorted(parameters.items())))
+    constants = tuple(constant_signature(atom.val) for atom in operands if isinstance(atom, Literal))
+    return equation.primitive.name, types, written, constants
+
+
+def constant_signature(constant: Any) -> Any:
+    """Describe a constant array by its shape, dtype and a digest of its value."""
+    if isinstance(constant, jax.Array) and jnp.issubdtype(constant.dtype, jax.dtypes.prng_key):
+        constant = jax.random.key_data(constant)
+    value = np.asarray(constant)
+    return value.shape, str(value.dtype), hashlib.sha256(value.tobytes()).hexdigest()

@@ -11,8 +11,7 @@ from flax.core import unfreeze
 
 from selconv_jax.compaction._flow import Flow, channel_flow
 from selconv_jax.compaction._liveness import Kept
-from selconv_jax.compaction._network import Compact, NetworkCall
-from selconv_jax.compaction._plan import CompactionPlan
+from selconv_jax.compaction._network import Compact, NetworkCall, path_parts
 from selconv_jax.compaction._trace import Trace, without_dropout
 from selconv_jax.nn._interception import intercept_calls
 
@@ -23,20 +22,14 @@ def joins_the_same(small: Sequence[Trace], whole: Sequence[Trace], flow: Flow, k
     """Check that each array of the smaller network holds exactly the kept channels of the whole one's.
 
     Code that depends on a number of channels, such as a padding of hard-coded width, would combine other
-    channels or compute with other numbers.
-
-    Args:
-        small: The smaller network in all its modes.
-        whole: The whole network in the same modes.
-        flow: The flow of the whole network.
-        kept: Its kept channels.
-
-    Returns:
-        True if the two compute the same.
+    channels or compute with other numbers. Both are traced in the same modes; the flow is the whole one's.
     """
-    for one, other in zip(small, whole, strict=True):
-        if jax.tree.map(_type, one.output) != jax.tree.map(_type, other.output):
-            return False
+
+    def types(traces: Sequence[Trace]) -> Any:
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), [trace.output for trace in traces])
+
+    if types(small) != types(whole):
+        return False
     narrow = channel_flow(small)
     if narrow.signature != flow.signature or len(narrow.arrays) != len(flow.arrays):
         return False
@@ -46,24 +39,20 @@ def joins_the_same(small: Sequence[Trace], whole: Sequence[Trace], flow: Flow, k
         for path, ids in flow.outputs.items()
         if path in kept.outputs
     }
+
+    def number_of(label: tuple[Any, ...]) -> int:
+        """Return the number in the whole network of a channel of the smaller one; -1: it has none."""
+        kind, origin, position = label
+        if kind == "made by" and origin in names:
+            label = names[origin][position] if position < len(names[origin]) else ()
+        return numbers.get(label, -1)
+
     expected = np.array([numbers[label] for label in flow.labels], np.int64)
-    actual = np.array([numbers.get(_label(label, names), -1) for label in narrow.labels], np.int64)
+    actual = np.array([number_of(label) for label in narrow.labels], np.int64)
     return all(
         np.array_equal(actual[here], expected[there[kept.live[there]]])
         for here, there in zip(narrow.arrays, flow.arrays, strict=True)
     )
-
-
-def _label(label: tuple[Any, ...], names: Mapping[str, list[tuple[Any, ...]]]) -> tuple[Any, ...]:
-    """Translate the label of a channel in the smaller network to the whole one; empty: it has none."""
-    kind, origin, position = label
-    if kind != "made by" or origin not in names:
-        return label
-    return names[origin][position] if position < len(names[origin]) else ()
-
-
-def _type(leaf: Any) -> tuple[Any, Any]:
-    return leaf.shape, leaf.dtype
 
 
 Case = tuple[Any, tuple[Any, ...]]  # variables and inputs
@@ -74,29 +63,23 @@ _BATCH = 2
 def random_case(
     whole: Compact, variables: Mapping[str, Any], call: NetworkCall, layers: Iterable[str]
 ) -> Case:
-    """Create variables and a small batch for comparing two networks.
+    """Create variables and a small batch, on the host, for comparing two networks.
 
-    Layers get random parameters and statistics instead of their own, so that every channel has an effect on
-    the output. So do variables that are all zeros or only shapes.
-
-    Args:
-        whole: The network.
-        variables: Its variables, or their shapes; gates and sources are concrete.
-        call: Its call.
-        layers: Paths of its layers.
-
-    Returns:
-        Variables and inputs, on the host.
+    The layers at these paths get random parameters and statistics instead of their own, so that every channel
+    has an effect on the output. So do variables that are all zeros or only shapes.
     """
     rng = np.random.default_rng(0)
-    random = {tuple(path.split("/")) if path else () for path in layers}
+    random = {path_parts(path) for path in layers}
     flat = traverse_util.flatten_dict(unfreeze(dict(variables)), keep_empty_nodes=True)
     values = {
         path: _variable(path, leaf, path[1:-1] in random, rng) if hasattr(leaf, "shape") else leaf
         for path, leaf in flat.items()
     }
     case = traverse_util.unflatten_dict(values)
-    for shapes in (_with_batch(call.inputs, _BATCH), call.inputs):
+    small_batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((_BATCH, *leaf.shape[1:]), leaf.dtype), call.inputs
+    )
+    for shapes in (small_batch, call.inputs):
         try:
             jax.eval_shape(lambda v, x: call.run(whole, v, x, call.modes[0]), case, shapes)
             break
@@ -105,28 +88,19 @@ def random_case(
     return case, jax.tree.map(lambda leaf: _normal(leaf, rng), shapes)
 
 
-def same_numbers(whole: Compact, plan: CompactionPlan, case: Case, call: NetworkCall, step: float) -> bool:
+def same_numbers(
+    whole: Compact, small: Compact, take: Callable[..., Any], case: Case, call: NetworkCall, step: float
+) -> bool:
     """Check that a network and its smaller one return the same in all modes, up to rounding.
 
-    Args:
-        whole: The network.
-        plan: The smaller one.
-        case: From `random_case`.
-        call: Their call.
-        step: From `coarsest_step`.
-
-    Returns:
-        True if they do, and if the case is inconclusive: the whole network's outputs are not finite, or
-        change as much under a tiny change of the input.
-
-    Raises:
-        Exception: Whatever the whole network raises.
+    It is also true if the case is inconclusive: the whole network's outputs are not finite, or change as much
+    under a tiny change of the input. ``take`` makes the smaller one's variables; ``step`` is the rounding.
     """
     variables, inputs = case
-    run = _compiled(whole, lambda variables: variables, call)
+    run = _compiled(whole, lambda variables: variables, case, call)
     expected = run(variables, inputs)
     try:
-        actual = _compiled(plan.model, plan.take, call)(variables, inputs)
+        actual = _compiled(small, take, case, call)(variables, inputs)
     except Exception:  # user code that depends on its number of channels may raise anything
         return False
     difference = _difference(actual, expected, step)
@@ -136,30 +110,23 @@ def same_numbers(whole: Compact, plan: CompactionPlan, case: Case, call: Network
     return difference <= 10 * _difference(run(variables, nearby), expected, step)
 
 
-def _compiled(model: Compact, take: Callable[..., Any], call: NetworkCall) -> Callable[..., Any]:
-    """Compile a network as a function of the whole one's variables; it returns all modes' outputs on host."""
+def _compiled(model: Compact, take: Callable[..., Any], case: Case, call: NetworkCall) -> Callable[..., Any]:
+    """Compile a network as a function of the whole one's variables; it returns the outputs of all modes."""
 
     def run(variables: Any, inputs: Any) -> Any:
         small = take(variables)
         with intercept_calls(without_dropout):
             return [call.run(model, small, inputs, train)[0] for train in call.modes]
 
-    compiled: Any = None
-
-    def on_host(variables: Any, inputs: Any) -> Any:
-        nonlocal compiled
-        if compiled is None:
-            # It runs only once or twice, so compile time counts.
-            options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-            with jax.default_matmul_precision("highest"):
-                compiled = jax.jit(run).lower(variables, inputs).compile(compiler_options=options)
-        return jax.device_get(compiled(variables, inputs))
-
-    return on_host
+    # It runs only once or twice, so compile time counts.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(run).lower(*case).compile(compiler_options=options)
 
 
 def _difference(actual: Any, expected: Any, step: float) -> float:
     """Return the largest difference between two results, in units of the rounding error allowed."""
+    actual, expected = jax.device_get((actual, expected))
     largest = 0.0
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         if one.shape != other.shape:
@@ -195,19 +162,13 @@ def _variable(path: tuple[str, ...], leaf: Any, is_layers: bool, rng: np.random.
         return value
     if not is_number:
         return np.zeros(leaf.shape, leaf.dtype)
-    values = rng.normal(size=leaf.shape)
-    if path[-1] == "kernel":
-        values *= np.sqrt(2 / max(np.prod(leaf.shape[:-1]), 1))
-    elif path[-1] in ("scale", "var"):
+    if path[-1] in ("scale", "var"):
         values = rng.uniform(0.5, 1.5, size=leaf.shape)
+    elif path[-1] == "kernel":
+        values = rng.normal(size=leaf.shape) * np.sqrt(2 / max(np.prod(leaf.shape[:-1]), 1))
     else:
-        values *= 0.5
+        values = rng.normal(size=leaf.shape) * 0.5
     return values.astype(leaf.dtype)
-
-
-def _with_batch(inputs: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-    """Replace the batch size of all inputs."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), inputs)
 
 
 def _normal(leaf: Any, rng: np.random.Generator) -> Any:

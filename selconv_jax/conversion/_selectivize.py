@@ -148,8 +148,7 @@ def selectivize_model(
           Conv_1 (normalized by BatchNorm_0)
           Conv_0 is left: its input is not the ReLU of a batch norm
     """
-    call, method = network_call(model, inputs, None, options)
-    assert method is None
+    call, _ = network_call(model, variables, inputs, None, options)
     variables = unfreeze(dict(variables))
     shapes = jax.eval_shape(lambda tree: tree, variables)
     found: dict[str, Triple] = {}

@@ -1,5 +1,6 @@
 """Conversion of single arrays between the authors' layout, dtype and units and ours."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -7,20 +8,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selconv_jax.interop._names import Entry
-from selconv_jax.interop._shift_units import ShiftUnits
 
-__all__ = ["find_fault", "from_torch", "to_numpy", "to_torch", "torch_shape"]
+__all__ = ["Units", "find_fault", "from_torch", "shift_units", "to_numpy", "to_torch", "torch_shape"]
 
 Array = NDArray[Any]
+Units = Mapping[
+    tuple[str, ...], NDArray[np.float64]
+]  # pixels per unit of shift [2], by the path of the layer
+
+
+def shift_units(sizes: Mapping[tuple[str, ...], tuple[int, int]], align_corners: bool) -> Units:
+    """Return the pixels (rows, columns) per unit of the authors' shifts, given ``(H, W)`` of layers' inputs.
+
+    The authors add ``4 / (H + W)`` times the shift to coordinates from -1 to 1 across the layer's input of
+    ``H`` rows by ``W`` columns (method, "Known deviations"). With ``align_corners=False`` this range spans
+    ``H`` pixels, so that a unit is ``2 H / (H + W)`` rows and ``2 W / (H + W)`` columns: one pixel if the
+    input is square. With ``align_corners=True`` it spans ``H - 1`` pixels, and a unit is
+    ``2 (H - 1) / (H + W)`` rows.
+
+    Example:
+        >>> shift_units({("conv1",): (8, 24)}, align_corners=False)
+        {('conv1',): array([0.5, 1.5])}
+    """
+    lost = 1 if align_corners else 0
+    return {layer: 2 * (np.array(size, np.float64) - lost) / sum(size) for layer, size in sizes.items()}
 
 
 def torch_shape(entry: Entry) -> tuple[int, ...]:
-    """Return the shape of the authors' array: kernels are ``[O, I, *K]`` there, and ``[*K, I, O]`` here.
-
-    Example:
-        >>> torch_shape(Entry(("params", "stem", "kernel"), "features.conv0.weight", (3, 3, 1, 8)))
-        (8, 1, 3, 3)
-    """
+    """Return the shape of the authors' array: kernels are ``[O, I, *K]`` there, and ``[*K, I, O]`` here."""
     if entry.field == "kernel":
         return (entry.shape[-1], entry.shape[-2], *entry.shape[:-2])
     return entry.shape
@@ -36,16 +51,7 @@ def to_numpy(value: Any) -> Array:
 
 
 def find_fault(entry: Entry, array: Array, dtype: np.dtype[Any]) -> str | None:
-    """Check for values that the variable cannot have.
-
-    Args:
-        entry: The variable.
-        array: The authors' array, of the shape `torch_shape`.
-        dtype: The dtype to convert to; a number that overflows in it is a fault, too.
-
-    Returns:
-        Description of the fault; None if there is none.
-    """
+    """Describe a value of the authors' array that the variable cannot have in ``dtype``; None: no fault."""
     if entry.field == "source":
         if array.dtype.kind not in "iu":
             return f"{array.dtype} instead of whole numbers"
@@ -63,42 +69,22 @@ def find_fault(entry: Entry, array: Array, dtype: np.dtype[Any]) -> str | None:
     return f"{array[bad][0]} instead of {expected}" if bad.any() else None
 
 
-def from_torch(entry: Entry, array: Array, dtype: np.dtype[Any], units: ShiftUnits) -> Array:
-    """Convert the authors' array to ours.
-
-    Args:
-        entry: The variable.
-        array: The authors' array, without faults.
-        dtype: The dtype to convert to.
-        units: The authors' units of shifts.
-
-    Returns:
-        An array of ``entry.shape``.
-    """
+def from_torch(entry: Entry, array: Array, dtype: np.dtype[Any], units: Units) -> Array:
+    """Convert the authors' array, without faults, to ours, of ``entry.shape``."""
     if entry.field == "kernel":
         array = np.moveaxis(array, (0, 1), (-1, -2))
     elif entry.field == "shift":  # (column, row) there
-        array = array[:, ::-1].astype(np.float64) * units.pixels(entry.layer)[None]
+        array = array[:, ::-1].astype(np.float64) * units[entry.layer][None]
     return array.astype(dtype)
 
 
-def to_torch(entry: Entry, array: Array, dtype: np.dtype[Any], units: ShiftUnits) -> Array:
-    """Convert our array to the authors'; the inverse of `from_torch`.
-
-    Args:
-        entry: The variable.
-        array: Our array, of ``entry.shape``.
-        dtype: The dtype of their gates, which are floating.
-        units: The authors' units of shifts.
-
-    Returns:
-        A contiguous copy of the shape `torch_shape`; bfloat16 as float32.
-    """
+def to_torch(entry: Entry, array: Array, dtype: np.dtype[Any], units: Units) -> Array:
+    """Convert our array to a contiguous one of the authors'; bfloat16 to float32, gates to ``dtype``."""
     if entry.field == "kernel":
         array = np.moveaxis(array, (-1, -2), (0, 1))
     elif entry.field == "shift":
         # Along an axis of a single pixel a shift has no effect, and with align_corners its unit is 0.
-        pixels = units.pixels(entry.layer)
+        pixels = units[entry.layer]
         unit = np.where(pixels > 0, 1 / np.where(pixels > 0, pixels, 1), 0)
         array = (array.astype(np.float64) * unit[None]).astype(array.dtype)[:, ::-1]
     elif entry.field == "source":

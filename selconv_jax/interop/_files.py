@@ -3,8 +3,6 @@
 import importlib
 import pickle
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,22 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from selconv_jax._utils.files import check_target, write_atomically
+from selconv_jax._utils.files import check_target, read_npz, write_atomically
 from selconv_jax.errors import CheckpointError
 
-__all__ = ["READABLE", "WRITABLE", "check_writable", "read_file", "write_file"]
+__all__ = ["check_writable", "read_file", "write_file"]
 
-WRITABLE = (".npz", ".safetensors")
+_WRITABLE = (".npz", ".safetensors")
 # The authors' program names its files last.model and best.model.
 _PICKLES = (".pt", ".pth", ".tar", ".model", ".ckpt", ".bin")
-READABLE = (*WRITABLE, *_PICKLES)
+_READABLE = (*_WRITABLE, *_PICKLES)
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
     """Read a file of named arrays, whose suffix determines its format.
-
-    Args:
-        path: A file that ends in one of `READABLE`.
 
     Returns:
         NumPy arrays by name; for PyTorch's pickles the saved mapping, with its tensors on the CPU.
@@ -36,32 +31,27 @@ def read_file(path: Path) -> Mapping[str, Any]:
         CheckpointError: The file is missing, damaged or of an unknown format, holds more than arrays, or
             needs a package that is not installed.
     """
-    _check_suffix(path, READABLE)
+    _check_suffix(path, _READABLE)
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file.")
     if path.suffix == ".npz":
-        return _read_npz(path)
+        try:
+            return read_npz(path)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not a whole npz file of plain arrays ({error}).") from error
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
 
 def check_writable(path: Path, *, overwrite: bool = False) -> None:
     """Raise a `CheckpointError` if the suffix is unknown, a package is missing, or as `check_target` does."""
-    _check_suffix(path, WRITABLE)
+    _check_suffix(path, _WRITABLE)
     if path.suffix == ".safetensors":
         _import_safetensors(path)
     check_target(path, overwrite=overwrite)
 
 
 def write_file(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    """Write named arrays atomically, replacing an existing file.
-
-    Args:
-        path: A file that ends in one of `WRITABLE`.
-        arrays: Contiguous arrays by name.
-
-    Raises:
-        CheckpointError: The file cannot be written.
-    """
+    """Write contiguous arrays atomically, replacing an existing file; see `check_writable` for errors."""
     check_writable(path, overwrite=True)
     try:
         if path.suffix == ".npz":
@@ -77,17 +67,6 @@ def _check_suffix(path: Path, known: tuple[str, ...]) -> None:
         raise CheckpointError(
             f"{path}: the suffix {path.suffix!r} names no known kind of file; use one of {', '.join(known)}."
         )
-
-
-def _read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("one array without a name")
-        with archive:
-            return dict(archive)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise CheckpointError(f"{path}: not a whole npz file of plain arrays ({error}).") from error
 
 
 def _import_safetensors(path: Path) -> Any:

@@ -42,21 +42,11 @@ _MODULES: tuple[tuple[str, str, Mapping[str, str]], ...] = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A variable of a network under both names.
+    """A variable of a network under both names."""
 
-    Attributes:
-        path: Our path, from the collection, such as ``("params", "block1_layer1", "conv1", "kernel")``.
-        name: The authors' name, such as ``"features.block1.layer1.brc_1.conv.weight"``.
-        shape: Shape of our array.
-
-    Example:
-        >>> Entry(("params", "stem", "kernel"), "features.conv0.weight", (3, 3, 1, 8)).field
-        'kernel'
-    """
-
-    path: tuple[str, ...]
-    name: str
-    shape: Shape
+    path: tuple[str, ...]  # ours, such as ("params", "block1_layer1", "conv1", "kernel")
+    name: str  # the authors', such as "features.block1.layer1.brc_1.conv.weight"
+    shape: Shape  # of our array
 
     @property
     def layer(self) -> tuple[str, ...]:
@@ -70,14 +60,7 @@ class Entry:
 
 
 def entries_of(model: nn.Module, shapes: Mapping[tuple[str, ...], Shape]) -> list[Entry]:
-    """Look up the authors' names of a network's variables.
-
-    Args:
-        model: One of the networks of `selconv_jax.models`.
-        shapes: The shapes of its variables by their paths.
-
-    Returns:
-        An entry for each variable, sorted by the authors' names, with numbers in numeric order.
+    """Look up the authors' names of a network's variables, given by path; sorted, numbers in numeric order.
 
     Raises:
         ConfigError: A variable has no name in the authors' networks.
@@ -87,14 +70,10 @@ def entries_of(model: nn.Module, shapes: Mapping[tuple[str, ...], Shape]) -> lis
 
 
 def constants_of(entries: list[Entry]) -> Iterator[tuple[str, Callable[[np.dtype], Array]]]:
-    """Generate the entries that the authors' networks store but do not compute with.
+    """Generate the names that the authors' networks store but do not compute with, and their initial values.
 
-    Args:
-        entries: See `entries_of`.
-
-    Yields:
-        A name, and a function from the dtype of the statistics to the initial value: a batch count for each
-        batch norm, and an identity matrix for each selective layer.
+    The values are functions of the statistics' dtype: a batch count for each batch norm, and an identity
+    matrix for each selective layer.
     """
     for entry in entries:
         prefix = entry.name.rpartition(".")[0]
@@ -111,9 +90,8 @@ def _torch_name(model: nn.Module, path: tuple[str, ...]) -> str:
         if match and field in fields:
             name = f"{match.expand(theirs)}.{fields[field]}"
             # The authors' CondenseNet has the first convolution outside `features`.
-            return (
-                name.removeprefix("features.") if ours == "stem" and isinstance(model, CondenseNet) else name
-            )
+            is_outside = ours == "stem" and isinstance(model, CondenseNet)
+            return name.removeprefix("features.") if is_outside else name
     raise ConfigError(
         f"{type(model).__name__} has a variable {'/'.join(path)}, which the authors' networks do not have; "
         "only the networks of selconv_jax.models can be converted."

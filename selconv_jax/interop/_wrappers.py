@@ -19,12 +19,7 @@ _INNER = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_mo
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The arrays of a network, taken out of their wrappers.
-
-    Attributes:
-        arrays: Arrays by the requested names, as far as they exist.
-        others: Names of other entries beside them.
-    """
+    """The arrays of a network by the requested names, as far as they exist, and the names beside them."""
 
     arrays: Mapping[str, Any]
     others: tuple[str, ...]
@@ -38,13 +33,7 @@ def find_network(content: Mapping[Any, Any], names: Collection[str], needed: Col
     names is taken. Wrappers of single modules inside names (`torch.compile`, `torch.nn.DataParallel`, ...)
     are skipped.
 
-    Args:
-        content: A state dict, or a mapping that contains one.
-        names: Possible names of the arrays.
-        needed: Names that a complete network must have.
-
-    Returns:
-        The arrays found; if no name is known, all entries are in ``others``.
+    A complete network has all ``needed`` of the possible ``names``. If none is known, all are in ``others``.
 
     Raises:
         CheckpointError: There are two complete networks, or two arrays of one name, that differ.

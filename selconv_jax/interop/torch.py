@@ -17,12 +17,20 @@ from flax import traverse_util
 from numpy.typing import NDArray
 
 from selconv_jax.errors import CheckpointError, ConfigError
-from selconv_jax.interop._arrays import find_fault, from_torch, to_numpy, to_torch, torch_shape
+from selconv_jax.interop._arrays import (
+    Units,
+    find_fault,
+    from_torch,
+    shift_units,
+    to_numpy,
+    to_torch,
+    torch_shape,
+)
 from selconv_jax.interop._files import check_writable, read_file, write_file
 from selconv_jax.interop._names import Entry, constants_of, entries_of
-from selconv_jax.interop._shift_units import ShiftUnits, init_shapes
 from selconv_jax.interop._wrappers import find_network
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
+from selconv_jax.nn._layers import SelectiveConv
 
 __all__ = ["load_state_dict", "save_state_dict", "state_dict"]
 
@@ -139,13 +147,9 @@ def state_dict(
     """Convert our variables to a state dict of the authors' code; the inverse of `load_state_dict`.
 
     After ``torch.from_numpy`` of every array, the strict ``load_state_dict`` of their network accepts it:
-    batch counts (``num_batches_tracked``) are 0, and the constants (``_eye``) are included.
-
-    Args:
-        model: The network of the variables, see `load_state_dict`.
-        variables: Its ``params``, ``batch_stats`` and, unless it is plain, ``selectivity``.
-        image_shape: See `load_state_dict`.
-        align_corners: The state dict is for PyTorch before 1.3, see `load_state_dict`.
+    batch counts (``num_batches_tracked``) are 0, and the constants (``_eye``) are included. Arguments are
+    those of `load_state_dict`, and variables: ``params``, ``batch_stats`` and, unless the network is plain,
+    ``selectivity``.
 
     Returns:
         Arrays by the authors' names, with dtypes unchanged except bfloat16, which becomes float32, gates,
@@ -201,16 +205,11 @@ def save_state_dict(
 ) -> None:
     """Save the result of `state_dict` to a file.
 
-    Args:
-        path: A file that ends in ``.npz`` or ``.safetensors`` (which needs the package safetensors).
-        model: See `state_dict`.
-        variables: See `state_dict`.
-        image_shape: See `state_dict`.
-        align_corners: See `state_dict`.
-        overwrite: Replace an existing file.
+    The file ends in ``.npz`` or ``.safetensors`` (which needs the package safetensors).
 
     Raises:
-        CheckpointError: The file already exists, cannot be written, or has another suffix.
+        CheckpointError: The file already exists and ``overwrite`` is not set, cannot be written, or has
+            another suffix.
         ConfigError: The variables do not belong to the network.
 
     Example:
@@ -238,7 +237,7 @@ def _as_stored(entry: Entry, given: Mapping[str, Any]) -> Entry:
 
 def _describe(
     model: nn.Module, channels: int, image_shape: tuple[int, int, int] | None, align_corners: bool
-) -> tuple[dict[VariablePath, jax.ShapeDtypeStruct], list[Entry], ShiftUnits]:
+) -> tuple[dict[VariablePath, jax.ShapeDtypeStruct], list[Entry], Units]:
     """Return the shapes of a network's variables by path, their entries, and the units of its shifts."""
     if not isinstance(model, _NETWORKS):
         names = ", ".join(network.__name__ for network in _NETWORKS)
@@ -247,10 +246,21 @@ def _describe(
         len(image_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in image_shape)
     ):
         raise ConfigError(f"image_shape is {image_shape!r}; it must be (H, W, C), all whole and at least 1.")
-    shapes, sizes = init_shapes(model, image_shape or (_SIDE, _SIDE, channels))
+    if image_shape is None and align_corners:
+        raise ConfigError("align_corners is True, which needs image_shape: give the (H, W, C) of the images.")
+    sizes: dict[VariablePath, tuple[int, int]] = {}  # of the layers' inputs; square without an image_shape
+
+    def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, SelectiveConv) and context.method_name == "__call__":
+            sizes[context.module.path] = args[0].shape[1:3]
+        return call(*args, **kwargs)
+
+    image = jax.ShapeDtypeStruct((1, *(image_shape or (_SIDE, _SIDE, channels))), model.param_dtype)
+    with nn.intercept_methods(record):
+        shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
     template = traverse_util.flatten_dict(shapes)
     entries = entries_of(model, {path: leaf.shape for path, leaf in template.items()})
-    return template, entries, ShiftUnits(None if image_shape is None else sizes, align_corners)
+    return template, entries, shift_units(sizes, align_corners)
 
 
 def _listing(problems: Mapping[str, list[str]]) -> str:

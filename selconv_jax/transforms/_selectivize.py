@@ -23,11 +23,8 @@ def selectivize(plain: Mapping[str, Any], template: Mapping[str, Any]) -> Any:
     values. The allocation is that of a new layer: every gate open, every channel reading itself, shifts 0.
     The twin can then be trained further and re-allocated.
 
-    Rename variables with other names first. For a network of ``nn.BatchNorm``, ``nn.relu`` and
-    ``nn.Conv(..., use_bias=False)``, the layer ``"conv"`` of the twin gets::
-
-        params["conv"] = {"kernel": old["params"]["Conv_0"]["kernel"], **old["params"]["BatchNorm_0"]}
-        batch_stats["conv"] = old["batch_stats"]["BatchNorm_0"]
+    A network of ``nn.BatchNorm``, ``nn.relu`` and ``nn.Conv`` has other names of variables;
+    `selconv_jax.selectivize_model` converts it as a whole.
 
     Args:
         plain: The variables of the plain network: ``params``, ``batch_stats`` and any others.
