@@ -48,12 +48,6 @@ def crop_and_flip(
         left: int32 ``[B]``, first column of each crop, likewise.
         mirrored: bool ``[B]``, the crops to mirror left to right.
         crop_padding: Pixels of black added on each side of the image; 0: no crop.
-
-    Example:
-        >>> image = jnp.array([[[[1], [2], [3]]]], jnp.uint8)  # one row of three pixels
-        >>> shift = jnp.array([1]), jnp.array([2])
-        >>> crop_and_flip(image, *shift, jnp.array([False]), crop_padding=1)[0, 0, :, 0].tolist()
-        [2, 3, 0]
     """
     _, height, width, _ = images.shape
     border = (crop_padding, crop_padding)
@@ -84,10 +78,7 @@ def normalize(
 def draw_mixup(key: jax.Array, alpha: float, batch_size: int) -> tuple[jax.Array, jax.Array]:
     """Draw one weight for the batch and a partner for each image (Zhang et al., 2018, arXiv:1710.09412).
 
-    Args:
-        key: PRNG key.
-        alpha: Both parameters of the beta distribution of the weight, above 0.
-        batch_size: Number of images.
+    ``alpha``, above 0, is both parameters of the beta distribution of the weight.
 
     Returns:
         The weight of the images, ``[]`` float32 in [0, 1], where partners have the rest; and the indices of

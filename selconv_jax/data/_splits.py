@@ -21,7 +21,7 @@ class SplitChoice:
     """Choice of the splits of a run, in the slicing syntax of tensorflow-datasets; None: the default.
 
     Attributes:
-        train: Training images, such as ``"train[:80%]"``; default ``"train"``.
+        train: Training images; default ``"train"``.
         test: Test images; default ``"test"``, or ``"validation"`` of a set without it.
         validation: Validation images; by default none.
         held_out: Instead, hold out training images for validation: a number of images, or a fraction of
@@ -140,17 +140,12 @@ def held_out_count(number: int | float, count: int) -> int:
 
 
 def hold_out(name: str, labels: NDArray[np.int32], number: int | float) -> tuple[NDArray[np.int64], ...]:
-    """Choose validation images from the training images, the same number from each class.
+    """Choose validation images by the labels int32 ``[N]`` of the training images, as many from each class.
 
     A remainder is taken from the classes with the most images, one from each (among equals, from those
     with the lowest labels). Of the ``n`` images of a class, in the order of the set, the ``q`` with the
     indices ``floor((2 k + 1) n / (2 q))``, ``k = 0 .. q - 1``, are held out: they are evenly spaced, in
     case the set is ordered. The choice is deterministic.
-
-    Args:
-        name: The name of the set, for messages.
-        labels: int32 ``[N]``, labels of all training images.
-        number: Number of images to hold out, or fraction of them in (0, 1).
 
     Returns:
         Indices of the remaining images and of those held out, int64, each in ascending order.

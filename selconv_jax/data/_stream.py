@@ -86,13 +86,8 @@ class ImageReader:
     """Reader that returns images by index, all of the shape that a step takes.
 
     Images of a set with ``info.eval_resize`` are cropped, resized and, in training, mirrored here, with
-    random numbers that depend only on the seed and the index. Images of other sets are cropped and
-    mirrored in the compiled step.
-
-    Attributes:
-        source: The images.
-        info: Facts of the data set.
-        seed: Seed of the augmentation, different in each epoch; None: for testing.
+    random numbers that depend only on the index and on ``seed``, which is different in each epoch (None: for
+    testing). Images of other sets are cropped and mirrored in the compiled step.
     """
 
     source: ImageSource

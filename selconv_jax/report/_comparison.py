@@ -11,8 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from selconv_jax.errors import SelconvError
-from selconv_jax.report._history import best_index, require_records, series
-from selconv_jax.report._statistics import PairedDifference, Spread, paired_difference, spread
+from selconv_jax.report._statistics import (
+    PairedDifference,
+    Spread,
+    best_index,
+    paired_difference,
+    require_records,
+    series,
+    spread,
+)
 
 __all__ = [
     "MARK",

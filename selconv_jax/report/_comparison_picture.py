@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from selconv_jax.errors import SelconvError
 from selconv_jax.report._comparison import MARK, ConfigurationResults, number_differences
-from selconv_jax.report._history import series
-from selconv_jax.report._statistics import spread
+from selconv_jax.report._statistics import series, spread
 from selconv_jax.report._style import BESIDE, INK, draw_over_epochs, heading, new_figure, styled
 
 __all__ = ["comparison_picture"]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from selconv_jax.report._history import best_index, last_change, require_records, series
+from selconv_jax.report._statistics import best_index, last_change, require_records, series
 from selconv_jax.report._style import CLOSED, COPY, INK, OWN, draw_over_epochs, heading, new_figure, styled
 
 __all__ = ["learning_curves"]

@@ -1,4 +1,4 @@
-"""Statistics of runs with several seeds: mean and spread, and differences paired by seed.
+"""Statistics of runs: series of logged metrics, mean and spread over seeds, and differences paired by seed.
 
 Runs of two configurations with the same seed start from the same values of their common variables and see
 the same images in the same order. Such runs are pairs: the effect of the seed on both cancels in the
@@ -9,15 +9,69 @@ valid, but wider.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from selconv_jax.errors import SelconvError
 
-__all__ = ["CONFIDENCE", "PairedDifference", "Spread", "paired_difference", "spread"]
+__all__ = [
+    "CONFIDENCE",
+    "PairedDifference",
+    "Spread",
+    "best_index",
+    "last_change",
+    "paired_difference",
+    "require_records",
+    "series",
+    "spread",
+]
 
 CONFIDENCE = 0.95
+
+
+def require_records(records: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a `SelconvError` if a run's log has no record."""
+    if not records:
+        raise SelconvError(
+            "the run has no finished epoch yet, so metrics.jsonl holds nothing to report: "
+            "train at least one epoch first."
+        )
+
+
+def series(records: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
+    """Extract one logged quantity over the epochs, ``[len(records)]`` float64.
+
+    It is NaN where a record lacks the key, holds null or is not finite.
+    """
+    values = np.array(
+        [np.nan if record.get(key) is None else float(record[key]) for record in records], dtype=np.float64
+    )
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def best_index(records: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the index of the first record with the highest validation accuracy; None if no record has one.
+
+    Test images are never used for the choice, as results are reported on them.
+    """
+    accuracy = series(records, "validation_accuracy")
+    return None if np.isnan(accuracy).all() else int(np.nanargmax(accuracy))
+
+
+def last_change(records: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the last epoch (1-based) whose round closed or re-allocated a channel.
+
+    None if none did, or if it is the last record, so that a later change is still possible.
+    """
+    changes = np.nan_to_num(series(records, "deallocated"))
+    changes = changes + np.nan_to_num(series(records, "reallocated"))
+    changed = np.flatnonzero(changes)
+    if changed.size == 0 or changed[-1] == len(records) - 1:
+        return None
+    return int(records[changed[-1]]["epoch"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from selconv_jax.analysis._layer_counts import LayerCounts, total_counts
-from selconv_jax.report._history import best_index, require_records, series
 from selconv_jax.report._layer_allocation import LayerAllocation
+from selconv_jax.report._statistics import best_index, require_records, series
 
 __all__ = ["count_table", "layer_table", "run_table"]
 
