@@ -78,7 +78,7 @@ def train_step(
         optimizer: The optimizer.
         info: Augmentation and normalization.
         steps_per_epoch: The totals are reset at the first step of each epoch.
-        mixup: Parameter of the distribution of weights, see `data._mixup`; 0: no mixup.
+        mixup: Parameter of the distribution of weights, see `draw_mixup`; 0: no mixup.
         micro_batches: See `accumulated_gradients`.
         placement: The devices; None: one.
         batch_norm: See `batch_gradients`.
