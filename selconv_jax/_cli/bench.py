@@ -24,7 +24,7 @@ from selconv_jax._cli.runs import share_compilations
 from selconv_jax._utils.console import progress_console
 from selconv_jax._utils.files import write_json
 from selconv_jax.errors import ConfigError
-from selconv_jax.report._save import save_figure
+from selconv_jax.report._style import save_figure
 from selconv_jax.train._signals import StopRequest
 from selconv_jax.train._workdir import default_workdir
 

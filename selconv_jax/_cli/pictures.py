@@ -13,7 +13,7 @@ from selconv_jax.report._channel_map import channel_map
 from selconv_jax.report._curves import learning_curves
 from selconv_jax.report._layer_allocation import LayerAllocation
 from selconv_jax.report._overview import allocation_overview
-from selconv_jax.report._save import save_figure
+from selconv_jax.report._style import save_figure
 from selconv_jax.report._tables import layer_table, run_table
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 from selconv_jax.train._config import Config

@@ -17,11 +17,16 @@ from selconv_jax._cli.runs import share_compilations
 from selconv_jax._utils.console import progress_console
 from selconv_jax._utils.files import write_json
 from selconv_jax.errors import ConfigError
-from selconv_jax.report._comparison import ConfigurationResults, comparison_table, run_numbers
-from selconv_jax.report._comparison_differences import difference_table, number_differences
+from selconv_jax.report._comparison import (
+    ConfigurationResults,
+    comparison_table,
+    difference_table,
+    number_differences,
+    run_numbers,
+)
 from selconv_jax.report._comparison_picture import comparison_picture
-from selconv_jax.report._save import save_figure
 from selconv_jax.report._statistics import CONFIDENCE
+from selconv_jax.report._style import save_figure
 from selconv_jax.train._config import Config
 from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._sweeps.configurations import SweepRun, check_sweep, plan_sweep

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from selconv_jax.data._augment import augment, normalize
+from selconv_jax.data._augment import augment, draw_mixup, mix, normalize
 from selconv_jax.data._dataset import DatasetInfo
-from selconv_jax.data._mixup import draw_mixup, mix
 from selconv_jax.train._classification import classification_totals
 from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._gradients import BatchNormScope, Examples, Mixture, batch_gradients
@@ -79,7 +78,7 @@ def train_step(
         optimizer: The optimizer.
         info: Augmentation and normalization.
         steps_per_epoch: The totals are reset at the first step of each epoch.
-        mixup: Parameter of the distribution of weights, see `data._mixup`; 0: no mixup.
+        mixup: Parameter of the distribution of weights, see `draw_mixup`; 0: no mixup.
         micro_batches: See `accumulated_gradients`.
         placement: The devices; None: one.
         batch_norm: See `batch_gradients`.
