@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.measure import Measurement
 from rich.table import Table
 
-__all__ = ["ForgivingStream", "discard", "progress_console", "terminal_or_lines"]
+__all__ = ["ForgivingStream", "discard", "print_line", "progress_console", "terminal_or_lines"]
 
 _LINE = 200  # characters, where no terminal reports its width
 _WIDEST = 1000
@@ -130,3 +130,8 @@ def progress_console(stream: TextIO | None = None) -> Console:
         stream: Where to write; None: standard output.
     """
     return _Console(cast(TextIO, ForgivingStream(stream or sys.stdout)))
+
+
+def print_line(console: Console, text: str) -> None:
+    """Print a text verbatim, unwrapped, on any console."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
