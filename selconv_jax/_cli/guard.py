@@ -86,7 +86,8 @@ def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
     """
     try:
         code = action()
-        with contextlib.suppress(*(OSError, ValueError) if keeps_results else ()):
+        ignored = (OSError, ValueError) if keeps_results else ()
+        with contextlib.suppress(*ignored):
             sys.stdout.flush()
     except SelconvError as error:
         _show(error)
