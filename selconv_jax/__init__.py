@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         reset_rewritten,
         rewritten_mask,
         selectivize,
+        with_capacity,
     )
 
 __version__ = "0.1.0"
@@ -75,6 +76,7 @@ __all__ = [
     "selectivize_model",
     "train",
     "transforms",
+    "with_capacity",
 ]
 
 __getattr__, __dir__ = lazy_exports(
@@ -115,5 +117,6 @@ __getattr__, __dir__ = lazy_exports(
         "selectivize_model": "conversion",
         "train": "train",
         "transforms": "transforms",
+        "with_capacity": "transforms",
     },
 )

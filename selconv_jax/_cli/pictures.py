@@ -23,8 +23,8 @@ from selconv_jax.train._config import Config
 from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._network import bucket_program, make_network
 from selconv_jax.train._workdir import CHECKPOINTS, METRICS, read_config
+from selconv_jax.transforms._capacity import required_capacity
 from selconv_jax.transforms._layer_tree import layer_states
-from selconv_jax.transforms._reallocation import required_capacity
 
 _HEADING = "parameters and multiply-adds"
 

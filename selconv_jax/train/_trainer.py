@@ -22,8 +22,9 @@ from selconv_jax.train._optimizer import learning_rate_schedule, make_optimizer
 from selconv_jax.train._state import Totals, TrainState, initial_state
 from selconv_jax.train._step import Purpose, eval_batch, fold, train_step
 from selconv_jax.train._trial import notes_on, try_on_shapes
+from selconv_jax.transforms._capacity import required_capacity
 from selconv_jax.transforms._optimizer_state import reset_rewritten
-from selconv_jax.transforms._reallocation import reallocate, required_capacity
+from selconv_jax.transforms._reallocation import reallocate
 from selconv_jax.transforms._report import Report
 
 
