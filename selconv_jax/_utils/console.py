@@ -18,6 +18,7 @@ __all__ = [
     "Progress",
     "console_progress",
     "discard",
+    "print_line",
     "progress_console",
     "terminal_or_lines",
 ]
@@ -169,3 +170,8 @@ def console_progress() -> Iterator[Progress]:
             bars.update(tasks[task], completed=done)
 
         yield bar
+
+
+def print_line(console: Console, text: str) -> None:
+    """Print a text verbatim, unwrapped, on any console."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
