@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         reset_rewritten,
         rewritten_mask,
         selectivize,
+        with_capacity,
     )
 
 __version__ = "0.1.0"
@@ -77,6 +78,7 @@ __all__ = [
     "selectivize_model",
     "train",
     "transforms",
+    "with_capacity",
 ]
 
 __getattr__, __dir__ = lazy_exports(
@@ -118,5 +120,6 @@ __getattr__, __dir__ = lazy_exports(
         "selectivize_model": "conversion",
         "train": "train",
         "transforms": "transforms",
+        "with_capacity": "transforms",
     },
 )

@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow_datasets as tfds
 
-from selconv_jax.data._png import encode_png
+from selconv_jax.data._image_formats import encode_png
 
 
 def write_set(data_dir, name, splits, features=None, config=None):

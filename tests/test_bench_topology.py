@@ -12,8 +12,8 @@ from runs import run_with_tpu_compiler
 from selconv_jax._bench import tpu
 from selconv_jax._bench.hlo import CostedOperation, entry_costs
 from selconv_jax._bench.picture import bar_picture
+from selconv_jax._bench.run import TopologyResult
 from selconv_jax._bench.settings import BenchSettings
-from selconv_jax._bench.topology import TopologyResult
 from selconv_jax._bench.tpu import CompiledProgram, topology_devices
 from selconv_jax._bench.tpu_report import costs_table, cycles_panel, largest_table, topology_report
 from selconv_jax.errors import ConfigError

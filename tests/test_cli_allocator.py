@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from selconv_jax._cli.allocator import TUNABLES, restart_command
+from selconv_jax._cli.guard import TUNABLES, restart_command
 
 
 def test_restart_keeps_the_command_line_and_the_environment():

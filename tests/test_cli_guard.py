@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from runs import command, environment
 
-from selconv_jax._cli import guard, interrupt
+from selconv_jax._cli import guard
+from selconv_jax._cli import main as entry
 from selconv_jax._cli.main import main
 from selconv_jax.errors import ConfigError
 
@@ -167,12 +168,12 @@ def test_interrupted_while_modules_are_imported():
 def test_interrupt_handlers_of_others_stay():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        interrupt.interrupt_at_once()
+        entry.interrupt_at_once()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        interrupt.interrupt_at_once()
+        entry.interrupt_at_once()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-        interrupt.interrupt_in_order()
+        entry.interrupt_in_order()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)

@@ -21,7 +21,7 @@ from trajectory import digest
 
 from selconv_jax.errors import CheckpointError, ConfigError
 from selconv_jax.train import _run_setup as run_setup
-from selconv_jax.train._checkpoints.failure import told
+from selconv_jax.train._checkpoints.folders import told
 from selconv_jax.train._config import load_config
 from selconv_jax.train._distributed import cluster
 from selconv_jax.train._distributed.cluster import Cluster, announced, local_gpus

@@ -8,8 +8,8 @@ from runs import compiled_once, quiet_console, tiny_config
 
 import selconv_jax
 from selconv_jax._cli.main import main
-from selconv_jax.train._compacting import compact_run
-from selconv_jax.train._loop import evaluate_run, train_run
+from selconv_jax.train._evaluation import compact_run, evaluate_run
+from selconv_jax.train._loop import train_run
 from selconv_jax.train._run_setup import restore_run
 
 pytestmark = pytest.mark.optimized

@@ -12,8 +12,8 @@ from runs import assert_same_end, compiled_once, quiet_console, tiny_config
 from selconv_jax import CheckpointError
 from selconv_jax._cli import runs
 from selconv_jax._cli.main import main
-from selconv_jax.train._compacting import compact_run
-from selconv_jax.train._loop import evaluate_run, train_run
+from selconv_jax.train._evaluation import compact_run, evaluate_run
+from selconv_jax.train._loop import train_run
 from selconv_jax.train._metrics import read_metrics
 
 pytestmark = pytest.mark.optimized

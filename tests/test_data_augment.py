@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from selconv_jax.data._augment import augment, crop_and_flip, normalize
-from selconv_jax.errors import ConfigError
 
 augment_jitted = jax.jit(augment, static_argnames=("crop_padding", "flip"))
 
@@ -126,16 +125,3 @@ def test_normalize_centres_and_scales():
     actual = np.asarray(normalize(images, tuple(mean.tolist()), tuple(std.tolist())), np.float64)
     np.testing.assert_allclose(actual.mean((0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(actual.std((0, 1, 2)), 1, atol=1e-5)
-
-
-def test_wrong_number_of_channels_is_an_error():
-    images = random_images((2, 4, 4, 3))
-    with pytest.raises(ConfigError, match="mean has 1 values for images of 3 channels"):
-        normalize(images, (0.5,), (0.5, 0.5, 0.5))
-    with pytest.raises(ConfigError, match="std has 2 values"):
-        normalize(images, (0.5, 0.5, 0.5), (0.5, 0.5))
-
-
-def test_negative_padding_is_an_error():
-    with pytest.raises(ConfigError, match="crop_padding is -1"):
-        augment(jax.random.key(0), random_images((2, 4, 4, 3)), crop_padding=-1, flip=True)

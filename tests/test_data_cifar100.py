@@ -9,7 +9,7 @@ import tiny_sets
 
 from selconv_jax.data import Split, load
 from selconv_jax.data._catalog import KNOWN
-from selconv_jax.data._preparation.cifar100 import COARSE_CLASSES, decode_cifar100, read_cifar100
+from selconv_jax.data._preparation.cifar import COARSE_CLASSES, decode_cifar, read_cifar
 from selconv_jax.data._preparation.originals import verify
 from selconv_jax.data._preparation.prepare import prepare
 from selconv_jax.errors import DataError
@@ -20,8 +20,8 @@ FIVE = tiny_sets.entry("cifar100", num_classes=5, class_names=("a", "b", "c", "d
 
 
 def read(source):
-    parts = read_cifar100(FIVE, source)
-    splits, coarse = decode_cifar100(parts)
+    parts = read_cifar(FIVE, source)
+    splits, coarse = decode_cifar(FIVE, parts)
     verify(FIVE, parts, splits)
     return splits, coarse
 

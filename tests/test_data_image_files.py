@@ -12,8 +12,7 @@ from PIL import Image
 
 from selconv_jax.data import load, open_data
 from selconv_jax.data._catalog import KNOWN
-from selconv_jax.data._png import decode_image
-from selconv_jax.data._preparation.image_files import as_color_jpeg
+from selconv_jax.data._image_formats import as_color_jpeg, decode_image
 from selconv_jax.data._preparation.prepare import prepare
 from selconv_jax.data._stream import ImageReader, stream_batches
 from selconv_jax.errors import DataError

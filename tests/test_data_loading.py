@@ -18,7 +18,7 @@ from selconv_jax.data import StreamedData, load, open_data
 from selconv_jax.data import _loading as loading
 from selconv_jax.data._augment import normalize
 from selconv_jax.data._catalog import KNOWN
-from selconv_jax.data._png import encode_png
+from selconv_jax.data._image_formats import encode_png
 from selconv_jax.data._preparation.prepare import prepare
 from selconv_jax.errors import DataError
 

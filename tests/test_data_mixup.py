@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selconv_jax.data._mixup import draw_mixup, mix
+from selconv_jax.data._augment import draw_mixup, mix
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])

@@ -9,9 +9,7 @@ from PIL import Image
 from prepared_sets import write_set
 
 from selconv_jax.data import load, open_data
-from selconv_jax.data._pixels import PixelError, to_8_bits
-from selconv_jax.data._png import decode_image
-from selconv_jax.data._preparation.image_files import as_color_jpeg
+from selconv_jax.data._image_formats import PixelError, as_color_jpeg, decode_image, to_8_bits
 from selconv_jax.errors import DataError
 
 RAMP = (np.arange(64, dtype=np.uint16) * 1024).reshape(8, 8)

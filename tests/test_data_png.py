@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from selconv_jax.data import _png as png
-from selconv_jax.data._png import decode_image, encode_png
+from selconv_jax.data import _image_formats as png
+from selconv_jax.data._image_formats import decode_image, encode_png
 
 
 def random_image(shape, seed=0):

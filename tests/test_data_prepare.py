@@ -7,11 +7,11 @@ import pytest
 import tensorflow_datasets as tfds
 import tiny_sets
 
+from selconv_jax._utils.console import console_progress
 from selconv_jax.data import load
 from selconv_jax.data._catalog import KNOWN
 from selconv_jax.data._preparation import prepare, writing
 from selconv_jax.data._preparation.prepare import prepare as prepare_set
-from selconv_jax.data._preparation.progress import console_progress
 from selconv_jax.errors import DataError
 
 DATA = {"fashion_mnist": tiny_sets.splits(28, 28, 1), "cifar10": tiny_sets.splits(32, 32, 3)}

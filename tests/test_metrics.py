@@ -6,8 +6,7 @@ import os
 import pytest
 
 from selconv_jax import DataError
-from selconv_jax.train._events import EventLog
-from selconv_jax.train._metrics import MetricsLog, read_metrics
+from selconv_jax.train._metrics import EventLog, MetricsLog, read_metrics
 
 RECORD = b'{"epoch": 1, "test_loss": 2.5, "images_per_second": null}\n'
 

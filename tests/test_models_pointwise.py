@@ -176,7 +176,7 @@ def test_shifts_from_the_start_are_trained_or_stay(train_shift):
         ({"kernel_size": 2}, "kernel_size is 2; it must be odd"),
         ({"kernel_size": 0}, "kernel_size is 0"),
         ({"widths": (8, 8)}, r"widths is \(8, 8\); it must be a list of 3, like blocks"),
-        ({"widths": (8, 8, 0)}, "widths is 0"),
+        ({"widths": (8, 8, 0)}, r"widths is \(8, 8, 0\)"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -7,7 +7,7 @@ from pathlib import Path
 from method_picture import method_picture
 
 import selconv_jax
-from selconv_jax.report._save import save_figure
+from selconv_jax.report._style import save_figure
 from selconv_jax.train._config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,8 +7,13 @@ import pytest
 from rich.console import Console
 
 from selconv_jax.errors import SelconvError
-from selconv_jax.report._comparison import ConfigurationResults, comparison_table, run_numbers
-from selconv_jax.report._comparison_differences import difference_table, number_differences
+from selconv_jax.report._comparison import (
+    ConfigurationResults,
+    comparison_table,
+    difference_table,
+    number_differences,
+    run_numbers,
+)
 from selconv_jax.report._comparison_picture import comparison_picture
 from selconv_jax.report._statistics import PairedDifference, Spread
 

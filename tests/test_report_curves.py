@@ -5,7 +5,7 @@ import pytest
 
 from selconv_jax.errors import SelconvError
 from selconv_jax.report import learning_curves
-from selconv_jax.report._history import best_index, last_change, series
+from selconv_jax.report._statistics import best_index, last_change, series
 
 
 def log(epochs: int, last_round: int, top5: bool = False) -> list[dict[str, float]]:

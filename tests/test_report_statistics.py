@@ -5,13 +5,22 @@ import math
 import pytest
 
 from selconv_jax.errors import SelconvError
-from selconv_jax.report._statistics import PairedDifference, Spread, paired_difference, spread, t_quantile
+from selconv_jax.report._statistics import PairedDifference, Spread, paired_difference, spread
 
 
 def test_spread_by_hand():
     assert spread([1.0, 2.0, 6.0]) == Spread(mean=3.0, std=pytest.approx(7**0.5), count=3)
     assert spread([5.0]) == Spread(mean=5.0, std=None, count=1)
     assert spread([2.0, 2.0]).std == 0.0
+
+
+def t_quantile(degrees, confidence=0.95):
+    """The reach of the interval of ``degrees + 1`` differences, in standard errors."""
+    seeds = range(degrees + 1)
+    difference = paired_difference(
+        dict(zip(seeds, seeds, strict=True)), dict.fromkeys(seeds, 0.0), confidence
+    )
+    return (difference.interval[1] - difference.mean) / difference.std_error
 
 
 @pytest.mark.parametrize(
@@ -77,6 +86,6 @@ def test_what_cannot_be_paired():
         paired_difference({0: 1.0}, {2: 1.0, 1: 1.0})
     with pytest.raises(SelconvError, match=r"seed 1 has nan and 1\.0; both must be finite"):
         paired_difference({0: 1.0, 1: math.nan}, {0: 1.0, 1: 1.0})
-    for degrees, confidence in ((0, 0.95), (3, 1.0), (3, 0.0)):
-        with pytest.raises(SelconvError, match="degrees of freedom"):
-            t_quantile(degrees, confidence)
+    for confidence in (1.0, 0.0, math.nan):
+        with pytest.raises(SelconvError, match="confidence is"):
+            t_quantile(3, confidence)

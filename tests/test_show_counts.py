@@ -9,7 +9,7 @@ from selconv_jax._cli.main import main
 from selconv_jax._cli.pictures import print_run
 from selconv_jax.train import _loop as loop
 from selconv_jax.train import _run_setup as run_setup
-from selconv_jax.train._compacting import compact_run
+from selconv_jax.train._evaluation import compact_run
 
 
 @pytest.fixture(scope="module", autouse=True)

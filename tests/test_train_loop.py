@@ -25,7 +25,8 @@ from selconv_jax import CheckpointError, ConfigError, DataError
 from selconv_jax.data._loading import load
 from selconv_jax.train import _loop as loop
 from selconv_jax.train import _trainer as trainer
-from selconv_jax.train._loop import NonFiniteLossError, evaluate_run, resume_run, train_run
+from selconv_jax.train._evaluation import evaluate_run
+from selconv_jax.train._loop import NonFiniteLossError, resume_run, train_run
 from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._run_setup import find_checkpoint
 from selconv_jax.train._trainer import Trainer

@@ -15,8 +15,8 @@ import selconv_jax
 from selconv_jax.data._loading import load
 from selconv_jax.models import DenseNet, PreResNet
 from selconv_jax.train._config import OptimizerConfig
+from selconv_jax.train._network import bucket_program, frozen_program
 from selconv_jax.train._optimizer import make_optimizer
-from selconv_jax.train._program import bucket_program, frozen_program
 from selconv_jax.train._trainer import Trainer
 
 pytestmark = pytest.mark.optimized

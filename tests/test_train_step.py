@@ -9,9 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from selconv_jax.data._augment import normalize
+from selconv_jax.data._augment import draw_mixup, normalize
 from selconv_jax.data._dataset import DatasetInfo
-from selconv_jax.data._mixup import draw_mixup
 from selconv_jax.train._state import initial_state
 from selconv_jax.train._step import Purpose, eval_batch, fold, train_step
 

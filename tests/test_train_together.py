@@ -18,7 +18,7 @@ from selconv_jax.train._config import dump_config
 from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._loop import train_run
 from selconv_jax.train._metrics import read_metrics
-from selconv_jax.train._program import bucket_program
+from selconv_jax.train._network import bucket_program
 from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, Request, common_program
 from selconv_jax.train._sweeps import together as sweep_together
 from selconv_jax.train._sweeps.configurations import check_sweep, plan_sweep

@@ -18,8 +18,8 @@ from selconv_jax._cli.main import main
 from selconv_jax.train import _loop as loop
 from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
-from selconv_jax.train._compacting import compact_run
-from selconv_jax.train._loop import evaluate_run, resume_run, train_run
+from selconv_jax.train._evaluation import compact_run, evaluate_run
+from selconv_jax.train._loop import resume_run, train_run
 from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._run_setup import find_checkpoint
 from selconv_jax.train._sweeps.configurations import check_sweep, plan_sweep

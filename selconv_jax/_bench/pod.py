@@ -13,7 +13,7 @@ from selconv_jax.data._abstract import abstract_data
 from selconv_jax.errors import ConfigError
 from selconv_jax.train._config import Config
 from selconv_jax.train._distributed.sharding import Placement
-from selconv_jax.train._program import bucket_program
+from selconv_jax.train._network import bucket_program
 from selconv_jax.train._trainer import Trainer
 
 __all__ = ["PodPlan", "compile_for_pod", "largest_batch"]

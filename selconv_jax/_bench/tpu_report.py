@@ -9,7 +9,7 @@ from rich.text import Text
 from selconv_jax._bench.picture import Bar, Panel
 from selconv_jax._bench.pod import PodPlan
 from selconv_jax._bench.report import MEGA, new_table
-from selconv_jax._bench.topology import TopologyResult
+from selconv_jax._bench.run import TopologyResult
 from selconv_jax._bench.tpu import HOP_SECONDS, CompiledProgram
 
 __all__ = [

@@ -1,13 +1,56 @@
 """Command-line arguments of all commands."""
 
 import argparse
-from typing import NoReturn
+import re
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import selconv_jax
 from selconv_jax._cli.guard import DEBUG
 from selconv_jax.errors import nearest
 
-__all__ = ["make_parser"]
+# Flags, and options as NAME METAVAR or NAME METAVAR=DEFAULT.
+_COMPACT = {
+    "--multiple N=1": "round widths up to a multiple of N by keeping idle channels (default: 1)",
+    "--output FILE": "the file (default: DIR/compact.npz)",
+}
+
+_SWEEP = {
+    "--seeds SEEDS=0,1,2": "seeds of the runs (default: 0,1,2)",
+    "--workdir DIR=runs/sweep": "directory of the runs (default: runs/sweep)",
+    "--jobs N=1": "make up to N runs at once, each in its own process, sharing the devices (default: 1)",
+    "--together": "train all seeds of a configuration in one program: faster if one run does not fill a "
+    "GPU; runs started without it can be resumed with it, and the other way round",
+    "--nice LEVEL=0": "scheduling priority as for the command nice, from 0 (default) to 19 (lowest)",
+}
+
+_COMPILE = {
+    "--batch N": "images per step (default: the file's); search: the largest that fits, by doubling and "
+    "halving",
+    "--capacity SHARE=0.25": "of the channels that may be re-allocated (default: 0.25)",
+    "--output FILE": "a new JSON file for all results",
+}
+
+_BENCH = {
+    "--batch N=64": "images per step (default: 64)",
+    "--image HxWxC=32x32x3": "image size (default: 32x32x3)",
+    "--dtype TYPE=float32": "of the computation: float32 (default) or bfloat16",
+    "--what WHAT,WHAT": "of step, frozen, compact, reallocate, eval, input, memory, and compile, which "
+    "takes long (default: all but compile)",
+    "--capacity SHARE,SHARE": "fractions of the channels that selective steps are compiled for and that "
+    "are re-allocated then (default: 0,0.125,0.25,0.5,1)",
+    "--share SHARE=0.25": "of the channels: re-allocated for the frozen step and evaluation, closed for "
+    "the compact step (default: 0.25)",
+    "--repeats N=10": "rounds (default: 10)",
+    "--steps N=0": "training steps per call of a compiled program (default: as training runs do, 1 on "
+    "CPU, 50 elsewhere)",
+    "--together N=0": "also time the steps of N seeds in one program, as `selconv sweep --together` does",
+    "--torch": "also time the same steps in PyTorch",
+    "--topology TPU": "compile the steps ahead of time for a TPU topology, such as v5e:1x1, instead of "
+    "timing, and show estimated cycles and memory (needs libtpu)",
+    "--seed N=0": "seed of all random numbers (default: 0)",
+    "--output DIR": "a new directory for the results (default: runs/bench/MODEL)",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -16,13 +59,24 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if "invalid choice: '" in message:
             name = message.split("invalid choice: '")[1].split("'")[0]
-            choices = next(
-                list(action.choices)
-                for action in self._actions
-                if isinstance(action, argparse._SubParsersAction)
-            )
-            message = f"there is no command {name!r}. {nearest(name, choices)}"
+            commands = next(each for each in self._actions if isinstance(each, argparse._SubParsersAction))
+            message = f"there is no command {name!r}. {nearest(name, commands.choices)}"
         super().error(message)
+
+
+def _add_options(parser: Any, options: Mapping[str, str], **more: Any) -> None:
+    """Add flags and options with their help; an option is of text, or of the type of its default."""
+    for form, text in options.items():
+        name, _, value = form.partition(" ")
+        metavar, has_default, default = value.partition("=")
+        if not value:
+            parser.add_argument(name, action="store_true", help=text)
+        elif has_default:
+            number = re.fullmatch(r"\d+(\.\d+)?", default)
+            kind = str if number is None else float if number[1] else int
+            parser.add_argument(name, metavar=metavar, help=text, type=kind, default=kind(default))
+        else:
+            parser.add_argument(name, metavar=metavar, help=text, **more)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -32,16 +86,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"selconv-jax {selconv_jax.__version__}")
     parser.set_defaults(debug=False)
-    _add_debug(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
-        "train",
-        help="train a network",
-        description="Trains the network of a TOML file, in a new directory.",
+        "train", help="train a network", description="Trains the network of a TOML file, in a new directory."
     )
     _add_config(train)
-    train.add_argument("--workdir", metavar="DIR", help="directory of the run (default: runs/NAME)")
+    _add_options(train, {"--workdir DIR": "directory of the run (default: runs/NAME)"})
     _add_cluster(train)
 
     resume = commands.add_parser(
@@ -57,11 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_run(evaluate)
     _add_checkpoint(evaluate)
-    evaluate.add_argument(
-        "--compact",
-        action="store_true",
-        help="use the compacted network, without closed and unused channels",
-    )
+    _add_options(evaluate, {"--compact": "use the compacted network, without closed and unused channels"})
     _add_cluster(evaluate)
 
     compact = commands.add_parser(
@@ -72,14 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_run(compact)
     _add_checkpoint(compact)
-    compact.add_argument(
-        "--multiple",
-        type=int,
-        default=1,
-        metavar="N",
-        help="round widths up to a multiple of N by keeping idle channels (default: 1)",
-    )
-    compact.add_argument("--output", metavar="FILE", help="the file (default: DIR/compact.npz)")
+    _add_options(compact, _COMPACT)
 
     _add_export(commands)
 
@@ -90,7 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
         "and draws its learning curves and channel maps.",
     )
     show.add_argument("workdir", metavar="DIR", help="directory of the run")
-    show.add_argument("--output", metavar="DIR", help="where the pictures go (default: DIR/pictures)")
+    _add_options(show, {"--output DIR": "where the pictures go (default: DIR/pictures)"})
 
     _add_sweep(commands)
     _add_bench(commands)
@@ -109,26 +149,18 @@ def make_parser() -> argparse.ArgumentParser:
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     prepare = actions.add_parser("prepare", help="turn original files into a prepared data set")
     prepare.add_argument("name", metavar="NAME", help="a name that `selconv data list` shows")
-    prepare.add_argument(
-        "--from", dest="source", metavar="PATH", help="folder or archive of the original files"
-    )
+    _add_options(prepare, {"--from PATH": "folder or archive of the original files"}, dest="source")
     listing = actions.add_parser("list", help="list prepared data sets, and how to get the others")
     for action in (prepare, listing):
-        action.add_argument(
-            "--data-dir", metavar="DIR", help="tensorflow-datasets directory (default: that library's)"
+        _add_options(action, {"--data-dir DIR": "tensorflow-datasets directory (default: that library's)"})
+    for command in (parser, *commands.choices.values(), *actions.choices.values()):
+        command.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,  # else the command's default would override one before the command
+            help=f"show the tracebacks of errors (as {DEBUG}=1 does)",
         )
-    for command in (*commands.choices.values(), *actions.choices.values()):
-        _add_debug(command)
     return parser
-
-
-def _add_debug(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--debug",
-        action="store_true",
-        default=argparse.SUPPRESS,  # else the command's default would override an option before the command
-        help=f"show the tracebacks of errors (as {DEBUG}=1 does)",
-    )
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -158,28 +190,19 @@ def _add_cluster(command: argparse.ArgumentParser) -> None:
         "Start the command once on every machine. On TPU pods and under Slurm and Open MPI the processes "
         "find each other; elsewhere, and on one machine, these options are needed.",
     )
-    cluster.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="address at which all can reach process 0"
-    )
-    cluster.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
-    cluster.add_argument("--processes", type=int, metavar="N", help="number of processes")
-    cluster.add_argument(
-        "--join-timeout",
-        type=float,
-        default=50.0,
-        metavar="SECONDS",
-        help="how long to wait for all processes to join (default: 50)",
-    )
+    _add_options(cluster, {"--coordinator HOST:PORT": "address at which all can reach process 0"})
+    numbers = {"--process I": "index of this process, from 0", "--processes N": "number of processes"}
+    _add_options(cluster, numbers, type=int)
+    waiting = "how long to wait for all processes to join (default: 50)"
+    _add_options(cluster, {"--join-timeout SECONDS=50.0": waiting})
 
 
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--checkpoint",
-        default="last",
-        metavar="WHICH",
-        help="last (default), best (the highest validation accuracy; without validation images, the last), "
-        "or the number of a step",
+    which = (
+        "last (default), best (the highest validation accuracy; without validation images, the last), or the "
+        "number of a step"
     )
+    _add_options(command, {"--checkpoint WHICH=last": which})
 
 
 def _add_export(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -223,30 +246,7 @@ def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:
         metavar="KEY=VALUE,VALUE",
         help="try each value, such as model.variant=plain,selective; given several times, all combinations",
     )
-    sweep.add_argument("--seeds", default="0,1,2", metavar="SEEDS", help="seeds of the runs (default: 0,1,2)")
-    sweep.add_argument(
-        "--workdir", default="runs/sweep", metavar="DIR", help="directory of the runs (default: runs/sweep)"
-    )
-    sweep.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="make up to N runs at once, each in its own process, sharing the devices (default: 1)",
-    )
-    sweep.add_argument(
-        "--together",
-        action="store_true",
-        help="train all seeds of a configuration in one program: faster if one run does not fill a GPU; "
-        "runs started without it can be resumed with it, and the other way round",
-    )
-    sweep.add_argument(
-        "--nice",
-        type=int,
-        default=0,
-        metavar="LEVEL",
-        help="scheduling priority as for the command nice, from 0 (default) to 19 (lowest)",
-    )
+    _add_options(sweep, _SWEEP)
 
 
 def _add_compile(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -258,22 +258,8 @@ def _add_compile(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "is run, no image is read.",
     )
     _add_config(compiling)
-    compiling.add_argument(
-        "--topology", required=True, metavar="TPU", help="such as v5e:1x1, v5e:16x16 or v4:4x4x4"
-    )
-    compiling.add_argument(
-        "--batch",
-        metavar="N",
-        help="images per step (default: the file's); search: the largest that fits, by doubling and halving",
-    )
-    compiling.add_argument(
-        "--capacity",
-        type=float,
-        default=0.25,
-        metavar="SHARE",
-        help="of the channels that may be re-allocated (default: 0.25)",
-    )
-    compiling.add_argument("--output", metavar="FILE", help="a new JSON file for all results")
+    _add_options(compiling, {"--topology TPU": "such as v5e:1x1, v5e:16x16 or v4:4x4x4"}, required=True)
+    _add_options(compiling, _COMPILE)
 
 
 def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -290,57 +276,4 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="networks that `selconv models` lists (default: densenet40), and their options, such as "
         "blocks=[1,1]",
     )
-    bench.add_argument("--batch", type=int, default=64, metavar="N", help="images per step (default: 64)")
-    bench.add_argument("--image", default="32x32x3", metavar="HxWxC", help="image size (default: 32x32x3)")
-    bench.add_argument(
-        "--dtype", default="float32", metavar="TYPE", help="of the computation: float32 (default) or bfloat16"
-    )
-    bench.add_argument(
-        "--what",
-        metavar="WHAT,WHAT",
-        help="of step, frozen, compact, reallocate, eval, input, memory, and compile, which takes long "
-        "(default: all but compile)",
-    )
-    bench.add_argument(
-        "--capacity",
-        metavar="SHARE,SHARE",
-        help="fractions of the channels that selective steps are compiled for and that are re-allocated then "
-        "(default: 0,0.125,0.25,0.5,1)",
-    )
-    bench.add_argument(
-        "--share",
-        type=float,
-        default=0.25,
-        metavar="SHARE",
-        help="of the channels: re-allocated for the frozen step and evaluation, closed for the compact step "
-        "(default: 0.25)",
-    )
-    bench.add_argument("--repeats", type=int, default=10, metavar="N", help="rounds (default: 10)")
-    bench.add_argument(
-        "--steps",
-        type=int,
-        default=0,
-        metavar="N",
-        help="training steps per call of a compiled program (default: as training runs do, 1 on CPU, 50 "
-        "elsewhere)",
-    )
-    bench.add_argument(
-        "--together",
-        type=int,
-        default=0,
-        metavar="N",
-        help="also time the steps of N seeds in one program, as `selconv sweep --together` does",
-    )
-    bench.add_argument("--torch", action="store_true", help="also time the same steps in PyTorch")
-    bench.add_argument(
-        "--topology",
-        metavar="TPU",
-        help="compile the steps ahead of time for a TPU topology, such as v5e:1x1, instead of timing, and "
-        "show estimated cycles and memory (needs libtpu)",
-    )
-    bench.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default: 0)"
-    )
-    bench.add_argument(
-        "--output", metavar="DIR", help="a new directory for the results (default: runs/bench/MODEL)"
-    )
+    _add_options(bench, _BENCH)

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,21 @@ from rich.console import Console
 
 from selconv_jax._bench.compilation import without_compilation_cache
 from selconv_jax._bench.environment import environment, load_average
-from selconv_jax._bench.picture import Panel, bar_picture, panels_of
+from selconv_jax._bench.picture import bar_picture, panels_of
 from selconv_jax._bench.progress import BenchProgress
 from selconv_jax._bench.report import compile_table, describe, gains, memory_table, report_of, time_table
 from selconv_jax._bench.rows import rows_of
-from selconv_jax._bench.run import NetworkResult, bench_network
+from selconv_jax._bench.run import NetworkResult, TopologyResult, bench_network, bench_topology
 from selconv_jax._bench.settings import BenchSettings
-from selconv_jax._bench.topology import TopologyResult, bench_topology
 from selconv_jax._bench.tpu import prepare_process, topology_devices
 from selconv_jax._bench.tpu_report import costs_table, cycles_panel, largest_table, topology_report
 from selconv_jax._cli.runs import share_compilations
-from selconv_jax._utils.console import progress_console
+from selconv_jax._utils.console import print_line, progress_console
 from selconv_jax._utils.files import write_json
 from selconv_jax.errors import ConfigError
-from selconv_jax.report._save import save_figure
+from selconv_jax.report._style import save_figure
 from selconv_jax.train._signals import StopRequest
 from selconv_jax.train._workdir import default_workdir
-
-__all__ = ["run"]
 
 _REPORT = "bench.json"
 _PICTURE = "bench.png"
@@ -40,9 +37,7 @@ _PLAIN_OPTIONS = ("batch", "dtype", "share", "repeats", "steps", "torch", "topol
 def run(options: argparse.Namespace) -> int:
     """Time or compile the requested cases; print tables, write a JSON file and a picture."""
     settings = _settings(options)
-    output = (
-        Path(options.output) if options.output else default_workdir("-".join(settings.models), "runs/bench")
-    )
+    output = Path(options.output or default_workdir("-".join(settings.models), "runs/bench"))
     console = progress_console()
     if settings.topology is None:
         _create(output)
@@ -64,7 +59,7 @@ def _measure(settings: BenchSettings, output: Path, console: Console) -> int:
         machine = environment()
         _warn_if_busy(console, machine, settings)
         for model in settings.models:
-            with _progress(console, model) as progress:
+            with contextlib.closing(BenchProgress(console, model)) as progress:
                 result = bench_network(model, settings, progress, lambda: bool(stop))
             results.append(result)
             _print(console, settings, result)
@@ -82,7 +77,7 @@ def _compile(settings: BenchSettings, devices: Sequence[Any], output: Path, cons
     with StopRequest() as stop, without_compilation_cache():
         machine = environment()
         for model in settings.models:
-            with _progress(console, model) as progress:
+            with contextlib.closing(BenchProgress(console, model)) as progress:
                 result = bench_topology(model, settings, devices, progress, lambda: bool(stop))
             results.append(result)
             title = f"{model} for {settings.topology} ({describe(settings)})"
@@ -95,39 +90,28 @@ def _compile(settings: BenchSettings, devices: Sequence[Any], output: Path, cons
             if panels:
                 versions = machine["versions"]
                 caption = f"libtpu {versions['libtpu']}, jax {versions['jax']}; compiled only"
-                save_figure(
-                    bar_picture(panels, f"Compiled for {settings.topology}: {describe(settings)}", caption),
-                    output / _PICTURE,
-                )
+                heading = f"Compiled for {settings.topology}: {describe(settings)}"
+                save_figure(bar_picture(panels, heading, caption), output / _PICTURE)
             if stop:
                 break
     return _end(console, output, stop)
 
 
-@contextlib.contextmanager
-def _progress(console: Console, network: str) -> Iterator[BenchProgress]:
-    progress = BenchProgress(console, network)
-    try:
-        yield progress
-    finally:
-        progress.close()
-
-
 def _end(console: Console, output: Path, stop: StopRequest) -> int:
-    _say(console, f"all results: {output / _REPORT}")
+    print_line(console, f"all results: {output / _REPORT}")
     if stop:
-        _say(console, "stopped: these are the results so far.")
+        print_line(console, "stopped: these are the results so far.")
     return stop.exit_code
 
 
 def _print(console: Console, settings: BenchSettings, result: NetworkResult) -> None:
     title = f"{result.model} ({describe(settings)})"
     for note in result.notes:
-        _say(console, f"{result.model}: {note}")
+        print_line(console, f"{result.model}: {note}")
     if result.rounds:
         console.print(time_table(result, title))
         for gain in gains(result):
-            _say(console, f"{result.model}: {gain}")
+            print_line(console, f"{result.model}: {gain}")
     if "memory" in settings.what:
         console.print(memory_table(result, f"memory, {title}"))
     if "compile" in settings.what:
@@ -138,7 +122,7 @@ def _write(
     output: Path, settings: BenchSettings, machine: Mapping[str, Any], results: Sequence[NetworkResult]
 ) -> None:
     write_json(output / _REPORT, report_of(settings, machine, results))
-    panels: list[Panel] = [panel for result in results for panel in panels_of(result)]
+    panels = [panel for result in results for panel in panels_of(result)]
     if panels:
         versions = machine["versions"]
         caption = (
@@ -183,19 +167,20 @@ def _warn_if_busy(console: Console, machine: Mapping[str, Any], settings: BenchS
             " PyTorch's threads wait for one another and suffer most: do not trust the ratios to "
             "PyTorch, which are biased in our favour."
         )
-    _say(console, text)
+    print_line(console, text)
 
 
 def _settings(options: argparse.Namespace) -> BenchSettings:
     # As in a sweep: any word of the form KEY=VALUE is an option.
     overrides = [word for word in options.words if re.match(r"\w+\s*=", word)]
     models = [word for word in options.words if word not in overrides]
+    capacity = options.capacity and _numbers("--capacity", options.capacity, ",", float, "0,0.25")
     chosen: dict[str, Any] = {
         "models": tuple(dict.fromkeys(models)),
         "options": dict(map(_option, overrides)),
         "image": _numbers("--image", options.image, "x", int, "32x32x3"),
         "what": tuple(dict.fromkeys(options.what.split(","))) if options.what else None,
-        "capacity": _shares(options.capacity) if options.capacity else None,
+        "capacity": capacity and tuple(dict.fromkeys(capacity)),
     }
     plain = {key: getattr(options, key) for key in _PLAIN_OPTIONS}
     return BenchSettings(**plain, **{key: value for key, value in chosen.items() if value})
@@ -209,16 +194,8 @@ def _option(text: str) -> tuple[str, Any]:
         return key.strip(), value
 
 
-def _shares(text: str) -> tuple[float, ...]:
-    return tuple(dict.fromkeys(_numbers("--capacity", text, ",", float, "0,0.25")))
-
-
 def _numbers(name: str, text: str, separator: str, kind: type, example: str) -> tuple[Any, ...]:
     try:
         return tuple(map(kind, text.split(separator)))
     except ValueError:
         raise ConfigError(f"{name} is {text!r}; it must be of the form {example}.") from None
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -3,21 +3,16 @@
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
 
 from selconv_jax._bench.compilation import without_compilation_cache
 from selconv_jax._bench.environment import environment
-from selconv_jax._bench.pod import PodPlan, compile_for_pod, largest_batch
+from selconv_jax._bench.pod import compile_for_pod, largest_batch
 from selconv_jax._bench.tpu import prepare_process, topology_devices
 from selconv_jax._bench.tpu_report import messages_table, pod_table, scaling_line
-from selconv_jax._utils.console import terminal_or_lines
+from selconv_jax._utils.console import print_line, terminal_or_lines
 from selconv_jax._utils.files import write_json
 from selconv_jax.errors import ConfigError
-from selconv_jax.train._config import Config, load_config
-
-__all__ = ["run"]
+from selconv_jax.train._config import load_config
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,36 +30,25 @@ def run(options: argparse.Namespace) -> int:
     prepare_process()
     devices = topology_devices(options.topology)
     console = terminal_or_lines()
+
+    def tell(what: str) -> None:
+        print_line(console, f"compiling for {options.topology}: {what}")
+
     # Programs for another platform cannot be read back from the compilation cache.
     with without_compilation_cache():
-        plan = _plan(config, options, devices, console)
-    _print(plan, options.config, console)
-    if output is not None:
-        report = {"config": options.config, "environment": environment(), **dataclasses.asdict(plan)}
-        write_json(output, report)
-        console.print(f"all results: {output}", highlight=False, markup=False, soft_wrap=True)
-    return 0 if all(program.fits is not False for program in plan.programs) else 1
-
-
-def _plan(config: Config, options: argparse.Namespace, devices: Any, console: Console) -> PodPlan:
-    def tell(what: str) -> None:
-        console.print(
-            f"compiling for {options.topology}: {what}", highlight=False, markup=False, soft_wrap=True
-        )
-
-    if options.batch != "search":
-        return compile_for_pod(config, options.topology, devices, capacity=options.capacity, tell=tell)
-    plan = largest_batch(config, options.topology, devices, capacity=options.capacity, tell=tell)
+        make = largest_batch if options.batch == "search" else compile_for_pod
+        plan = make(config, options.topology, devices, capacity=options.capacity, tell=tell)
     if plan is None:
         raise ConfigError(
             f"not even {len(devices) * config.micro_batches} images per step fit on {options.topology}. Use "
             "more micro_batches, parameter_shards, or another topology."
         )
-    return plan
-
-
-def _print(plan: PodPlan, name: str, console: Console) -> None:
-    title = f"{name} on {plan.topology}: {plan.chips} chips, {plan.batch_size:,} images per step"
+    title = f"{options.config} on {plan.topology}: {plan.chips} chips, {plan.batch_size:,} images per step"
     console.print(pod_table(plan, title))
     console.print(messages_table(plan))
-    console.print(scaling_line(plan), highlight=False, markup=False, soft_wrap=True)
+    print_line(console, scaling_line(plan))
+    if output is not None:
+        report = {"config": options.config, "environment": environment(), **dataclasses.asdict(plan)}
+        write_json(output, report)
+        print_line(console, f"all results: {output}")
+    return 0 if all(program.fits is not False for program in plan.programs) else 1

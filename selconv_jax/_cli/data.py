@@ -8,20 +8,12 @@ from selconv_jax._utils.console import terminal_or_lines
 from selconv_jax.data._catalog import resolve_data_dir, status
 from selconv_jax.data._preparation.prepare import prepare
 
-__all__ = ["run"]
-
 
 def run(options: argparse.Namespace) -> int:
-    """Run the chosen action."""
-    return _prepare(options) if options.action == "prepare" else _list(options)
-
-
-def _prepare(options: argparse.Namespace) -> int:
-    print(prepare(options.name, options.source, options.data_dir))
-    return 0
-
-
-def _list(options: argparse.Namespace) -> int:
+    """Prepare a data set, or list all."""
+    if options.action == "prepare":
+        print(prepare(options.name, options.source, options.data_dir))
+        return 0
     rows = status(options.data_dir)
     table = Table("name", "state", "images", "size", "classes", title="data sets", title_justify="left")
     for row in rows:

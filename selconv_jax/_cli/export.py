@@ -34,7 +34,7 @@ from selconv_jax.export import (
 )
 from selconv_jax.export._files import PACKAGES, check_packages
 from selconv_jax.train._run_setup import best_meaning, find_checkpoint, refuse_skipped, restore_run
-from selconv_jax.transforms._reallocation import required_capacity
+from selconv_jax.transforms import required_capacity
 
 __all__ = ["run"]
 

@@ -1,4 +1,4 @@
-"""Running a command so that it ends cleanly: flushed output, errors in one line, quiet interruption."""
+"""The process of a command: memory that is kept, flushed output, errors in one line, quiet interruption."""
 
 import contextlib
 import io
@@ -6,12 +6,10 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from selconv_jax._utils.console import discard
 from selconv_jax.errors import SelconvError
-
-__all__ = ["DEBUG", "described", "guarded", "prepare_process"]
 
 DEBUG = "SELCONV_DEBUG"
 """Environment variable that requests tracebacks, unless it is empty or 0."""
@@ -20,20 +18,22 @@ DEBUG = "SELCONV_DEBUG"
 # cache, warnings of missing TPUs. Errors arrive as exceptions; fatal messages are written all the same.
 _QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
 
+# A step on CPU allocates its whole working memory as one block and frees it at its end. By default the C
+# library returns such blocks to the system, which has to map and clear every page again in the next step,
+# about a quarter of a step's time. These settings make it keep the memory, in huge pages.
+TUNABLES = f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**40}"
+
 _LETTERS = 300  # of a foreign message; some contain whole specifications
 
 
-def is_debugging() -> bool:
-    """Return whether tracebacks are requested."""
+def _is_debugging() -> bool:
     return os.environ.get(DEBUG, "0") not in ("", "0")
 
 
 def prepare_process(*, debug: bool) -> None:
     """Set up streams, logs and exception hooks so that only this program's own lines are shown.
 
-    Args:
-        debug: Whether tracebacks, and what the compilers say, are asked for; handed on to processes that this
-            one starts.
+    ``debug`` asks for tracebacks and what the compilers say, also of processes that this one starts.
     """
     for number in range(3):
         try:
@@ -48,7 +48,7 @@ def prepare_process(*, debug: bool) -> None:
             stream.reconfigure(errors="replace")
     if debug:
         os.environ[DEBUG] = "1"
-    if is_debugging():
+    if _is_debugging():
         return
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":
         # JAX sets this in every process that imports it, and child processes inherit it.
@@ -59,29 +59,41 @@ def prepare_process(*, debug: bool) -> None:
     sys.unraisablehook = lambda failure: None
 
 
+def restart_command(
+    environ: Mapping[str, str], arguments: Sequence[str], platform: str = sys.platform
+) -> tuple[list[str], dict[str, str]] | None:
+    """Return command line and environment that restart this process with `TUNABLES`; None if not needed.
+
+    The C library reads its settings before the program starts, so they cannot be changed from within. If
+    ``GLIBC_TUNABLES`` is set already, even empty, that stays. ``arguments`` are as in `sys.orig_argv`.
+    """
+    if platform != "linux" or "GLIBC_TUNABLES" in environ or not sys.executable:
+        return None
+    return [sys.executable, *arguments[1:]], {**environ, "GLIBC_TUNABLES": TUNABLES}
+
+
+def keep_memory() -> None:
+    """Restart the process if `restart_command` says so, else return."""
+    if restart := restart_command(os.environ, sys.orig_argv):
+        command, environ = restart
+        os.execve(command[0], command, environ)
+
+
 def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
-    """Run a command and report any error in one line.
+    """Run a command and report any error in one line; if results are in files, what it prints may be lost.
 
-    Args:
-        action: The command; returns its exit code.
-        keeps_results: Whether the results are in files, so that what it prints may be lost.
-
-    Returns:
-        The command's code; 1 for an error, 130 for Ctrl-C, 141 if the reader of its output has gone.
+    Returns the command's code; 1 for an error, 130 for Ctrl-C, 141 if the reader of its output has gone.
     """
     try:
         code = action()
-        if keeps_results:
-            with contextlib.suppress(OSError, ValueError):
-                sys.stdout.flush()
-        else:
+        ignored = (OSError, ValueError) if keeps_results else ()
+        with contextlib.suppress(*ignored):
             sys.stdout.flush()
     except SelconvError as error:
         _show(error)
         _say(f"error: {error}")
         code = 1
-    except BrokenPipeError:
-        # The reader of the output has closed the pipe.
+    except BrokenPipeError:  # the reader of the output has closed the pipe
         code = 141
     except KeyboardInterrupt:
         _say("interrupted")
@@ -91,15 +103,12 @@ def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
             _say("interrupted")
             return 130
         _show(error)
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        code, missing = 1, error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and not missing.startswith("selconv_jax"):
-            _say(
-                f"error: the package {missing} is not installed; commands need the extra `train`: "
-                "pip install 'selconv-jax[train]'."
-            )
-            return 1
-        _say(f"error: {described(error)} (`--debug` or {DEBUG}=1 shows where it comes from)")
-        code = 1
+            needed = "commands need the extra `train`: pip install 'selconv-jax[train]'."
+            _say(f"error: the package {missing} is not installed; {needed}")
+        else:
+            _say(f"error: {described(error)} (`--debug` or {DEBUG}=1 shows where it comes from)")
     finally:
         # Buffered output must not fail while the interpreter ends.
         for stream in (sys.stdout, sys.stderr):
@@ -129,7 +138,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _show(error: BaseException) -> None:
-    if is_debugging():
+    if _is_debugging():
         with contextlib.suppress(OSError, ValueError):
             traceback.print_exception(error)
 

@@ -2,11 +2,33 @@
 
 import argparse
 import importlib
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Callable, Sequence
 
-from selconv_jax._cli.interrupt import interrupt_at_once, interrupt_in_order
+# The module and the function of each command.
+_HANDLERS = {
+    "train": ("runs", "train"),
+    "resume": ("runs", "resume"),
+    "eval": ("runs", "evaluate"),
+    "compact": ("runs", "compact"),
+    "export": ("export", "run"),
+    "show": ("runs", "show"),
+    "sweep": ("sweep", "run"),
+    "bench": ("bench", "run"),
+    "compile": ("compile", "run"),
+    "models": ("models", "run"),
+    "data": ("data", "run"),
+}
 
-__all__ = ["main"]
+# Commands that take KEY=VALUE.
+_CONFIGURABLE = ("train", "resume", "eval", "compact", "export", "sweep", "bench", "compile")
+
+# Commands that spend their time in compiled programs.
+_COMPUTING = ("train", "resume", "eval", "sweep", "bench")
+
+# Commands that write their results to files, and print progress only.
+_KEEPING = ("train", "resume", "sweep", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,17 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     # Imported only now that Ctrl-C is handled.
-    from selconv_jax._cli.allocator import keep_memory
     from selconv_jax._cli.arguments import make_parser
-    from selconv_jax._cli.guard import guarded, prepare_process
+    from selconv_jax._cli.guard import guarded, keep_memory, prepare_process
 
     parser = make_parser()
     # argparse takes no positional arguments after an option into a list, so overrides are collected here.
     options, rest = parser.parse_known_args(arguments)
-    if rest and (
-        options.command not in ("train", "resume", "eval", "compact", "export", "sweep", "bench", "compile")
-        or any(word.startswith("-") for word in rest)
-    ):
+    if rest and (options.command not in _CONFIGURABLE or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.words = [*options.words, *rest]
@@ -50,32 +68,25 @@ def _main(arguments: Sequence[str] | None) -> int:
     return guarded(lambda: _run(options), keeps_results=options.command in _KEEPING)
 
 
-# The module and the function of each command.
-_HANDLERS = {
-    "train": ("runs", "train"),
-    "resume": ("runs", "resume"),
-    "eval": ("runs", "evaluate"),
-    "compact": ("runs", "compact"),
-    "export": ("export", "run"),
-    "show": ("runs", "show"),
-    "sweep": ("sweep", "run"),
-    "bench": ("bench", "run"),
-    "compile": ("compile", "run"),
-    "models": ("models", "run"),
-    "data": ("data", "run"),
-}
-
-# Commands that spend their time in compiled programs.
-_COMPUTING = ("train", "resume", "eval", "sweep", "bench")
-
-# Commands that write their results to files, and print progress only.
-_KEEPING = ("train", "resume", "sweep", "bench")
-
-
 def _run(options: argparse.Namespace) -> int:
     # Imported only now: the help and a wrong command line should not wait for JAX.
     module, function = _HANDLERS[options.command]
     command = getattr(importlib.import_module(f"selconv_jax._cli.{module}"), function)
     interrupt_in_order()
-    code: int = command(options)
-    return code
+    return command(options)
+
+
+def interrupt_at_once() -> None:
+    """Let Ctrl-C end the process at once, as an exception may be mishandled by a module being imported."""
+    _exchange_handler(signal.default_int_handler, signal.SIG_DFL)
+
+
+def interrupt_in_order() -> None:
+    """Let Ctrl-C raise `KeyboardInterrupt` again."""
+    _exchange_handler(signal.SIG_DFL, signal.default_int_handler)
+
+
+def _exchange_handler(old: object, new: Callable[..., object] | signal.Handlers) -> None:
+    """Replace the handler of Ctrl-C, unless someone else has set one."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is old:
+        signal.signal(signal.SIGINT, new)

@@ -11,8 +11,6 @@ from selconv_jax.analysis._counting import count_multiply_adds, count_parameters
 from selconv_jax.errors import ConfigError, nearest
 from selconv_jax.models import MODELS, create_model, stem_for
 
-__all__ = ["run"]
-
 # The image sizes of the method's evaluation and their numbers of classes.
 _IMAGES = {(28, 28, 1): 10, (32, 32, 3): 10, (64, 64, 3): 200, (224, 224, 3): 1000}
 _PARAMETERS = (32, 32, 3)

@@ -1,39 +1,36 @@
 """Tables and pictures of a run, from nothing but the files in its directory."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
-from rich.console import Console
+from rich.console import Console, RenderableType
 
-from selconv_jax._cli.counts import run_counts
+from selconv_jax.analysis._layer_counts import count_layers
+from selconv_jax.data._catalog import find_known
 from selconv_jax.functional._damage import channel_scores, expected_channel_damage, normalize_damage
 from selconv_jax.report._channel_map import channel_map
 from selconv_jax.report._curves import learning_curves
 from selconv_jax.report._layer_allocation import LayerAllocation
 from selconv_jax.report._overview import allocation_overview
-from selconv_jax.report._save import save_figure
-from selconv_jax.report._tables import layer_table, run_table
+from selconv_jax.report._style import save_figure
+from selconv_jax.report._tables import count_table, layer_table, run_table
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 from selconv_jax.train._config import Config
 from selconv_jax.train._metrics import read_metrics
+from selconv_jax.train._network import bucket_program, make_network
 from selconv_jax.train._workdir import CHECKPOINTS, METRICS, read_config
+from selconv_jax.transforms._capacity import required_capacity
 from selconv_jax.transforms._layer_tree import layer_states
 
-__all__ = ["draw_run", "print_run"]
+_HEADING = "parameters and multiply-adds"
 
 
 def print_run(workdir: Path, console: Console) -> None:
-    """Print the tables of a run: its epochs, its layers, their parameters and multiply-adds.
-
-    Args:
-        workdir: The directory of the run.
-        console: Where to print.
-
-    Raises:
-        SelconvError: There is no run, or its files are damaged.
-    """
+    """Print the tables of a run: its epochs, its layers, their parameters and multiply-adds."""
     config = read_config(workdir)
     records = read_metrics(workdir / METRICS)
     if not records:
@@ -46,21 +43,38 @@ def print_run(workdir: Path, console: Console) -> None:
     if layers:
         console.print(layer_table(layers))
     with console.status("counting parameters and multiply-adds"):
-        counts = run_counts(config, variables)
+        counts = _run_counts(config, variables)
     console.print(counts, highlight=False)
 
 
-def draw_run(workdir: Path, output: Path, console: Console) -> None:
-    """Draw learning curves and channel maps as PNG files.
+def _run_counts(config: Config, variables: Mapping[str, Any]) -> RenderableType:
+    """Count parameters and multiply-adds of a run's network, by layer and in total, or say why not.
 
-    Args:
-        workdir: The directory of the run.
-        output: Where the pictures go.
-        console: Where to say so.
-
-    Raises:
-        SelconvError: There is no run, or its files are damaged.
+    Nothing is compiled, and no image is read: the name of the data set determines the image shape.
     """
+    known = find_known(config.data.name)
+    if not variables:
+        return f"{_HEADING}: not counted, as there is no checkpoint"
+    if known is None:
+        return (
+            f"{_HEADING}: not counted, as the size of the images of {config.data.name} is in none of the "
+            "run's files"
+        )
+    network = make_network(config.model, known.image_shape, known.num_classes)
+    needed = required_capacity(variables) if variables.get("selectivity") else 0.0
+    model = bucket_program(network, needed).model
+    image = jax.ShapeDtypeStruct((1, *known.image_shape), model.dtype)
+    size = "x".join(map(str, known.image_shape))
+    title = f"{_HEADING} (in millions) per image of {size}"
+    if not variables.get("selectivity"):
+        return count_table(count_layers(model, variables, image), title, forms=("plain",))
+    copies = f"copies in up to {model.capacity:.1%} of a layer's channels" if model.capacity else "no copies"
+    title += f"; selective: as compiled for {copies}"
+    return count_table(count_layers(model, variables, image), title)
+
+
+def draw_run(workdir: Path, output: Path, console: Console) -> None:
+    """Draw learning curves and channel maps as PNG files in the folder ``output``."""
     config = read_config(workdir)
     records = read_metrics(workdir / METRICS)
     if not records:

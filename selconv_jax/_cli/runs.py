@@ -15,20 +15,13 @@ from selconv_jax._cli.guard import described
 from selconv_jax._cli.pictures import draw_run, print_run
 from selconv_jax._utils.console import progress_console, terminal_or_lines
 from selconv_jax.errors import ConfigError
-from selconv_jax.train._compacting import CompactedRun, compact_run
 from selconv_jax.train._config import load_config
-from selconv_jax.train._distributed.agreement import exchange, is_first, together
+from selconv_jax.train._distributed.agreement import exchange, is_first, on_first, together
 from selconv_jax.train._distributed.cluster import Cluster, join
-from selconv_jax.train._loop import evaluate_run, resume_run, train_run
-from selconv_jax.train._run_setup import (
-    best_meaning,
-    find_checkpoint,
-    refuse_skipped,
-    skipped_checkpoints,
-)
+from selconv_jax.train._evaluation import CompactedRun, compact_run, evaluate_run
+from selconv_jax.train._loop import resume_run, train_run
+from selconv_jax.train._run_setup import best_meaning, find_checkpoint, refuse_skipped, skipped_checkpoints
 from selconv_jax.train._workdir import free_workdir
-
-__all__ = ["compact", "evaluate", "resume", "share_compilations", "show", "train"]
 
 
 def train(options: argparse.Namespace) -> int:
@@ -40,10 +33,8 @@ def train(options: argparse.Namespace) -> int:
             if options.workdir:
                 workdir = Path(options.workdir)
             else:
-                made = together(
-                    lambda: stack.enter_context(free_workdir(options.config)) if is_first() else Path()
-                )
-                workdir = Path(exchange(os.fspath(made))[0])
+                made = on_first(lambda: stack.enter_context(free_workdir(options.config)))
+                workdir = Path(exchange(os.fspath(made or ""))[0])
             return _finish(train_run(config, workdir, _console()), workdir)
 
 
@@ -71,9 +62,7 @@ def evaluate(options: argparse.Namespace) -> int:
             note = ""
         if not is_first():
             return 0
-        if options.checkpoint == "best":
-            note += f" ({best_meaning(workdir)})"
-        print(f"{workdir}, checkpoint of step {step}{note}")
+        print(f"{workdir}, checkpoint of step {step}{note}{_meaning(options)}")
         if options.compact:
             _print_sizes(compacted)
         for name, value in metrics.items():
@@ -84,16 +73,20 @@ def evaluate(options: argparse.Namespace) -> int:
 def compact(options: argparse.Namespace) -> int:
     """Write the compacted network of a checkpoint to a file."""
     workdir = Path(options.workdir)
-    output = Path(options.output) if options.output else workdir / "compact.npz"
+    output = Path(options.output or workdir / "compact.npz")
     checkpoint = find_checkpoint(workdir, options.checkpoint)
     refuse_skipped(checkpoint.step, checkpoint.skipped)
     compacted = compact_run(
         workdir, checkpoint.step, multiple=options.multiple, output=output, overrides=options.words
     )
-    note = f" ({best_meaning(workdir)})" if options.checkpoint == "best" else ""
-    print(f"{workdir}, checkpoint of step {compacted.step}{note}: compacted network in {output}")
+    step = f"{compacted.step}{_meaning(options)}"
+    print(f"{workdir}, checkpoint of step {step}: compacted network in {output}")
     _print_sizes(compacted)
     return 0
+
+
+def _meaning(options: argparse.Namespace) -> str:
+    return f" ({best_meaning(Path(options.workdir))})" if options.checkpoint == "best" else ""
 
 
 def _print_sizes(compacted: CompactedRun) -> None:
@@ -105,7 +98,7 @@ def _print_sizes(compacted: CompactedRun) -> None:
 def show(options: argparse.Namespace) -> int:
     """Print the tables of a run and draw its pictures."""
     workdir = Path(options.workdir)
-    output = Path(options.output) if options.output else workdir / "pictures"
+    output = Path(options.output or workdir / "pictures")
     console = terminal_or_lines()
     _print_skipped(skipped_checkpoints(workdir))
     print_run(workdir, console)
@@ -138,11 +131,8 @@ def _finish(code: int, workdir: Path) -> int:
         try:
             draw_run(workdir, workdir / "pictures", progress_console())
         except Exception as error:  # the run is complete all the same
-            problem = described(error).rstrip(".")
-            print(
-                f"selconv: no pictures: {problem}. Draw them later by `selconv show {workdir}`.",
-                file=sys.stderr,
-            )
+            problem = f"no pictures: {described(error).rstrip('.')}"
+            print(f"selconv: {problem}. Draw them later by `selconv show {workdir}`.", file=sys.stderr)
     return code
 
 

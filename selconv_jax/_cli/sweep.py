@@ -14,21 +14,23 @@ from typing import Any
 from rich.console import Console
 
 from selconv_jax._cli.runs import share_compilations
-from selconv_jax._utils.console import progress_console
+from selconv_jax._utils.console import print_line, progress_console
 from selconv_jax._utils.files import write_json
 from selconv_jax.errors import ConfigError
-from selconv_jax.report._comparison import ConfigurationResults, comparison_table, run_numbers
-from selconv_jax.report._comparison_differences import difference_table, number_differences
+from selconv_jax.report._comparison import (
+    ConfigurationResults,
+    comparison_table,
+    difference_table,
+    number_differences,
+    run_numbers,
+)
 from selconv_jax.report._comparison_picture import comparison_picture
-from selconv_jax.report._save import save_figure
 from selconv_jax.report._statistics import CONFIDENCE
-from selconv_jax.train._config import Config
+from selconv_jax.report._style import save_figure
 from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._sweeps.configurations import SweepRun, check_sweep, plan_sweep
 from selconv_jax.train._sweeps.runs import SweepEnd, run_sweep, share_devices
 from selconv_jax.train._workdir import ENVIRONMENT, METRICS
-
-__all__ = ["run"]
 
 _REPORT = "sweep.json"
 _PICTURE = "sweep.png"
@@ -43,11 +45,9 @@ def run(options: argparse.Namespace) -> int:
     workdir, console = Path(options.workdir), progress_console()
     # A file of such a name can be given as ./NAME.
     overrides = [word for word in options.words if re.match(r"[\w.]+\s*=", word)]
-    files, own_seeds = _files([word for word in options.words if word not in overrides])
+    files, own = _files([word for word in options.words if word not in overrides])
     seeds = _seeds("--seeds", options.seeds)
-    runs = plan_sweep(
-        files, workdir, seeds=seeds, own_seeds=own_seeds, vary=options.vary, overrides=overrides
-    )
+    runs = plan_sweep(files, workdir, seeds=seeds, own_seeds=own, vary=options.vary, overrides=overrides)
     check_sweep(runs, options.jobs, together=options.together)
     with _written(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     with _written(workdir):
         _compare(runs, end, workdir, console)
     for name, error in end.failures.items():
-        _say(console, f"failed: {name}: {error}")
+        print_line(console, f"failed: {name}: {error}")
     return end.code
 
 
@@ -80,10 +80,10 @@ def _compare(runs: Sequence[SweepRun], end: SweepEnd, workdir: Path, console: Co
             console.print(difference_table(comparable))
     if comparable or not stopped:
         _write_report(workdir / _REPORT, by_configuration, results, names, end.failures)
-        _say(console, f"all results: {workdir / _REPORT}")
+        print_line(console, f"all results: {workdir / _REPORT}")
     if comparable and not stopped:
         save_figure(comparison_picture(comparable, title), workdir / _PICTURE)
-        _say(console, f"picture: {workdir / _PICTURE}")
+        print_line(console, f"picture: {workdir / _PICTURE}")
 
 
 @contextlib.contextmanager
@@ -101,10 +101,6 @@ def _be_nice(level: int) -> None:
     if not 0 <= level <= 19:
         raise ConfigError(f"--nice is {level}; it must be in 0 .. 19.")
     os.nice(max(0, level - os.nice(0)))  # which takes and returns changes; a second sweep adds nothing
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _files(words: Sequence[str]) -> tuple[list[Path], dict[Path, list[int]]]:
@@ -153,18 +149,14 @@ def _write_report(
         {
             "configuration": configuration,
             "seeds": [run.config.seed for run in runs],
-            "resolved": _without_seed(runs[0].config),
+            "resolved": {k: v for k, v in dataclasses.asdict(runs[0].config).items() if k != "seed"},
             "summary": {key: dataclasses.asdict(value) for key, value in summaries.get(name, {}).items()},
             "runs": [_run_report(run, path.parent, failures) for run in runs],
         }
         for name, (configuration, runs) in zip(names, by_configuration.items(), strict=True)
     ]
-    document = {
-        "configurations": report,
-        "differences": _differences_report([result for result in results if result.runs]),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, document)
+    differences = _differences_report([result for result in results if result.runs])
+    write_json(path, {"configurations": report, "differences": differences})
 
 
 def _differences_report(results: Sequence[ConfigurationResults]) -> list[dict[str, Any]]:
@@ -181,10 +173,6 @@ def _differences_report(results: Sequence[ConfigurationResults]) -> list[dict[st
         }
         for earlier, later in combinations(results, 2)
     ]
-
-
-def _without_seed(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in dataclasses.asdict(config).items() if key != "seed"}
 
 
 def _run_report(run: SweepRun, workdir: Path, failures: Mapping[str, str]) -> dict[str, Any]:

@@ -30,12 +30,6 @@ def is_whole(value: Any) -> bool:
 def check_whole(name: str, value: Any, least: int, requirement: str = "") -> None:
     """Raise a `ConfigError` unless a value is a whole number of at least ``least``.
 
-    Args:
-        name: Name of the value in the message.
-        value: Anything.
-        least: The smallest allowed value.
-        requirement: What it must be, completing "it must be"; empty: derived from ``least``.
-
     Example:
         >>> check_whole("every", 1.5, 1)
         Traceback (most recent call last):
@@ -49,15 +43,9 @@ def check_whole(name: str, value: Any, least: int, requirement: str = "") -> Non
 
 
 def check_number(name: str, value: Any, is_valid: Callable[[Any], Any], requirement: str) -> None:
-    """Raise a `ConfigError` unless a value is a number, or a scalar array, within its bounds.
+    """Raise a `ConfigError` unless a value is a number, or a scalar array, for which ``is_valid`` is true.
 
-    Only the shape of a traced number can be checked.
-
-    Args:
-        name: Name of the value in the message.
-        value: Anything.
-        is_valid: Returns whether a number is within its bounds.
-        requirement: What it must be, completing "it must be".
+    Only the shape of a traced number can be checked. ``requirement`` completes "it must be".
 
     Example:
         >>> check_number("share", "half", lambda share: 0 <= share <= 1, "in [0, 1]")

@@ -5,17 +5,29 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
+import rich.progress
 from rich.console import Console, Group
 from rich.measure import Measurement
 from rich.table import Table
 
-__all__ = ["ForgivingStream", "discard", "progress_console", "terminal_or_lines"]
+__all__ = [
+    "ForgivingStream",
+    "Progress",
+    "console_progress",
+    "discard",
+    "print_line",
+    "progress_console",
+    "terminal_or_lines",
+]
 
 _LINE = 200  # characters, where no terminal reports its width
 _WIDEST = 1000
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(task, done, total)``, with ``done == total`` at the end of each task."""
 
 
 class ForgivingStream(io.TextIOBase):
@@ -115,18 +127,51 @@ class _Console(Console):
 
 
 def terminal_or_lines(stream: TextIO | None = None) -> Console:
-    """Create a console for results; it wraps nothing unless it is a terminal.
-
-    Args:
-        stream: Where to write; None: standard output. Its errors are raised.
-    """
+    """Create a console for results, which wraps nothing unless it is a terminal; its errors are raised."""
     return _Console(stream or sys.stdout)
 
 
 def progress_console(stream: TextIO | None = None) -> Console:
-    """Create a console for progress, which never raises, see `ForgivingStream`.
-
-    Args:
-        stream: Where to write; None: standard output.
-    """
+    """Create a console for progress, which never raises, see `ForgivingStream`."""
     return _Console(cast(TextIO, ForgivingStream(stream or sys.stdout)))
+
+
+@contextlib.contextmanager
+def console_progress() -> Iterator[Progress]:
+    """Report progress on standard error: a bar per task on a terminal, else a line at the end of each task.
+
+    Example:
+        >>> with console_progress() as progress:
+        ...     progress("Counting", 3, 3)
+    """
+    console = progress_console(sys.stderr)
+    if not console.is_terminal:
+
+        def line(task: str, done: int, total: int) -> None:
+            if done == total:
+                text = f"{task}: {total:,}" if total > 1 else task
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        yield line
+        return
+
+    with rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}", markup=False),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        console=console,
+    ) as bars:
+        tasks: dict[str, rich.progress.TaskID] = {}
+
+        def bar(task: str, done: int, total: int) -> None:
+            if task not in tasks:
+                tasks[task] = bars.add_task(task, total=total)
+            bars.update(tasks[task], completed=done)
+
+        yield bar
+
+
+def print_line(console: Console, text: str) -> None:
+    """Print a text verbatim, unwrapped, on any console."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -17,14 +17,9 @@ __all__ = ["check_target", "read_npz", "write_atomically", "write_json"]
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
-    """Write a temporary file and rename it; after a failure the old file is intact.
+    """Write text (as UTF-8), bytes, or what a function writes to the open file, by renaming a temporary file.
 
-    Args:
-        path: The file; its folder exists.
-        content: Text (written as UTF-8), bytes, or a function that writes to the open file.
-
-    Raises:
-        OSError: It cannot be written; no temporary file is left.
+    After a failure the old file is intact, and no temporary file is left.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:

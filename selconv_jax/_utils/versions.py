@@ -8,10 +8,7 @@ __all__ = ["version_of"]
 
 
 def version_of(package: str) -> str:
-    """Return the version of a package, or ``"not installed"``.
-
-    Args:
-        package: Its distribution name, as for ``pip install``.
+    """Return the version of a package, by its name for ``pip install``, or ``"not installed"``.
 
     Example:
         >>> version_of("no-such-package")

@@ -27,7 +27,7 @@ Index = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class RowsPlace:
-    """Place of a smaller array in a whole one: distinct entries ``index`` of ``size`` along an axis < 0."""
+    """Place of a smaller array in a whole one: distinct entries along one axis, which is negative."""
 
     size: int
     index: Index

@@ -1,13 +1,12 @@
 """Data sets without images, for computations that only need shapes."""
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from selconv_jax.data._catalog import find_known
-from selconv_jax.data._dataset import DatasetInfo, ImageData, Split
+from selconv_jax.data._dataset import ImageData, Split
 from selconv_jax.data._loading import MOST_RESIDENT_BYTES, open_data
 from selconv_jax.data._splits import SplitChoice, held_out_count, resolve_splits
 from selconv_jax.data._stream import StreamedData
@@ -32,26 +31,11 @@ class _NoImages:
 
 
 def abstract_data(
-    name: str,
-    data_dir: str | None = None,
-    streaming: bool | None = None,
-    splits: SplitChoice = _DEFAULT,
+    name: str, data_dir: str | None = None, streaming: bool | None = None, splits: SplitChoice = _DEFAULT
 ) -> ImageData | StreamedData:
     """Create a data set of the same shapes as `open_data`, with black images that take no memory.
 
-    A set of the catalog need not be prepared. Any other must be, as its facts are read from its files.
-
-    Args:
-        name: See `open_data`.
-        data_dir: See `open_data`.
-        streaming: See `open_data`.
-        splits: See `open_data`.
-
-    Returns:
-        The set.
-
-    Raises:
-        DataError: The name is neither in the catalog nor that of a prepared set.
+    A set of the catalog need not be prepared. Any other must be, and is opened with its images.
 
     Example:
         >>> len(abstract_data("imagenet2012").train)
@@ -59,11 +43,7 @@ def abstract_data(
     """
     known = find_known(name)
     if known is None:
-        data = open_data(name, data_dir, streaming, splits)
-        if isinstance(data, StreamedData):
-            return data
-        held = 0 if data.validation is None else len(data.validation)
-        return _resident(data.info, {"train": len(data.train), "test": len(data.test), "validation": held})
+        return open_data(name, data_dir, streaming, splits)
     info = known.info(tuple(f"class {number}" for number in range(known.num_classes)))
     parts = resolve_splits(name, splits, known.counts, tuple(set(known.counts) - {"train"}))
     counts = {key: sum(map(len, slices)) for key, slices in parts.items()}
@@ -80,12 +60,9 @@ def abstract_data(
         streaming = info.eval_resize is not None or size > MOST_RESIDENT_BYTES
     if streaming:
         return StreamedData(info, **{key: _NoImages(count) for key, count in counts.items()})
-    return _resident(info, counts)
+    return ImageData(info, **{key: _black(count, info.image_shape) for key, count in counts.items()})
 
 
-def _resident(info: DatasetInfo, counts: Mapping[str, int]) -> ImageData:
-    def split(count: int) -> Split:
-        images = np.broadcast_to(np.zeros((), np.uint8), (count, *info.image_shape))
-        return Split(images, np.broadcast_to(np.zeros((), np.int32), count))
-
-    return ImageData(info, **{key: split(count) for key, count in counts.items() if count})
+def _black(count: int, shape: tuple[int, ...]) -> Split:
+    images = np.broadcast_to(np.zeros((), np.uint8), (count, *shape))
+    return Split(images, np.broadcast_to(np.zeros((), np.int32), count))

@@ -1,4 +1,4 @@
-"""Crop, mirror and normalize batches of uint8 images inside a jitted step.
+"""Crop, mirror, normalize and mix batches of images inside a jitted step.
 
 The crop pads the *raw* image with zeros, that is, with black before normalization (as in the method's
 evaluation), not with zeros after it. It is one gather with computed row and column indices, in which
@@ -11,27 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from selconv_jax.errors import ConfigError
-
-__all__ = ["augment", "crop_and_flip", "normalize"]
+__all__ = ["augment", "crop_and_flip", "draw_mixup", "mix", "normalize"]
 
 
 def augment(key: jax.Array, images: jax.Array, *, crop_padding: int, flip: bool) -> jax.Array:
-    """Randomly crop every padded image, and mirror each with probability 1/2.
+    """Randomly crop every padded image uint8 ``[B, H, W, C]``, and mirror each with probability 1/2.
 
     Each image has its own draws; offsets are uniform over ``(2 * crop_padding + 1) ** 2`` positions.
-
-    Args:
-        key: PRNG key; the same key gives the same crops.
-        images: uint8 ``[B, H, W, C]``.
-        crop_padding: Pixels of black added on each side before cropping; 0: no crop.
-        flip: Whether to mirror images (left to right).
-
-    Returns:
-        uint8 ``[B, H, W, C]``.
-
-    Raises:
-        ConfigError: If ``crop_padding`` is negative.
 
     Example:
         >>> images = jnp.zeros((4, 32, 32, 3), jnp.uint8)
@@ -53,7 +39,7 @@ def augment(key: jax.Array, images: jax.Array, *, crop_padding: int, flip: bool)
 def crop_and_flip(
     images: jax.Array, top: jax.Array, left: jax.Array, mirrored: jax.Array, *, crop_padding: int
 ) -> jax.Array:
-    """Crop every padded image at its own offset, then mirror the marked ones.
+    """Crop every padded image uint8 ``[B, H, W, C]`` at its own offset, then mirror the marked ones.
 
     Args:
         images: uint8 ``[B, H, W, C]``.
@@ -61,22 +47,8 @@ def crop_and_flip(
             ``crop_padding`` is the image itself.
         left: int32 ``[B]``, first column of each crop, likewise.
         mirrored: bool ``[B]``, the crops to mirror left to right.
-        crop_padding: Pixels of black added on each side of the image.
-
-    Returns:
-        uint8 ``[B, H, W, C]``.
-
-    Raises:
-        ConfigError: If ``crop_padding`` is negative.
-
-    Example:
-        >>> image = jnp.array([[[[1], [2], [3]]]], jnp.uint8)  # one row of three pixels
-        >>> shift = jnp.array([1]), jnp.array([2])
-        >>> crop_and_flip(image, *shift, jnp.array([False]), crop_padding=1)[0, 0, :, 0].tolist()
-        [2, 3, 0]
+        crop_padding: Pixels of black added on each side of the image; 0: no crop.
     """
-    if crop_padding < 0:
-        raise ConfigError(f"crop_padding is {crop_padding}; expected 0 (no crop) or more.")
     _, height, width, _ = images.shape
     border = (crop_padding, crop_padding)
     padded = jnp.pad(images, ((0, 0), border, border, (0, 0)))
@@ -88,37 +60,41 @@ def crop_and_flip(
 
 
 def normalize(
-    images: jax.Array,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: DTypeLike = jnp.float32,
+    images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
-    """Scale pixels to ``(pixel / 255 - mean) / std``, per channel.
+    """Scale pixels uint8 ``[B, H, W, C]`` to ``(pixel / 255 - mean) / std``, per channel.
 
     Computed in float32 and rounded to ``dtype`` once at the end.
-
-    Args:
-        images: uint8 ``[B, H, W, C]``.
-        mean: ``C`` means, as fractions of 255.
-        std: ``C`` standard deviations, as fractions of 255.
-        dtype: Dtype of the result.
-
-    Returns:
-        ``dtype`` ``[B, H, W, C]``.
-
-    Raises:
-        ConfigError: If ``mean`` or ``std`` does not have one value per channel.
 
     Example:
         >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), (0.5,), (0.25,)).item()
         2.0
     """
-    channels = images.shape[-1]
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels:
-            raise ConfigError(
-                f"{name} has {len(values)} values for images of {channels} channels; give one per channel."
-            )
     offset = jnp.asarray(mean, jnp.float32)[None, None, None, :]
     scale = jnp.asarray(std, jnp.float32)[None, None, None, :]
     return ((images.astype(jnp.float32) / 255 - offset) / scale).astype(dtype)
+
+
+def draw_mixup(key: jax.Array, alpha: float, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    """Draw one weight for the batch and a partner for each image (Zhang et al., 2018, arXiv:1710.09412).
+
+    ``alpha``, above 0, is both parameters of the beta distribution of the weight.
+
+    Returns:
+        The weight of the images, ``[]`` float32 in [0, 1], where partners have the rest; and the indices of
+        the partners, a permutation, int32 ``[batch_size]``.
+    """
+    weight_key, partner_key = jax.random.split(key)
+    weight = jax.random.beta(weight_key, alpha, alpha, dtype=jnp.float32)
+    return weight, jax.random.permutation(partner_key, jnp.arange(batch_size, dtype=jnp.int32))
+
+
+def mix(x: jax.Array, weight: jax.Array, partners: jax.Array) -> jax.Array:
+    """Mix images ``[B, ...]`` with their partners: ``weight * x + (1 - weight) * x[partners]``, in float32.
+
+    Example:
+        >>> mix(jnp.array([0.0, 4.0]), jnp.float32(0.75), jnp.array([1, 0])).tolist()
+        [1.0, 3.0]
+    """
+    own, other = x.astype(jnp.float32), jnp.take(x, partners, axis=0).astype(jnp.float32)
+    return (weight * own + (1 - weight) * other).astype(x.dtype)

@@ -117,11 +117,7 @@ class Split:
         return self.images[index], int(self.labels[index])
 
     def take(self, places: NDArray[np.int64]) -> "Split":
-        """Select images and labels by index.
-
-        Args:
-            places: int64 ``[M]``, indices of the images.
-        """
+        """Select images and labels by index, int64 ``[M]``."""
         return Split(self.images[places], self.labels[places])
 
 
@@ -161,16 +157,7 @@ class ImageData:
 
 
 def check_labels(where: str, labels: NDArray[np.int32], num_classes: int) -> None:
-    """Raise a `DataError` for labels that are not classes, such as those of images without public labels.
-
-    Args:
-        where: Description of the images, for the message.
-        labels: int32 ``[N]``, at least one.
-        num_classes: Number of classes.
-
-    Raises:
-        DataError: A label is outside ``0 .. num_classes - 1``.
-    """
+    """Raise a `DataError` for labels int32 ``[N]`` that are not classes, as of unlabelled images (-1)."""
     low, high = int(labels.min()), int(labels.max())
     if low >= 0 and high < num_classes:
         return

@@ -1,5 +1,6 @@
 """Load a data set by name into memory, or open it for streaming."""
 
+import importlib.resources
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -8,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from selconv_jax.data._catalog import SAMPLE, find_known, resolve_data_dir
+from selconv_jax.data._catalog import KNOWN, SAMPLE, find_known, resolve_data_dir
 from selconv_jax.data._dataset import DatasetInfo, ImageData, Split, check_labels
 from selconv_jax.data._records import PreparedImages, open_prepared, read_split
-from selconv_jax.data._sample import load_sample
 from selconv_jax.data._splits import Slice, SplitChoice, hold_out, resolve_splits
 from selconv_jax.data._stream import ImageSource, SourcePart, StreamedData
 from selconv_jax.errors import DataError
@@ -64,23 +64,20 @@ def open_data(
     streaming: bool | None = None,
     splits: SplitChoice = _DEFAULT,
 ) -> ImageData | StreamedData:
-    """Load a set as :func:`load` does, or open it for streaming.
+    """Load a set as `load` does, or open it for streaming.
 
     For a streamed set outside the catalog, the mean and standard deviation are computed from a thousand
     evenly spaced training images; the labels of as many images of each split are checked. To hold out
-    images (`SplitChoice.held_out`), the labels of all training images are read once.
+    images, the labels of all training images are read once.
 
     Args:
-        name: As for :func:`load`.
-        data_dir: As for :func:`load`.
-        streaming: Whether to stream; ``None``: only if the images differ in size or take more than 2 GiB.
-        splits: As for :func:`load`.
-
-    Returns:
-        The set, in memory or open for streaming.
+        name: As for `load`.
+        data_dir: As for `load`.
+        streaming: Whether to stream; None: only if the images differ in size or take more than 2 GiB.
+        splits: As for `load`.
 
     Raises:
-        DataError: As for :func:`load`, or if ``streaming`` is false for a set that can only be streamed.
+        DataError: As for `load`, or if ``streaming`` is false for a set that can only be streamed.
 
     Example:
         >>> len(open_data("fashion_mnist_sample", streaming=True).train)
@@ -105,7 +102,10 @@ def open_data(
         )
     if streaming is None:
         streaming = differing or _size(builder, parts) > MOST_RESIDENT_BYTES
-    specs = {key: _spec(slices, counts) for key, slices in parts.items()}
+    specs = {  # in the syntax of tensorflow-datasets, with whole splits by name
+        key: "+".join(part.split if len(part) == counts[part.split] else str(part) for part in slices)
+        for key, slices in parts.items()
+    }
     if streaming:
         return _open_streamed(name, builder, specs, info, splits)
     loaded = {key: read_split(builder, spec) for key, spec in specs.items()}
@@ -114,20 +114,22 @@ def open_data(
 
 
 def _open_sample(splits: SplitChoice, streaming: bool) -> ImageData | StreamedData:
-    data = load_sample()
-    if not splits.is_default:
-        there = {"train": data.train, "test": data.test}
-        counts = {key: len(split) for key, split in there.items()}
-        chosen = {
-            key: _joined([there[part.split].take(np.arange(part.start, part.stop)) for part in slices])
-            for key, slices in resolve_splits(SAMPLE, splits, counts, ("test",)).items()
-        }
-        data = ImageData(data.info, **chosen | _held_out(SAMPLE, chosen["train"], splits))
-    return StreamedData(data.info, data.train, data.test, data.validation) if streaming else data
+    """Open the first 200 training and 100 test images of each class of Fashion-MNIST, in original order.
 
-
-def _joined(parts: Sequence[Split]) -> Split:
-    return Split(*(np.concatenate([getattr(part, key) for part in parts]) for key in ("images", "labels")))
+    They come with the package, and ``FASHION_MNIST_LICENSE.txt`` beside them.
+    """
+    file = importlib.resources.files("selconv_jax.data") / "fashion_mnist_sample.npz"
+    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+        there = {key: Split(arrays[f"{key}_images"], arrays[f"{key}_labels"]) for key in ("train", "test")}
+    counts = {key: len(split) for key, split in there.items()}
+    chosen = {}
+    for key, slices in resolve_splits(SAMPLE, splits, counts, ("test",)).items():
+        parts = [there[part.split].take(np.arange(part.start, part.stop)) for part in slices]
+        images, labels = [part.images for part in parts], [part.labels for part in parts]
+        chosen[key] = Split(np.concatenate(images), np.concatenate(labels))
+    chosen |= _held_out(SAMPLE, chosen["train"], splits)
+    info = KNOWN[SAMPLE].info()
+    return StreamedData(info, **chosen) if streaming else ImageData(info, **chosen)
 
 
 def _held_out(name: str, train: Split, splits: SplitChoice) -> dict[str, Split]:
@@ -165,23 +167,32 @@ def _evenly_spaced(count: int) -> NDArray[np.int64]:
     return np.linspace(0, count - 1, min(_SAMPLED, count), dtype=np.int64)
 
 
-def _spec(slices: Sequence[Slice], counts: Mapping[str, int]) -> str:
-    """Format slices for tensorflow-datasets, with whole splits by name."""
-    whole = {key: Slice(key, 0, count) for key, count in counts.items()}
-    return "+".join(part.split if part == whole[part.split] else str(part) for part in slices)
-
-
 def _info(name: str, label: Any, images: Sequence[NDArray[np.uint8]]) -> DatasetInfo:
-    """Derive the facts of a set outside the catalog from training images ``[..., H, W, C]``."""
+    """Derive the facts of a set outside the catalog from training images ``[..., H, W, C]``.
+
+    Means and deviations are exact, by counting. A constant channel, such as opaque alpha, gets the
+    deviation 1, so that it is 0 when normalized.
+    """
     height, width, channels = images[0].shape[-3:]
-    mean, std = _moments(images, channels)
+    levels = np.arange(256) / 255
+    mean, std = [], []
+    for channel in range(channels):
+        counts = np.zeros(256, np.int64)
+        for pixels in images:
+            counts += np.bincount(pixels[..., channel].reshape(-1), minlength=256)
+        if np.count_nonzero(counts) == 1:  # the formula below would return a rounding error
+            mean.append(float(levels[counts.argmax()]))
+            std.append(1.0)
+            continue
+        mean.append(float(np.average(levels, weights=counts)))
+        std.append(float(np.sqrt(np.average((levels - mean[-1]) ** 2, weights=counts))))
     return DatasetInfo(
         name=name,
         image_shape=(height, width, channels),
         num_classes=label.num_classes,
         class_names=tuple(label.names),
-        mean=mean,
-        std=std,
+        mean=tuple(mean),
+        std=tuple(std),
         crop_padding=round(height / 8),
         flip=True,
     )
@@ -210,26 +221,3 @@ def _check_features(name: str, features: Any) -> None:
         )
     if "label" not in keys or not getattr(features["label"], "num_classes", None):
         raise DataError(f"{name} has no class label named 'label'; its features are {', '.join(keys)}.")
-
-
-def _moments(
-    images: Sequence[NDArray[np.uint8]], channels: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Compute the mean and standard deviation of each channel, as fractions of 255, exactly by counting.
-
-    A constant channel, such as opaque alpha, gets the deviation 1, so that it is 0 when normalized.
-    """
-    levels = np.arange(256) / 255
-    means, deviations = [], []
-    for channel in range(channels):
-        counts = np.zeros(256, np.int64)
-        for pixels in images:
-            counts += np.bincount(pixels[..., channel].reshape(-1), minlength=256)
-        if np.count_nonzero(counts) == 1:  # the formula below would return a rounding error
-            means.append(float(levels[counts.argmax()]))
-            deviations.append(1.0)
-            continue
-        mean = np.average(levels, weights=counts)
-        means.append(float(mean))
-        deviations.append(float(np.sqrt(np.average((levels - mean) ** 2, weights=counts))))
-    return tuple(means), tuple(deviations)

@@ -1,7 +1,9 @@
 """Reading of prepared tensorflow-datasets directories, whole or image by image, without TensorFlow."""
 
+import contextlib
 import difflib
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,12 +14,10 @@ from numpy.typing import NDArray
 
 from selconv_jax.data._catalog import KNOWN, find_known, prepare_command, prepared_directories
 from selconv_jax.data._dataset import Split
-from selconv_jax.data._pixels import PixelError
-from selconv_jax.data._png import decode_image
-from selconv_jax.data._quiet import quiet_tfds
+from selconv_jax.data._image_formats import PixelError, decode_image
 from selconv_jax.errors import DataError, nearest
 
-__all__ = ["PreparedImages", "open_prepared", "read_split"]
+__all__ = ["PreparedImages", "open_prepared", "quiet_tfds", "read_split"]
 
 T = TypeVar("T")
 
@@ -26,19 +26,30 @@ _AT_ONCE = 1024  # records held as bytes at a time
 _REMEDY = "Remove its folder and prepare the set again."
 
 
-def open_prepared(name: str, data_dir: Path) -> Any:
-    """Open a prepared set, without ever searching for it on the network.
+@contextlib.contextmanager
+def quiet_tfds() -> Iterator[None]:
+    """Silence the progress bars and warnings of tensorflow-datasets inside the block; its errors still raise.
 
-    Args:
-        name: ``name``, ``name/config``, either followed by ``:version``.
-        data_dir: The directory of the prepared sets.
-
-    Returns:
-        The builder of tensorflow-datasets.
-
-    Raises:
-        DataError: If there is no such set, or it is not prepared as array_record files.
+    It draws its own progress bars, and warns through the logger of ``absl``, as of an unprepared data set.
     """
+    import absl.logging
+    from tensorflow_datasets.core.utils import tqdm_utils
+
+    logger = absl.logging.get_absl_logger()
+    level = logger.level
+    bars = getattr(tqdm_utils, "_active", True)
+    logger.setLevel(logging.CRITICAL)
+    tqdm_utils.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            tqdm_utils.enable_progress_bar()
+
+
+def open_prepared(name: str, data_dir: Path) -> Any:
+    """Open the builder of a prepared set, without ever searching for it on the network."""
     known = find_known(name)
     prepared = prepared_directories(data_dir)
     if not _NAME.fullmatch(name):
@@ -87,14 +98,11 @@ def open_prepared(name: str, data_dir: Path) -> Any:
 
 
 def read_split(builder: Any, name: str) -> Split:
-    """Read every image and label of a split.
+    """Read every image and label of a split in the order of its files.
 
     Args:
-        builder: From :func:`open_prepared`.
+        builder: From `open_prepared`.
         name: The split, or slices of splits with whole numbers as boundaries.
-
-    Returns:
-        The split in the order of its files.
 
     Raises:
         DataError: If a file is missing or damaged, or the images differ in size.
@@ -129,11 +137,7 @@ def read_split(builder: Any, name: str) -> Split:
 
 
 class PreparedImages:
-    """The images of a split, read and decoded on access.
-
-    Args:
-        builder: From :func:`open_prepared`.
-        name: As for :func:`read_split`.
+    """The images of a split, read and decoded on access; ``builder`` and ``name`` are as for `read_split`.
 
     Raises:
         DataError: If a file is missing; on access, if the image is damaged.
@@ -159,14 +163,7 @@ class PreparedImages:
         return self._read(index, functools.partial(_decode, channels=self._channels))
 
     def labels(self, places: Iterable[int]) -> NDArray[np.int32]:
-        """Read labels without decoding the images.
-
-        Args:
-            places: Indices of ``N`` images.
-
-        Returns:
-            int32 ``[N]``.
-        """
+        """Read the labels of ``N`` images, int32 ``[N]``, without decoding the images."""
         return np.fromiter((self._read(int(place), _label) for place in places), np.int32)
 
     def _read(self, index: int, decode: Callable[[Any], T]) -> T:

@@ -1,7 +1,6 @@
 """Resizing of images to one size: random crops for training, centre crops for testing.
 
-It runs on the host, where images are decoded, with Pillow's antialiased bilinear filter. All
-randomness comes from the given generator.
+It runs on the host, where images are decoded, with Pillow's antialiased bilinear filter.
 """
 
 import numpy as np
@@ -16,23 +15,11 @@ _ATTEMPTS = 10
 
 
 def random_box(height: int, width: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
-    """Draw a random box in an image: its fraction of the area, its aspect ratio, and its position.
+    """Draw ``(top, left, height, width)`` of a random box in an image, in whole pixels.
 
-    The fraction is uniform in [0.08, 1], and the logarithm of the aspect ratio (width by height) is
-    uniform between those of 3/4 and 4/3. After ten draws that do not fit into the image, the box is the
+    Its fraction of the area is uniform in [0.08, 1], and the logarithm of its aspect ratio (width by height)
+    is uniform between those of 3/4 and 4/3. After ten draws that do not fit into the image, the box is the
     largest centred one with an aspect ratio within these bounds.
-
-    Args:
-        height: Height of the image.
-        width: Width of the image.
-        generator: Source of the random numbers.
-
-    Returns:
-        ``(top, left, height, width)`` of the box, in whole pixels.
-
-    Example:
-        >>> random_box(10, 100, np.random.default_rng(0))[2]
-        10
     """
     for _ in range(_ATTEMPTS):
         area = height * width * generator.uniform(*_SCALES)
@@ -50,21 +37,7 @@ def random_box(height: int, width: int, generator: np.random.Generator) -> tuple
 def random_resized_crop(
     image: NDArray[np.uint8], size: tuple[int, int], generator: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Crop a random box of an image and resize it, see `random_box`.
-
-    Args:
-        image: uint8 ``[H, W, C]``, ``C`` 1 or 3.
-        size: ``(height, width)`` of the result.
-        generator: Source of the random numbers.
-
-    Returns:
-        uint8 ``[*size, C]``.
-
-    Example:
-        >>> image = np.zeros((40, 60, 3), np.uint8)
-        >>> random_resized_crop(image, (8, 8), np.random.default_rng(0)).shape
-        (8, 8, 3)
-    """
+    """Crop a random box of an image uint8 ``[H, W, C]`` and resize it to ``[*size, C]``, see `random_box`."""
     top, left, height, width = random_box(image.shape[0], image.shape[1], generator)
     return _resize(image[top : top + height, left : left + width], size)
 
@@ -72,19 +45,9 @@ def random_resized_crop(
 def resized_center_crop(
     image: NDArray[np.uint8], size: tuple[int, int], shorter_side: int
 ) -> NDArray[np.uint8]:
-    """Resize an image, preserving its aspect ratio, and crop the centre.
+    """Resize an image uint8 ``[H, W, C]``, preserving its aspect ratio, and crop the centre ``[*size, C]``.
 
-    Args:
-        image: uint8 ``[H, W, C]``, ``C`` 1 or 3.
-        size: ``(height, width)`` of the result, at most ``shorter_side``.
-        shorter_side: Pixels of the shorter side after resizing.
-
-    Returns:
-        uint8 ``[*size, C]``.
-
-    Example:
-        >>> resized_center_crop(np.zeros((40, 60, 3), np.uint8), (8, 8), shorter_side=10).shape
-        (8, 8, 3)
+    ``shorter_side``, the pixels of the shorter side after resizing, is at least the larger of ``size``.
     """
     height, width = image.shape[:2]
     shorter = min(height, width)

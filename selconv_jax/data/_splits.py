@@ -1,6 +1,7 @@
 """Choice of the training, validation and test images of a data set."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +21,7 @@ class SplitChoice:
     """Choice of the splits of a run, in the slicing syntax of tensorflow-datasets; None: the default.
 
     Attributes:
-        train: Training images, such as ``"train[:80%]"``; default ``"train"``.
+        train: Training images; default ``"train"``.
         test: Test images; default ``"test"``, or ``"validation"`` of a set without it.
         validation: Validation images; by default none.
         held_out: Instead, hold out training images for validation: a number of images, or a fraction of
@@ -32,21 +33,10 @@ class SplitChoice:
     validation: str | None = None
     held_out: int | float | None = None
 
-    @property
-    def is_default(self) -> bool:
-        """True if all choices are the default."""
-        return self == SplitChoice()
-
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Consecutive images of a split.
-
-    Attributes:
-        split: The name of the split.
-        start: Index of the first image.
-        stop: Index after the last image.
-    """
+    """Consecutive images of a split, from ``start`` up to, but not including, ``stop``."""
 
     split: str
     start: int
@@ -62,20 +52,10 @@ class Slice:
 def resolve_splits(
     name: str, choice: SplitChoice, counts: Mapping[str, int], default_test: Sequence[str]
 ) -> dict[str, tuple[Slice, ...]]:
-    """Resolve a choice of splits to slices of images.
+    """Resolve a choice of splits to slices of ``"train"``, ``"test"`` and, if it is chosen, ``"validation"``.
 
-    Args:
-        name: The name of the set, for messages.
-        choice: The choice.
-        counts: The number of images of every split of the set.
-        default_test: Names of the default test split, in order of preference.
-
-    Returns:
-        The slices of ``"train"``, ``"test"`` and, if it is chosen, ``"validation"``.
-
-    Raises:
-        DataError: A split does not exist or is empty, a slice does not parse or goes past the end, or an
-            image would be used twice.
+    ``counts`` are the numbers of images of every split of the set, and ``default_test`` names of the default
+    test split, in order of preference. No image is in two slices.
 
     Example:
         >>> choice = SplitChoice(train="train[:80%]", validation="train[80%:]")
@@ -92,38 +72,23 @@ def resolve_splits(
     texts = {"train": choice.train or "train", "test": choice.test or test, "validation": choice.validation}
     named = {key: text for key, text in texts.items() if text}
     found = {key: slices_of(name, f"data.{key}_split", text, counts) for key, text in named.items()}
-    seen: list[tuple[str, Slice]] = []
-    for key, slices in found.items():
-        for part in slices:
-            for other_key, other in seen:
-                start, stop = max(part.start, other.start), min(part.stop, other.stop)
-                if part.split == other.split and start < stop:
-                    raise DataError(
-                        f"{name}: data.{other_key}_split = {named[other_key]!r} and data.{key}_split = "
-                        f"{named[key]!r} share the images {Slice(part.split, start, stop)}. Choose parts "
-                        "that share none, such as 'train[:90%]' and 'train[90%:]'."
-                    )
-            seen.append((key, part))
+    parts = [(key, part) for key, slices in found.items() for part in slices]
+    for (key, part), (other_key, other) in itertools.combinations(parts, 2):
+        start, stop = max(part.start, other.start), min(part.stop, other.stop)
+        if part.split == other.split and start < stop:
+            raise DataError(
+                f"{name}: data.{key}_split = {named[key]!r} and data.{other_key}_split = "
+                f"{named[other_key]!r} share the images {Slice(part.split, start, stop)}. Choose parts "
+                "that share none, such as 'train[:90%]' and 'train[90%:]'."
+            )
     return found
 
 
 def slices_of(name: str, key: str, text: str, counts: Mapping[str, int]) -> tuple[Slice, ...]:
-    """Parse the slicing syntax of tensorflow-datasets.
+    """Parse the slicing syntax of tensorflow-datasets, such as ``"train[:80%]"``; no slice is empty.
 
     Boundaries are indices or percentages (rounded to the closest index), counted from the end if they
-    are negative; ``+`` joins slices.
-
-    Args:
-        name: The name of the set, for messages.
-        key: Configuration key of the text, for messages.
-        text: Text such as ``"train"``, ``"train[:80%]"``, ``"train[5000:]"``, ``"train[-10%:]+validation"``.
-        counts: The number of images of every split of the set.
-
-    Returns:
-        The slices in the order of the text; none is empty.
-
-    Raises:
-        DataError: As :func:`resolve_splits`.
+    are negative; ``+`` joins slices. The ``name`` of the set and the configuration ``key`` are for messages.
     """
     slices = []
     for term in text.split("+"):
@@ -175,23 +140,15 @@ def held_out_count(number: int | float, count: int) -> int:
 
 
 def hold_out(name: str, labels: NDArray[np.int32], number: int | float) -> tuple[NDArray[np.int64], ...]:
-    """Choose validation images from the training images, the same number from each class.
+    """Choose validation images by the labels int32 ``[N]`` of the training images, as many from each class.
 
     A remainder is taken from the classes with the most images, one from each (among equals, from those
     with the lowest labels). Of the ``n`` images of a class, in the order of the set, the ``q`` with the
     indices ``floor((2 k + 1) n / (2 q))``, ``k = 0 .. q - 1``, are held out: they are evenly spaced, in
     case the set is ordered. The choice is deterministic.
 
-    Args:
-        name: The name of the set, for messages.
-        labels: int32 ``[N]``, labels of all training images.
-        number: Number of images to hold out, or fraction of them in (0, 1).
-
     Returns:
         Indices of the remaining images and of those held out, int64, each in ascending order.
-
-    Raises:
-        DataError: A class would have no validation image or no remaining training image.
 
     Example:
         >>> hold_out("toy", np.array([0, 1, 0, 1, 0, 1], np.int32), 2)

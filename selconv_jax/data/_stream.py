@@ -42,12 +42,7 @@ class ImageSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SourcePart:
-    """Some of the images of a source.
-
-    Attributes:
-        source: The source.
-        places: int64 ``[N]``, indices of the images in it.
-    """
+    """The images of a source with the indices ``places``, int64 ``[N]``."""
 
     source: ImageSource
     places: NDArray[np.int64]
@@ -91,13 +86,8 @@ class ImageReader:
     """Reader that returns images by index, all of the shape that a step takes.
 
     Images of a set with ``info.eval_resize`` are cropped, resized and, in training, mirrored here, with
-    random numbers that depend only on the seed and the index. Images of other sets are cropped and
-    mirrored in the compiled step.
-
-    Attributes:
-        source: The images.
-        info: Facts of the data set.
-        seed: Seed of the augmentation, different in each epoch; ``None``: for testing.
+    random numbers that depend only on the index and on ``seed``, which is different in each epoch (None: for
+    testing). Images of other sets are cropped and mirrored in the compiled step.
     """
 
     source: ImageSource
@@ -105,13 +95,7 @@ class ImageReader:
     seed: tuple[int, ...] | None = None
 
     def __call__(self, index: int) -> tuple[NDArray[np.uint8], np.int32]:
-        """Read an image.
-
-        Args:
-            index: Its index in the split, or `NO_IMAGE` for a black image.
-
-        Returns:
-            The image uint8 ``info.image_shape``, and its label.
+        """Read the image uint8 ``info.image_shape`` of an index, and its label; black for `NO_IMAGE`.
 
         Raises:
             DataError: If it cannot be read, has another shape, or its label is not a class.
@@ -167,9 +151,6 @@ def stream_batches(
 
     Yields:
         Images uint8 ``[rows, H, W, C]`` and labels int32 of the same length.
-
-    Raises:
-        DataError: If an image cannot be read.
 
     Example:
         >>> from selconv_jax.data import load

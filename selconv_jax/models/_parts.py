@@ -1,4 +1,4 @@
-"""Parts shared by the networks: stem, pooling, classifier, layers by variant."""
+"""Parts shared by the networks: stem, pooling, classifier."""
 
 import math
 from typing import Any
@@ -13,27 +13,18 @@ from selconv_jax._xla.batch_norm import Statistics, batch_statistics, join_stati
 from selconv_jax._xla.convolution import convolve
 from selconv_jax._xla.materialize import materialize
 from selconv_jax._xla.platforms import target_platform
-from selconv_jax.errors import ConfigError, nearest
+from selconv_jax.errors import ConfigError
 from selconv_jax.nn._computation import fan_out_normal
-from selconv_jax.nn._layers import BatchNormReLU, BatchNormReLUConv, SelectiveConv
+from selconv_jax.nn._layers import BatchNormReLU
 
 __all__ = [
     "STEMS",
-    "VARIANTS",
     "Classifier",
     "Stem",
     "append_channels",
     "append_features",
     "average_pool",
-    "check_choice",
-    "check_network",
-    "check_whole",
-    "gated_conv",
-    "is_real",
-    "selective_conv",
 ]
-
-VARIANTS = ("plain", "selective", "gate_only")
 
 # Kernel size and stride of the first convolution, and whether a 3x3 max pool of stride 2 follows.
 STEMS = {
@@ -112,20 +103,6 @@ class Classifier(nn.Module):
         return logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)
 
 
-def selective_conv(variant: str, capacity: float, **arguments: Any) -> BatchNormReLUConv:
-    """Create a layer that the method makes selective, for the given variant of a network."""
-    if variant == "plain":
-        return BatchNormReLUConv(**arguments)
-    return SelectiveConv(gate_only=variant == "gate_only", capacity=capacity, **arguments)
-
-
-def gated_conv(variant: str, **arguments: Any) -> BatchNormReLUConv:
-    """Create a layer that the method makes gate-only, for the given variant of a network."""
-    return (
-        BatchNormReLUConv(**arguments) if variant == "plain" else SelectiveConv(gate_only=True, **arguments)
-    )
-
-
 def average_pool(x: jax.Array) -> jax.Array:
     """Average ``[N, H, W, C]`` over 2x2 windows; an odd last row or column is dropped.
 
@@ -175,40 +152,6 @@ def append_channels(x: jax.Array, y: jax.Array) -> jax.Array:
     rows = [part.reshape(math.prod(part.shape[:-1]), part.shape[-1]) for part in (x, y)]
     joined = jnp.concatenate(rows, axis=-1)
     return materialize(joined.reshape(*x.shape[:-1], joined.shape[-1]))
-
-
-def check_choice(name: str, value: str, choices: Any) -> None:
-    """Raise a `ConfigError` unless ``value`` is one of ``choices``."""
-    if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{name} is {value!r}. {nearest(str(value), choices)}")
-
-
-def check_whole(name: str, value: Any) -> None:
-    """Raise a `ConfigError` unless ``value`` is a whole number of at least 1."""
-    if not _is_whole(value):
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
-
-
-def check_network(network: Any) -> None:
-    """Raise a `ConfigError` unless the attributes common to all networks are valid."""
-    check_choice("stem", network.stem, STEMS)
-    check_choice("variant", network.variant, VARIANTS)
-    check_whole("num_classes", network.num_classes)
-    blocks = network.blocks
-    if not isinstance(blocks, tuple | list) or not blocks or not all(map(_is_whole, blocks)):
-        raise ConfigError(f"blocks is {blocks!r}; it must be a list of whole numbers, all at least 1.")
-    rate = getattr(network, "dropout_rate", 0.0)
-    if not is_real(rate) or not 0 <= rate < 1:
-        raise ConfigError(f"dropout_rate is {rate!r}; it must be a number in [0, 1).")
-
-
-def is_real(value: Any) -> bool:
-    """Check whether a value is a real number; booleans are not."""
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _uniform(limit: float) -> Any:

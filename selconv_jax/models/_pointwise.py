@@ -2,22 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from selconv_jax._utils.arguments import check_number, check_whole
 from selconv_jax.errors import ConfigError
 from selconv_jax.models._network import Network
-from selconv_jax.models._parts import (
-    Classifier,
-    Stem,
-    average_pool,
-    check_network,
-    check_whole,
-    selective_conv,
-)
+from selconv_jax.models._parts import average_pool
 
 __all__ = ["Pointwise"]
 
@@ -32,7 +25,6 @@ class Pointwise(Network):
     neighbouring pixels comes from shifts. It isolates the mechanism and is not part of the evaluation.
 
     Attributes:
-        num_classes: Number of outputs.
         blocks: Layers per block; a 2x2 average pool lies between blocks.
         widths: Input channels of every layer of a block, per block.
         kernel_size: Kernel size of all convolutions, including the stem. Above 1, the network is a control
@@ -40,11 +32,8 @@ class Pointwise(Network):
         shifted: Fraction of every layer's channels that start as copies of themselves, with shifts drawn as
             for new copies: a control without re-allocation. The first channels are taken, as those of a new
             network are interchangeable. Needs the selective variant.
-        stem: First convolution, see `parts.STEMS`; stride and pool are taken from there.
-        variant: ``"plain"``, ``"selective"``, or ``"gate_only"`` (de-allocation without re-allocation).
-        capacity: See `selconv_jax.SelectiveConv`.
-        dtype: Type of the computation; None: that of the input.
-        param_dtype: Type of the parameters.
+
+    See `Network` for the other attributes; of the stem, stride and pool are taken.
 
     Raises:
         ConfigError: A value is out of bounds or not one of the choices.
@@ -59,61 +48,43 @@ class Pointwise(Network):
         [0, 1, -1, -1]
     """
 
-    num_classes: int
     blocks: Sequence[int] = (2, 2, 2)
     widths: Sequence[int] = (32, 32, 32)
     kernel_size: int = 1
     shifted: float = 0.0
-    stem: str = "cifar"
-    variant: str = "selective"
-    capacity: float = 1.0
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        check_network(self)
-        check_whole("kernel_size", self.kernel_size)
+        super().__post_init__()
+        check_whole("kernel_size", self.kernel_size, 1)
         if not self.kernel_size % 2:
             raise ConfigError(f"kernel_size is {self.kernel_size}; it must be odd, to have a centre.")
-        if not isinstance(self.widths, tuple | list) or len(self.widths) != len(self.blocks):
+        self._check_widths("widths", len(self.blocks))
+        check_number(
+            "shifted", self.shifted, lambda share: 0 <= share <= 1, "a fraction of the channels in [0, 1]"
+        )
+        if self.shifted and self.variant != "selective":
             raise ConfigError(
-                f"widths is {self.widths!r}; it must be a list of {len(self.blocks)}, like blocks."
-            )
-        for width in self.widths:
-            check_whole("widths", width)
-        shifted = self.shifted
-        if isinstance(shifted, bool) or not isinstance(shifted, int | float) or not 0 <= shifted <= 1:
-            raise ConfigError(f"shifted is {shifted!r}; it must be a fraction of the channels in [0, 1].")
-        if shifted and self.variant != "selective":
-            raise ConfigError(
-                f'shifted is {shifted}, but layers of the variant "{self.variant}" have no shifts. Set '
+                f'shifted is {self.shifted}, but layers of the variant "{self.variant}" have no shifts. Set '
                 'variant to "selective".'
             )
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Map images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = Stem(self.widths[0], self.stem, self.kernel_size, **types, name="stem")(images)
+        x = self._stem(self.widths[0], self.kernel_size)(images)
         for block, layers in enumerate(self.blocks):
             if block:
                 x = average_pool(x)
             for index in range(layers):
                 # The last layer of a block has the width of the next block.
                 is_last = index + 1 == layers and block + 1 < len(self.blocks)
-                layer = selective_conv(
-                    self.variant,
-                    self.capacity,
-                    features=self.widths[block + is_last],
-                    kernel_size=(self.kernel_size, self.kernel_size),
-                    **types,
-                    name=f"block{block + 1}_layer{index + 1}",
+                layer = self._make.selective(
+                    self.widths[block + is_last], self.kernel_size, f"block{block + 1}_layer{index + 1}"
                 )
                 x = layer(x, train)
                 if self.shifted and self.is_initializing():
                     self._shift(layer, self.widths[block])
-        return Classifier(self.num_classes, **types, name="classifier")(x, train)
+        return self._classifier()(x, train)
 
     def _shift(self, layer: nn.Module, channels: int) -> None:
         """Replace the initial values of a layer's sources and shifts."""

@@ -1,14 +1,12 @@
 """Pre-activation ResNet with bottlenecks, plain or selective."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
+from selconv_jax._utils.arguments import check_whole
 from selconv_jax.models._network import Network
-from selconv_jax.models._parts import Classifier, Stem, check_network, check_whole
 from selconv_jax.models._residual import residual_blocks
 
 __all__ = ["PreResNet"]
@@ -21,14 +19,10 @@ class PreResNet(Network):
     the stem has ``width`` (experiments, "Models").
 
     Attributes:
-        num_classes: Number of outputs.
         blocks: Bottlenecks per block; 164 layers are ``(18, 18, 18)``.
         width: Channels of the stem; None: 64 on ImageNet's stem, 16 on the others.
-        stem: First convolution, see `parts.STEMS`.
-        variant: ``"plain"``, ``"selective"``, or ``"gate_only"`` (de-allocation without re-allocation).
-        capacity: See `selconv_jax.SelectiveConv`.
-        dtype: Type of the computation; None: that of the input.
-        param_dtype: Type of the parameters.
+
+    See `Network` for the other attributes.
 
     Raises:
         ConfigError: A value is out of bounds or not one of the choices.
@@ -41,35 +35,19 @@ class PreResNet(Network):
         (1, 1, 8, 32)
     """
 
-    num_classes: int
     blocks: Sequence[int] = (18, 18, 18)
     width: int | None = None
-    stem: str = "cifar"
-    variant: str = "selective"
-    capacity: float = 1.0
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        check_network(self)
         if self.width is not None:
-            check_whole("width", self.width)
+            check_whole("width", self.width, 1)
         super().__post_init__()
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Map images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         width = self.width or (64 if self.stem == "imagenet" else 16)
         widths = [width * 2**index for index in range(len(self.blocks))]
-        x = residual_blocks(
-            Stem(width, self.stem, **types, name="stem")(images),
-            train,
-            blocks=self.blocks,
-            widths=widths,
-            features=[4 * width for width in widths],
-            variant=self.variant,
-            capacity=self.capacity,
-            **types,
-        )
-        return Classifier(self.num_classes, **types, name="classifier")(x, train)
+        features = [4 * width for width in widths]
+        x = residual_blocks(self._stem(width)(images), train, self._make, self.blocks, widths, features)
+        return self._classifier()(x, train)

@@ -1,14 +1,12 @@
 """ResNeXt in pre-activation form, plain or selective."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
+from selconv_jax._utils.arguments import check_whole
 from selconv_jax.models._network import Network
-from selconv_jax.models._parts import Classifier, Stem, check_network, check_whole
 from selconv_jax.models._residual import residual_blocks
 
 __all__ = ["ResNeXt"]
@@ -22,16 +20,12 @@ class ResNeXt(Network):
     ResNeXt-29, 8x64d.
 
     Attributes:
-        num_classes: Number of outputs.
         blocks: Bottlenecks per block.
         groups: Groups of the 3x3 convolutions, also known as the cardinality.
         base_width: Channels of a group in the first block.
         widen: Multiple of 64 that the first block's bottlenecks end with.
-        stem: First convolution, see `parts.STEMS`.
-        variant: ``"plain"``, ``"selective"``, or ``"gate_only"`` (de-allocation without re-allocation).
-        capacity: See `selconv_jax.SelectiveConv`.
-        dtype: Type of the computation; None: that of the input.
-        param_dtype: Type of the parameters.
+
+    See `Network` for the other attributes.
 
     Raises:
         ConfigError: A value is out of bounds or not one of the choices.
@@ -44,36 +38,21 @@ class ResNeXt(Network):
         (3, 3, 8, 16)
     """
 
-    num_classes: int
     blocks: Sequence[int] = (3, 3, 3)
     groups: int = 8
     base_width: int = 64
     widen: int = 4
-    stem: str = "cifar"
-    variant: str = "selective"
-    capacity: float = 1.0
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        check_network(self)
         for name in ("groups", "base_width", "widen"):
-            check_whole(name, getattr(self, name))
+            check_whole(name, getattr(self, name), 1)
         super().__post_init__()
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Map images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = residual_blocks(
-            Stem(64, self.stem, **types, name="stem")(images),
-            train,
-            blocks=self.blocks,
-            widths=[self.groups * self.base_width * 2**index for index in range(len(self.blocks))],
-            features=[64 * self.widen * 2**index for index in range(len(self.blocks))],
-            groups=self.groups,
-            variant=self.variant,
-            capacity=self.capacity,
-            **types,
-        )
-        return Classifier(self.num_classes, **types, name="classifier")(x, train)
+        widths = [self.groups * self.base_width * 2**index for index in range(len(self.blocks))]
+        features = [64 * self.widen * 2**index for index in range(len(self.blocks))]
+        x = self._stem(64)(images)
+        x = residual_blocks(x, train, self._make, self.blocks, widths, features, self.groups)
+        return self._classifier()(x, train)

@@ -3,7 +3,7 @@
 from selconv_jax.nnx._layers import BatchNormReLUConv, SelectiveConv, Selectivity
 from selconv_jax.nnx._linen import to_linen
 from selconv_jax.nnx._linen_module import LinenModule, compact, selectivize_module
-from selconv_jax.nnx._transforms import reallocate, reset_rewritten, selectivize
+from selconv_jax.nnx._transforms import fit_capacity, reallocate, reset_rewritten, selectivize
 from selconv_jax.nnx._variables import linen_variables, update_module
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "SelectiveConv",
     "Selectivity",
     "compact",
+    "fit_capacity",
     "linen_variables",
     "reallocate",
     "reset_rewritten",

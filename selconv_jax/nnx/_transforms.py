@@ -5,12 +5,14 @@ from typing import Any
 import jax
 from flax import nnx
 
+from selconv_jax.nnx._layers import SelectiveConv
 from selconv_jax.nnx._variables import linen_variables, update_module
 from selconv_jax.transforms import _optimizer_state, _reallocation, _selectivize
+from selconv_jax.transforms._capacity import fitted_capacities
 from selconv_jax.transforms._reallocation import AllocationRule
 from selconv_jax.transforms._report import Report
 
-__all__ = ["reallocate", "reset_rewritten", "selectivize"]
+__all__ = ["fit_capacity", "reallocate", "reset_rewritten", "selectivize"]
 
 
 def reallocate(module: nnx.Module, key: jax.Array, allocation: AllocationRule | None = None) -> Report:
@@ -78,3 +80,22 @@ def selectivize(plain: nnx.Module, selective: nnx.Module) -> None:
         ValueError: The modules do not match.
     """
     update_module(selective, _selectivize.selectivize(linen_variables(plain), linen_variables(selective)))
+
+
+def fit_capacity(module: nnx.Module, steps: int = 8) -> None:
+    """Let every selective layer of a module provide for just the copies that it has, in place.
+
+    See `selconv_jax.with_capacity`. Call it after each round; what ``nnx.jit`` has compiled for other
+    capacities is compiled anew.
+
+    Args:
+        module: The module.
+        steps: Capacities are rounded up to multiples of ``1 / steps``.
+
+    Raises:
+        ValueError: There is no selective layer, or its arrays are inconsistent.
+    """
+    capacities = fitted_capacities(module, steps)
+    for path, part in nnx.iter_modules(module):
+        if isinstance(part, SelectiveConv):
+            part.capacity = capacities.get("/".join(map(str, path)), part.capacity)

@@ -1,6 +1,7 @@
 """Channel map of one layer: the state of every slot, its damage score, and the sources of its copies."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -10,17 +11,14 @@ from matplotlib.container import Container
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from selconv_jax.report._layer_allocation import LayerAllocation
-from selconv_jax.report._overview import allocation_overview
 from selconv_jax.report._source_cards import CARD_HEIGHT, COLUMNS, FRAME_HEIGHT, draw_cards
-from selconv_jax.report._style import CLOSED, COPY, INK, MUTED, OWN, heading, new_figure, styled
+from selconv_jax.report._style import CLOSED, COPY, INK, MUTED, OUTLINED, OWN, heading, new_figure, styled
 
-__all__ = ["LayerAllocation", "allocation_overview", "channel_map"]
+__all__ = ["channel_map"]
 
-_WIDTH = 10.0
 _STRIP = 9.0  # inches for the cells, without the row labels
 _CARDS = 11  # channels shown with their copies; with the explaining card, three rows
 
@@ -38,28 +36,22 @@ def channel_map(layer: LayerAllocation, run: str = "") -> Figure:
             axes the last two are drawn, and the shift along the first is printed beside the arrow.
         run: Subtitle, such as the name of the run and the step.
 
-    Returns:
-        The figure.
-
     Example:
         >>> import numpy as np
         >>> layer = LayerAllocation("conv", np.array([True, False]), None, None, None, 16)
         >>> figure = channel_map(layer)
     """
     shown = list(layer.copies_of)[:_CARDS]
-    per_row = _cells_per_row(layer.channels)
+    # Large cells for few channels, but room for thousands.
+    per_row = 32 if layer.channels <= 128 else 64 if layer.channels <= 2048 else 128
     rows_of_cells = -(-layer.channels // per_row)
     rows_of_cards = -(-(1 + len(shown)) // COLUMNS) if shown else 0
-    heights = {
-        "header": 1.05 if run else 0.85,
-        "strip": 0.85 + _STRIP / per_row * rows_of_cells,
-        "score": 1.9 if layer.score is not None else 0.0,
-        "cards": FRAME_HEIGHT + CARD_HEIGHT * rows_of_cards if shown else 0.45,
-    }
-    heights = {part: height for part, height in heights.items() if height}
-    figure = new_figure(_WIDTH, sum(heights.values()))
-    ratios = list(heights.values())
-    stack = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=ratios)
+    heights = {"header": 1.05 if run else 0.85, "strip": 0.85 + _STRIP / per_row * rows_of_cells}
+    if layer.score is not None:
+        heights["score"] = 1.9
+    heights["cards"] = FRAME_HEIGHT + CARD_HEIGHT * rows_of_cards if shown else 0.45
+    figure = new_figure(10.0, sum(heights.values()))
+    stack = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=list(heights.values()))
     parts = dict(zip(heights, stack[:, 0], strict=True))
 
     _write_header(parts["header"], layer, run)
@@ -69,13 +61,11 @@ def channel_map(layer: LayerAllocation, run: str = "") -> Figure:
     if shown:
         draw_cards(parts["cards"], layer, shown, rows_of_cards)
     else:
-        parts["cards"].text(0.01, 0.6, _why_no_copies(layer), va="center")
+        reason = "No slot of this layer is a copy."
+        if layer.source is None:
+            reason = "This layer is gate-only: its closed slots are not re-allocated, it has no copies."
+        parts["cards"].text(0.01, 0.6, reason, va="center")
     return figure
-
-
-def _cells_per_row(channels: int) -> int:
-    """Choose the row length: large cells for few channels, but room for thousands."""
-    return 32 if channels <= 128 else 64 if channels <= 2048 else 128
 
 
 def _write_header(part: SubFigure, layer: LayerAllocation, run: str) -> None:
@@ -88,12 +78,6 @@ def _write_header(part: SubFigure, layer: LayerAllocation, run: str) -> None:
         "shifted position, or is closed and reads nothing."
     )
     part.text(0.01, 0.46 if run else 0.55, text, va="top", linespacing=1.5)
-
-
-def _why_no_copies(layer: LayerAllocation) -> str:
-    if layer.source is None:
-        return "This layer is gate-only: its closed slots are not re-allocated, it has no copies."
-    return "No slot of this layer is a copy."
 
 
 def _draw_strip(axes: Axes, layer: LayerAllocation, per_row: int) -> None:
@@ -114,26 +98,18 @@ def _draw_strip(axes: Axes, layer: LayerAllocation, per_row: int) -> None:
     axes.hlines(np.arange(-0.5, rows), -0.5, per_row - 0.5, color="white", linewidth=gap)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    step = 1 if rows <= 16 else 4
     sign = "+" if rows > 1 else ""
     columns = range(0, min(per_row, layer.channels), 4 if per_row < 128 else 8)
     axes.set_xticks(columns, [f"{sign}{column}" for column in columns])
-    lines = range(0, rows, step) if rows > 1 else []
+    lines = range(0, rows, 1 if rows <= 16 else 4) if rows > 1 else []
     axes.set_yticks(lines, [f"{line * per_row:,}" for line in lines])
 
     row, column = np.divmod(np.arange(layer.channels), per_row)
     copied = np.isin(np.arange(layer.channels), list(layer.copies_of))
     line = 0.07 * cell
     for marked, mark, colour, share in ((layer.closed, "x", MUTED, 0.4), (copied, "o", INK, 0.65)):
-        axes.plot(
-            column[marked],
-            row[marked],
-            mark,
-            color=colour,
-            fillstyle="none",
-            markersize=share * cell,
-            markeredgewidth=line,
-        )
+        style: dict[str, Any] = {"color": colour, "fillstyle": "none", "ms": share * cell, "mew": line}
+        axes.plot(column[marked], row[marked], mark, **style)
     handles: list[Artist | Container] = [
         Patch(color=colour, label=f"{kind}: {slots.sum():,}")
         for slots, colour, kind in (
@@ -170,15 +146,7 @@ def _draw_scores(axes: Axes, layer: LayerAllocation, shown: Sequence[int]) -> No
         if all(abs(source - other) > layer.channels / 40 for other in numbered):
             numbered.append(source)
             place = (source, float(layer.score[source]))
-            axes.annotate(
-                str(source),
-                place,
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-                fontsize=7.5,
-                path_effects=[withStroke(linewidth=2, foreground="white")],
-            )
+            axes.annotate(str(source), place, (0, 2), textcoords="offset points", fontsize=7.5, **OUTLINED)
     axes.set_xlim(-0.6, max(layer.channels, 8) - 0.4)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if layer.channels < 8:

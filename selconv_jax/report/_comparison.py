@@ -1,4 +1,4 @@
-"""Comparison of configurations by the mean and spread over the seeds of their runs."""
+"""Comparison of configurations: mean and spread over the seeds of their runs, and differences by seed."""
 
 import dataclasses
 import math
@@ -11,10 +11,26 @@ from rich.table import Table
 from rich.text import Text
 
 from selconv_jax.errors import SelconvError
-from selconv_jax.report._history import best_index, require_records, series
-from selconv_jax.report._statistics import Spread, spread
+from selconv_jax.report._statistics import (
+    PairedDifference,
+    Spread,
+    best_index,
+    paired_difference,
+    require_records,
+    series,
+    spread,
+)
 
-__all__ = ["ConfigurationResults", "comparison_table", "run_numbers"]
+__all__ = [
+    "MARK",
+    "ConfigurationResults",
+    "comparison_table",
+    "difference_table",
+    "number_differences",
+    "run_numbers",
+]
+
+MARK = "*"  # of a difference whose interval excludes 0
 
 # key of `run_numbers`, heading, factor, format
 _COLUMNS = (
@@ -35,9 +51,6 @@ class ConfigurationResults:
         name: Its name in tables and pictures.
         runs: The lines of ``metrics.jsonl`` of every run, by seed.
         failed: Seeds of failed runs, which are listed but excluded from all statistics.
-
-    Raises:
-        SelconvError: A run has no record, or there is neither a finished nor a failed run.
     """
 
     name: str
@@ -53,10 +66,9 @@ class ConfigurationResults:
     @property
     def by_seed(self) -> dict[str, dict[int, float]]:
         """Values of each number of `run_numbers` by seed, as far as runs have it."""
-        numbers = {seed: run_numbers(records) for seed, records in self.runs.items()}
         known: dict[str, dict[int, float]] = {}
-        for seed, run in numbers.items():
-            for key, value in run.items():
+        for seed, records in self.runs.items():
+            for key, value in run_numbers(records).items():
                 if value is not None:
                     known.setdefault(key, {})[seed] = value
         return known
@@ -68,20 +80,12 @@ class ConfigurationResults:
 
 
 def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Compute the numbers by which runs are compared; accuracies and errors are fractions in [0, 1].
+    """Compute the numbers by which runs are compared, from the lines of ``metrics.jsonl``.
 
-    Args:
-        records: The lines of ``metrics.jsonl``, one per epoch, in order.
-
-    Returns:
-        ``test_accuracy``, ``test_error``, ``test_loss`` and ``train_loss`` of the last epoch; for runs with
-        validation images, ``validation_accuracy`` of the last epoch, ``best_epoch`` by validation accuracy
-        and ``best_test_accuracy``, the test accuracy of that epoch; the channels ``deallocated`` and
-        ``reallocated`` in all rounds; ``copies``, ``open_channels`` and ``channels`` at the end; and the
-        median ``images_per_second`` of the epochs. None if the run has no such number.
-
-    Raises:
-        SelconvError: ``records`` is empty.
+    Accuracies and errors are fractions in [0, 1], of the last epoch; ``best_epoch`` is that of the highest
+    validation accuracy, and ``best_test_accuracy`` the test accuracy of that epoch. Channels ``deallocated``
+    and ``reallocated`` are those of all rounds; ``images_per_second`` is the median of the epochs. A number
+    that the run does not have is None.
 
     Example:
         >>> run_numbers([{"epoch": 1, "test_accuracy": 0.75}])["test_error"]
@@ -116,33 +120,16 @@ def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]
 
 
 def comparison_table(configurations: Sequence[ConfigurationResults]) -> Table:
-    """Tabulate the mean and standard deviation over the seeds of every configuration.
+    """Tabulate the mean and standard deviation over the seeds of every configuration, in 80 characters.
 
-    Args:
-        configurations: In the order of the rows.
-
-    Returns:
-        A table for ``rich.print`` that fits a terminal of 80 characters; the deviation of a single run is
-        ``-``. The test accuracy at the best epoch has a column if some run has validation images.
-
-    Example:
-        >>> results = ConfigurationResults("plain", {0: [{"epoch": 1, "test_accuracy": 0.5}]})
-        >>> comparison_table([results]).row_count
-        1
+    The deviation of a single run is ``-``. The test accuracy at the best epoch has a column if some run has
+    validation images.
     """
     known = {key for configuration in configurations for key in configuration.summary}
     columns = [column for column in _COLUMNS if column[0] != "best_test_accuracy" or column[0] in known]
     note = "\nbest: the epoch of the highest validation accuracy" if "best_epoch" in known else ""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        caption=f"mean ± standard deviation over the seeds{note}",
-        caption_justify="left",
-    )
-    table.add_column("\nconfiguration", overflow="fold")
-    for _, heading, _, _ in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _table("\nconfiguration", [heading for _, heading, _, _ in columns])
+    table.caption = f"mean ± standard deviation over the seeds{note}"
     for number, configuration in enumerate(configurations):
         summary = configuration.summary
         cells = []
@@ -162,3 +149,56 @@ def comparison_table(configurations: Sequence[ConfigurationResults]) -> Table:
 
 def _seeds(seeds: Sequence[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def number_differences(
+    configuration: ConfigurationResults, baseline: ConfigurationResults
+) -> dict[str, PairedDifference]:
+    """Compute the differences of those numbers of `run_numbers` that both have for some common seed."""
+    here, there = configuration.by_seed, baseline.by_seed
+    return {
+        key: paired_difference(here[key], there[key])
+        for key in here
+        if key in there and here[key].keys() & there[key].keys()
+    }
+
+
+def difference_table(configurations: Sequence[ConfigurationResults]) -> Table:
+    """Tabulate the differences of the test errors to that of the first configuration, in 80 characters.
+
+    A difference whose interval excludes 0 has a star; a single pair has no standard error and interval.
+    """
+    first, *others = configurations
+    table = _table("configuration", ["difference", "standard\nerror", "95% interval", "", "pairs"])
+    differences = [number_differences(other, first).get("test_error") for other in others]
+    for other, difference in zip(others, differences, strict=True):
+        table.add_row(Text(other.name), *_cells(difference))
+    known = [difference for difference in differences if difference is not None]
+    note = "Of a single pair nothing can be said."
+    if any(difference.excludes_zero for difference in known):
+        note = f"{MARK} The interval excludes 0. Of 20 comparisons without any effect, one does."
+    elif any(difference.interval for difference in known):
+        note = "No interval excludes 0: no difference is larger than chance explains."
+    text = f"Test error minus that of {first.name}, in percentage points, paired by seed. {note}"
+    table.caption = Text(text, "table.caption")
+    return table
+
+
+def _cells(difference: PairedDifference | None) -> tuple[str, ...]:
+    if difference is None:
+        return "-", "-", "-", "", "0"
+    mean, count = f"{100 * difference.mean:+.2f}", str(difference.count)
+    if difference.interval is None or difference.std_error is None:
+        return mean, "-", "-", "", count
+    low, high = (100 * end for end in difference.interval)
+    mark = MARK if difference.excludes_zero else ""
+    return mean, f"{100 * difference.std_error:.2f}", f"{low:+.2f} to {high:+.2f}", mark, count
+
+
+def _table(first: str, headings: Sequence[str]) -> Table:
+    """Create an empty table of a column of names and columns of numbers, without lines around it."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
+    table.add_column(first, overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table

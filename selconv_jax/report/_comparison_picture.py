@@ -10,18 +10,15 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from selconv_jax.errors import SelconvError
-from selconv_jax.report._comparison import ConfigurationResults
-from selconv_jax.report._comparison_differences import MARK, number_differences
-from selconv_jax.report._history import series
-from selconv_jax.report._statistics import spread
-from selconv_jax.report._style import INK, heading, new_figure, styled
+from selconv_jax.report._comparison import MARK, ConfigurationResults, number_differences
+from selconv_jax.report._statistics import series, spread
+from selconv_jax.report._style import BESIDE, INK, draw_over_epochs, heading, new_figure, styled
 
 __all__ = ["comparison_picture"]
 
 # Okabe and Ito without yellow, which is invisible on white; further ones differ in line style.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
 _STYLES: tuple[str, ...] = ("-", "--", ":", "-.")
-_FEW = 40  # up to this many epochs each one gets a marker
 _LETTERS = 40  # of a line of a name
 _WIDE = 4.0  # from this ratio of the highest to the lowest error on, the curves' axis is logarithmic
 
@@ -30,19 +27,7 @@ _WIDE = 4.0  # from this ratio of the highest to the lowest error on, the curves
 def comparison_picture(configurations: Sequence[ConfigurationResults], title: str) -> Figure:
     """Draw the test error per epoch, and that of the last epoch with one point per seed.
 
-    Args:
-        configurations: In the order of the rows.
-        title: Title of the picture.
-
-    Returns:
-        The figure: curves in the first axes; final errors in the second, whose row labels name the curves.
-
-    Raises:
-        SelconvError: There is no configuration.
-
-    Example:
-        >>> results = ConfigurationResults("plain", {0: [{"epoch": 1, "test_accuracy": 0.5}]})
-        >>> figure = comparison_picture([results], "quickstart")
+    Curves are in the first axes; final errors in the second, whose row labels name the curves.
     """
     if not configurations:
         raise SelconvError("there is no finished run, so there is nothing to compare.")
@@ -53,10 +38,10 @@ def comparison_picture(configurations: Sequence[ConfigurationResults], title: st
     for row, configuration in enumerate(configurations):
         colour = _COLOURS[row % len(_COLOURS)]
         style = _STYLES[row // len(_COLOURS) % len(_STYLES)]
+        difference = number_differences(configuration, configurations[0]).get("test_error")
+        mark = difference is not None and difference.excludes_zero
         _draw_curve(curves, configuration, colour, style)
-        _draw_final(
-            finals, row, configuration, colour, style, mark=_differs(configuration, configurations[0])
-        )
+        _draw_final(finals, row, configuration, colour, style, mark=mark)
     several = any(len(configuration.runs) > 1 for configuration in configurations)
     _finish_curves(curves, several)
     _finish_finals(finals, labels, several)
@@ -80,16 +65,11 @@ def _errors(configuration: ConfigurationResults) -> tuple[NDArray[np.float64], N
 def _draw_curve(axes: Axes, configuration: ConfigurationResults, colour: str, style: str) -> None:
     """Draw the mean of the epochs for which all seeds have a value, and the standard deviation."""
     epochs, errors = _errors(configuration)
-    marker, mean = "o" if len(epochs) <= _FEW else "", errors.mean(axis=0)
-    axes.plot(epochs, mean, style, color=colour, marker=marker, markersize=3.5, linewidth=1.4)
+    mean = errors.mean(axis=0)
+    draw_over_epochs(axes, epochs, mean, style, color=colour)
     if len(errors) > 1:
         deviation = errors.std(axis=0, ddof=1)
         axes.fill_between(epochs, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
-
-
-def _differs(configuration: ConfigurationResults, first: ConfigurationResults) -> bool:
-    difference = number_differences(configuration, first).get("test_error")
-    return difference is not None and difference.excludes_zero
 
 
 def _draw_final(
@@ -108,15 +88,7 @@ def _draw_final(
     if end.std is not None:
         axes.errorbar(end.mean, row + 0.18, xerr=end.std, fmt="|", color=colour, ms=8, mew=2, capsize=3)
         text += f" ± {end.std:.2f}{f' {MARK}' * mark}"
-    axes.annotate(
-        text,
-        (1.0, row),
-        (6, 0),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        va="center",
-        annotation_clip=False,
-    )
+    axes.annotate(text, (1.0, row), (6, 0), xycoords=("axes fraction", "data"), **BESIDE)
 
 
 def _finish_curves(axes: Axes, several: bool) -> None:

@@ -11,17 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from selconv_jax.report._history import best_index, last_change, require_records, series
-from selconv_jax.report._style import CLOSED, COPY, INK, OWN, heading, new_figure, styled
+from selconv_jax.report._statistics import best_index, last_change, require_records, series
+from selconv_jax.report._style import CLOSED, COPY, INK, OWN, draw_over_epochs, heading, new_figure, styled
 
 __all__ = ["learning_curves"]
 
-_TRAIN = "#0072B2"
-_VALIDATION = "#CC79A7"
-_TEST = "#D55E00"
-_TOP5 = "#009E73"
-_SPLITS = (("train", (_TRAIN, "-")), ("validation", (_VALIDATION, "-")), ("test", (_TEST, "-")))
-_FEW = 40  # up to this many epochs each one gets a marker
+_SPLITS = (("train", "#0072B2"), ("validation", "#CC79A7"), ("test", "#D55E00"))
 
 
 @styled
@@ -35,12 +30,8 @@ def learning_curves(records: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
     Args:
         records: The lines of ``metrics.jsonl``, one per epoch, in order. A key that is missing or
-            null leaves a gap (``test_top5`` exists only where there are more than five classes).
-            Accuracies are fractions in [0, 1]; ``epoch`` is 1-based.
+            null leaves a gap. Accuracies are fractions in [0, 1]; ``epoch`` is 1-based.
         title: Title of the picture, such as the name of the run.
-
-    Returns:
-        The figure.
 
     Raises:
         SelconvError: ``records`` is empty.
@@ -61,45 +52,28 @@ def learning_curves(records: Sequence[Mapping[str, Any]], title: str) -> Figure:
     if allocated:
         _draw_states(grid[1, 0], records, epochs)
         _draw_changes(grid[1, 1], records, epochs)
-    _draw_lines(grid[-1, 0], epochs, [("", series(records, "learning_rate"), INK, "-")])
-    _start_at_zero(grid[-1, 0])
-    grid[-1, 0].set_ylabel("learning rate")
-    heading(grid[-1, 0], "Learning rate")
-    _draw_lines(grid[-1, 1], epochs, [("", series(records, "images_per_second"), INK, "-")])
-    _start_at_zero(grid[-1, 1])
-    grid[-1, 1].set_ylabel("images per second")
-    heading(grid[-1, 1], "Training speed")
-
+    for axes, key, title in zip(
+        grid[-1], ("learning_rate", "images_per_second"), ("Learning rate", "Training speed"), strict=True
+    ):
+        _draw_lines(axes, epochs, [("", series(records, key), INK, "-")])
+        _start_at_zero(axes)
+        axes.set(xlabel="epoch", ylabel=key.replace("_", " "))
+        heading(axes, title)
     for axes in grid.flat:
         axes.set_xlim(epochs.min() - 0.6, epochs.max() + 0.6)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(True, axis="y")
         axes.set_axisbelow(True)
-    for axes in grid[-1]:
-        axes.set_xlabel("epoch")
     return figure
 
 
 def _draw_lines(
-    axes: Axes,
-    epochs: NDArray[np.float64],
-    lines: Sequence[tuple[str, NDArray[np.float64], str, str]],
+    axes: Axes, epochs: NDArray[np.float64], lines: Sequence[tuple[str, NDArray[np.float64], str, str]]
 ) -> None:
     """Draw lines (label, values, colour, line style), skipping quantities that were never logged."""
-    marker = "o" if len(epochs) <= _FEW else ""
     for label, values, colour, style in lines:
         if not np.isnan(values).all():
-            axes.plot(
-                epochs,
-                values,
-                style,
-                color=colour,
-                label=label,
-                marker=marker,
-                markersize=3.5,
-                linewidth=1.4,
-                clip_on=False,
-            )
+            draw_over_epochs(axes, epochs, values, style, color=colour, label=label, clip_on=False)
 
 
 def _start_at_zero(axes: Axes) -> None:
@@ -117,31 +91,22 @@ def _draw_freeze(axes: Axes, records: Sequence[Mapping[str, Any]]) -> list[Artis
 
 
 def _draw_loss(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDArray[np.float64]) -> None:
-    _draw_lines(axes, epochs, [(key, series(records, f"{key}_loss"), *style) for key, style in _SPLITS])
+    _draw_lines(axes, epochs, [(key, series(records, f"{key}_loss"), colour, "-") for key, colour in _SPLITS])
     axes.set_ylabel("cross entropy")
     heading(axes, "Loss")
 
 
 def _draw_accuracy(axes: Axes, records: Sequence[Mapping[str, Any]], epochs: NDArray[np.float64]) -> None:
     lines = [
-        *((key, 100 * series(records, f"{key}_accuracy"), *style) for key, style in _SPLITS),
-        ("test top 5", 100 * series(records, "test_top5"), _TOP5, "--"),
+        *((key, 100 * series(records, f"{key}_accuracy"), colour, "-") for key, colour in _SPLITS),
+        ("test top 5", 100 * series(records, "test_top5"), "#009E73", "--"),
     ]
     _draw_lines(axes, epochs, lines)
     title, best = "Accuracy", best_index(records)
     if best is not None:
         accuracy = 100 * float(series(records, "validation_accuracy")[best])
-        axes.plot(
-            epochs[best],
-            accuracy,
-            "*",
-            markersize=12,
-            markerfacecolor="#F0E442",
-            markeredgecolor=INK,
-            label="best",
-            zorder=5,
-            clip_on=False,
-        )
+        star: dict[str, Any] = {"markersize": 12, "markerfacecolor": "#F0E442", "markeredgecolor": INK}
+        axes.plot(epochs[best], accuracy, "*", label="best", zorder=5, clip_on=False, **star)
         title += f" (best on validation: {accuracy:.2f} %, epoch {epochs[best]:.0f})"
     axes.set_ylabel("correct (%)")
     heading(axes, title)

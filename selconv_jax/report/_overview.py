@@ -1,25 +1,20 @@
 """Overview of the allocation of all layers of a network."""
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from numpy.typing import NDArray
 
 from selconv_jax.errors import SelconvError
 from selconv_jax.report._layer_allocation import LayerAllocation
-from selconv_jax.report._style import CLOSED, COPY, OWN, new_figure, styled
+from selconv_jax.report._style import BESIDE, CLOSED, COPY, OWN, new_figure, styled
 
 __all__ = ["allocation_overview"]
 
-_STATES: tuple[tuple[str, Callable[[LayerAllocation], NDArray[np.bool_]], str], ...] = (
-    ("own channel", operator.attrgetter("own"), OWN),
-    ("copy", operator.attrgetter("copy"), COPY),
-    ("closed", operator.attrgetter("closed"), CLOSED),
-)
+# label, attribute of the layer, colour
+_STATES = (("own channel", "own", OWN), ("copy", "copy", COPY), ("closed", "closed", CLOSED))
 _HEADER = 0.7  # inches
 _LINES = 56  # layers per column of the picture
 _LINE = 0.165  # inches per layer
@@ -31,14 +26,11 @@ def allocation_overview(layers: Sequence[LayerAllocation], title: str) -> Figure
     """Draw how many slots of every layer read their own channel, are copies, or are closed.
 
     Each layer has one line, in the given order: its name, a bar of the three fractions, and the three
-    counts. Networks of many layers take several columns.
+    counts. Networks of many layers take several columns, with one pair of axes each.
 
     Args:
         layers: The layers of the network, in forward order.
         title: Title of the picture, such as the name of the run.
-
-    Returns:
-        The figure, with one pair of axes per column.
 
     Raises:
         SelconvError: ``layers`` is empty.
@@ -63,7 +55,7 @@ def allocation_overview(layers: Sequence[LayerAllocation], title: str) -> Figure
     for column, axes in enumerate(grid):
         _draw_column(axes, layers[column * lines : (column + 1) * lines], lines)
 
-    totals = [sum(int(state(layer).sum()) for layer in layers) for _, state, _ in _STATES]
+    totals = [sum(_counts(layers, state)) for _, state, _ in _STATES]
     handles = [
         Patch(color=colour, label=f"{label}: {total:,} ({total / sum(totals):.1%})")
         for (label, _, colour), total in zip(_STATES, totals, strict=True)
@@ -74,27 +66,22 @@ def allocation_overview(layers: Sequence[LayerAllocation], title: str) -> Figure
     return figure
 
 
+def _counts(layers: Sequence[LayerAllocation], state: str) -> list[int]:
+    return [int(getattr(layer, state).sum()) for layer in layers]
+
+
 def _draw_column(axes: Axes, layers: Sequence[LayerAllocation], lines: int) -> None:
     """Draw stacked horizontal bars, and the counts in three columns of text to their right."""
     places = np.arange(len(layers))
     left = np.zeros(len(layers))
     for column, (label, state, colour) in enumerate(_STATES):
-        counts = [int(state(layer).sum()) for layer in layers]
+        counts = _counts(layers, state)
         share = np.array(counts) / [layer.channels for layer in layers]
         axes.barh(places, share, 0.78, left, color=colour)
         left = left + share
         texts = [label.split()[0], *(f"{count:,}" for count in counts)]
         for place, text in zip((-1.2, *places), texts, strict=True):
-            axes.annotate(
-                text,
-                (1.0, place),
-                (36 * column + 34, 0),
-                textcoords="offset points",
-                ha="right",
-                va="center",
-                fontsize=8,
-                annotation_clip=False,
-            )
+            axes.annotate(text, (1.0, place), (36 * column + 34, 0), ha="right", fontsize=8, **BESIDE)
     axes.set_yticks(places, [layer.name for layer in layers], fontsize=8)
     axes.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
     axes.set(xlim=(0, 1), ylim=(lines - 0.4, -0.6))

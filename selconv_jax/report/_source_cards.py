@@ -7,12 +7,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from selconv_jax.report._layer_allocation import LayerAllocation
-from selconv_jax.report._style import COPY, INK, MUTED, OWN
+from selconv_jax.report._style import COPY, INK, MUTED, OUTLINED, OWN
 
 __all__ = ["CARD_HEIGHT", "COLUMNS", "FRAME_HEIGHT", "draw_cards"]
 
@@ -25,24 +24,11 @@ _SMALL = 7.5  # points
 _LETTER = np.array([0.068, 0.13])  # inches that one digit takes at this size
 _INCHES = 2.0  # width and height of a card's pixels
 _TURNS = np.array([0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, 7, -7, 8]) * np.pi / 8
-_HOLLOW: dict[str, Any] = {
-    "marker": "o",
-    "color": "white",
-    "markeredgecolor": MUTED,
-    "markersize": 7,
-    "markeredgewidth": 1.5,
-}
+_HOLLOW: dict[str, Any] = {"marker": "o", "color": "white", "mec": MUTED, "ms": 7, "mew": 1.5}
 
 
 def draw_cards(part: SubFigure, layer: LayerAllocation, shown: Sequence[int], rows: int) -> None:
-    """Draw an explaining card, then one per copied channel.
-
-    Args:
-        part: Where to draw, ``rows * CARD_HEIGHT + FRAME_HEIGHT`` inches high.
-        layer: The layer; it has copies.
-        shown: The channels to draw, keys of ``layer.copies_of``, in order.
-        rows: Number of rows, of ``COLUMNS`` cards each.
-    """
+    """Draw an explaining card, then one for each of the ``shown`` keys of ``layer.copies_of``."""
     assert layer.shift is not None
     dimensions = layer.shift.shape[1]
     ratios = [FRAME_HEIGHT - _FOOT, rows * CARD_HEIGHT, _FOOT]
@@ -105,13 +91,8 @@ def _draw_pixels(axes: Axes, reach: float, lanes: int | None) -> None:
 
 
 def _draw_arrow(axes: Axes, start: Sequence[float], end: Sequence[float], colour: str, width: float) -> None:
-    style = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate(
-        "",
-        xy=(end[0], end[1]),
-        xytext=(start[0], start[1]),
-        arrowprops={**style, "mutation_scale": 5 + 3 * width},
-    )
+    style = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "mutation_scale": 5 + 3 * width}
+    axes.annotate("", (end[0], end[1]), (start[0], start[1]), arrowprops=style | {"shrinkA": 0, "shrinkB": 0})
 
 
 def _draw_title(axes: Axes, title: str, about: str) -> None:
@@ -201,14 +182,7 @@ def _write_labels(
             if inside and all((abs(center - other) > half + size).any() for other, size in taken):
                 taken.append((center, half))
                 numbered += 1
-                axes.annotate(
-                    label,
-                    (center[0], center[1]),
-                    fontsize=_SMALL,
-                    ha="center",
-                    va="center",
-                    path_effects=[withStroke(linewidth=2, foreground="white")],
-                )
+                axes.annotate(label, (center[0], center[1]), fontsize=_SMALL, va="center", **OUTLINED)
                 break
     if numbered < len(labels):
         axes.set_xlabel(f"{numbered} of {len(labels)} copies numbered", fontsize=_SMALL)

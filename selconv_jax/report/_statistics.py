@@ -1,4 +1,4 @@
-"""Statistics of runs with several seeds: mean and spread, and differences paired by seed.
+"""Statistics of runs: series of logged metrics, mean and spread over seeds, and differences paired by seed.
 
 Runs of two configurations with the same seed start from the same values of their common variables and see
 the same images in the same order. Such runs are pairs: the effect of the seed on both cancels in the
@@ -9,15 +9,69 @@ valid, but wider.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from selconv_jax.errors import SelconvError
 
-__all__ = ["CONFIDENCE", "PairedDifference", "Spread", "paired_difference", "spread", "t_quantile"]
+__all__ = [
+    "CONFIDENCE",
+    "PairedDifference",
+    "Spread",
+    "best_index",
+    "last_change",
+    "paired_difference",
+    "require_records",
+    "series",
+    "spread",
+]
 
 CONFIDENCE = 0.95
+
+
+def require_records(records: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a `SelconvError` if a run's log has no record."""
+    if not records:
+        raise SelconvError(
+            "the run has no finished epoch yet, so metrics.jsonl holds nothing to report: "
+            "train at least one epoch first."
+        )
+
+
+def series(records: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
+    """Extract one logged quantity over the epochs, ``[len(records)]`` float64.
+
+    It is NaN where a record lacks the key, holds null or is not finite.
+    """
+    values = np.array(
+        [np.nan if record.get(key) is None else float(record[key]) for record in records], dtype=np.float64
+    )
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def best_index(records: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the index of the first record with the highest validation accuracy; None if no record has one.
+
+    Test images are never used for the choice, as results are reported on them.
+    """
+    accuracy = series(records, "validation_accuracy")
+    return None if np.isnan(accuracy).all() else int(np.nanargmax(accuracy))
+
+
+def last_change(records: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the last epoch (1-based) whose round closed or re-allocated a channel.
+
+    None if none did, or if it is the last record, so that a later change is still possible.
+    """
+    changes = np.nan_to_num(series(records, "deallocated"))
+    changes = changes + np.nan_to_num(series(records, "reallocated"))
+    changed = np.flatnonzero(changes)
+    if changed.size == 0 or changed[-1] == len(records) - 1:
+        return None
+    return int(records[changed[-1]]["epoch"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +111,13 @@ class PairedDifference:
     def excludes_zero(self) -> bool:
         """True if 0 lies outside the interval: the difference is larger than chance explains.
 
-        This holds for a single comparison: of twenty without any effect, one is expected to be true.
+        Of twenty comparisons without any effect, one is expected to be true.
         """
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Compute the mean and standard deviation of a sample.
-
-    Args:
-        values: At least one finite number.
-
-    Returns:
-        The mean, the standard deviation and the size of the sample.
+    """Compute the mean and standard deviation of at least one finite number.
 
     Example:
         >>> spread([1.0, 3.0])
@@ -85,7 +133,7 @@ def paired_difference(
 ) -> PairedDifference:
     """Compute the mean difference to a baseline, paired by seed, with its standard error and t-interval.
 
-    The interval is ``mean ± t * std_error`` with `t_quantile`, for approximately normal differences.
+    The interval is ``mean ± t * std_error``, for approximately normal differences.
 
     Args:
         values: A finite number by seed.
@@ -96,13 +144,15 @@ def paired_difference(
         Values minus baseline.
 
     Raises:
-        SelconvError: No seed is common to both, or a number is not finite.
+        SelconvError: No seed is common to both, a number is not finite, or ``confidence`` out of bounds.
 
     Example:
         >>> difference = paired_difference({0: 3.0, 1: 5.0, 7: 9.0}, {0: 1.0, 1: 1.0})
         >>> difference.mean, difference.std_error, difference.count
         (3.0, 1.0, 2)
     """
+    if not 0 < confidence < 1:
+        raise SelconvError(f"confidence is {confidence}; it must be in (0, 1).")
     seeds = sorted(values.keys() & baseline.keys())
     if not seeds:
         raise SelconvError(f"no seed is common to {sorted(values)} and {sorted(baseline)}: there is no pair.")
@@ -114,30 +164,5 @@ def paired_difference(
     if sample.std is None:
         return PairedDifference(sample.mean, None, None, 1)
     error = sample.std / math.sqrt(sample.count)
-    reach = t_quantile(sample.count - 1, confidence) * error
+    reach = float(stdtrit(sample.count - 1, (1 + confidence) / 2)) * error
     return PairedDifference(sample.mean, error, (sample.mean - reach, sample.mean + reach), sample.count)
-
-
-def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """Compute the two-sided quantile of Student's t-distribution.
-
-    Args:
-        degrees: Degrees of freedom, at least 1.
-        confidence: Probability of absolute values below the quantile, in (0, 1).
-
-    Returns:
-        The quantile at ``(1 + confidence) / 2``.
-
-    Raises:
-        SelconvError: An argument is out of bounds.
-
-    Example:
-        >>> round(t_quantile(4), 3)
-        2.776
-    """
-    if degrees < 1 or not 0 < confidence < 1:
-        raise SelconvError(
-            f"there are {degrees} degrees of freedom, which must be at least 1, and confidence {confidence}, "
-            "which must be in (0, 1)."
-        )
-    return float(stdtrit(degrees, (1 + confidence) / 2))

@@ -1,15 +1,38 @@
-"""Common style of all pictures: colours, sizes and settings."""
+"""Common style of all pictures (colours, sizes and settings), and their saving."""
 
+import io
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib.style
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
 
-__all__ = ["CLOSED", "COPY", "INK", "MUTED", "OWN", "heading", "new_figure", "styled"]
+from selconv_jax._utils.files import write_atomically
+from selconv_jax.errors import ConfigError
+
+__all__ = [
+    "BESIDE",
+    "CLOSED",
+    "COPY",
+    "INK",
+    "MUTED",
+    "OUTLINED",
+    "OWN",
+    "draw_over_epochs",
+    "heading",
+    "new_figure",
+    "save_figure",
+    "styled",
+]
 
 # From the palette of Okabe and Ito, which remains distinguishable with common colour blindness. The
 # three states also differ in lightness, so that a greyscale print is readable.
@@ -18,6 +41,10 @@ COPY = "#D55E00"
 CLOSED = "#E6E6E6"
 INK = "#222222"
 MUTED = "#666666"
+
+# Options of texts: at a distance in points from a place, also outside of the axes; readable over lines.
+BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
+OUTLINED: dict[str, Any] = {"ha": "center", "path_effects": [withStroke(linewidth=2, foreground="white")]}
 
 # "default" first, so that pictures do not depend on the user's matplotlibrc and equal data gives equal
 # bytes. The object is a context manager and, as used here, a decorator.
@@ -52,27 +79,21 @@ styled = matplotlib.style.context(
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Create a figure, without global state, whose layout keeps texts from overlapping.
-
-    Args:
-        width: Width in inches, of 120 pixels each.
-        height: Height in inches.
-
-    Returns:
-        An empty figure with constrained layout.
-    """
+    """Create a figure (in inches of 120 pixels) without global state, whose texts do not overlap."""
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
     return Figure(figsize=(width, height), dpi=120, layout=layout)
 
 
-def heading(axes: Axes, title: str, handles: Sequence[Artist | Container] | None = None) -> None:
-    """Put the title and the legend above a panel, where they cannot hide data.
+def draw_over_epochs(
+    axes: Axes, epochs: NDArray[np.float64], values: NDArray[np.float64], style: str, **options: Any
+) -> None:
+    """Draw a line; each epoch has a marker if there are few."""
+    marker = "o" if len(epochs) <= 40 else ""
+    axes.plot(epochs, values, style, marker=marker, markersize=3.5, linewidth=1.4, **options)
 
-    Args:
-        axes: The panel, with its labelled artists already drawn.
-        title: The title.
-        handles: The legend's artists in order, on one line; None: all labelled ones.
-    """
+
+def heading(axes: Axes, title: str, handles: Sequence[Artist | Container] | None = None) -> None:
+    """Put the title and the legend above a panel, where they hide no data; by default of all artists."""
     if handles is None:
         handles, _ = axes.get_legend_handles_labels()
     axes.set_title(title, pad=20 if handles else 6)
@@ -89,3 +110,29 @@ def heading(axes: Axes, title: str, handles: Sequence[Artist | Container] | None
             handletextpad=0.4,
         )
         legend.set_in_layout(False)  # a long line of entries must not squeeze the panel
+
+
+@styled
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as PNG, atomically; equal figures give equal bytes.
+
+    An interrupted or failed call leaves an existing file intact. The file contains neither the date nor the
+    version of the drawing library.
+
+    Args:
+        figure: The figure.
+        path: The file, ending in ``.png``; missing folders are created.
+
+    Raises:
+        ConfigError: The path does not end in ``.png``.
+
+    Example:
+        >>> save_figure(Figure(), "empty.png")
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"pictures are saved as PNG, but {str(path)!r} has another suffix: name it *.png.")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": "selconv_jax"})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, picture.getvalue())

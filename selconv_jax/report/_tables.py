@@ -9,9 +9,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from selconv_jax.analysis._layer_counts import Count, LayerCounts, total_counts
-from selconv_jax.report._history import best_index, require_records, series
+from selconv_jax.analysis._layer_counts import LayerCounts, total_counts
 from selconv_jax.report._layer_allocation import LayerAllocation
+from selconv_jax.report._statistics import best_index, require_records, series
 
 __all__ = ["count_table", "layer_table", "run_table"]
 
@@ -30,7 +30,6 @@ _COLUMNS = (
     ("copies", "\ncopies", "{:,.0f}"),
     ("images_per_second", "images\nper s", "{:,.0f}"),
 )
-_FORMS = ("plain", "selective", "compact")
 _PERCENT = ("train_accuracy", "validation_accuracy", "test_accuracy", "test_top5")
 
 
@@ -97,14 +96,10 @@ def run_table(records: Sequence[Mapping[str, Any]], summary: Mapping[str, str]) 
 
 
 def layer_table(layers: Sequence[LayerAllocation]) -> Table:
-    """Tabulate the allocation of every layer, with totals.
+    """Tabulate the allocation of every layer, in forward order, with totals, for ``rich.print``.
 
-    Args:
-        layers: The layers of the network, in forward order.
-
-    Returns:
-        A table for ``rich.print``: channels, open ones, copies among these, closed ones, and the channel
-        with the most copies (the lowest among equals).
+    Columns are channels, open ones, copies among these, closed ones, and the channel with the most copies
+    (the lowest among equals).
 
     Example:
         >>> import numpy as np
@@ -129,7 +124,9 @@ def layer_table(layers: Sequence[LayerAllocation]) -> Table:
     return table
 
 
-def count_table(layers: Sequence[LayerCounts], title: str, forms: Sequence[str] = _FORMS) -> Table:
+def count_table(
+    layers: Sequence[LayerCounts], title: str, forms: Sequence[str] = ("plain", "selective", "compact")
+) -> Table:
     """Tabulate the trainable parameters and multiply-adds (MACs) of every layer, with totals.
 
     Args:
@@ -137,36 +134,26 @@ def count_table(layers: Sequence[LayerCounts], title: str, forms: Sequence[str] 
         title: Title of the table.
         forms: Forms that have columns, of ``"plain"``, ``"selective"`` and ``"compact"``.
 
-    Returns:
-        A table for ``rich.print``; multiply-adds are in millions.
-
     Example:
+        >>> from selconv_jax.analysis._layer_counts import Count
         >>> conv = LayerCounts("conv", Count(292, 18_432), Count(300, 18_432), Count(148, 9_216))
         >>> count_table([conv], "per image").row_count
         1
     """
     # Narrow, so that all columns fit a terminal of 80 characters.
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        show_footer=True,
-        title=Text(title, "table.title"),
-        title_justify="left",
-    )
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_footer=True, title_justify="left")
+    table.title = Text(title, "table.title")
+
+    def numbers(row: LayerCounts) -> list[str]:
+        counts = [getattr(row, form) for form in forms]
+        parameters = [f"{count.parameters:,}" for count in counts]
+        return parameters + [f"{count.multiply_adds / 1e6:,.3f}" for count in counts]
+
     total = total_counts(layers)
     table.add_column("\n\nlayer", total.path, overflow="fold")
-    for heading, form in (("para-\nmeters", _parameters), ("multiply-\nadds (M)", _millions)):
-        for name in forms:
-            table.add_column(f"{heading}\n{name}", form(getattr(total, name)), justify="right")
+    headings = [f"{count}\n{form}" for count in ("para-\nmeters", "multiply-\nadds (M)") for form in forms]
+    for heading, number in zip(headings, numbers(total), strict=True):
+        table.add_column(heading, number, justify="right")
     for layer in layers:
-        cells = [form(getattr(layer, name)) for form in (_parameters, _millions) for name in forms]
-        table.add_row(Text(layer.path or "(network)"), *cells)
+        table.add_row(Text(layer.path or "(network)"), *numbers(layer))
     return table
-
-
-def _parameters(count: Count) -> str:
-    return f"{count.parameters:,}"
-
-
-def _millions(count: Count) -> str:
-    return f"{count.multiply_adds / 1e6:,.3f}"

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
         OptimizerConfig,
         load_config,
     )
-    from selconv_jax.train._loop import NonFiniteLossError, evaluate_run, resume_run, train_run
+    from selconv_jax.train._evaluation import evaluate_run
+    from selconv_jax.train._loop import NonFiniteLossError, resume_run, train_run
     from selconv_jax.train._metrics import read_metrics
     from selconv_jax.train._run_setup import restore_run
     from selconv_jax.train._state import TrainState
@@ -47,7 +48,7 @@ __getattr__, __dir__ = lazy_exports(
         "OptimizerConfig": "_config",
         "TrainState": "_state",
         "Trainer": "_trainer",
-        "evaluate_run": "_loop",
+        "evaluate_run": "_evaluation",
         "load_config": "_config",
         "read_metrics": "_metrics",
         "restore_run": "_run_setup",

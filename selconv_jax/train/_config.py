@@ -5,31 +5,20 @@ import inspect
 import math
 import os
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import tomli_w
+from flax import traverse_util
 
+from selconv_jax.data._splits import SplitChoice
 from selconv_jax.errors import ConfigError, check_value, nearest
 from selconv_jax.models import MODELS
 from selconv_jax.train._config_text import apply_override, hint, remedy
-from selconv_jax.train._data_config import DataConfig
 from selconv_jax.transforms._reallocation import AllocationRule
 from selconv_jax.transforms._schedule import ReallocationSchedule
-
-__all__ = [
-    "AllocationConfig",
-    "Config",
-    "DataConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "dump_config",
-    "load_config",
-    "override_config",
-    "parse_config",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +36,66 @@ class ModelConfig:
     variant: Literal["selective", "plain", "gate_only"] = "selective"
     dtype: Literal["float32", "bfloat16"] = "float32"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """``[data]``: the images, and their augmentation in training.
+
+    Attributes:
+        name: A name of ``selconv data list``, or of any prepared tensorflow-datasets image set.
+        directory: tensorflow-datasets directory; None: its default.
+        crop_padding: Zero padding in pixels before the random crop; None: that of the data set.
+        flip: Whether to flip half of the images; None: that of the data set.
+        streaming: Whether images are read while they are used, one step per call of the compiled program,
+            instead of lying on the devices; None: if they differ in size or would take more than 2 GiB.
+        workers: Processes that read streamed images; 0: threads of the program.
+        mixup: Parameter of the beta distribution of mixup's weights; 0: no mixup.
+        validation: Training images to hold out, of which the best epoch is chosen: a number, or a fraction in
+            (0, 1). As many of each class as of any other, the same ones for every seed; None: none.
+        validation_split: Images of the set to validate on instead, in tensorflow-datasets' slicing syntax,
+            such as ``"validation"`` or ``"train[80%:]"``.
+        train_split: Images to train on, such as ``"train[:80%]"``; None: ``"train"``.
+        test_split: Images to test on; None: ``"test"``, or ``"validation"`` of a set without that.
+    """
+
+    name: str = "fashion_mnist_sample"
+    directory: str | None = None
+    crop_padding: int | None = None
+    flip: bool | None = None
+    streaming: bool | None = None
+    workers: int = 0
+    mixup: float = 0.0
+    validation: int | float | None = None
+    validation_split: str | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+
+    def __post_init__(self) -> None:
+        check_value("data.workers", self.workers, self.workers >= 0, "at least 0 (0: threads)")
+        check_value("data.mixup", self.mixup, 0 <= self.mixup < math.inf, "at least 0 (0: off)")
+        padding = self.crop_padding
+        check_value("data.crop_padding", padding, padding is None or padding >= 0, "at least 0")
+        if self.validation is not None:
+            valid = 0 < self.validation < 1 if isinstance(self.validation, float) else self.validation >= 1
+            bounds = "a whole number of images, at least 1, or a fraction of them above 0 and below 1"
+            check_value("data.validation", self.validation, valid, f"{bounds} (leave it out for none)")
+        if self.validation is not None and self.validation_split is not None:
+            raise ConfigError(
+                f"data.validation is {self.validation} and data.validation_split {self.validation_split!r}: "
+                "images to validate on are either held out or named. Leave out one of the two."
+            )
+
+    @property
+    def has_validation(self) -> bool:
+        """True if there are validation images, by which the best epoch is chosen."""
+        return self.validation is not None or self.validation_split is not None
+
+    @property
+    def source(self) -> tuple[str, str | None, bool | None, SplitChoice]:
+        """Arguments of `selconv_jax.data.open_data`."""
+        splits = SplitChoice(self.train_split, self.test_split, self.validation_split, self.validation)
+        return self.name, self.directory, self.streaming, splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,24 +177,13 @@ class OptimizerConfig:
     train_shift: bool = True
 
     def __post_init__(self) -> None:
+        size = self.reference_batch_size
         check_value("optimizer.learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
-        if self.reference_batch_size is not None:
-            check_value(
-                "optimizer.reference_batch_size",
-                self.reference_batch_size,
-                self.reference_batch_size >= 1,
-                "at least 1",
-            )
-        check_value(
-            "optimizer.warmup_epochs",
-            self.warmup_epochs,
-            0 <= self.warmup_epochs < float("inf"),
-            "at least 0",
-        )
+        check_value("optimizer.reference_batch_size", size, size is None or size >= 1, "at least 1")
         check_value("optimizer.momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
-        for name in ("weight_decay", "shift_weight_decay"):
+        for name in ("warmup_epochs", "weight_decay", "shift_weight_decay"):
             value = getattr(self, name)
-            check_value(f"optimizer.{name}", value, 0 <= value < float("inf"), "at least 0")
+            check_value(f"optimizer.{name}", value, 0 <= value < math.inf, "at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,23 +231,16 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        for key, value in _numbers(self):
-            check_value(key, value, math.isfinite(value), "finite")
-        for name in (
-            "epochs",
-            "batch_size",
-            "eval_batch_size",
-            "keep_checkpoints",
-            "micro_batches",
-            "parameter_shards",
-        ):
+        for key, value in traverse_util.flatten_dict(dataclasses.asdict(self), sep=".").items():
+            if isinstance(value, float) and ".options." not in key:
+                check_value(key, value, math.isfinite(value), "finite")
+        positive = ("epochs", "batch_size", "eval_batch_size", "keep_checkpoints")
+        for name in (*positive, "micro_batches", "parameter_shards"):
             check_value(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("steps_per_dispatch", "devices"):
             check_value(name, getattr(self, name), getattr(self, name) >= 0, "at least 0 (0: chosen for you)")
-        warmup, epochs = self.optimizer.warmup_epochs, self.epochs
-        check_value(
-            "optimizer.warmup_epochs", warmup, warmup < epochs, f"below the {epochs} epochs of the run"
-        )
+        warmup, bounds = self.optimizer.warmup_epochs, f"below the {self.epochs} epochs of the run"
+        check_value("optimizer.warmup_epochs", warmup, warmup < self.epochs, bounds)
         check_value("seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2**32)")
         check_value("checkpoint_minutes", self.checkpoint_minutes, self.checkpoint_minutes > 0, "above 0")
 
@@ -243,32 +274,12 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
-    """Apply overrides as `load_config` does.
-
-    Args:
-        config: A configuration.
-        overrides: ``"key=value"``.
-
-    Returns:
-        The changed configuration.
-
-    Raises:
-        ConfigError: A key or value is wrong; the message names it.
-    """
+    """Apply overrides to a configuration as `load_config` does."""
     return _overridden(_without_none(dataclasses.asdict(config)), overrides)
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
-    """Check a nested mapping, as TOML gives it, and make a `Config` of it.
-
-    Args:
-        tree: Keys and values; missing keys take their defaults.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ConfigError: A key is unknown, or a value has the wrong type or is out of bounds.
+    """Check a nested mapping, as TOML gives it, and make a `Config` of it; missing keys take their defaults.
 
     Example:
         >>> parse_config({"epoch": 3})
@@ -309,16 +320,6 @@ def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
     return dataclasses.replace(config, data=data)
 
 
-def _numbers(section: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a configuration, after its key."""
-    for field in dataclasses.fields(section):
-        value, key = getattr(section, field.name), f"{path}{field.name}"
-        if dataclasses.is_dataclass(value):
-            yield from _numbers(value, f"{key}.")
-        elif isinstance(value, float):
-            yield key, value
-
-
 def _check_keys(tree: Mapping[str, Any], kind: Any, path: tuple[str, ...]) -> None:
     """Every key is a field of the dataclass ``kind``; keys of ``model.options`` are the model's affair."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -332,7 +333,7 @@ def _check_keys(tree: Mapping[str, Any], kind: Any, path: tuple[str, ...]) -> No
 
 
 def _nearest_key(key: str, path: tuple[str, ...], fields: Mapping[str, Any]) -> str:
-    """Suggests a key of the same section, or the section a known key belongs to."""
+    """Suggest a key of the same section, or the section a known key belongs to."""
     for section in dataclasses.fields(Config):
         if dataclasses.is_dataclass(section.type) and section.name not in path:
             names = [field.name for field in dataclasses.fields(section.type)]

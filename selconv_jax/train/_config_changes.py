@@ -9,8 +9,6 @@ from flax import traverse_util
 from selconv_jax.errors import CheckpointError, ConfigError
 from selconv_jax.train._config import Config, override_config
 
-__all__ = ["check_origin", "origin_of", "with_changes"]
-
 # Results do not depend on these keys, except for rounding.
 _FREE = (
     "description",
@@ -27,18 +25,7 @@ _SHOWN = 5
 
 
 def with_changes(config: Config, overrides: Sequence[str]) -> Config:
-    """Apply overrides to the configuration of an existing run.
-
-    Args:
-        config: The configuration in the run's directory.
-        overrides: ``"key=value"``, of keys that do not change the result.
-
-    Returns:
-        The configuration with the overrides.
-
-    Raises:
-        ConfigError: A key or value is invalid, or the key would change the result.
-    """
+    """Apply overrides of keys that do not change the result to the configuration of an existing run."""
     changed = override_config(config, overrides)
     keys = _differences(_flat(origin_of(config)), _flat(origin_of(changed)))
     if keys:
@@ -51,34 +38,15 @@ def with_changes(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def origin_of(config: Config) -> dict[str, Any]:
-    """Return the part of a configuration that determines the result of a run, as JSON values.
-
-    Example:
-        >>> origin = origin_of(Config(seed=3, devices=2))
-        >>> origin["seed"], "devices" in origin
-        (3, False)
-    """
-    flat = {
-        key: value for key, value in _flat(dataclasses.asdict(config)).items() if key not in _free(config)
-    }
-    return traverse_util.unflatten_dict(flat, sep=".")
+    """Return the part of a configuration that determines the result of a run, as JSON values."""
+    flat, free = _flat(dataclasses.asdict(config)), _free(config)
+    return traverse_util.unflatten_dict({key: flat[key] for key in flat if key not in free}, sep=".")
 
 
 def check_origin(folder: object, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Check that a checkpoint was saved with the current configuration.
-
-    Args:
-        folder: Of the checkpoint.
-        saved: Its `origin_of`; empty if it is not known.
-        current: The `origin_of` the current configuration.
-
-    Raises:
-        CheckpointError: They differ; the message names the keys and the values.
-    """
-    if not saved or not current:
-        return
+    """Check that a checkpoint was saved with the `origin_of` the current configuration; empty: not known."""
     before, now = _flat(saved), _flat(current)
-    keys = _differences(before, now)
+    keys = _differences(before, now) if before and now else []
     if keys:
         parts = [
             f"{key} was {_shown(before.get(key))} and is {_shown(now.get(key))}" for key in keys[:_SHOWN]

@@ -6,8 +6,6 @@ from typing import Any
 
 from selconv_jax.errors import ConfigError
 
-__all__ = ["apply_override", "hint", "remedy"]
-
 # TOML takes neither .5 nor 5. nor 007.
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -20,14 +18,7 @@ _REMEDIES = {
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Change a value of a configuration.
-
-    Args:
-        tree: The configuration as TOML gives it; changed in place.
-        override: As `load_config` takes it.
-
-    Raises:
-        ConfigError: It is not of that form.
+    """Change a value of a configuration, as TOML gives it, in place by an override as `load_config` takes it.
 
     Example:
         >>> tree = {"epochs": 3}
@@ -60,30 +51,12 @@ def _value(text: str) -> Any:
 
 
 def remedy(message: str) -> str:
-    """Return a sentence on how to write a value of the type that an error message expects, or "".
-
-    Example:
-        >>> remedy("Expected `int | null`, got `float`.")
-        ' Write a whole number without dot and exponent, such as 10.'
-    """
+    """Return a sentence on how to write a value of the type that an error message expects, or ""."""
     return next((f" {text}" for start, text in _REMEDIES.items() if start in message), "")
 
 
 def hint(text: str, error: Exception) -> str:
-    """Return a sentence on how to write the number that makes a file invalid TOML, or "".
-
-    Args:
-        text: The file.
-        error: The exception of the TOML parser.
-
-    Example:
-        >>> text = "learning_rate = .5"
-        >>> try:
-        ...     tomllib.loads(text)
-        ... except tomllib.TOMLDecodeError as error:
-        ...     hint(text, error)
-        ' Write .5 with a digit on both sides of the dot.'
-    """
+    """Return a sentence on how to write the number at which the TOML parser fails in a file, or ""."""
     place = re.search(r"at line (\d+)", str(error))
     line = text.splitlines()[int(place[1]) - 1] if place else ""
     value = line.partition("=")[2].partition("#")[0].strip()

@@ -4,11 +4,12 @@ A feed yields the arguments that the compiled program takes besides the state, a
 that make a batch from them inside the program. Both feeds take the images of an epoch in the same order.
 """
 
+import abc
 import collections
 import contextlib
 import math
 from collections.abc import Generator
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,6 @@ from selconv_jax.data._stream import NO_IMAGE, ImageReader, StreamedData, stream
 from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._step import Purpose, epoch_order, fold
 
-__all__ = ["Arguments", "Feed", "ResidentFeed", "StreamedFeed"]
-
 Array = jax.Array
 Arguments = tuple[Any, ...]
 
@@ -29,52 +28,44 @@ Arguments = tuple[Any, ...]
 _BATCHES_ON_DEVICE = 2
 
 
-class Feed(Protocol):
+class Feed(abc.ABC):
     """Batches of a data set.
 
     Attributes:
         one_step: Whether the arguments are those of one step; else of the whole epoch.
     """
 
-    one_step: bool
+    one_step: ClassVar[bool]
 
+    @abc.abstractmethod
     def train(self, key: Array, epoch: int, start: int) -> Generator[Arguments]:
         """Yield the arguments of the training steps of an epoch; close it when no more are needed.
 
-        Args:
-            key: ``[2]`` uint32, the run's key.
-            epoch: The epoch, counted from 0.
-            start: Number of steps of the epoch already done.
+        ``key`` is the run's key, ``[2]`` uint32; ``start`` steps of the epoch are already done.
         """
 
+    @abc.abstractmethod
     def take(self, step: Array, *arguments: Array) -> tuple[Array, Array]:
         """Make images ``[B, H, W, C]`` uint8 and labels ``[B]`` int32 of a training step, inside ``jit``."""
 
+    @abc.abstractmethod
     def evaluation(self, split: str) -> Generator[Arguments]:
-        """Yield the arguments of all evaluation steps; close it when no more are needed.
+        """Yield the arguments of all evaluation steps on ``"test"`` or ``"validation"`` images; close it."""
 
-        Args:
-            split: ``"test"``, or ``"validation"`` where there is one.
-        """
-
+    @abc.abstractmethod
     def take_evaluation(self, *arguments: Array) -> tuple[Array, Array]:
         """Make an evaluation batch, as `take`; the label `NO_IMAGE` marks padding."""
 
+    @abc.abstractmethod
     def shapes(self, *, evaluation: bool) -> Arguments:
         """Return shapes, dtypes and shardings of the arguments, without reading an image."""
 
 
-class ResidentFeed:
+class ResidentFeed(Feed):
     """Batches of a data set that is replicated on every device.
 
     Each image is stored as one row: on TPU, arrays whose last dimension is a few channels would be padded to
     many times their size, and their layout changed in every call of the program.
-
-    Args:
-        data: The set.
-        placement: The devices.
-        batch_size: Images per training step.
-        eval_batch_size: Images per evaluation step.
     """
 
     one_step = False
@@ -149,16 +140,11 @@ def _rows(split: Split) -> Arguments:
     return split.images.reshape(len(split), -1), split.labels
 
 
-class StreamedFeed:
+class StreamedFeed(Feed):
     """Batches that are prefetched and decoded in the background, by each process its own rows.
 
-    Args:
-        data: The set.
-        info: Its description, with the augmentation of the run.
-        placement: The devices.
-        batch_size: Images per training step, over all processes.
-        eval_batch_size: Images per evaluation step, over all processes.
-        workers: Processes that decode; 0: threads of this one.
+    ``info`` has the augmentation of the run. Batch sizes are over all processes; ``workers`` processes
+    decode, or threads of this one if it is 0.
     """
 
     one_step = True
@@ -177,7 +163,6 @@ class StreamedFeed:
         self._order = jax.jit(epoch_order, static_argnums=2)
 
     def train(self, key: Array, epoch: int, start: int) -> Generator[Arguments]:
-        """Yield images and labels step by step."""
         # Each process computes these locally: processes must not wait for one another here.
         local = jnp.asarray(jax.device_get(key))
         order = np.asarray(self._order(local, epoch, len(self._data.train)))
@@ -186,41 +171,31 @@ class StreamedFeed:
         return self._stream(reader, order, self._batch_size, start)
 
     def take(self, step: Array, *arguments: Array) -> tuple[Array, Array]:
-        """Return the arguments, which are the batch."""
         del step
         return self.take_evaluation(*arguments)
 
     def evaluation(self, split: str) -> Generator[Arguments]:
-        """Yield images and labels batch by batch, the last one padded."""
         source = self._data.test if split == "test" else self._data.validation
         assert source is not None  # asked for only where there is one
         count, size = len(source), self._eval_batch_size
-        order = np.full(-(-count // size) * size, NO_IMAGE, np.int32)
+        order = np.full(-(-count // size) * size, NO_IMAGE, np.int32)  # the last batch is padded
         order[:count] = np.arange(count)
         return self._stream(ImageReader(source, self._info), order, size, 0)
 
     def take_evaluation(self, *arguments: Array) -> tuple[Array, Array]:
-        """Return the arguments, which are the batch."""
         images, labels = arguments
         return images, labels
 
     def shapes(self, *, evaluation: bool) -> Arguments:
-        """Describe a batch."""
         size, split = self._eval_batch_size if evaluation else self._batch_size, self._placement.split
         images = jax.ShapeDtypeStruct((size, *self._info.image_shape), jnp.uint8, sharding=split)
         return images, jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
 
     def _stream(
-        self, reader: ImageReader, order: NDArray[np.int32], batch_size: int, start: int
+        self, reader: ImageReader, order: NDArray[np.int32], size: int, start: int
     ) -> Generator[Arguments]:
-        batches = stream_batches(
-            reader,
-            order,
-            batch_size,
-            start=start,
-            workers=self._workers,
-            rows=self._placement.rows_of_process(batch_size),
-        )
+        rows = self._placement.rows_of_process(size)
+        batches = stream_batches(reader, order, size, start=start, workers=self._workers, rows=rows)
         queue: collections.deque[Arguments] = collections.deque()
         with contextlib.closing(batches):
             for batch in batches:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -12,55 +12,30 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
 from selconv_jax._xla.platforms import target_platform
-from selconv_jax.train._classification import classification_totals
 from selconv_jax.train._distributed.sharding import BATCH_AXES, Placement
-from selconv_jax.train._state import Totals
-
-__all__ = ["BatchNormScope", "Examples", "Mixture", "Seen", "accumulated_gradients", "batch_gradients"]
+from selconv_jax.train._state import Totals, classification_totals
 
 Array = jax.Array
 BatchNormScope: TypeAlias = Literal["global", "per_device"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Mixture:
-    """The second labels and weights of a batch after mixup.
-
-    Attributes:
-        others: ``[B]`` int32, second label.
-        weight: ``[B]`` floating, weight of the first label.
-    """
+class Mixture(NamedTuple):
+    """The second labels ``[B]`` int32 of a batch after mixup, and the weights ``[B]`` of the first ones."""
 
     others: Array
     weight: Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """A batch in the form that a network takes.
-
-    Attributes:
-        images: ``[B, H, W, C]`` floating, normalized.
-        labels: ``[B]`` int32.
-        mixture: The second labels and weights, with mixup.
-    """
+class Examples(NamedTuple):
+    """A batch as a network takes it: images ``[B, H, W, C]``, normalized, and labels ``[B]`` int32."""
 
     images: Array
     labels: Array
     mixture: Mixture | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """Results of the forward pass other than the gradient.
-
-    Attributes:
-        batch_stats: Updated running statistics.
-        totals: Losses and correct predictions.
-    """
+class Seen(NamedTuple):
+    """Results of the forward pass other than the gradient: updated running statistics, losses, accuracy."""
 
     batch_stats: Any
     totals: Totals
@@ -78,28 +53,13 @@ def batch_gradients(
 ) -> tuple[Any, Seen]:
     """Compute the gradient of the mean loss of a batch that is split over devices.
 
-    Args:
-        model: The network.
-        variables: Its variables.
-        examples: The batch.
-        dropout_key: A PRNG key.
-        micro_batches: See `accumulated_gradients`.
-        placement: The devices; None: one.
-        batch_norm: ``"global"``: statistics of the whole (micro-)batch over all devices, which takes
-            collectives in every layer, forward and backward. ``"per_device"``: each device normalizes with
-            the statistics of its own examples; running statistics are updated with the mean over the
-            devices. A step then has two all-reduces, one for the gradient and one for everything else.
-
-    Returns:
-        The gradient, with the structure of the parameters, and the other results.
+    Batch norm ``"global"`` takes the statistics of the whole (micro-)batch over all devices, by collectives
+    in every layer, forward and backward. With ``"per_device"``, each device normalizes with the statistics of
+    its own examples; running statistics are updated with the mean over the devices. A step then has two
+    all-reduces, one for the gradient and one for everything else.
     """
-
-    def local(variables: Any, examples: Examples, dropout_key: Array) -> tuple[Any, Seen]:
-        return accumulated_gradients(model, variables, examples, dropout_key, micro_batches, placement)
-
     if batch_norm == "global" or placement is None or placement.mesh.size == 1:
-        return local(variables, examples, dropout_key)
-
+        return accumulated_gradients(model, variables, examples, dropout_key, micro_batches, placement)
     devices = placement.mesh.size
 
     def of_device(variables: Any, examples: Examples, key_data: Array) -> tuple[Any, Seen]:
@@ -128,17 +88,6 @@ def accumulated_gradients(
     Micro-batch ``i`` holds every ``micro_batches``-th example from the ``i``-th on, so that every device
     holds a part of each. Batch norm normalizes each micro-batch with its own statistics, and updates the
     running statistics once for each.
-
-    Args:
-        model: The network.
-        variables: Its variables.
-        examples: The batch.
-        dropout_key: A PRNG key.
-        micro_batches: Number of micro-batches.
-        placement: The devices over which each micro-batch is split; None: one.
-
-    Returns:
-        The gradient, with the structure of the parameters, and the other results.
     """
     if micro_batches == 1:
         return _gradient(model, variables, examples, dropout_key)

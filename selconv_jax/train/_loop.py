@@ -10,23 +10,22 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from selconv_jax._utils.console import print_line
 from selconv_jax.data._dataset import DatasetInfo, ImageData
 from selconv_jax.data._stream import StreamedData
 from selconv_jax.errors import SelconvError
 from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 from selconv_jax.train._config import Config
-from selconv_jax.train._distributed.agreement import check_same_state, first_decides, is_first, together
-from selconv_jax.train._epoch_record import channel_counts, evaluation_metrics, sentence
-from selconv_jax.train._metrics import MetricsLog, read_metrics
-from selconv_jax.train._program import Program
+from selconv_jax.train._distributed.agreement import check_same_state, first_decides, is_first, on_first
+from selconv_jax.train._evaluation import evaluation_metrics
+from selconv_jax.train._metrics import MetricsLog, channel_counts, read_metrics, sentence
+from selconv_jax.train._network import Program
 from selconv_jax.train._progress import Display, ProgressDisplay
 from selconv_jax.train._signals import StopRequest, stop_request
 from selconv_jax.train._state import TrainState
 from selconv_jax.train._trainer import Trainer
 from selconv_jax.train._workdir import METRICS, check_free, create_workdir
-
-__all__ = ["NonFiniteLossError", "RunContext", "evaluate_run", "resume_run", "train_run"]
 
 _REFRESH_SECONDS = 0.5
 _DISPATCHES_BETWEEN_LOOKS = 20  # at the clock, which takes a broadcast to all processes
@@ -37,11 +36,7 @@ class NonFiniteLossError(SelconvError):
 
 
 class RunContext:
-    """Environment of a run: functions and images, progress display, requests to stop; here of a single run.
-
-    Args:
-        console: Console of its progress.
-    """
+    """Environment of a run: functions, images, progress display, requests to stop; here of a single run."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -60,7 +55,7 @@ class RunContext:
 
     def say(self, text: str) -> None:
         """Print a permanent line."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        print_line(self.console, text)
 
 
 def train_run(config: Config, workdir: Path, console: Console, context: RunContext | None = None) -> int:
@@ -80,10 +75,10 @@ def train_run(config: Config, workdir: Path, console: Console, context: RunConte
     """
     context = context or RunContext(console)
     trainer, data = context.prepare(config)
-    together(lambda: check_free(workdir) if is_first() else None)
+    on_first(lambda: check_free(workdir))
     with run_setup.claimed(workdir, make=True), run_setup.open_store(config, workdir) as store:
         # Only after claiming it: another job may have been about to create its run here.
-        together(lambda: create_workdir(workdir, config) if is_first() else None)
+        on_first(lambda: create_workdir(workdir, config))
         context.say(f"run in {workdir}")
         return _Run(trainer, data.info, workdir, store, context).go_on(trainer.initial_state())
 
@@ -121,30 +116,6 @@ def resume_run(
         return _Run(trainer, data.info, workdir, store, context).go_on(state)
 
 
-def evaluate_run(
-    workdir: Path, step: int | None = None, overrides: Sequence[str] = ()
-) -> tuple[int, dict[str, float]]:
-    """Evaluate a checkpoint on all validation images, if the run has any, and on all test images.
-
-    Args:
-        workdir: The directory of the run.
-        step: The checkpoint; None: the newest, which must not be damaged.
-        overrides: As for `resume_run`.
-
-    Returns:
-        The step of the checkpoint, and the numbers of `_epoch_record.evaluation_metrics`.
-
-    Raises:
-        SelconvError: A user-fixable error.
-    """
-    trainer, info, step, state = run_setup.restore_run(workdir, step, overrides)
-    # The program of the epoch that the checkpoint belongs to.
-    epoch = max(step - 1, 0) // trainer.steps_per_epoch
-    metrics = evaluation_metrics(trainer, state, trainer.program(state, epoch), info)
-    assert metrics is not None  # only a request to stop returns None
-    return step, metrics
-
-
 @dataclasses.dataclass
 class _Run:
     """A run in progress in this process."""
@@ -158,7 +129,7 @@ class _Run:
     def go_on(self, state: TrainState) -> int:
         trainer, step = self.trainer, int(state.step)
         for note in trainer.notes:
-            self._say(note)
+            self._note(note)
         # A checkpoint at the end of an epoch was taken before the epoch's record and re-allocation.
         ended = step > 0 and step % trainer.steps_per_epoch == 0
         epoch = step // trainer.steps_per_epoch - ended
@@ -168,7 +139,7 @@ class _Run:
         speed: float | None = recorded[0].get("images_per_second") if ended and recorded else None
         self._log: MetricsLog | None = None
         if is_first():
-            self._log = MetricsLog(metrics, self.workdir / "tensorboard", epoch, self._say)
+            self._log = MetricsLog(metrics, self.workdir / "tensorboard", epoch, self._note)
         self._display = self.context.display(trainer, step)
         self._last_save = time.monotonic()
         self._saved_step = step
@@ -190,15 +161,14 @@ class _Run:
                 self._log.close()
         return 0
 
-    def _say(self, note: str) -> None:
+    def _note(self, note: str) -> None:
         self.context.say(f"note: {note}")
 
     def _train_epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, float | None]:
         """Train to the end of the epoch or until asked to stop; also return images per second."""
-        trainer, config = self.trainer, self.trainer.config
+        trainer, batch_size = self.trainer, self.trainer.config.batch_size
         program = self._program(state, epoch)
-        step = int(state.step)
-        end = (epoch + 1) * trainer.steps_per_epoch
+        step, end = int(state.step), (epoch + 1) * trainer.steps_per_epoch
         started: float | None = None
         measured = shown = 0.0
         waiting: jax.Array | None = None
@@ -212,7 +182,7 @@ class _Run:
                     jax.block_until_ready(numbers)
                     started = time.monotonic()
                 else:
-                    measured += count * config.batch_size
+                    measured += count * batch_size
                 step += count
                 if waiting is not None:
                     # The device is never idle, and never more than one call ahead, so that a request to stop
@@ -221,7 +191,7 @@ class _Run:
                     if failed:
                         break
                     now = time.monotonic()
-                    done = measured - count * config.batch_size
+                    done = measured - count * batch_size
                     if done > 0 and now - shown >= _REFRESH_SECONDS:
                         speed = done / (now - started)
                         self._display.update(step - count, float(loss), float(accuracy), speed)
@@ -234,9 +204,7 @@ class _Run:
                 if step < end and self._is_save_due():
                     self._save(state)
         self._check(state)
-        if started is None or not measured:
-            return state, None
-        return state, measured / (time.monotonic() - started)
+        return state, measured / (time.monotonic() - started) if started and measured else None
 
     def _program(self, state: TrainState, epoch: int) -> Program:
         """Choose the program of the next steps; announce it if it has to be compiled."""
@@ -259,8 +227,7 @@ class _Run:
             return state, False
         # Never scored by the test accuracy, which would then no longer be an unbiased estimate.
         self._save(state, score=metrics.get("validation_accuracy"))
-        train = jax.device_get(state.totals)
-        step = int(state.step)
+        train, step = jax.device_get(state.totals), int(state.step)
         if state.selectivity and trainer.next_round(step) == step:
             state = self._reallocate(state)
         deallocated, reallocated = jax.device_get(state.changed).tolist()

@@ -12,24 +12,15 @@ import optax.contrib
 from selconv_jax.errors import ConfigError, nearest
 from selconv_jax.train._config import OptimizerConfig
 
-__all__ = ["learning_rate_schedule", "make_optimizer"]
-
 _KINDS = {bool: "true or false", int: "a number", float: "a number", str: "a text"}
 
 
 def learning_rate_schedule(
     config: OptimizerConfig, steps: int, *, steps_per_epoch: int = 1, batch_size: int | None = None
 ) -> optax.Schedule:
-    """Make the learning-rate schedule: a linear warm-up, then a cosine decay to 0.
+    """Make the learning-rate schedule of a run of ``steps``: a linear warm-up, then a cosine decay to 0.
 
-    Args:
-        config: Rates.
-        steps: Steps of the run.
-        steps_per_epoch: Steps of an epoch, the unit of the warm-up.
-        batch_size: Images per step, to which a rate for another size is scaled; None: not scaled.
-
-    Returns:
-        A function from the step to the rate.
+    A rate for another ``batch_size`` is scaled to it; None: not scaled.
     """
     peak = config.learning_rate
     if config.reference_batch_size is not None and batch_size is not None:
@@ -57,22 +48,7 @@ def make_optimizer(
     if the optimizer takes no mask, one instance decays shifts like the rest. ``"lars"`` scales only kernels
     by the trust ratio, as is usual.
 
-    Args:
-        config: Name and rates.
-        steps: Steps of the whole run, over which the learning rate decays to 0.
-        schedule: The learning rate; None: that of `learning_rate_schedule`.
-
-    Returns:
-        An optax optimizer for the ``params`` of a model.
-
-    Raises:
-        ConfigError: There is no optimizer of that name, it has no such option, or an option has the wrong
-            type.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> optimizer = make_optimizer(OptimizerConfig(), steps=100)
-        >>> state = optimizer.init({"kernel": jnp.ones(2), "shift": jnp.zeros((2, 2))})
+    The learning rate is the schedule, by default that of `learning_rate_schedule` over the steps of the run.
     """
     schedule = schedule or learning_rate_schedule(config, steps)
     maker = _maker(config.name)
@@ -89,15 +65,16 @@ def make_optimizer(
     links = [make(**{**dict.fromkeys(decays, config.weight_decay), **options})]
     if decays and {"mask", "weight_decay_mask"} & parameters.keys():
         of_shifts = make(**{**options, **dict.fromkeys(decays, config.shift_weight_decay)})
-        links = [optax.partition({"shift": of_shifts, "other": links[0]}, _groups)]
+        groups = _by_name(lambda name: "shift" if name == "shift" else "other")
+        links = [optax.partition({"shift": of_shifts, "other": links[0]}, groups)]
     elif not decays and "weight_decay_rate" not in options:  # the decay of adafactor, off unless it is set
         links = [
-            optax.add_decayed_weights(config.weight_decay, mask=_is_not_shift),
-            optax.add_decayed_weights(config.shift_weight_decay, mask=_is_shift),
+            optax.add_decayed_weights(config.weight_decay, mask=_by_name(lambda name: name != "shift")),
+            optax.add_decayed_weights(config.shift_weight_decay, mask=_IS_SHIFT),
             *links,
         ]
     if not config.train_shift:
-        links.append(optax.masked(optax.set_to_zero(), _is_shift))
+        links.append(optax.masked(optax.set_to_zero(), _IS_SHIFT))
     return optax.chain(*links)
 
 
@@ -138,28 +115,19 @@ def _options(config: OptimizerConfig, parameters: Mapping[str, inspect.Parameter
     if config.name in ("sgd", "lars"):
         defaults = {"momentum": config.momentum, "nesterov": True}
     if config.name == "lars":
-        defaults |= {"trust_ratio_mask": _is_kernel}
+        defaults |= {"trust_ratio_mask": _by_name(lambda name: name == "kernel")}
     return {**defaults, **config.options}
 
 
-def _is_shift(params: Any) -> Any:
-    return _by_name(params, lambda name: name == "shift")
+def _by_name(function: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """Map parameters by name; `optax.tree.map_params` passes a single value in place of the tree."""
+
+    def of_params(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: function(getattr(path[-1], "key", "") if path else ""), params
+        )
+
+    return of_params
 
 
-def _is_not_shift(params: Any) -> Any:
-    return _by_name(params, lambda name: name != "shift")
-
-
-def _is_kernel(params: Any) -> Any:
-    return _by_name(params, lambda name: name == "kernel")
-
-
-def _groups(params: Any) -> Any:
-    return _by_name(params, lambda name: "shift" if name == "shift" else "other")
-
-
-def _by_name(params: Any, function: Callable[[str], Any]) -> Any:
-    """Map parameter names to values; `optax.tree.map_params` passes a single value in place of the tree."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: function(getattr(path[-1], "key", "") if path else ""), params
-    )
+_IS_SHIFT = _by_name(lambda name: name == "shift")

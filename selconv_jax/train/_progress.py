@@ -1,5 +1,6 @@
-"""Progress display of a run: a bar on a terminal, plain lines otherwise."""
+"""Progress display of a run, or of several trained together: a bar on a terminal, plain lines otherwise."""
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -8,16 +9,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-__all__ = ["Display", "ProgressDisplay"]
+from selconv_jax._utils.console import print_line
 
 _SECONDS_BETWEEN_LINES = 20.0
 
 
 class Display(Protocol):
-    """Display of a run's progress, see `ProgressDisplay`."""
+    """Display of a run's progress."""
 
     def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Show new values."""
+        """Show the steps done of the whole run, and the means of the epoch so far."""
 
     def line(self, text: str) -> None:
         """Print a permanent line."""
@@ -27,15 +28,7 @@ class Display(Protocol):
 
 
 class ProgressDisplay:
-    """Display of the steps of a run: a bar on a terminal, else a line every 20 seconds.
-
-    Args:
-        total: Steps of the whole run.
-        done: Steps done before this process.
-        steps_per_epoch: Steps per epoch.
-        console: Where to write.
-        clock: Seconds, monotonic.
-    """
+    """Display of the ``total`` steps of a run: a bar on a terminal, else a line every 20 seconds."""
 
     def __init__(
         self,
@@ -46,6 +39,7 @@ class ProgressDisplay:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._per_epoch = total, steps_per_epoch
+        self._epochs = total // steps_per_epoch
         self._console, self._clock = console, clock
         self._last_line = clock()
         # Steps and time from which the speed is measured, so that compilation does not count.
@@ -66,14 +60,6 @@ class ProgressDisplay:
             self._bar.start()
 
     def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Show new values.
-
-        Args:
-            step: Training steps done, of the whole run.
-            loss: Mean training loss of the epoch so far.
-            accuracy: Training accuracy of the epoch so far, a fraction.
-            images_per_second: Training speed.
-        """
         now = self._clock()
         self._since = self._since or (step, now)
         epoch = f"{min(step // self._per_epoch + 1, self._epochs)}/{self._epochs}"
@@ -81,30 +67,78 @@ class ProgressDisplay:
             # Short enough for a terminal of 80 characters.
             numbers = f"loss {loss:.4f}  acc. {accuracy:.2%}  {images_per_second:,.0f}/s"
             self._bar.update(self._task, completed=step, epoch=epoch, numbers=numbers)
-            return
-        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
+        elif now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
+            first, started = self._since
+            left = ""
+            if step > first and now > started:
+                left = f"  {format_duration((now - started) / (step - first) * (self._total - step))} left"
             numbers = f"loss {loss:.4f}  accuracy {accuracy:.2%}  {images_per_second:,.0f} images/s"
-            self.line(f"epoch {epoch}  step {step}/{self._total}  {numbers}{self._left(step, now)}")
+            self.line(f"epoch {epoch}  step {step}/{self._total}  {numbers}{left}")
 
     def line(self, text: str) -> None:
-        """Print a permanent line."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        print_line(self._console, text)
 
     def close(self) -> None:
-        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
 
-    @property
-    def _epochs(self) -> int:
-        return self._total // self._per_epoch
 
-    def _left(self, step: int, now: float) -> str:
-        first, started = self._since or (step, now)
-        if step <= first or now <= started:
-            return ""
-        return f"  {format_duration((now - started) / (step - first) * (self._total - step))} left"
+class SharedDisplay:
+    """Display of the means over several runs and their total speed; lines begin with the name of a run."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._lock = threading.RLock()
+        self._display: ProgressDisplay | None = None
+        self._numbers: dict[str, tuple[int, float, float, float]] = {}
+        self._open: set[str] = set()
+
+    def of(self, name: str, total: int, done: int, steps_per_epoch: int) -> Display:
+        """Return the display of one run, as a `ProgressDisplay`."""
+        with self._lock:
+            self._open.add(name)
+            if self._display is None:
+                self._display = ProgressDisplay(total, done, steps_per_epoch, self.console)
+        return _Part(self, name)
+
+    def line(self, text: str) -> None:
+        with self._lock:
+            print_line(self.console, text)
+
+    def update(self, name: str, *numbers: float) -> None:
+        step, loss, accuracy, speed = numbers
+        with self._lock:
+            self._numbers[name] = int(step), loss, accuracy, speed
+            steps, losses, accuracies, speeds = zip(*self._numbers.values(), strict=True)
+            count = len(steps)
+            if self._display is not None and name == min(self._numbers):
+                mean_loss, mean_accuracy = sum(losses) / count, sum(accuracies) / count
+                self._display.update(min(steps), mean_loss, mean_accuracy, sum(speeds))
+
+    def close(self, name: str) -> None:
+        with self._lock:
+            self._open.discard(name)
+            self._numbers.pop(name, None)
+            if not self._open and self._display is not None:
+                self._display.close()
+                self._display = None
+
+
+class _Part:
+    """The display of one run."""
+
+    def __init__(self, shared: SharedDisplay, name: str) -> None:
+        self._shared, self._name = shared, name
+
+    def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
+        self._shared.update(self._name, step, loss, accuracy, images_per_second)
+
+    def line(self, text: str) -> None:
+        self._shared.line(f"{self._name}: {text}")
+
+    def close(self) -> None:
+        self._shared.close(self._name)
 
 
 def format_duration(seconds: float) -> str:

@@ -19,68 +19,34 @@ from selconv_jax.errors import CheckpointError, ConfigError, DataError
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore, Restored
 from selconv_jax.train._config import Config, dump_config
 from selconv_jax.train._config_changes import origin_of, with_changes
-from selconv_jax.train._distributed.agreement import exchange, is_first, require_same, software, together
+from selconv_jax.train._distributed.agreement import exchange, on_first, require_same, software, together
 from selconv_jax.train._state import TrainState
 from selconv_jax.train._trainer import Trainer
 from selconv_jax.train._workdir import CHECKPOINTS, lock, lock_mark, read_config
-
-__all__ = [
-    "Choice",
-    "best_meaning",
-    "claimed",
-    "find_checkpoint",
-    "open_store",
-    "prepare",
-    "prepare_again",
-    "read_again",
-    "refuse_skipped",
-    "restore",
-    "restore_run",
-    "skipped_checkpoints",
-]
 
 _SAMPLED_IMAGES = 100
 _SHARING_SECONDS = 10.0  # for a network file system to show a file that another machine has written
 
 
 def prepare(config: Config) -> tuple[Trainer, ImageData | StreamedData]:
-    """Open the images and make the trainer of a run, and check that all processes agree.
-
-    Args:
-        config: The run.
-
-    Returns:
-        Its compiled functions, and its images.
-
-    Raises:
-        SelconvError: A user-fixable error, on every process.
-    """
+    """Open the images and make the trainer of a run, and check that all processes agree."""
 
     def of_this_process() -> tuple[Trainer, ImageData | StreamedData]:
         data = open_data(*config.data.source)
         return Trainer(config, data), data
 
     trainer, data = together(of_this_process)
-    facts = "\n".join(
-        [str(data.info), *(f"{len(split)} {key} images" for key, split in _splits(data).items())]
-    )
+    facts = [str(data.info), *(f"{len(split)} {key} images" for key, split in _splits(data).items())]
     if jax.process_count() > 1:
-        facts += "\n" + together(lambda: _sample_digest(data))
+        facts.append(together(lambda: _sample_digest(data)))
     settings = dataclasses.replace(config, data=dataclasses.replace(config.data, directory=None))
-    require_same({"software": software(), "configuration": dump_config(settings), "images": facts})
+    same = {"software": software(), "configuration": dump_config(settings), "images": "\n".join(facts)}
+    require_same(same)
     return trainer, data
 
 
 def read_again(workdir: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the configuration of an existing run on every process.
-
-    Args:
-        workdir: The directory of the run.
-        overrides: ``"key=value"``, of keys that do not change the result.
-
-    Raises:
-        SelconvError: There is no run, or a key or value is wrong.
-    """
+    """Read the configuration of an existing run on every process, see `with_changes`."""
     return together(lambda: with_changes(read_config(workdir), overrides))
 
 
@@ -96,33 +62,21 @@ def prepare_again(
 
 def restore(store: CheckpointStore, trainer: Trainer, step: int | None = None) -> Restored:
     """Restore the same checkpoint on every process; process 0 finds the newest intact one."""
-    found: Restored | None = None
-
-    def restore_first() -> None:
-        nonlocal found
-        if is_first():
-            found = store.restore(trainer.state_shape(), step)
-
-    together(restore_first)
+    found = on_first(lambda: store.restore(trainer.state_shape(), step))
     chosen = int(exchange("" if found is None else str(found.step))[0])
     return together(lambda: found or store.restore(trainer.state_shape(), chosen))
 
 
 @contextlib.contextmanager
 def claimed(workdir: Path, *, make: bool = False) -> Iterator[None]:
-    """Lock the run for the processes of this job; process 0 holds the lock for all.
-
-    Args:
-        workdir: The directory of the run, the same for all processes.
-        make: Whether to create it.
+    """Lock the run for all processes of this job; process 0 holds the lock. ``make`` creates the directory.
 
     Raises:
         ConfigError: Another job holds the run, or the processes do not see the same directory.
     """
     require_same({"work directory": os.fspath(workdir.absolute())})
     with contextlib.ExitStack() as stack:
-        mark = together(lambda: stack.enter_context(lock(workdir, make=make)) if is_first() else "")
-        mark = exchange(mark)[0]
+        mark = exchange(on_first(lambda: stack.enter_context(lock(workdir, make=make))) or "")[0]
         together(lambda: _await_mark(workdir, mark))
         yield
 
@@ -140,12 +94,8 @@ def _await_mark(workdir: Path, mark: str) -> None:
 
 
 def _splits(data: ImageData | StreamedData) -> dict[str, ImageSource]:
-    splits: dict[str, ImageSource | None] = {
-        "training": data.train,
-        "test": data.test,
-        "validation": data.validation,
-    }
-    return {key: split for key, split in splits.items() if split is not None}
+    splits: dict[str, ImageSource] = {"training": data.train, "test": data.test}
+    return splits if data.validation is None else {**splits, "validation": data.validation}
 
 
 def _sample_digest(data: ImageData | StreamedData) -> str:
@@ -171,7 +121,7 @@ def restore_run(
     Args:
         workdir: The directory of the run.
         step: The checkpoint; None: the newest, which must not be damaged.
-        overrides: As for `read_again`.
+        overrides: ``"key=value"``, of keys that do not change the result.
 
     Returns:
         The trainer, the description of its images, the step, and the state.
@@ -183,7 +133,8 @@ def restore_run(
     trainer, data = prepare_again(_on_present_devices(config))
     with open_store(config, workdir) as store:
         restored = restore(store, trainer, step)
-    together(lambda: None if step is not None else refuse_skipped(restored.step, restored.skipped))
+    if step is None:
+        together(lambda: refuse_skipped(restored.step, restored.skipped))
     return trainer, data.info, restored.step, restored.state
 
 
@@ -197,16 +148,8 @@ def _on_present_devices(config: Config) -> Config:
     return config
 
 
-def refuse_skipped(step: int | None, skipped: Sequence[str]) -> None:
-    """Refuse to fall back to an older checkpoint, or to another "best" one, unless it is requested.
-
-    Args:
-        step: The checkpoint that would be used.
-        skipped: The problems of the damaged ones.
-
-    Raises:
-        CheckpointError: A checkpoint is damaged.
-    """
+def refuse_skipped(step: int, skipped: Sequence[str]) -> None:
+    """Refuse to fall back, over damaged checkpoints, to that of a step unless it is requested."""
     if skipped:
         raise CheckpointError("\n".join([*skipped, f"To take that of step {step}, add --checkpoint {step}."]))
 
@@ -218,54 +161,26 @@ def best_meaning(workdir: Path) -> str:
     return "the last: without validation images none is called the best"
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """A checkpoint of a run.
+def find_checkpoint(workdir: Path, which: str) -> Restored:
+    """Find the checkpoint of a run that ``"last"``, ``"best"`` or a step refers to, without its state.
 
-    Attributes:
-        step: Its step.
-        skipped: One sentence for each damaged checkpoint that might have been chosen.
-    """
-
-    step: int
-    skipped: tuple[str, ...] = ()
-
-
-def find_checkpoint(workdir: Path, which: str) -> Choice:
-    """Find the checkpoint of a run that ``"last"``, ``"best"`` or a step refers to.
-
-    The best is that of the epoch with the highest validation accuracy, the earliest of ties. Without
-    validation images there is no unbiased choice, and the best is the last.
-
-    Args:
-        workdir: The directory of the run.
-        which: One of the words, or a step.
-
-    Returns:
-        The checkpoint; for ``"last"`` the newest that is not damaged.
-
-    Raises:
-        SelconvError: There is no such checkpoint, or no run.
+    The last is the newest that is not damaged. The best is that of the epoch with the highest validation
+    accuracy, the earliest of ties; without validation images there is no unbiased choice, and it is the last.
     """
     config = read_config(workdir)
     with open_store(config, workdir) as store:
         if which == "last" or (which == "best" and not config.data.has_validation):
-            found = store.find()
-            return Choice(found.step, found.skipped)
+            return store.find()
         if which == "best":
             if store.best_step is None:
                 raise ConfigError(f"{workdir} has no best checkpoint yet: no epoch has been evaluated.")
-            return Choice(store.best_step, store.unscored())
+            return Restored(store.best_step, None, store.unscored())
         if not which.isdecimal():
             raise ConfigError(f"checkpoint {which!r} is none of last, best, or the number of a step.")
-        return Choice(int(which))
+        return Restored(int(which), None, ())
 
 
 def skipped_checkpoints(workdir: Path) -> tuple[str, ...]:
-    """Describe the damaged checkpoints of a run that are newer than its newest intact one.
-
-    Raises:
-        SelconvError: There is no run, or all its checkpoints are damaged.
-    """
+    """Describe the damaged checkpoints of a run that are newer than its newest intact one."""
     with open_store(read_config(workdir), workdir) as store:
         return store.find().skipped if store.steps() else ()

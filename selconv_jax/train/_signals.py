@@ -4,14 +4,11 @@ import itertools
 import signal
 import threading
 from collections.abc import Iterable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-
-__all__ = ["SharedStopRequest", "StopRequest", "stop_request"]
-
 
 _INSISTING = (signal.SIGINT, signal.SIGTERM)
 # A closing terminal (signalled by the system and again by the shell), and a scheduler such as Slurm that
@@ -27,11 +24,6 @@ class StopRequest:
 
     Attributes:
         signal: The signal that was received, or None.
-
-    Example:
-        >>> with StopRequest() as stop:
-        ...     stop.signal is None
-        True
     """
 
     _noted: tuple[signal.Signals, ...] = _INSISTING + _ANNOUNCING
@@ -60,12 +52,7 @@ class StopRequest:
                     self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore(self._noted)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

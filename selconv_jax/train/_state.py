@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-__all__ = ["Totals", "TrainState", "initial_state"]
+Array = jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -23,23 +23,38 @@ class Totals:
         count: ``[]`` int32, examples.
     """
 
-    loss: jax.Array
-    correct: jax.Array
-    correct_top5: jax.Array
-    count: jax.Array
+    loss: Array
+    correct: Array
+    correct_top5: Array
+    count: Array
 
     @staticmethod
     def zero() -> "Totals":
         """Return the totals of no examples."""
-        return Totals(
-            loss=jnp.zeros((), jnp.float32),
-            correct=jnp.zeros((), jnp.int32),
-            correct_top5=jnp.zeros((), jnp.int32),
-            count=jnp.zeros((), jnp.int32),
-        )
+        return Totals(jnp.zeros((), jnp.float32), *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
     def __add__(self, other: "Totals") -> "Totals":
         return jax.tree.map(jnp.add, self, other)
+
+
+def classification_totals(logits: Array, labels: Array, counts: Array) -> Totals:
+    """Sum losses and correct predictions over the examples of a batch that the mask ``counts`` selects.
+
+    Classes are ranked by descending logit, ties by ascending class. NaN logits rank before the true class,
+    so that a diverged network never counts as correct. ``logits`` are ``[N, classes]`` floating, ``labels``
+    ``[N]`` int32, ``counts`` ``[N]`` bool.
+    """
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    true = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    classes = jnp.arange(logits.shape[1], dtype=labels.dtype)[None, :]
+    ahead = ~(logits <= true) | ((logits == true) & (classes < labels[:, None]))
+    rank = jnp.sum(ahead, axis=1)
+    return Totals(
+        loss=jnp.sum(jnp.where(counts, losses, 0)).astype(jnp.float32),
+        correct=jnp.sum(counts & (rank < 1), dtype=jnp.int32),
+        correct_top5=jnp.sum(counts & (rank < 5), dtype=jnp.int32),
+        count=jnp.sum(counts, dtype=jnp.int32),
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -61,24 +76,20 @@ class TrainState:
         changed: ``[2]`` int32, channels closed and re-allocated within the current epoch so far.
     """
 
-    step: jax.Array
+    step: Array
     params: Any
     batch_stats: Any
     selectivity: Any
     opt_state: Any
-    key: jax.Array
+    key: Array
     totals: Totals
-    failed_step: jax.Array
-    changed: jax.Array
+    failed_step: Array
+    changed: Array
 
     @property
     def variables(self) -> dict[str, Any]:
         """The model's variables."""
-        return {
-            "params": self.params,
-            "batch_stats": self.batch_stats,
-            "selectivity": self.selectivity,
-        }
+        return {"params": self.params, "batch_stats": self.batch_stats, "selectivity": self.selectivity}
 
     def with_variables(self, variables: dict[str, Any]) -> "TrainState":
         """Replace the variables of the model."""
@@ -86,22 +97,9 @@ class TrainState:
 
 
 def initial_state(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    image_shape: tuple[int, ...],
-    seed: int | jax.Array,
+    model: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int | Array
 ) -> TrainState:
-    """Make the state before the first step.
-
-    Args:
-        model: A network, called as ``model.apply(variables, images, train=...)``.
-        optimizer: Its optimizer.
-        image_shape: ``(H, W, C)``.
-        seed: Seed of the run.
-
-    Returns:
-        The state; a pure function of its arguments.
-    """
+    """Make the state before the first step for images of ``(H, W, C)``; a pure function."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
     variables = model.init(init_key, jnp.zeros((1, *image_shape), jnp.float32), train=False)
     return TrainState(

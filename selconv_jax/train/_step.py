@@ -1,7 +1,6 @@
 """The pure functions that a run compiles: a training step, and the evaluation of a batch."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,18 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from selconv_jax.data._augment import augment, normalize
+from selconv_jax.data._augment import augment, draw_mixup, mix, normalize
 from selconv_jax.data._dataset import DatasetInfo
-from selconv_jax.data._mixup import draw_mixup, mix
-from selconv_jax.train._classification import classification_totals
 from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._gradients import BatchNormScope, Examples, Mixture, batch_gradients
-from selconv_jax.train._state import Totals, TrainState
-
-__all__ = ["Purpose", "epoch_order", "eval_batch", "fold", "train_step"]
+from selconv_jax.train._state import Totals, TrainState, classification_totals
 
 Array = jax.Array
-ShardBatch = Callable[[Any], Any]
 
 
 class Purpose:
@@ -34,16 +28,7 @@ class Purpose:
 
 
 def fold(key: Array, purpose: int, index: int | Array) -> Array:
-    """Derive a key for one purpose and one step or epoch from the run's key.
-
-    Args:
-        key: ``[2]`` uint32, key data.
-        purpose: One of `Purpose`.
-        index: Index of the step or epoch.
-
-    Returns:
-        A typed PRNG key.
-    """
+    """Derive a typed key for one `Purpose` and one step or epoch from the run's key data, ``[2]`` uint32."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), purpose), index)
 
 
@@ -71,33 +56,20 @@ def train_step(
     With mixup, the loss is weighted over both labels of each mixed image, and a prediction counts as
     correct if it is the label with the larger weight.
 
-    Args:
-        state: The state before.
-        images: ``[B, H, W, C]`` uint8.
-        labels: ``[B]`` int32.
-        model: The network.
-        optimizer: The optimizer.
-        info: Augmentation and normalization.
-        steps_per_epoch: The totals are reset at the first step of each epoch.
-        mixup: Parameter of the distribution of weights, see `data._mixup`; 0: no mixup.
-        micro_batches: See `accumulated_gradients`.
-        placement: The devices; None: one.
-        batch_norm: See `batch_gradients`.
-
-    Returns:
-        The state after.
+    Images are ``[B, H, W, C]`` uint8, augmented and normalized by ``info``; labels are ``[B]`` int32. The
+    totals are reset at the first step of each epoch. ``mixup`` is the parameter of the distribution of
+    weights, see `draw_mixup`; 0: no mixup. For the other options see `batch_gradients`.
     """
-    shard_batch: ShardBatch = placement.shard_batch if placement else lambda batch: batch
     step_key = fold(state.key, Purpose.STEP, state.step)
     augment_key, dropout_key = jax.random.split(step_key)
-    labels = shard_batch(labels)
-    batch = augment(augment_key, shard_batch(images), crop_padding=info.crop_padding, flip=info.flip)
+    labels = _split(labels, placement)
+    batch = augment(augment_key, _split(images, placement), crop_padding=info.crop_padding, flip=info.flip)
     batch = normalize(batch, info.mean, info.std, model.dtype or jnp.float32)
     mixture = None
     if mixup:
         weight, partners = draw_mixup(fold(state.key, Purpose.MIXUP, state.step), mixup, labels.shape[0])
-        batch = shard_batch(mix(batch, weight, partners))
-        others = shard_batch(jnp.take(labels, partners, axis=0))
+        batch = _split(mix(batch, weight, partners), placement)
+        others = _split(jnp.take(labels, partners, axis=0), placement)
         mixture = Mixture(others, jnp.broadcast_to(weight, labels.shape))
     grads, seen = batch_gradients(
         model,
@@ -133,21 +105,12 @@ def eval_batch(
     info: DatasetInfo,
     placement: Placement | None = None,
 ) -> Totals:
-    """Evaluate a batch.
-
-    Args:
-        variables: The model's variables.
-        images: ``[B, H, W, C]`` uint8.
-        labels: ``[B]`` int32; an image with a negative label is not counted.
-        model: The network.
-        info: Normalization.
-        placement: The devices; None: one.
-
-    Returns:
-        Sums over the counted images.
-    """
-    shard_batch: ShardBatch = placement.shard_batch if placement else lambda batch: batch
-    batch = normalize(shard_batch(images), info.mean, info.std, model.dtype or jnp.float32)
+    """Sum over the images ``[B, H, W, C]`` uint8 of a batch; those with a negative label are not counted."""
+    batch = normalize(_split(images, placement), info.mean, info.std, model.dtype or jnp.float32)
     logits: Any = model.apply(variables, batch, train=False)
-    labels = shard_batch(labels)
+    labels = _split(labels, placement)
     return classification_totals(logits, jnp.maximum(labels, 0), labels >= 0)
+
+
+def _split(batch: Array, placement: Placement | None) -> Array:
+    return placement.shard_batch(batch) if placement else batch

@@ -17,21 +17,15 @@ from selconv_jax.errors import ConfigError
 from selconv_jax.train._config import Config, DataConfig
 from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._feed import Arguments, Feed, ResidentFeed, StreamedFeed
-from selconv_jax.train._network import make_network
+from selconv_jax.train._network import Program, bucket_program, frozen_program, make_network
 from selconv_jax.train._optimizer import learning_rate_schedule, make_optimizer
-from selconv_jax.train._program import Program, bucket_program, frozen_program
 from selconv_jax.train._state import Totals, TrainState, initial_state
 from selconv_jax.train._step import Purpose, eval_batch, fold, train_step
 from selconv_jax.train._trial import notes_on, try_on_shapes
+from selconv_jax.transforms._capacity import required_capacity
 from selconv_jax.transforms._optimizer_state import reset_rewritten
-from selconv_jax.transforms._reallocation import reallocate, required_capacity
+from selconv_jax.transforms._reallocation import reallocate
 from selconv_jax.transforms._report import Report
-
-__all__ = ["Trainer"]
-
-# XLA runs convolutions inside a loop slowly on CPU, where dispatch costs little anyway.
-_STEPS_PER_DISPATCH = {"cpu": 1}
-_STEPS_PER_DISPATCH_ELSEWHERE = 50
 
 
 class Trainer:
@@ -46,7 +40,6 @@ class Trainer:
         ConfigError: Configuration, data and devices do not fit together.
 
     Attributes:
-        config: The run.
         steps_per_epoch: Steps of an epoch.
         steps: Steps of the run.
         model: The network, compiled for no particular capacity.
@@ -79,17 +72,17 @@ class Trainer:
             parameter_shards=config.parameter_shards,
             micro_batches=config.micro_batches,
         )
-        run = config, self.model, self.optimizer, data.info.image_shape
+        run, devices = (config, self.model, self.optimizer, data.info.image_shape), self._placement.mesh.size
         self._state_shape = try_on_shapes(*run)
-        self.notes = notes_on(*run, self._placement.mesh.size)
+        self._state_sharding = self._placement.state_sharding(self._state_shape)
+        self.notes = notes_on(*run, devices)
         # Rounded up to a multiple of the devices; the padding past the last image is not counted.
-        devices = self._placement.mesh.size
         sizes = config.batch_size, -(-config.eval_batch_size // devices) * devices
-        self._feed: Feed
-        if isinstance(data, StreamedData):
-            self._feed = StreamedFeed(data, self._info, self._placement, *sizes, config.data.workers)
-        else:
-            self._feed = ResidentFeed(data, self._placement, *sizes)
+        self._feed: Feed = (
+            StreamedFeed(data, self._info, self._placement, *sizes, config.data.workers)
+            if isinstance(data, StreamedData)
+            else ResidentFeed(data, self._placement, *sizes)
+        )
         self._compiled: dict[tuple[str, Program, int], Callable[..., Any]] = {}
         self._frozen: tuple[bytes, Program] | None = None
 
@@ -98,8 +91,8 @@ class Trainer:
         """Training steps per call of the compiled program; one if images are streamed."""
         if self._feed.one_step:
             return 1
-        backend = _STEPS_PER_DISPATCH.get(jax.default_backend(), _STEPS_PER_DISPATCH_ELSEWHERE)
-        return self.config.steps_per_dispatch or backend
+        # XLA runs convolutions inside a loop slowly on CPU, where dispatch costs little anyway.
+        return self.config.steps_per_dispatch or (1 if jax.default_backend() == "cpu" else 50)
 
     def initial_state(self) -> TrainState:
         """Make the state before the first step, on all devices."""
@@ -112,45 +105,34 @@ class Trainer:
         # Drawing many small arrays is a huge program that runs once: it is not optimized on CPU, where
         # that would take minutes.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        sharding = self._placement.state_sharding(self._state_shape)
-        return jax.jit(make, out_shardings=sharding, compiler_options=options)
+        return jax.jit(make, out_shardings=self._state_sharding, compiler_options=options)
 
     def state_shape(self) -> TrainState:
         """Return shapes, dtypes and shardings of the state, without computing it."""
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             self._state_shape,
-            self._placement.state_sharding(self._state_shape),
+            self._state_sharding,
         )
 
     def program(self, state: TrainState, epoch: int) -> Program:
-        """Choose the program for the steps of an epoch and the evaluation after it.
+        """Choose the program for the steps of an epoch, counted from 0, and the evaluation after it.
 
-        Args:
-            state: The state before the epoch, or within it.
-            epoch: The epoch, counted from 0.
-
-        Returns:
-            Before the last round, the program with room for the current copies. After it, the program of the
-            frozen allocation, unless ``allocation.compile_frozen`` is false.
+        Before the last round it has room for the current copies. After it, it is the program of the frozen
+        allocation, unless ``allocation.compile_frozen`` is false.
         """
-        settings = self.config.allocation
         # All rounds that were due have been made, except one at the end of this epoch.
         done = max(int(state.step), epoch * self.steps_per_epoch)
         frozen = self.next_round(min(done + 1, (epoch + 1) * self.steps_per_epoch)) is None
-        if frozen and settings.compile_frozen and state.selectivity:
-            return self._frozen_program(state)
-        return self._bucket_program(state)
+        if not (frozen and self.config.allocation.compile_frozen and state.selectivity):
+            return self._bucket_program(state)
+        allocation = b"".join(leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(state.selectivity)))
+        if self._frozen is None or self._frozen[0] != allocation:
+            self._frozen = allocation, frozen_program(self.model, state.variables, self._example)
+        return self._frozen[1]
 
     def _bucket_program(self, state: TrainState) -> Program:
         return bucket_program(self.model, required_capacity(state.variables) if state.selectivity else 0.0)
-
-    def _frozen_program(self, state: TrainState) -> Program:
-        allocation = b"".join(leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(state.selectivity)))
-        if self._frozen is None or self._frozen[0] != allocation:
-            program = frozen_program(self.model, state.variables, self._example)
-            self._frozen = (allocation, program)
-        return self._frozen[1]
 
     def batches(self, state: TrainState, epoch: int) -> Generator[Arguments]:
         """Yield the remaining batches of an epoch, for `run_steps`; close it when no more are needed."""
@@ -165,18 +147,16 @@ class Trainer:
     ) -> tuple[TrainState, jax.Array]:
         """Make ``count`` training steps; ``state`` is donated.
 
-        Args:
-            state: The state before.
-            batches: From `batches`, for the epoch of the state.
-            program: From `program`, for the epoch of the state.
-            count: Number of steps, within the epoch.
+        Batches and program are from `batches` and `program`, for the epoch of the state.
 
         Returns:
             The state after, and ``[3]`` float32: mean loss and accuracy of the epoch so far, and 1 if a
             loss has not been finite, else 0.
         """
-        function = self._function("train", program, count, self._make_steps)
-        return function(state, *next(batches))
+        key = "train", program, count
+        if key not in self._compiled:
+            self._compiled[key] = self._make_steps(program.model, count)
+        return self._compiled[key](state, *next(batches))
 
     def lower_step(self, program: Program) -> jax.stages.Lowered:
         """Lower a training step for ahead-of-time compilation; reads no image and needs no device."""
@@ -185,9 +165,8 @@ class Trainer:
 
     def lower_evaluation(self, program: Program) -> jax.stages.Lowered:
         """Lower the evaluation of a batch, as `lower_step`."""
-        return self._make_eval(program.model, 1).lower(
-            self.state_shape().variables, *self._feed.shapes(evaluation=True)
-        )
+        arguments = self._feed.shapes(evaluation=True)
+        return self._make_eval(program.model).lower(self.state_shape().variables, *arguments)
 
     def plan_compaction(self, state: TrainState, multiple: int = 1) -> CompactionPlan:
         """Plan the compaction of the network for the state's allocation, see `selconv_jax.compact`."""
@@ -203,22 +182,21 @@ class Trainer:
     ) -> Totals | None:
         """Compute loss and accuracy on all images of a split.
 
-        Args:
-            state: The state to evaluate.
-            should_stop: Called between batches.
-            program: The program to use; None: one with room for the state's copies.
-            split: ``"test"``, or ``"validation"`` where the run has one.
+        The split is ``"test"``, or ``"validation"`` where the run has one. Without a program, one with room
+        for the state's copies is used. ``should_stop`` is called between batches.
 
         Returns:
             Sums on the host, or None if it was asked to stop.
         """
-        function = self._function("eval", program or self._bucket_program(state), 1, self._make_eval)
-        totals = []
+        program = program or self._bucket_program(state)
+        key, totals = ("eval", program, 1), []
+        if key not in self._compiled:
+            self._compiled[key] = self._make_eval(program.model)
         with contextlib.closing(self._feed.evaluation(split)) as batches:
             for arguments in batches:
                 if should_stop():
                     return None
-                totals.append(function(state.variables, *arguments))
+                totals.append(self._compiled[key](state.variables, *arguments))
                 if len(totals) > 2:
                     # Keeps the queue short, so that a request to stop is noticed soon.
                     totals[-3] = jax.device_get(totals[-3])
@@ -230,14 +208,7 @@ class Trainer:
         return schedule.next_round(first, self.steps_per_epoch, self.config.epochs)
 
     def reallocate(self, state: TrainState) -> tuple[TrainState, Report]:
-        """Make a round of re-allocation.
-
-        Args:
-            state: The state when the round is due.
-
-        Returns:
-            The state after, and what changed.
-        """
+        """Make a round of re-allocation; returns the state after it, and what changed."""
         settings = self.config.allocation
         step = int(state.step)
         number = step if settings.every_steps else step // self.steps_per_epoch - 1
@@ -249,7 +220,7 @@ class Trainer:
         changed = np.asarray([report.deallocated, report.reallocated], np.int32)
         state = dataclasses.replace(state.with_variables(variables), changed=state.changed + changed)
         if self.config.parameter_shards > 1:
-            state = jax.device_put(state, self._placement.state_sharding(state))
+            state = jax.device_put(state, self._state_sharding)
         return state, report
 
     def is_finite(self, state: TrainState) -> bool:
@@ -260,18 +231,11 @@ class Trainer:
         """Return the learning rate of a step."""
         return float(self._learning_rate(step))
 
-    def _function(
-        self, kind: str, program: Program, count: int, make: Callable[[Any, int], Callable[..., Any]]
-    ) -> Callable[..., Any]:
-        key = (kind, program, count)
-        if key not in self._compiled:
-            self._compiled[key] = make(program.model, count)
-        return self._compiled[key]
-
     def _make_steps(self, model: Any, count: int) -> Any:
-        sharding = self._placement.state_sharding(self.state_shape()), self._placement.replicated
-        steps = functools.partial(self._steps, model, count, self._placement)
-        return jax.jit(steps, donate_argnums=0, out_shardings=sharding)
+        steps = self._placed(functools.partial(self._steps, model, count))
+        return jax.jit(
+            steps, donate_argnums=0, out_shardings=(self._state_sharding, self._placement.replicated)
+        )
 
     def _steps(
         self, model: Any, count: int, placement: Placement | None, state: TrainState, *arguments: Any
@@ -301,15 +265,18 @@ class Trainer:
         failed = (state.failed_step >= 0).astype(jnp.float32)
         return state, jnp.stack([state.totals.loss / seen, correct / seen, failed])
 
-    def _make_eval(self, model: Any, count: int) -> Any:
-        del count
-        evaluate = functools.partial(self._evaluation, model, self._placement)
+    def _make_eval(self, model: Any) -> Any:
+        evaluate = self._placed(functools.partial(self._evaluation, model))
         return jax.jit(evaluate, out_shardings=self._placement.replicated)
 
     def _evaluation(self, model: Any, placement: Placement | None, variables: Any, *arguments: Any) -> Totals:
         """Evaluate one batch, inside ``jit``."""
         batch = self._feed.take_evaluation(*arguments)
         return eval_batch(variables, *batch, model=model, info=self._info, placement=placement)
+
+    def _placed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Apply `_steps` or `_evaluation` to the placement of the run."""
+        return functools.partial(function, self._placement)
 
     @property
     def _example(self) -> jax.ShapeDtypeStruct:

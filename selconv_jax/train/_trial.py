@@ -18,31 +18,24 @@ from selconv_jax.train._state import TrainState, initial_state
 from selconv_jax.transforms._optimizer_state import reset_rewritten
 from selconv_jax.transforms._reallocation import reallocate
 
-__all__ = ["notes_on", "try_on_shapes"]
-
 
 def try_on_shapes(
     config: Config, model: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...]
 ) -> TrainState:
     """Evaluate initialization, an optimizer step and a reset after a round on shapes alone.
 
-    Args:
-        config: The run.
-        model: Its network.
-        optimizer: Its optimizer.
-        image_shape: ``(H, W, C)``.
-
-    Returns:
-        The state before the first step as `jax.ShapeDtypeStruct`. Nothing is computed.
-
-    Raises:
-        ConfigError: The network cannot be made, or the optimizer cannot be used.
+    Returns the state before the first step as `jax.ShapeDtypeStruct`; a `ConfigError` says that the network
+    cannot be made, or the optimizer cannot be used.
     """
-    name, reset = config.optimizer.name, config.allocation.reset_momentum
+    name = config.optimizer.name
 
     def step(params: Any, opt_state: Any) -> tuple[Any, Any]:
         updates, opt_state = optimizer.update(params, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
+
+    def reset_after_round(variables: Any, opt_state: Any) -> Any:
+        new, report = reallocate(variables, jax.random.key(0), config.allocation.allocation)
+        return reset_rewritten(optimizer, opt_state, new["params"], report)
 
     with _refused("the network cannot be made ({}). Choose other model.options."):
         make = functools.partial(initial_state, model, optax.identity(), image_shape, config.seed)
@@ -57,15 +50,11 @@ def try_on_shapes(
         if _types(after) != _types((state.params, opt_state)):
             raise TypeError("a step changes the types of its state")
 
-    def reset_after_round(variables: Any, opt_state: Any) -> Any:
-        new, report = reallocate(variables, jax.random.key(0), config.allocation.allocation)
-        return reset_rewritten(optimizer, opt_state, new["params"], report)
-
     with _refused(
         f"allocation.reset_momentum is true, but what {name} keeps cannot be reset ({{}}). Leave it out, or "
         "choose another optimizer.name."
     ):
-        if reset and state.selectivity:
+        if config.allocation.reset_momentum and state.selectivity:
             jax.eval_shape(reset_after_round, state.variables, opt_state)
     return dataclasses.replace(state, opt_state=opt_state)
 
@@ -77,18 +66,7 @@ def notes_on(
     image_shape: tuple[int, ...],
     devices: int,
 ) -> tuple[str, ...]:
-    """Warn about settings that are valid but probably not intended.
-
-    Args:
-        config: The run.
-        model: Its network.
-        optimizer: Its optimizer.
-        image_shape: ``(H, W, C)``.
-        devices: Number of devices over which a batch is split.
-
-    Returns:
-        One sentence for each.
-    """
+    """Warn in a sentence each about settings that are valid but probably not intended."""
     notes = []
     parts = config.micro_batches * (devices if config.batch_norm == "per_device" else 1)
     if config.batch_size == parts and (layers := _layers_on_one_pixel(model, image_shape)):

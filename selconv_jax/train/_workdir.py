@@ -15,19 +15,6 @@ from selconv_jax._utils.versions import version_of
 from selconv_jax.errors import ConfigError
 from selconv_jax.train._config import Config, dump_config, load_config
 
-__all__ = [
-    "CHECKPOINTS",
-    "CONFIG",
-    "METRICS",
-    "check_free",
-    "create_workdir",
-    "default_workdir",
-    "free_workdir",
-    "lock",
-    "lock_mark",
-    "read_config",
-]
-
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
@@ -47,20 +34,12 @@ def default_workdir(config_path: str | os.PathLike[str], parent: str | os.PathLi
 
 @contextlib.contextmanager
 def free_workdir(config_path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Reserve the `default_workdir` by creating it; remove it on exit if it is still empty.
-
-    Raises:
-        ConfigError: It cannot be created.
-    """
+    """Reserve the `default_workdir` by creating it; remove it on exit if it is still empty."""
     while True:
         workdir = default_workdir(config_path)
-        try:
+        with _writable(workdir), contextlib.suppress(FileExistsError):
             workdir.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise _unwritable(workdir, error) from None
-        break
+            break
     try:
         yield workdir
     finally:
@@ -70,22 +49,14 @@ def free_workdir(config_path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_free(workdir: Path) -> None:
-    """Check that a directory can become that of a new run.
-
-    Args:
-        workdir: The directory; it may be missing or empty.
-
-    Raises:
-        ConfigError: It is not empty, or cannot be read.
-    """
+    """Check that a directory, missing or empty, can become that of a new run."""
     # Leftovers of a process that was killed before its run began do no harm.
     unfinished = {ENVIRONMENT, f".{CONFIG}.new", _LOCK}
-    try:
-        content = sorted({entry.name for entry in workdir.iterdir()} - unfinished)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise _unwritable(workdir, error) from None
+    with _writable(workdir):
+        try:
+            content = sorted({entry.name for entry in workdir.iterdir()} - unfinished)
+        except FileNotFoundError:
+            return
     if CONFIG in content:
         raise ConfigError(
             f"{workdir} already holds a run. Go on with it by `selconv resume {workdir}`, or choose "
@@ -99,38 +70,28 @@ def check_free(workdir: Path) -> None:
 
 
 def create_workdir(workdir: Path, config: Config) -> None:
-    """Write the configuration and environment of a new run into its directory.
-
-    Args:
-        workdir: The directory, locked by this process, see `lock`.
-        config: The resolved configuration.
-
-    Raises:
-        ConfigError: The directory is not empty, or cannot be written.
-    """
+    """Write the resolved configuration and the environment of a new run into its locked directory."""
     check_free(workdir)
-    try:
+    with _writable(workdir):
         (workdir / ENVIRONMENT).write_text(json.dumps(_environment(config), indent=2) + "\n")
         # Last and atomically: a directory with a configuration is a run that can be resumed.
         temporary = workdir / f".{CONFIG}.new"
         temporary.write_text(dump_config(config), encoding="utf-8")
         temporary.replace(workdir / CONFIG)
+
+
+@contextlib.contextmanager
+def _writable(workdir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise _unwritable(workdir, error) from None
-
-
-def _unwritable(workdir: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"the work directory {workdir} cannot be written: {error.strerror}. Choose another --workdir."
-    )
+        raise ConfigError(
+            f"the work directory {workdir} cannot be written: {error.strerror}. Choose another --workdir."
+        ) from None
 
 
 def read_config(workdir: Path) -> Config:
-    """Read the configuration of the run in a directory.
-
-    Raises:
-        ConfigError: The directory does not hold a run.
-    """
+    """Read the configuration of the run in a directory; a `ConfigError` says that it holds none."""
     if not (workdir / CONFIG).is_file():
         raise ConfigError(
             f"{workdir} does not hold a run (there is no {CONFIG} in it). Start one by `selconv train CONFIG "
@@ -143,22 +104,15 @@ def read_config(workdir: Path) -> Config:
 def lock(workdir: Path, *, make: bool = False) -> Iterator[str]:
     """Lock the run for this process; the system releases the lock however the process ends.
 
-    Args:
-        workdir: The directory of the run.
-        make: Whether to make it.
-
-    Yields:
-        A mark that this process leaves in the directory, see `lock_mark`.
+    ``make`` creates the directory. Yields a mark that this process leaves in it, see `lock_mark`.
 
     Raises:
         ConfigError: Another process holds the lock, or the directory cannot be locked.
     """
-    try:
+    with _writable(workdir):
         if make:
             workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / _LOCK).open("a")
-    except OSError as error:
-        raise _unwritable(workdir, error) from None
+        file = (workdir / _LOCK).open("ab", buffering=0)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,14 +126,9 @@ def lock(workdir: Path, *, make: bool = False) -> Iterator[str]:
                 "one that does, so that two jobs do not work on one run."
             ) from None
         mark = uuid.uuid4().hex
-        try:
+        with _writable(workdir):
             file.truncate(0)
-            file.write(mark)
-            file.flush()
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                file.close()  # which tries to write again
-            raise _unwritable(workdir, error) from None
+            file.write(mark.encode())
         yield mark
 
 

@@ -1,14 +1,16 @@
 """Pure functions of a model's variables: re-allocation, its schedule, and optimizer state that follows it."""
 
+from selconv_jax.transforms._capacity import FittedCapacity, required_capacity, with_capacity
 from selconv_jax.transforms._layer_tree import layer_states
 from selconv_jax.transforms._optimizer_state import reset_rewritten, rewritten_mask
-from selconv_jax.transforms._reallocation import AllocationRule, reallocate, required_capacity
+from selconv_jax.transforms._reallocation import AllocationRule, reallocate
 from selconv_jax.transforms._report import LayerReport, Report
 from selconv_jax.transforms._schedule import ReallocationSchedule
 from selconv_jax.transforms._selectivize import selectivize
 
 __all__ = [
     "AllocationRule",
+    "FittedCapacity",
     "LayerReport",
     "ReallocationSchedule",
     "Report",
@@ -18,4 +20,5 @@ __all__ = [
     "reset_rewritten",
     "rewritten_mask",
     "selectivize",
+    "with_capacity",
 ]

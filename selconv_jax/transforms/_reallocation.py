@@ -23,7 +23,7 @@ from selconv_jax.transforms._report import LayerReport, Report
 if TYPE_CHECKING:
     from flax import nnx
 
-__all__ = ["AllocationRule", "reallocate", "required_capacity"]
+__all__ = ["AllocationRule", "reallocate"]
 
 Variables = Mapping[str, Any]
 
@@ -139,27 +139,6 @@ def reallocate(variables: Any, key: jax.Array, allocation: AllocationRule | None
         refuse_replicas(states)
         new_states, layers = _compiled(states, allocation)(states, key, numbers)
     return merge_layers(variables, new_states), Report(layers)
-
-
-def required_capacity(variables: Any) -> float:
-    """Return the smallest sufficient ``capacity``: the largest fraction of copies in any selective layer.
-
-    Args:
-        variables: The model's variables, holding concrete arrays; or an NNX module.
-
-    Returns:
-        A fraction in [0, 1], see `SelectiveConv`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, selconv_jax
-        >>> layer = selconv_jax.SelectiveConv(features=2, kernel_size=(1, 1))
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 8)), train=False)
-        >>> selconv_jax.required_capacity(variables)
-        0.0
-    """
-    sources = [state.source for state in layer_states(variables).values() if state.source is not None]
-    shares = [(source >= 0).mean(axis=-1).max() for source in jax.device_get(sources)]
-    return max(map(float, shares), default=0.0)
 
 
 class _Numbers(NamedTuple):

@@ -22,8 +22,8 @@ import optax
 from numpy.typing import NDArray
 
 from selconv_jax import functional, layer_states
+from selconv_jax.data import load
 from selconv_jax.data._augment import crop_and_flip
-from selconv_jax.data._sample import load_sample
 from selconv_jax.functional._allocation import sources_from_uniform
 from selconv_jax.interop.torch import state_dict
 from selconv_jax.train import Trainer, load_config
@@ -34,7 +34,7 @@ from selconv_jax.transforms._layer_tree import merge_layers
 STUDY = Path(__file__).resolve().parent
 FILE = "coupled.json"
 CONFIG = load_config(STUDY / "selective.toml")
-DATA = load_sample()
+DATA = load("fashion_mnist_sample")
 STEPS = len(DATA.train) // CONFIG.batch_size
 EVALUATED = 250
 Variables = dict[str, Any]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selconv_jax._cli.allocator import keep_memory
+from selconv_jax._cli.guard import keep_memory
 from selconv_jax._cli.main import main as selconv
 
 STUDY = Path(__file__).resolve().parent

@@ -21,7 +21,7 @@ from criteria import CRITERIA, close, rankings
 from flax import traverse_util
 
 from selconv_jax import layer_states, selectivize
-from selconv_jax._cli.allocator import keep_memory
+from selconv_jax._cli.guard import keep_memory
 from selconv_jax._cli.main import main as selconv
 from selconv_jax.analysis import count_multiply_adds, count_parameters
 from selconv_jax.compaction import CompactionPlan

@@ -5,9 +5,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from selconv_jax.data._catalog import Download, KnownSet, prepare_command
-from selconv_jax.data._preparation.progress import Progress
-from selconv_jax.data._quiet import quiet_tfds
+from selconv_jax._utils.console import Progress
+from selconv_jax.data._catalog import KnownSet, prepare_command
+from selconv_jax.data._records import quiet_tfds
 from selconv_jax.errors import DataError
 
 __all__ = ["download", "unreachable"]
@@ -16,19 +16,11 @@ __all__ = ["download", "unreachable"]
 def download(known: KnownSet, data_dir: Path, progress: Progress) -> dict[str, Path]:
     """Download the official files with the download manager of tensorflow-datasets.
 
-    The files stay in ``data_dir/downloads``, where that library looks for them.
-
-    Args:
-        known: The catalog's entry.
-        data_dir: The directory of the prepared sets.
-        progress: Called at the start and end of each download.
+    The files stay in ``data_dir/downloads``, where that library looks for them. The error of an address that
+    does not answer within seconds explains how to prepare without a download.
 
     Returns:
         The fetched files, by the last part of their address.
-
-    Raises:
-        DataError: If an address does not answer within seconds, a download fails, or a file's size
-            or checksum is not the published one. The message explains how to prepare without a download.
     """
     remedy = (
         f"Get it from {known.origin}, then run: {prepare_command(known.name, data_dir)} "
@@ -61,24 +53,20 @@ def download(known: KnownSet, data_dir: Path, progress: Progress) -> dict[str, P
                 f"{data_dir}: cannot be written ({error}). Choose another directory for the prepared sets."
             ) from error
         for item in known.downloads:
-            progress(_task(item), 0, 1)
+            task = f"Fetching {item.file_name} ({item.size / 1e6:.1f} MB)"
+            progress(task, 0, 1)
             try:
                 fetched[item.file_name] = Path(manager.download(item.url))
             except Exception as error:  # whatever its HTTP library or checksum test raises
                 raise DataError(f"{item.url}: the download failed ({error}). {remedy}") from error
-            progress(_task(item), 1, 1)
+            progress(task, 1, 1)
     return fetched
 
 
 def unreachable(url: str, timeout: float = 4.0) -> str | None:
-    """Check whether an address answers, within a time limit.
+    """Check whether an address answers within a time limit in seconds; return None if it does, else why not.
 
-    Args:
-        url: The address; proxies set in the environment are used.
-        timeout: Seconds in total, including the name look-up.
-
-    Returns:
-        ``None`` if it answers, else why not.
+    Proxies set in the environment are used.
 
     Example:
         >>> unreachable("http://localhost:1/file") is None
@@ -103,8 +91,3 @@ def unreachable(url: str, timeout: float = 4.0) -> str | None:
     thread.start()
     thread.join(timeout)
     return answer[0] if answer else f"no answer within {timeout:g} seconds"
-
-
-def _task(item: Download) -> str:
-    """Describe a download for the progress report."""
-    return f"Fetching {item.file_name} ({item.size / 1e6:.1f} MB)"

@@ -29,17 +29,10 @@ _GZIP = b"\x1f\x8b"
 
 
 def find_idx_files(known: KnownSet, source: Path) -> dict[str, Path]:
-    """Find the four files in a folder.
-
-    Args:
-        known: The catalog's entry.
-        source: The folder, or the root of an unpacked distribution package.
+    """Find the four files in a folder, or below the root of an unpacked distribution package.
 
     Returns:
         Each file by its name without ``.gz``.
-
-    Raises:
-        DataError: If one is missing.
     """
     folders = [source, *(source / place.relative_to("/") for place in known.places)]
     names = [name for pair in _FILES.values() for name in pair]
@@ -60,17 +53,7 @@ def find_idx_files(known: KnownSet, source: Path) -> dict[str, Path]:
 
 
 def read_idx_files(files: Mapping[str, Path]) -> dict[str, Part]:
-    """Read files, unpacking those that are packed with gzip.
-
-    Args:
-        files: Paths by name.
-
-    Returns:
-        The unpacked files by name.
-
-    Raises:
-        DataError: If one cannot be read or unpacked.
-    """
+    """Read files by name, unpacking those that are packed with gzip."""
     parts = {}
     for name, path in files.items():
         content = read_file(path)
@@ -84,18 +67,7 @@ def read_idx_files(files: Mapping[str, Path]) -> dict[str, Part]:
 
 
 def decode_idx(parts: Mapping[str, Part]) -> dict[str, Split]:
-    """Decode the four files to splits.
-
-    Args:
-        parts: The unpacked files by name.
-
-    Returns:
-        ``train`` and ``test``; images uint8 ``[N, H, W, 1]``, labels int32 ``[N]``.
-
-    Raises:
-        DataError: If a header is another, a length does not fit its header, or images and labels
-            differ in number.
-    """
+    """Decode the files to ``train`` and ``test``; images uint8 ``[N, H, W, 1]``, labels int32 ``[N]``."""
     splits = {}
     for split, (images_name, labels_name) in _FILES.items():
         images = _decode_array(parts[images_name], dimensions=3)

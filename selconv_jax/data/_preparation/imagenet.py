@@ -7,20 +7,19 @@ sorted order of their WordNet ids.
 """
 
 import contextlib
+import dataclasses
 import functools
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from selconv_jax.data._catalog import KnownSet
-from selconv_jax.data._preparation.image_files import ImageFile, ImageFiles
-from selconv_jax.data._preparation.originals import read_file
+from selconv_jax.data._preparation.originals import ImageFile, ImageFiles, archive_damage, read_file
 from selconv_jax.errors import DataError
 
 __all__ = ["open_imagenet"]
 
-_ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
-_FOLDERS = {"train": "train", "validation": "val"}
+_PLACES = {"train": ("ILSVRC2012_img_train.tar", "train"), "validation": ("ILSVRC2012_img_val.tar", "val")}
 
 
 @contextlib.contextmanager
@@ -34,113 +33,85 @@ def open_imagenet(known: KnownSet, source: Path) -> Iterator[ImageFiles]:
 
     Yields:
         The splits ``train`` and ``validation``.
-
-    Raises:
-        DataError: If a split is missing; while files are read, if an archive is damaged or a class unknown.
     """
     from tensorflow_datasets.core import tfds_path
 
     lists = tfds_path("datasets/imagenet2012")
     wnids = tuple((lists / "labels.txt").read_text().split())
-    labels = {wnid: label for label, wnid in enumerate(wnids)}
-    validation = [labels[wnid] for wnid in (lists / "validation_labels.txt").read_text().split()]
+    classes = {wnid: label for label, wnid in enumerate(wnids)}
+    published = [classes[wnid] for wnid in (lists / "validation_labels.txt").read_text().split()]
     folder = source.parent if source.is_file() else source
     splits = {}
-    for split, archive in _ARCHIVES.items():
-        images = folder / _FOLDERS[split]
-        published = validation if split == "validation" else []
+    for split, (archive, images) in _PLACES.items():
+        labels = _Labels(classes, published if split == "validation" else [])
         if (folder / archive).is_file():
-            read: Callable[..., Iterator[ImageFile]] = _train_archive if split == "train" else _flat_archive
-            splits[split] = functools.partial(read, folder / archive, labels, published)
-        elif images.is_dir():
-            splits[split] = functools.partial(_folder, images, labels, published)
+            splits[split] = functools.partial(_archive, folder / archive, labels)
+        elif (folder / images).is_dir():
+            splits[split] = functools.partial(_folder, folder / images, labels)
         else:
             raise DataError(
-                f"{folder}: there is neither {archive} nor a folder {images.name}. "
-                f"Get them from {known.origin}."
+                f"{folder}: there is neither {archive} nor a folder {images}. Get them from {known.origin}."
             )
     yield ImageFiles(wnids, splits)
 
 
-def _folder(folder: Path, labels: Mapping[str, int], published: list[int]) -> Iterator[ImageFile]:
+@dataclasses.dataclass(frozen=True)
+class _Labels:
+    """Labels by WordNet id, and those published for the files of a split, by their number."""
+
+    classes: Mapping[str, int]
+    published: Sequence[int]
+
+    def of_class(self, wnid: str, where: str) -> int:
+        if wnid not in self.classes:
+            raise DataError(
+                f"{where}: {wnid!r} is none of the 1,000 classes of ILSVRC2012 (WordNet ids such as "
+                "n01440764)."
+            )
+        return self.classes[wnid]
+
+    def of_file(self, name: str, where: str) -> int:
+        """Return the published label of a file such as ``ILSVRC2012_val_00000001.JPEG``."""
+        number = name.removeprefix("ILSVRC2012_val_").removesuffix(".JPEG")
+        if not (number.isdecimal() and 1 <= int(number) <= len(self.published)):
+            raise DataError(
+                f"{where}: the label of this file is not known. Put the files into one folder per class, or "
+                "use the original ILSVRC2012_val_*.JPEG."
+            )
+        return self.published[int(number) - 1]
+
+
+def _folder(folder: Path, labels: _Labels) -> Iterator[ImageFile]:
     """Iterate over images in one folder per class, or, if their labels are published, in a single one."""
     for entry in sorted(folder.iterdir()):
         if entry.is_dir():
-            label = _class(entry.name, str(entry), labels)
+            label = labels.of_class(entry.name, str(entry))
             for path in sorted(entry.glob("*.JPEG")):
                 yield ImageFile(path.name, label, str(path), functools.partial(read_file, path))
         elif entry.suffix == ".JPEG":
-            label = _published(entry.name, str(entry), published)
+            label = labels.of_file(entry.name, str(entry))
             yield ImageFile(entry.name, label, str(entry), functools.partial(read_file, entry))
 
 
-def _train_archive(path: Path, labels: Mapping[str, int], published: list[int]) -> Iterator[ImageFile]:
-    """Iterate over images in an archive of archives."""
-    del published
-    with _damage_named(path), tarfile.open(path) as outer:
-        for member in outer:
-            stream = outer.extractfile(member)
-            if stream is None:
+def _archive(path: Path, labels: _Labels) -> Iterator[ImageFile]:
+    """Iterate over images in one inner archive per class, or, if their labels are published, beside them."""
+    with archive_damage(path), tarfile.open(path) as outer:
+        for member in filter(tarfile.TarInfo.isfile, outer):
+            name, where = Path(member.name), f"{path}, {member.name}"
+            if name.suffix != ".tar":
+                yield _member(outer, member, where, labels.of_file(name.name, where))
                 continue
-            where = f"{path}, {member.name}"
-            label = _class(Path(member.name).stem, where, labels)
-            with _damage_named(where), tarfile.open(fileobj=stream) as inner:
-                yield from _members(inner, where, functools.partial(_same, label))
+            label = labels.of_class(name.stem, where)
+            with archive_damage(where), tarfile.open(fileobj=outer.extractfile(member)) as inner:
+                for image in filter(tarfile.TarInfo.isfile, inner):
+                    yield _member(inner, image, f"{where}, {image.name}", label)
 
 
-def _flat_archive(path: Path, labels: Mapping[str, int], published: list[int]) -> Iterator[ImageFile]:
-    """Iterate over images in one archive, with published labels."""
-    del labels
-    with _damage_named(path), tarfile.open(path) as archive:
-        yield from _members(archive, str(path), lambda name: _published(name, f"{path}, {name}", published))
+def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, where: str, label: int) -> ImageFile:
+    def read() -> bytes:
+        with archive_damage(where):
+            stream = archive.extractfile(member)
+            assert stream is not None  # it is a file
+            return stream.read()
 
-
-def _members(archive: tarfile.TarFile, where: str, label_of: Callable[[str], int]) -> Iterator[ImageFile]:
-    for member in archive:
-        if member.isfile():
-            name = Path(member.name).name
-            path = f"{where}, {member.name}"
-            yield ImageFile(name, label_of(name), path, functools.partial(_read, archive, member, path))
-
-
-def _read(archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> bytes:
-    with _damage_named(path):
-        stream = archive.extractfile(member)
-        assert stream is not None  # it is a file
-        return stream.read()
-
-
-def _same(label: int, name: str) -> int:
-    """Return the label of a class."""
-    del name
-    return label
-
-
-def _class(wnid: str, where: str, labels: Mapping[str, int]) -> int:
-    if wnid not in labels:
-        raise DataError(
-            f"{where}: {wnid!r} is none of the 1,000 classes of ILSVRC2012 (WordNet ids such as n01440764)."
-        )
-    return labels[wnid]
-
-
-def _published(name: str, where: str, published: list[int]) -> int:
-    """Return the published label of a file such as ``ILSVRC2012_val_00000001.JPEG``."""
-    number = name.removeprefix("ILSVRC2012_val_").removesuffix(".JPEG")
-    if not (number.isdecimal() and 1 <= int(number) <= len(published)):
-        raise DataError(
-            f"{where}: the label of this file is not known. Put the files into one folder per class, or use "
-            "the original ILSVRC2012_val_*.JPEG."
-        )
-    return published[int(number) - 1]
-
-
-@contextlib.contextmanager
-def _damage_named(where: Path | str) -> Iterator[None]:
-    try:
-        yield
-    except (tarfile.TarError, OSError, EOFError) as error:
-        reason = str(error).partition("\n")[0].rstrip(":")
-        raise DataError(
-            f"{where}: damaged, cut short, or not an archive ({reason}). Get it again."
-        ) from error
+    return ImageFile(Path(member.name).name, label, where, read)

@@ -13,25 +13,23 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from selconv_jax._utils.console import Progress, console_progress
 from selconv_jax.data._catalog import (
+    KNOWN,
     SAMPLE,
     KnownSet,
-    known_set,
     prepare_command,
     prepared_directories,
     resolve_data_dir,
 )
 from selconv_jax.data._preparation.cifar import decode_cifar, read_cifar
-from selconv_jax.data._preparation.cifar100 import decode_cifar100, read_cifar100
 from selconv_jax.data._preparation.download import download
 from selconv_jax.data._preparation.idx import decode_idx, find_idx_files, read_idx_files
-from selconv_jax.data._preparation.image_files import ImageFiles, verify_files
 from selconv_jax.data._preparation.imagenet import open_imagenet
-from selconv_jax.data._preparation.originals import Part, verify
-from selconv_jax.data._preparation.progress import Progress, console_progress
+from selconv_jax.data._preparation.originals import ImageFiles, verify, verify_files
 from selconv_jax.data._preparation.tiny_imagenet import open_tiny_imagenet
 from selconv_jax.data._preparation.writing import Examples, examples_of_arrays, examples_of_files, write_tfds
-from selconv_jax.errors import DataError
+from selconv_jax.errors import DataError, nearest
 
 __all__ = ["prepare"]
 
@@ -67,11 +65,10 @@ def prepare(
     Raises:
         DataError: If the name is unknown, the files are missing or not the published ones, or the
             directory cannot be written.
-
-    Example:
-        ``prepare("cifar10", source="cifar-10-binary.tar.gz")``
     """
-    known = known_set(name)
+    if name not in KNOWN:
+        raise DataError(f"There is no data set {name!r} to prepare. {nearest(name, KNOWN)}")
+    known = KNOWN[name]
     if known.name == SAMPLE:
         raise DataError(f"{SAMPLE} comes with this package and needs no preparation.")
     if progress is None:
@@ -110,7 +107,6 @@ def _read(known: KnownSet, source: Path | None, data_dir: Path, progress: Progre
     if source is None:
         source = next((place for place in known.places if place.is_dir()), None)
     task = f"Reading {known.name} from {source or 'its download'}"
-    parts: Mapping[str, Part]
     coarse: Mapping[str, NDArray[np.int32]] = {}
     if known.name == "fashion_mnist":
         if source is None:
@@ -125,12 +121,8 @@ def _read(known: KnownSet, source: Path | None, data_dir: Path, progress: Progre
         if source is None:
             (source,) = download(known, data_dir, progress).values()
         progress(task, 0, 1)
-        if known.name == "cifar10":
-            parts = read_cifar(known, source)
-            splits = decode_cifar(parts)
-        else:
-            parts = read_cifar100(known, source)
-            splits, coarse = decode_cifar100(parts)
+        parts = read_cifar(known, source)
+        splits, coarse = decode_cifar(known, parts)
     verify(known, parts, splits)
     progress(task, 1, 1)
     return {key: examples_of_arrays(key, split, coarse.get(key)) for key, split in splits.items()}

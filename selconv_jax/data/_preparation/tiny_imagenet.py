@@ -6,16 +6,15 @@ which is not the order of ``wnids.txt``.
 """
 
 import contextlib
+import dataclasses
 import functools
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from selconv_jax.data._catalog import KnownSet
-from selconv_jax.data._preparation.image_files import ImageFile, ImageFiles
-from selconv_jax.data._preparation.originals import read_file
+from selconv_jax.data._preparation.originals import ImageFile, ImageFiles, read_file
 from selconv_jax.errors import DataError
 
 __all__ = ["open_tiny_imagenet"]
@@ -35,9 +34,6 @@ def open_tiny_imagenet(known: KnownSet, source: Path) -> Iterator[ImageFiles]:
 
     Yields:
         The splits ``train`` and ``validation``.
-
-    Raises:
-        DataError: If the archive is damaged, or a list of classes or labels is missing or malformed.
     """
     with contextlib.ExitStack() as stack:
         tree = _open_tree(known, source, stack)
@@ -51,85 +47,61 @@ def open_tiny_imagenet(known: KnownSet, source: Path) -> Iterator[ImageFiles]:
         )
 
 
-def _train(tree: "_Tree", wnids: tuple[str, ...]) -> Iterator[ImageFile]:
+@dataclasses.dataclass(frozen=True)
+class _Tree:
+    """Files of the set, packed or unpacked.
+
+    Attributes:
+        location: Prefix of a file's name in messages.
+        names: All names, such as ``train/n01443537/images/n01443537_0.JPEG``.
+        read: Reads a file.
+    """
+
+    location: str
+    names: Sequence[str]
+    read: Callable[[str], bytes]
+
+    def image(self, name: str, label: int) -> ImageFile:
+        """Describe an image file."""
+        read = functools.partial(self.read, name)
+        return ImageFile(name.rpartition("/")[2], label, self.location + name, read)
+
+    @functools.cached_property
+    def images(self) -> Mapping[str, Sequence[str]]:
+        """Names of the JPEG files by folder, sorted."""
+        images: dict[str, list[str]] = {}
+        for name in sorted(self.names):
+            if name.endswith(".JPEG"):
+                images.setdefault(name.rpartition("/")[0], []).append(name)
+        return images
+
+
+def _train(tree: _Tree, wnids: Sequence[str]) -> Iterator[ImageFile]:
     for label, wnid in enumerate(wnids):
-        for name in tree.images(f"train/{wnid}/images"):
-            yield ImageFile(
-                name.rpartition("/")[2], label, tree.describe(name), functools.partial(tree.read, name)
-            )
+        for name in tree.images.get(f"train/{wnid}/images", ()):
+            yield tree.image(name, label)
 
 
-def _validation(tree: "_Tree", wnids: tuple[str, ...]) -> Iterator[ImageFile]:
+def _validation(tree: _Tree, wnids: Sequence[str]) -> Iterator[ImageFile]:
     labels = {wnid: label for label, wnid in enumerate(wnids)}
     for number, line in enumerate(tree.read(_VALIDATION).decode(errors="replace").splitlines(), start=1):
         file, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if wnid not in labels:
             raise DataError(
-                f"{tree.describe(_VALIDATION)}, line {number}: {line!r} is not a file name and one of the "
+                f"{tree.location}{_VALIDATION}, line {number}: {line!r} is not a file name and one of the "
                 f"classes of {_CLASSES}, separated by a tab. Get the archive again."
             )
-        name = f"val/images/{file}"
-        yield ImageFile(file, labels[wnid], tree.describe(name), functools.partial(tree.read, name))
-
-
-class _Tree(Protocol):
-    """Files of the set, packed or unpacked."""
-
-    def describe(self, name: str) -> str:
-        """Describe the location of a file, for messages."""
-
-    def read(self, name: str) -> bytes:
-        """Read a file."""
-
-    def images(self, folder: str) -> list[str]:
-        """List the JPEG files in a folder, sorted."""
-
-
-class _Folder:
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def describe(self, name: str) -> str:
-        return str(self._root / name)
-
-    def read(self, name: str) -> bytes:
-        return read_file(self._root / name)
-
-    def images(self, folder: str) -> list[str]:
-        return sorted(f"{folder}/{path.name}" for path in (self._root / folder).glob("*.JPEG"))
-
-
-class _Zip:
-    def __init__(self, path: Path, archive: zipfile.ZipFile, prefix: str) -> None:
-        self._path, self._archive, self._prefix = path, archive, prefix
-        self._images: dict[str, list[str]] = {}
-        for member in sorted(archive.namelist()):
-            name = member.removeprefix(prefix)
-            if name.endswith(".JPEG"):
-                self._images.setdefault(name.rpartition("/")[0], []).append(name)
-
-    def describe(self, name: str) -> str:
-        return f"{self._path}, {self._prefix}{name}"
-
-    def read(self, name: str) -> bytes:
-        try:
-            return self._archive.read(self._prefix + name)
-        except KeyError:
-            raise DataError(f"{self.describe(name)}: the file is missing. Get the archive again.") from None
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError) as error:
-            raise DataError(f"{self.describe(name)}: damaged ({error}). Get the archive again.") from error
-
-    def images(self, folder: str) -> list[str]:
-        return self._images.get(folder, [])
+        yield tree.image(f"val/images/{file}", labels[wnid])
 
 
 def _open_tree(known: KnownSet, source: Path, stack: contextlib.ExitStack) -> _Tree:
     """Open the files in an archive, a folder, or an archive in a folder."""
     if source.is_dir():
-        for folder in (source, source / _FOLDER):
-            if (folder / _CLASSES).is_file():
-                return _Folder(folder)
+        root = next((path for path in (source, source / _FOLDER) if (path / _CLASSES).is_file()), None)
+        if root is not None:
+            names = [path.relative_to(root).as_posix() for path in root.glob("train/*/images/*")]
+            return _Tree(f"{root}/", names, lambda name: read_file(root / name))
         packed = source / f"{_FOLDER}.zip"
         if not packed.is_file():
             raise DataError(
@@ -145,4 +117,15 @@ def _open_tree(known: KnownSet, source: Path, stack: contextlib.ExitStack) -> _T
     member = next((name for name in archive.namelist() if name.rpartition("/")[2] == _CLASSES), None)
     if member is None:
         raise DataError(f"{source}: there is no {_CLASSES} in it. Get it from {known.origin}.")
-    return _Zip(source, archive, member.removesuffix(_CLASSES))
+    prefix = member.removesuffix(_CLASSES)
+
+    def read(name: str) -> bytes:
+        try:
+            return archive.read(prefix + name)
+        except KeyError:
+            problem = "the file is missing"
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError) as error:
+            problem = f"damaged ({error})"
+        raise DataError(f"{source}, {prefix}{name}: {problem}. Get the archive again.")
+
+    return _Tree(f"{source}, {prefix}", [name.removeprefix(prefix) for name in archive.namelist()], read)

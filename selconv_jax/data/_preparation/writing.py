@@ -6,22 +6,20 @@ description are those of the stock builder. Tiny-ImageNet has no stock builder, 
 tensorflow-datasets can read its files by name without the builder, as they describe themselves.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from selconv_jax._utils.console import Progress
 from selconv_jax.data._catalog import KnownSet
 from selconv_jax.data._dataset import Split
-from selconv_jax.data._pixels import PixelError
-from selconv_jax.data._png import encode_png
-from selconv_jax.data._preparation.cifar100 import COARSE_CLASSES
-from selconv_jax.data._preparation.image_files import ImageFile, ImageFiles, as_color_jpeg
-from selconv_jax.data._preparation.progress import Progress
-from selconv_jax.data._quiet import quiet_tfds
+from selconv_jax.data._image_formats import PixelError, as_color_jpeg, encode_png
+from selconv_jax.data._preparation.cifar import COARSE_CLASSES
+from selconv_jax.data._preparation.originals import ImageFiles
+from selconv_jax.data._records import quiet_tfds
 from selconv_jax.errors import DataError
 
 __all__ = ["Examples", "examples_of_arrays", "examples_of_files", "write_tfds"]
@@ -29,54 +27,22 @@ __all__ = ["Examples", "examples_of_arrays", "examples_of_files", "write_tfds"]
 _REPORT_EVERY = 500
 
 
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """Examples of a split to write.
-
-    Attributes:
-        total: Number of examples.
-        start: Starts a pass over the examples; each has a key, which determines the order, and features.
-    """
-
-    total: int
-    start: Callable[[], Iterator[tuple[int | str, dict[str, Any]]]]
+Examples = Iterator[tuple[int | str, dict[str, Any]]]
+"""Examples of a split to write; each has a key, which determines the order, and features by name."""
 
 
 def examples_of_arrays(key: str, split: Split, coarse: NDArray[np.int32] | None = None) -> Examples:
-    """Create the examples of images in memory, encoded one at a time.
-
-    Args:
-        key: The split.
-        split: Its images and labels in their original order.
-        coarse: Superclasses int32 ``[N]``, if the set has them.
-
-    Returns:
-        The examples.
-    """
-
-    def start() -> Iterator[tuple[int | str, dict[str, Any]]]:
-        for index in range(len(split)):
-            image, label = split[index]
-            example = {"image": encode_png(image), "label": label, "id": f"{key}_{index:05d}"}
-            yield index, example if coarse is None else example | {"coarse_label": int(coarse[index])}
-
-    return Examples(len(split), start)
+    """Yield the images of a split in memory, with superclasses int32 ``[N]`` if the set has them."""
+    for index in range(len(split)):
+        image, label = split[index]
+        example = {"image": encode_png(image), "label": label, "id": f"{key}_{index:05d}"}
+        yield index, example if coarse is None else example | {"coarse_label": int(coarse[index])}
 
 
 def examples_of_files(known: KnownSet, key: str, files: ImageFiles) -> Examples:
-    """Create the examples of image files, read one at a time.
-
-    Args:
-        known: The catalog's entry.
-        key: The split.
-        files: The files.
-
-    Returns:
-        The examples; a file that cannot be read is a DataError that names it.
-    """
+    """Yield the image files of a split; one that cannot be read is a `DataError` that names it."""
     size = known.image_shape[:2] if known.eval_resize is None else None
-
-    def example(file: ImageFile) -> dict[str, Any]:
+    for file in files.splits[key]():
         content = file.read()
         try:
             content = as_color_jpeg(content, size)
@@ -84,13 +50,7 @@ def examples_of_files(known: KnownSet, key: str, files: ImageFiles) -> Examples:
             raise DataError(f"{file.path}: {error}") from error
         except ValueError as error:
             raise DataError(f"{file.path}: cannot be read as an image ({error}). Get it again.") from error
-        return {"image": content, "label": file.label, "file_name": file.name}
-
-    def start() -> Iterator[tuple[int | str, dict[str, Any]]]:
-        for file in files.splits[key]():
-            yield file.name, example(file)
-
-    return Examples(known.counts[key], start)
+        yield file.name, {"image": content, "label": file.label, "file_name": file.name}
 
 
 def write_tfds(
@@ -100,17 +60,10 @@ def write_tfds(
     data_dir: Path,
     progress: Progress,
 ) -> Path:
-    """Prepare a set in the array_record file format.
+    """Prepare a set in the array_record file format; features that its builder does not have are left out.
 
     tensorflow-datasets sorts the examples by their hashed keys; sets of more than a gigabyte are written
     twice for that, which temporarily takes twice the space.
-
-    Args:
-        known: The catalog's entry.
-        class_names: In the order of the labels.
-        splits: The examples by split; features that the builder does not have are left out.
-        data_dir: Target directory, in which the set must not exist.
-        progress: Called with the number of images written of each split.
 
     Returns:
         The prepared directory, ``data_dir/name/version``.
@@ -126,16 +79,16 @@ def write_tfds(
         def _log_download_done(self) -> None:
             """Print no banner."""
 
-        def _split_generators(self, dl_manager: object) -> dict[str, Iterator[tuple[int | str, Any]]]:
+        def _split_generators(self, dl_manager: object) -> dict[str, Examples]:
             features = self.info.features
             features["label"].names = list(class_names)
             if "coarse_label" in features:
                 features["coarse_label"].names = list(COARSE_CLASSES)
             return {key: self._generate_examples(key, examples) for key, examples in splits.items()}
 
-        def _generate_examples(self, key: str, examples: Examples) -> Iterator[tuple[int | str, Any]]:
-            features, total = set(self.info.features), examples.total
-            for number, (place, example) in enumerate(examples.start(), start=1):
+        def _generate_examples(self, key: str, examples: Examples) -> Examples:
+            features, total = set(self.info.features), known.counts[key]
+            for number, (place, example) in enumerate(examples, start=1):
                 yield place, {name: value for name, value in example.items() if name in features}
                 if number % _REPORT_EVERY == 0 or number == total:
                     progress(f"Writing {key} images of {known.name}", number, total)

@@ -26,20 +26,8 @@ from orbax.checkpoint.experimental import v1 as ocp
 from selconv_jax.errors import CheckpointError
 from selconv_jax.train._checkpoints.manifest import describe
 
-__all__ = [
-    "check_leaves",
-    "check_written",
-    "is_plain",
-    "named_leaves",
-    "placed",
-    "read_arrays",
-    "start_writing",
-    "write_arrays",
-]
-
 PyTree: TypeAlias = Any
 
-_DESCRIPTION = re.compile(r"(\w+)(\[.*\])")
 _SHOWN_LEAVES = 5
 _PLAIN = re.compile(r"[\w /.,:;=+@~-]*")
 
@@ -73,14 +61,7 @@ def _under_plain_name(folder: Path) -> Iterator[Path]:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Return the leaves by path, e.g. `opt_state/0/trace/Dense_0/kernel`, in the order of the tree.
-
-    Args:
-        tree: Any pytree.
-
-    Raises:
-        ValueError: Two leaves would have the same path.
-    """
+    """Return the leaves by path, e.g. `opt_state/0/trace/Dense_0/kernel`, in the order of the tree."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
     if len(named) < len(paths):
@@ -93,10 +74,6 @@ def write_arrays(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
 
     Orbax closes its event loop at the first write that fails. Every write still in progress then ends in
     an exception that nobody can catch, and Python prints each of them.
-
-    Args:
-        folder: A new one.
-        leaves: By path.
     """
     hook = sys.unraisablehook
     sys.unraisablehook = lambda report: (
@@ -113,37 +90,20 @@ def write_arrays(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
 
 
 def start_writing(folder: Path, leaves: Mapping[str, Any]) -> Any:
-    """Start writing the arrays of all processes; every process has to call this.
+    """Start writing the arrays of all processes, which all have to call this for a new, shared, plain folder.
 
-    Args:
-        folder: A new one that all processes see; its name `is_plain`.
-        leaves: By path, on any devices. On return this process's part of them has been copied.
-
-    Returns:
-        A future whose ``result()`` waits until all processes have written.
+    On return this process's part of them has been copied; ``result()`` of the returned future waits until all
+    processes have written.
     """
     return ocp.save_async(folder, _storable(leaves))
 
 
 def read_arrays(folder: Path, leaves: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Read whole arrays, whichever processes wrote them, without involving other processes.
-
-    Args:
-        folder: Of a verified checkpoint.
-        leaves: `describe` of each array, by path.
-
-    Returns:
-        The arrays by path.
-
-    Raises:
-        CheckpointError: One is missing or cannot be read.
-    """
-    described = {name: _DESCRIPTION.fullmatch(text) for name, text in leaves.items()}
-    like = {
-        name: np.empty(json.loads(found[2]), jnp.dtype(found[1]))
-        for name, found in described.items()
-        if found
-    }
+    """Read whole arrays, given as `describe` does, in this process alone, whichever processes wrote them."""
+    like = {}
+    for name, text in leaves.items():
+        dtype, _, shape = text.partition("[")
+        like[name] = np.empty(json.loads(f"[{shape}"), jnp.dtype(dtype))
     context = ocp.Context()
     if jax.process_count() > 1:
         # Each process reads independently: it may be the only one that needs to.
@@ -167,13 +127,6 @@ def check_written(folder: Path, leaves: Mapping[str, Any]) -> None:
 
     Orbax would wait for the other processes, or send to them, in the middle of their steps; so this reads
     the Tensorstore files that Orbax leaves directly.
-
-    Args:
-        folder: Of the checkpoint.
-        leaves: The arrays that were written, by path.
-
-    Raises:
-        CheckpointError: An array is missing, cannot be read, or is of another dtype or shape.
     """
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{(folder / 'state').absolute()}/"}}
     for name, leaf in _storable(leaves).items():
@@ -187,16 +140,7 @@ def check_written(folder: Path, leaves: Mapping[str, Any]) -> None:
 
 
 def check_leaves(folder: Path, leaves: Mapping[str, str], template: PyTree) -> None:
-    """Check that the leaves of a checkpoint match the current model.
-
-    Args:
-        folder: Of the checkpoint.
-        leaves: `describe` of each array in it, by path.
-        template: The pytree to restore: arrays or `jax.ShapeDtypeStruct`.
-
-    Raises:
-        CheckpointError: A leaf is missing, extra, or of another dtype or shape.
-    """
+    """Check that the leaves of a checkpoint, given by path as `describe` does, match the current model."""
     expected = {name: describe(like) for name, like in named_leaves(template).items()}
     names = [*expected, *(name for name in leaves if name not in expected)]
     differences = [
@@ -217,15 +161,7 @@ def check_leaves(folder: Path, leaves: Mapping[str, str], template: PyTree) -> N
 
 
 def placed(arrays: Mapping[str, np.ndarray], template: PyTree) -> PyTree:
-    """Place the arrays on the devices that a template has them on.
-
-    Args:
-        arrays: By path.
-        template: Arrays or `jax.ShapeDtypeStruct`, with shardings if any, of the same paths.
-
-    Returns:
-        A pytree of the template's structure: NumPy arrays where it has some, else JAX arrays.
-    """
+    """Place arrays on the devices of a template, in its structure; NumPy arrays where it has some."""
     leaves = [_place(arrays[name], like) for name, like in named_leaves(template).items()]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 

@@ -17,8 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, Self, TypeAlias
+from types import MappingProxyType
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import jax
 import numpy as np
@@ -34,29 +34,29 @@ from selconv_jax.train._checkpoints.arrays import (
     start_writing,
     write_arrays,
 )
-from selconv_jax.train._checkpoints.failure import told
-from selconv_jax.train._checkpoints.folders import step_folders, sweep
-from selconv_jax.train._checkpoints.manifest import (
-    describe,
-    read_manifest,
-    verified_manifest,
-    write_manifest,
-)
+from selconv_jax.train._checkpoints.folders import step_folders, sweep, told
+from selconv_jax.train._checkpoints.manifest import describe, read_manifest, verified_manifest, write_manifest
 from selconv_jax.train._config_changes import check_origin
-
-__all__ = ["CheckpointStore", "Restored"]
 
 PyTree: TypeAlias = Any
 
 
+class _Found(NamedTuple):
+    step: int
+    folder: Path
+    manifest: Mapping[str, Any]
+    arrays: dict[str, np.ndarray]
+    damaged: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Restored:
-    """Result of `CheckpointStore.restore`.
+    """A checkpoint of a run.
 
     Attributes:
-        step: The step of the checkpoint.
-        state: The pytree, with the structure, shapes, dtypes and shardings of the template.
-        skipped: One sentence for each newer checkpoint that is damaged: folder, file and problem.
+        step: Its step.
+        state: The pytree, with the structure, shapes, dtypes and shardings of the template; None: not read.
+        skipped: One sentence for each damaged checkpoint that might have been chosen: folder, file, problem.
     """
 
     step: int
@@ -72,15 +72,7 @@ class CheckpointStore:
     end of the interpreter is lost. Opening a store changes nothing on the disk, so a run can be
     evaluated while it trains; the next save removes the leftovers of a killed process.
 
-    Args:
-        directory: The folder of the checkpoints, created by the first save.
-        keep: Number of the last checkpoints to keep, besides the best one; at least 1.
-        origin: The part of the configuration that determines the result, see `_config_changes.origin_of`.
-            Saved in each checkpoint; one with another origin is not restored. Empty: not known.
-
-    Raises:
-        ValueError: `keep` is below 1.
-        CheckpointError: Several processes cannot write under this name.
+    A checkpoint with another `origin`, see `_config_changes.origin_of`, is not restored; empty: not known.
 
     Example:
         >>> import tempfile, numpy as np
@@ -121,9 +113,6 @@ class CheckpointStore:
             step: The number of the checkpoint.
             state: Any pytree of arrays, on any devices and processes; random keys as raw uint32 data.
             score: Higher is better, e.g. the validation accuracy. None or NaN: never the best.
-
-        Raises:
-            CheckpointError: The save *before* this one could not be written.
         """
         self._wait()
         score = None if score is None or math.isnan(score) else float(score)
@@ -133,26 +122,19 @@ class CheckpointStore:
             self._pending = self._writer.submit(self._write, step, leaves, score)
             return
         arrays = named_leaves(state)
-        partial = self.directory / f"{step}.partial"
-        if jax.process_index() == 0:
-            with told(step, self.directory):
+        with told(step, self.directory):
+            if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 sweep(self.directory)
-        # On return every process has copied its part into memory, and writes it in the background.
-        with told(step, self.directory):
-            written = start_writing(partial, arrays)
+            # On return every process has copied its part into memory, and writes it in the background.
+            written = start_writing(self.directory / f"{step}.partial", arrays)
         self._pending = self._writer.submit(self._complete_together, step, arrays, score, written)
 
     def restore(self, template: PyTree, step: int | None = None) -> Restored:
         """Verify a checkpoint and read it back, bit for bit.
 
-        Args:
-            template: Arrays or `jax.ShapeDtypeStruct`, with shardings if any. NumPy leaves come
-                back as NumPy arrays, the others as JAX arrays.
-            step: The checkpoint's step; None: the newest that is not damaged.
-
-        Returns:
-            The state and its step. Damaged checkpoints that were skipped stay on the disk.
+        Without a step, the newest that is not damaged; those that are skipped stay on the disk. A template
+        is of arrays or `jax.ShapeDtypeStruct`; its NumPy leaves come back as such, the others as JAX arrays.
 
         Raises:
             CheckpointError: There is no such checkpoint, it is damaged (with None: all are), or it belongs
@@ -164,36 +146,19 @@ class CheckpointStore:
         return Restored(found.step, state, found.damaged)
 
     def find(self, step: int | None = None) -> Restored:
-        """Verify a checkpoint as `restore` does, and return the result without the state.
-
-        Args:
-            step: The checkpoint's step; None: the newest that is not damaged.
-
-        Raises:
-            CheckpointError: As `restore`.
-        """
+        """Verify a checkpoint as `restore` does, and return the result without the state."""
         found = self._find(step)
         return Restored(found.step, None, found.damaged)
 
     def read(self, step: int | None = None) -> tuple[int, dict[str, np.ndarray]]:
-        """Verify a checkpoint and read its arrays without a template, for tables and figures.
-
-        Args:
-            step: The checkpoint's step; None: the newest that is not damaged.
-
-        Returns:
-            Its step, and the arrays by path, e.g. `params/Dense_0/kernel`.
-
-        Raises:
-            CheckpointError: There is no such checkpoint, or it is damaged (with None: all are).
-        """
+        """Verify a checkpoint as `restore` does; return its step, and its arrays by path."""
         found = self._find(step)
         return found.step, {name: array for name, array in found.arrays.items() if array.size}
 
     def steps(self) -> list[int]:
         """Return the steps of all complete checkpoints, damaged ones included, in ascending order."""
         self._wait()
-        return sorted(self._folders())
+        return sorted(step_folders(self.directory))
 
     @property
     def latest_step(self) -> int | None:
@@ -204,13 +169,13 @@ class CheckpointStore:
     def best_step(self) -> int | None:
         """The step of the highest score, the earliest of equal ones; None without any score."""
         self._wait()
-        return self._best(self._folders())
+        return self._best(step_folders(self.directory))
 
     def unscored(self) -> tuple[str, ...]:
         """Return one sentence for each checkpoint that is damaged and whose score is thus unknown."""
         self._wait()
         problems = []
-        for _, folder in sorted(self._folders().items(), reverse=True):
+        for _, folder in sorted(step_folders(self.directory).items(), reverse=True):
             try:
                 read_manifest(folder)
             except CheckpointError as error:
@@ -218,20 +183,12 @@ class CheckpointStore:
         return tuple(problems)
 
     def check(self) -> None:
-        """Raise the error of the last save if it has failed, without waiting for a save in progress.
-
-        Raises:
-            CheckpointError: It could not be written.
-        """
+        """Raise the error of the last save if it has failed, without waiting for a save in progress."""
         if self._pending is not None and self._pending.done():
             self._wait()
 
     def close(self) -> None:
-        """Wait for the save in progress.
-
-        Raises:
-            CheckpointError: It could not be written.
-        """
+        """Wait for the save in progress, and raise its error if it failed."""
         try:
             self._wait()
         finally:
@@ -240,12 +197,7 @@ class CheckpointStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _wait(self) -> None:
@@ -253,13 +205,10 @@ class CheckpointStore:
         if pending is not None:
             pending.result()
 
-    def _folders(self) -> dict[int, Path]:
-        return step_folders(self.directory)
-
-    def _find(self, step: int | None) -> "_Found":
+    def _find(self, step: int | None) -> _Found:
         """Read the newest intact checkpoint, or that of a step; collect the problems of newer ones."""
         self._wait()
-        folders = self._folders()
+        folders = step_folders(self.directory)
         if not folders or (step is not None and step not in folders):
             wanted = "" if step is None else f" of step {step}"
             found = ", ".join(map(str, sorted(folders))) or "none"
@@ -325,21 +274,12 @@ class CheckpointStore:
         self._prune(step)
 
     def _prune(self, step: int) -> None:
-        folders = self._folders()
+        folders = step_folders(self.directory)
         overtaken = sorted(other for other in folders if other <= step)
         for other in set(overtaken[: -self.keep]) - {self._best(folders)}:
             removed = self.directory / f"{other}.removed"
             folders[other].rename(removed)
             shutil.rmtree(removed, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class _Found:
-    step: int
-    folder: Path
-    manifest: Mapping[str, Any]
-    arrays: dict[str, np.ndarray]
-    damaged: tuple[str, ...]
 
 
 def _prove(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:

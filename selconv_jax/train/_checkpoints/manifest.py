@@ -13,8 +13,6 @@ import numpy as np
 
 from selconv_jax.errors import CheckpointError
 
-__all__ = ["describe", "read_manifest", "verified_manifest", "write_manifest"]
-
 _FILE = "manifest.json"
 
 
@@ -26,14 +24,7 @@ def describe(leaf: Any) -> str:
 def write_manifest(
     folder: Path, leaves: Mapping[str, Any], score: float | None, origin: Mapping[str, Any]
 ) -> None:
-    """Write the manifest of a checkpoint whose other files are complete.
-
-    Args:
-        folder: Of the checkpoint.
-        leaves: Its arrays by path.
-        score: Higher is better; None: there is none.
-        origin: JSON of the configuration that determines the result.
-    """
+    """Write the manifest of a checkpoint whose other files are complete, and whose arrays are ``leaves``."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     manifest = {
         "score": score,
@@ -45,18 +36,7 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest and check its own digest, but not the other files.
-
-    Args:
-        folder: Of the checkpoint.
-
-    Returns:
-        `score`, `origin` (missing in old ones), `leaves` (descriptions by path) and `files` (digests by
-        path).
-
-    Raises:
-        CheckpointError: It is missing or was altered.
-    """
+    """Read the manifest and check its own digest, but not the files; old ones have no `origin`."""
     try:
         raw = (folder / _FILE).read_bytes()
         manifest: dict[str, Any] = json.loads(raw)
@@ -72,17 +52,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verified_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest and check the digest of every file of the checkpoint.
-
-    Args:
-        folder: Of the checkpoint.
-
-    Returns:
-        As `read_manifest`.
-
-    Raises:
-        CheckpointError: A file is missing or was altered.
-    """
+    """Read the manifest and check the digest of every file of the checkpoint."""
     manifest = read_manifest(folder)
     for name, digest in manifest["files"].items():
         try:

@@ -17,17 +17,6 @@ import selconv_jax
 from selconv_jax._utils.versions import version_of
 from selconv_jax.errors import ConfigError, SelconvError
 
-__all__ = [
-    "DivergenceError",
-    "check_same_state",
-    "exchange",
-    "first_decides",
-    "is_first",
-    "require_same",
-    "software",
-    "together",
-]
-
 T = TypeVar("T")
 
 
@@ -41,12 +30,7 @@ def is_first() -> bool:
 
 
 def exchange(text: str) -> list[str]:
-    """Gather a text from every process, in the order of the processes.
-
-    Example:
-        >>> exchange("hello")
-        ['hello']
-    """
+    """Gather a text from every process, in the order of the processes."""
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
@@ -65,10 +49,7 @@ def first_decides(value: bool) -> bool:
 
 
 def together(action: Callable[[], T]) -> T:
-    """Run an action on every process and raise on all of them if it fails on any.
-
-    Args:
-        action: Returns a value or raises an exception; must not communicate with other processes.
+    """Run an action, which must not communicate, on every process, and raise on all if it fails on any.
 
     Returns:
         This process's value, once the action has succeeded on all.
@@ -77,12 +58,12 @@ def together(action: Callable[[], T]) -> T:
         SelconvError: On every process, if it failed on any; the message says where and why. A process
             that is alone raises the exception of the action.
     """
+    if jax.process_count() == 1:
+        return action()
     failure: Exception | None = None
     try:
         value = action()
     except Exception as error:
-        if jax.process_count() == 1:
-            raise
         failure = error
     known = isinstance(failure, SelconvError)
     text = str(failure) if known else f"{type(failure).__name__}: {failure}"
@@ -93,18 +74,20 @@ def together(action: Callable[[], T]) -> T:
     for process, problem in enumerate(problems):
         if problem:
             by_text.setdefault(problem, []).append(process)
-    kind: type[SelconvError] = type(failure) if isinstance(failure, SelconvError) else SelconvError
+    kind = type(failure) if isinstance(failure, SelconvError) else SelconvError
     # Any other exception may be a bug in the program: keep its traceback.
     raise kind("\n".join(f"{_processes(which)}: {text}" for text, which in by_text.items())) from (
         None if known else failure
     )
 
 
-def require_same(values: Mapping[str, str]) -> None:
-    """Check that all processes have the same settings.
+def on_first(action: Callable[[], T]) -> T | None:
+    """Run an action on process 0 alone, as `together`; the others get None."""
+    return together(lambda: action() if is_first() else None)
 
-    Args:
-        values: Texts that must be equal, by the name that users know; compared line by line.
+
+def require_same(values: Mapping[str, str]) -> None:
+    """Check that all processes have the same texts, by the name that users know; compared line by line.
 
     Raises:
         ConfigError: On every process, if any differs from process 0; the message shows both values.
@@ -114,11 +97,10 @@ def require_same(values: Mapping[str, str]) -> None:
         different = [process for process, text in enumerate(texts) if text != texts[0]]
         if different:
             first, other = texts[0].splitlines(), texts[different[0]].splitlines()
-            lines = (
-                [line for line in first if line not in other],
-                [line for line in other if line not in first],
+            ours, theirs = (
+                "; ".join([line for line in lines if line not in others][:3]) or "nothing of it"
+                for lines, others in ((first, other), (other, first))
             )
-            ours, theirs = ("; ".join(part[:3]) or "nothing of it" for part in lines)
             raise ConfigError(
                 f"the processes do not have the same {name}: process 0 has {ours}, {_processes(different)} "
                 f"{'has' if len(different) == 1 else 'have'} {theirs}. Start all with the same files, "
@@ -127,15 +109,7 @@ def require_same(values: Mapping[str, str]) -> None:
 
 
 def check_same_state(tree: Any, when: str) -> None:
-    """Compare a digest of arrays that must be equal on all processes.
-
-    Args:
-        tree: Arrays that are fully replicated on every process.
-        when: For the message, such as ``"after epoch 3"``.
-
-    Raises:
-        DivergenceError: On every process, if one holds another value than process 0.
-    """
+    """Compare a digest of fully replicated arrays; raise on every process if one differs from process 0."""
     if jax.process_count() == 1:
         return
     digest = hashlib.sha256()

@@ -1,7 +1,7 @@
 """Joining the processes of a run, and a clear error when one of them is lost.
 
-JAX's distributed runtime does the work: it connects the processes, monitors their heartbeats, and ends all of
-them with a message that names the one that died.
+JAX's distributed runtime connects the processes, monitors their heartbeats, and ends all of them with a
+message that names the one that died.
 """
 
 import contextlib
@@ -20,11 +20,7 @@ import jax
 
 from selconv_jax.errors import ConfigError, SelconvError
 
-__all__ = ["Cluster", "announced", "join", "local_gpus"]
-
-HEARTBEAT_SECONDS = 20
-"""A process that sends no heartbeat for this long is considered dead, and the run ends."""
-
+HEARTBEAT_SECONDS = 20  # a process that sends none for this long is considered dead, and the run ends
 _MARGIN = 5.0
 
 
@@ -37,9 +33,6 @@ class Cluster:
         process: Index of this process, from 0.
         processes: Number of processes.
         timeout: Seconds within which all processes must have joined.
-
-    Raises:
-        ConfigError: Some are given but not all, or they are out of bounds.
     """
 
     coordinator: str | None = None
@@ -48,11 +41,7 @@ class Cluster:
     timeout: float = 50.0
 
     def __post_init__(self) -> None:
-        given = {
-            "--coordinator": self.coordinator,
-            "--process": self.process,
-            "--processes": self.processes,
-        }
+        given = {"--coordinator": self.coordinator, "--process": self.process, "--processes": self.processes}
         missing = [name for name, value in given.items() if value is None]
         if 0 < len(missing) < len(given):
             raise ConfigError(f"{', '.join(given)} belong together; {' and '.join(missing)} is missing.")
@@ -71,18 +60,7 @@ class Cluster:
 
 
 def announced(environment: Mapping[str, str]) -> str | None:
-    """Detect the kind of cluster from the environment variables of a process.
-
-    Args:
-        environment: Such as `os.environ`.
-
-    Returns:
-        ``"Slurm"``, ``"Open MPI"`` or ``"TPU pod"`` where the job has more than one process, else None.
-
-    Example:
-        >>> announced({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "2"})
-        'Slurm'
-    """
+    """Detect ``"Slurm"``, ``"Open MPI"`` or ``"TPU pod"`` where the job has more than one process."""
 
     def number(name: str) -> int:
         value = environment.get(name, "")
@@ -99,16 +77,10 @@ def announced(environment: Mapping[str, str]) -> str | None:
 
 
 def local_gpus(environment: Mapping[str, str]) -> list[int] | None:
-    """Select the GPUs of this process among the visible ones where JAX's default would be wrong.
+    """Select the GPUs of this process, by index into the visible ones; None: JAX's default is right.
 
     JAX takes the GPU whose index is the rank of the process on its machine. That GPU does not exist if each
     process sees only its own, and it is one of many if a process has the machine to itself.
-
-    Args:
-        environment: Such as `os.environ`.
-
-    Returns:
-        Indices into the visible GPUs; None: JAX's default.
 
     Example:
         >>> local_gpus({"SLURM_LOCALID": "3", "CUDA_VISIBLE_DEVICES": "3"})
@@ -119,10 +91,8 @@ def local_gpus(environment: Mapping[str, str]) -> list[int] | None:
     names = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
     visible = next((environment[name] for name in names if environment.get(name)), "")
     count = len([device for device in visible.split(",") if device])
-    tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    alone = (tasks is not None and tasks.group() == "1") or environment.get(
-        "OMPI_COMM_WORLD_LOCAL_SIZE"
-    ) == "1"
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    alone = re.match(r"1(?!\d)", tasks) or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
     if alone and not count:
         count = int(environment.get("SLURM_GPUS_ON_NODE") or 0)
     return list(range(count)) if count == 1 or (count and alone) else None
@@ -139,10 +109,8 @@ def _is_tpu_host() -> bool:
 def join(cluster: Cluster, *, shares_stops: bool = True) -> Iterator[None]:
     """Join the processes of a run while the context is entered; call before JAX first uses a device.
 
-    Args:
-        cluster: The other processes. If it is empty and the environment announces none, the process is
-            alone, and nothing happens.
-        shares_stops: Whether SIGTERM is left to a `_signals.SharedStopRequest`; else it ends the process.
+    If the cluster is empty and the environment announces none, the process is alone, and nothing happens.
+    With ``shares_stops``, SIGTERM is left to a `SharedStopRequest`; else it ends the process.
 
     Raises:
         ConfigError: The coordinator does not answer.
@@ -154,31 +122,32 @@ def join(cluster: Cluster, *, shares_stops: bool = True) -> Iterator[None]:
     jax.config.update("jax_enable_preemption_service", shares_stops)
     if cluster.coordinator is not None and cluster.process != 0:
         _await_coordinator(cluster.coordinator, cluster.timeout)
-    with _deadline(cluster.timeout + _MARGIN, lambda: _late(cluster)):
-        try:
-            jax.distributed.initialize(
-                cluster.coordinator,
-                cluster.processes,
-                cluster.process,
-                local_device_ids=local_gpus(os.environ),
-                # The runtime kills the process without telling Python; our deadline comes first.
-                initialization_timeout=round(cluster.timeout + 4 * _MARGIN),
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            )
-        except (ValueError, RuntimeError) as error:
-            if told or "coordinator_address" not in str(error):
-                kind = announced(os.environ)
-                raise ConfigError(
-                    f"the processes{_of(kind)} could not be joined: {error} Where JAX does not find them "
-                    "by itself, --coordinator, --process and --processes tell it."
-                ) from error
+    deadline = _start_timer(cluster.timeout + _MARGIN, lambda: _late(cluster))
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.processes,
+            cluster.process,
+            local_device_ids=local_gpus(os.environ),
+            # The runtime kills the process without telling Python; our deadline comes first.
+            initialization_timeout=round(cluster.timeout + 4 * _MARGIN),
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        if told or "coordinator_address" not in str(error):
+            raise ConfigError(
+                f"the processes{_of(announced(os.environ))} could not be joined: {error} Where JAX does not "
+                "find them by itself, --coordinator, --process and --processes tell it."
+            ) from error
+    finally:
+        deadline.cancel()
     try:
         with _ended_by_loss():
             yield
         jax.distributed.shutdown()
     except BaseException:
         # A process that failed alone must not wait for the others, which wait for it.
-        _deadline_timer(_MARGIN, lambda: os._exit(1)).start()
+        _start_timer(_MARGIN, lambda: os._exit(1))
         raise
 
 
@@ -187,8 +156,7 @@ def _ended_by_loss() -> Iterator[None]:
     """Turn a failed collective into one clear error.
 
     The remaining processes notice a loss at different times and with different errors, none of which names
-    the lost process. The runtime names it after the heartbeat timeout and ends this process, which waits
-    until then.
+    the lost process. The runtime does after the heartbeat timeout, and ends this process, which waits.
     """
     try:
         yield
@@ -256,13 +224,9 @@ def _await_coordinator(address: str, timeout: float) -> None:
 
 
 def _late(cluster: Cluster) -> None:
-    if cluster.processes is None:
-        count = _of(announced(os.environ))
-        remedy = (
-            "Start them all, by srun, mpirun or on every host of the pod, where they can reach the first one"
-        )
-    else:
-        count = ""
+    count = _of(announced(os.environ)) if cluster.processes is None else ""
+    remedy = "Start them all, by srun, mpirun or on every host of the pod, where they can reach the first one"
+    if cluster.processes is not None:
         remedy = f"Start all {cluster.processes} processes of --processes, each with its own --process"
     _say(
         f"error: not all processes{count} have come within {cluster.timeout:.0f} seconds. {remedy}, or give "
@@ -275,19 +239,10 @@ def _of(kind: str | None) -> str:
     return "" if kind is None else f" of the {kind}" if kind == "TPU pod" else f" of the {kind} job"
 
 
-@contextlib.contextmanager
-def _deadline(seconds: float, action: Callable[[], None]) -> Iterator[None]:
-    timer = _deadline_timer(seconds, action)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _deadline_timer(seconds: float, action: Callable[[], None]) -> threading.Timer:
+def _start_timer(seconds: float, action: Callable[[], None]) -> threading.Timer:
     timer = threading.Timer(seconds, action)
     timer.daemon = True
+    timer.start()
     return timer
 
 

@@ -11,19 +11,13 @@ from numpy.typing import NDArray
 
 from selconv_jax.errors import ConfigError
 
-__all__ = ["BATCH_AXES", "Placement"]
-
 # Batches are split over both axes; large kernels, if requested, over the second.
 BATCH_AXES = ("batch", "parameters")
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Devices of a run, as a mesh with the axes of `BATCH_AXES`.
-
-    Attributes:
-        mesh: The mesh.
-    """
+    """Devices of a run, as a mesh with the axes of `BATCH_AXES`."""
 
     mesh: Mesh
 
@@ -33,14 +27,7 @@ class Placement:
     ) -> "Placement":
         """Place a run on a number of devices, the same from every process; 0 takes all.
 
-        Args:
-            devices: Total number of devices of all processes.
-            batch_size: Size of the batch that must divide over the devices.
-            parameter_shards: Number of shards of each kernel, on devices of one process.
-            micro_batches: Gradient accumulation steps; each part of the batch must divide over the devices.
-
-        Returns:
-            The placement.
+        Kernels are split over devices of one process. Each micro-batch must divide over the devices.
 
         Raises:
             ConfigError: There are not as many devices, or they do not divide the batch.
@@ -62,22 +49,15 @@ class Placement:
 
     @classmethod
     def of(cls, devices: Sequence[Any], parameter_shards: int = 1, *, whole: bool = True) -> "Placement":
-        """Place a run on exactly these devices.
+        """Place a run on exactly these devices, grouped by process.
 
-        Args:
-            devices: The devices, grouped by process.
-            parameter_shards: See `over`.
-            whole: Whether they are all devices of a machine or a pod: then the mesh orders them by their
-                interconnect. With sharded kernels, whose shards stay within a process, and with several
-                slices, the given order is kept.
-
-        Returns:
-            The placement.
+        If they are the ``whole`` of a machine or a pod, the mesh orders them by their interconnect. With
+        sharded kernels, whose shards stay within a process, and with several slices, the given order is kept.
         """
         shape = (len(devices) // parameter_shards, parameter_shards)
         slices = {getattr(device, "slice_index", 0) for device in devices}
         if whole and parameter_shards == 1 and len(slices) == 1:
-            kinds = (AxisType.Auto,) * len(shape)
+            kinds = (AxisType.Auto, AxisType.Auto)
             return cls(jax.make_mesh(shape, BATCH_AXES, axis_types=kinds, devices=list(devices)))
         return cls(Mesh(np.asarray(devices).reshape(shape), BATCH_AXES))
 
@@ -101,14 +81,10 @@ class Placement:
         )
 
     def state_sharding(self, state: Any) -> Any:
-        """Return the sharding of every array of a training state.
+        """Return the sharding of every array of a training state, or of its shape.
 
-        Args:
-            state: Arrays, or their shapes.
-
-        Returns:
-            A tree of shardings: kernels and their optimizer state are split along the last dimension that
-            ``parameter_shards`` divides; everything else is replicated.
+        Kernels and their optimizer state are split along the last dimension that the shards divide;
+        everything else is replicated.
         """
         shards = self.mesh.shape[BATCH_AXES[1]]
 
@@ -121,14 +97,7 @@ class Placement:
         return jax.tree_util.tree_map_with_path(sharding, state)
 
     def rows_of_process(self, size: int) -> NDArray[np.int64]:
-        """Return the indices of a batch's rows on the devices of this process, in ascending order.
-
-        Args:
-            size: Number of rows of the batch.
-
-        Returns:
-            ``[size / processes]`` row indices.
-        """
+        """Return the indices of a batch's rows on the devices of this process, in ascending order."""
         slices = self.split.addressable_devices_indices_map((size,)).values()
         return np.unique(np.concatenate([np.arange(size)[index] for index in slices if index is not None]))
 
@@ -156,8 +125,5 @@ def _chosen_devices(devices: int) -> list[Any]:
         )
     if not devices:
         return present
-    return [
-        device
-        for process in range(processes)
-        for device in [each for each in present if each.process_index == process][: devices // processes]
-    ]
+    by_process = ([each for each in present if each.process_index == process] for process in range(processes))
+    return [device for own in by_process for device in own[: devices // processes]]

@@ -4,15 +4,9 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-__all__ = ["Abandoned", "Ordered", "Rendezvous"]
-
 
 class Ordered(Protocol):
-    """A request.
-
-    Attributes:
-        order: Requests of the lowest order are answered first, all of one order together.
-    """
+    """A request; those of the lowest order are answered first, all of one order together."""
 
     @property
     def order(self) -> tuple[Any, ...]:
@@ -30,41 +24,21 @@ class Rendezvous(Generic[R]):
     """Members make requests from their own threads; one thread answers once all remaining members wait.
 
     A member that is behind (its requests have a lower order) is thus answered alone until it catches up.
-
-    Args:
-        members: The members that will make requests.
     """
 
     def __init__(self, members: Sequence[Hashable]) -> None:
         self._condition = threading.Condition()
         self._present = set(members)
         self._asked: dict[Hashable, R] = {}
-        self._answers: dict[Hashable, tuple[Any, BaseException | None]] = {}
-        self._abandoned = False
-
-    @property
-    def is_abandoned(self) -> bool:
-        """Return whether the serving thread has ended."""
-        return self._abandoned
+        self._answers: dict[Hashable, tuple[Any, Exception | None]] = {}
+        self.is_abandoned = False
 
     def ask(self, member: Hashable, request: R) -> Any:
-        """Wait for the answer to a request.
-
-        Args:
-            member: The member, from its own thread.
-            request: The request.
-
-        Returns:
-            The answer.
-
-        Raises:
-            Exception: The exception raised by answering.
-            Abandoned: There will be no answer.
-        """
+        """Wait, in the member's thread, for the answer or what answering raised; else raise `Abandoned`."""
         with self._condition:
             self._asked[member] = request
             self._condition.notify_all()
-            self._condition.wait_for(lambda: member in self._answers or self._abandoned)
+            self._condition.wait_for(lambda: member in self._answers or self.is_abandoned)
             if member not in self._answers:
                 raise Abandoned
             answer, error = self._answers.pop(member)
@@ -79,11 +53,7 @@ class Rendezvous(Generic[R]):
             self._condition.notify_all()
 
     def serve(self, answer: Callable[[Sequence[R]], Sequence[Any]]) -> None:
-        """Answer requests until all members have left.
-
-        Args:
-            answer: Maps requests of the same order, sorted by member, to one answer each.
-        """
+        """Answer requests of the same order, sorted by member, one each, until all members have left."""
         try:
             while requests := self._next():
                 answers: Sequence[Any] = [None] * len(requests)
@@ -98,7 +68,7 @@ class Rendezvous(Generic[R]):
                     self._condition.notify_all()
         except BaseException:
             with self._condition:
-                self._abandoned = True
+                self.is_abandoned = True
                 self._condition.notify_all()
             raise
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -12,30 +13,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from selconv_jax._xla.vmapped_convolution import unrolled_convolutions
 from selconv_jax.train._config import Config
-from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._feed import Arguments
-from selconv_jax.train._program import Program
+from selconv_jax.train._network import Program
 from selconv_jax.train._state import Totals, TrainState
 from selconv_jax.train._trainer import Trainer
 from selconv_jax.transforms._report import Report
-
-__all__ = ["JointTrainer", "MemberTrainer", "Request", "common_program", "over_members"]
 
 _AXIS = "members"
 _EVALUATION, _STEPS = range(2)
 
 
 def over_members(one: Callable[..., Any], state: Any, arguments: Arguments, mesh: Mesh | None = None) -> Any:
-    """Vectorize a function of a network's state over several states, inside ``jit``.
+    """Vectorize a function of a network's state and further arguments over several states, inside ``jit``.
 
-    Args:
-        one: Of a state and further arguments.
-        state: Of all members: every array has a leading axis of members.
-        arguments: Each is one array shared by all members, or a tuple with one per member.
-        mesh: Mesh of one axis over which the members are split evenly; None: not split.
-
-    Returns:
-        What ``one`` returns, of all members.
+    Arrays of ``state`` have a leading axis of members; each argument is one array shared by all members, or a
+    tuple with one per member. Members are split evenly over the one axis of ``mesh``, if any.
     """
     axes = tuple(0 if isinstance(argument, tuple) else None for argument in arguments)
     stacked = [jnp.stack(each) if isinstance(each, tuple) else each for each in arguments]
@@ -50,15 +42,10 @@ def over_members(one: Callable[..., Any], state: Any, arguments: Arguments, mesh
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A computation that a run requests.
+    """A computation that a run requests: ``count`` training steps, or without batches an evaluation.
 
-    Attributes:
-        order: The run's step, and the kind of computation, see `rendezvous.Ordered`.
-        state: Its state.
-        program: The smallest program that fits its state.
-        batches: Of training steps; None: an evaluation.
-        count: Of training steps.
-        split: To be evaluated on.
+    Its ``order`` is the run's step, and the kind of computation, see `rendezvous.Ordered`. Its ``program`` is
+    the smallest that fits its state.
     """
 
     order: tuple[Any, ...]
@@ -84,11 +71,8 @@ class JointTrainer(Trainer):
     """Trainer of several runs at once, whose states are stacked along a leading axis.
 
     If the runs divide over the devices, each is computed on one device. Otherwise all runs share all devices,
-    as a single run does.
-
-    Args:
-        trainer: Of one of the runs, whose configurations differ in their seed alone.
-        members: Number of runs.
+    as a single run does. ``trainer`` is that of one of the runs, whose configurations differ in their seed
+    alone.
     """
 
     def __init__(self, trainer: Trainer, members: int) -> None:
@@ -98,39 +82,29 @@ class JointTrainer(Trainer):
         alike = self.config.batch_norm == "global" or devices.size == 1
         divides = alike and not self._feed.one_step and members % devices.size == 0
         self._mesh = Mesh(devices, (_AXIS,)) if divides and devices.size > 1 else None
-        of_one = self._placement.state_sharding(self.state_shape())
-        self._sharding: Any = jax.tree.map(
-            lambda each: NamedSharding(each.mesh, PartitionSpec(None, *each.spec)), of_one
+        of_one = self._state_sharding
+        self._state_sharding = (
+            NamedSharding(self._mesh, PartitionSpec(_AXIS))
+            if self._mesh
+            else jax.tree.map(lambda each: NamedSharding(each.mesh, PartitionSpec(None, *each.spec)), of_one)
         )
-        if self._mesh is not None:
-            self._sharding = NamedSharding(self._mesh, PartitionSpec(_AXIS))
         self._stack = jax.jit(
             lambda states: jax.tree.map(lambda *leaves: jnp.stack(leaves), *states),
-            out_shardings=self._sharding,
+            out_shardings=self._state_sharding,
         )
         self._unstack = jax.jit(
-            lambda tree: [jax.tree.map(lambda leaf: leaf[member], tree) for member in range(members)],  # noqa: B023
+            lambda tree: _unstacked(tree, members),
             out_shardings=[(of_one, self._placement.replicated)] * members,
         )
         # The states of the runs after the last steps, separate and stacked.
         self._last: tuple[list[TrainState], TrainState] | None = None
 
     def answer(self, requests: Sequence[Request], should_stop: Callable[[], bool]) -> Sequence[Any]:
-        """Answer the requests of runs that are at the same step.
-
-        Args:
-            requests: One of each run, of the same order.
-            should_stop: Called between the batches of an evaluation.
-
-        Returns:
-            For each run what its `MemberTrainer` is to return.
-        """
+        """Answer the requests of the same order, one of each run, as each `MemberTrainer` is to return it."""
         program, state = common_program(requests), self._joint([each.state for each in requests])
         if requests[0].batches is None:
             totals = self.evaluate(state, should_stop, program, requests[0].split)
-            if totals is None:
-                return [None] * len(requests)
-            return [jax.tree.map(lambda leaf: leaf[member], totals) for member in range(len(requests))]  # noqa: B023
+            return [None] * len(requests) if totals is None else _unstacked(totals, len(requests))
         batches = [each.batches for each in requests if each.batches is not None]
         self._last = None
         state, numbers = self.run_steps(state, _joined(batches), program, requests[0].count)
@@ -144,32 +118,17 @@ class JointTrainer(Trainer):
 
     def _joint(self, states: Sequence[TrainState]) -> TrainState:
         """Stack the states; nothing is copied if they are the results of the last steps."""
-        if self._last is None or any(
-            one is not other for one, other in zip(states, self._last[0], strict=True)
-        ):
+        if self._last is None or list(map(id, states)) != list(map(id, self._last[0])):
             self._last = list(states), self._stack(states)
         return self._last[1]
 
-    def _make_steps(self, model: Any, count: int) -> Any:
-        one = functools.partial(self._steps, model, count, self._inner_placement)
+    def _placed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        one = functools.partial(function, self._placement if self._mesh is None else None)
+        return lambda state, *arguments: over_members(one, state, arguments, self._mesh)
 
-        def steps(state: TrainState, *arguments: Any) -> Any:
-            return over_members(one, state, arguments, self._mesh)
 
-        return jax.jit(steps, donate_argnums=0, out_shardings=(self._sharding, self._placement.replicated))
-
-    def _make_eval(self, model: Any, count: int) -> Any:
-        del count
-        one = functools.partial(self._evaluation, model, self._inner_placement)
-
-        def evaluate(variables: Any, *arguments: Any) -> Any:
-            return over_members(one, variables, arguments, self._mesh)
-
-        return jax.jit(evaluate, out_shardings=self._placement.replicated)
-
-    @property
-    def _inner_placement(self) -> Placement | None:
-        return self._placement if self._mesh is None else None
+def _unstacked(tree: Any, members: int) -> list[Any]:
+    return [jax.tree.map(operator.itemgetter(member), tree) for member in range(members)]
 
 
 def _joined(batches: Sequence[Iterator[Arguments]]) -> Iterator[Arguments]:
@@ -183,14 +142,12 @@ def _joined(batches: Sequence[Iterator[Arguments]]) -> Iterator[Arguments]:
 class MemberTrainer(Trainer):
     """The trainer of one of several runs, whose steps and evaluations are computed together with the others.
 
-    It has no program for a frozen allocation, which would differ between runs: steps keep room for the
+    It uses the images and compiled functions of ``trainer``, from whose run ``config`` differs in its seed
+    alone. It has no program for a frozen allocation, which would differ between runs: steps keep room for the
     current copies. Results agree up to rounding.
 
-    Args:
-        trainer: Whose images and compiled functions are used.
-        config: The run, which differs from that of ``trainer`` in its seed alone.
-        ask: Waits for the answer to a request, see `JointTrainer.answer`.
-        lock: Held while something is computed for this run alone: what is compiled then is so only once.
+    ``ask`` waits for the answer to a request, see `JointTrainer.answer`. ``lock`` is held while something is
+    computed for this run alone: what is compiled then is so only once.
     """
 
     def __init__(
@@ -211,8 +168,7 @@ class MemberTrainer(Trainer):
         return self._bucket_program(state)
 
     def is_compiled(self, program: Program) -> bool:
-        """Return true: the thread that computes the steps announces compilations."""
-        return True
+        return True  # the thread that computes the steps announces compilations
 
     def batches(self, state: TrainState, epoch: int) -> Generator[Arguments]:
         self._step = int(state.step)
@@ -223,8 +179,7 @@ class MemberTrainer(Trainer):
     ) -> tuple[TrainState, jax.Array]:
         request = Request((self._step, _STEPS, count), state, program, batches=batches, count=count)
         self._step += count
-        result: tuple[TrainState, jax.Array] = self._ask(request)
-        return result
+        return self._ask(request)
 
     def evaluate(
         self,
@@ -237,8 +192,7 @@ class MemberTrainer(Trainer):
         order = int(state.step), _EVALUATION, split != "validation"
         request = Request(order, state, program or self._bucket_program(state), split=split)
         # The answering thread checks for a request to stop, so that all runs stop at the same step.
-        totals: Totals | None = self._ask(request)
-        return totals
+        return self._ask(request)
 
     def reallocate(self, state: TrainState) -> tuple[TrainState, Report]:
         with self._lock:

@@ -1,7 +1,6 @@
 """Planning the runs of a sweep: every configuration of a grid with every seed.
 
-Each is an ordinary run of `train_run` in its own directory. A sweep has no other state, so calling it again
-resumes it.
+Each is an ordinary run in its own directory. A sweep has no other state, so calling it again resumes it.
 
 Runs of one seed start from the same values of the variables that their networks have in common, and take
 the images of each epoch in the same order with the same augmentation, whatever the variant of the network:
@@ -16,7 +15,6 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from flax import traverse_util
@@ -28,8 +26,6 @@ from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._trainer import Trainer
 from selconv_jax.train._workdir import CONFIG, METRICS, read_config
 
-__all__ = ["SweepRun", "check_sweep", "plan_sweep", "split_values"]
-
 _LONGEST_NAME = 120  # characters of a directory's name
 
 
@@ -37,11 +33,8 @@ _LONGEST_NAME = 120  # characters of a directory's name
 class SweepRun:
     """One run of a sweep.
 
-    Attributes:
-        configuration: Name shared with the runs of other seeds: the name of the file and the point of
-            the grid as it was given, such as ``"quickstart/model.variant=plain"``.
-        config: The resolved configuration, with its seed.
-        workdir: The directory of the run.
+    The name of its configuration is shared with the runs of other seeds: the name of the file and the point
+    of the grid as it was given, such as ``"quickstart/model.variant=plain"``.
     """
 
     configuration: str
@@ -74,6 +67,16 @@ class SweepRun:
         """File beside the run's directory for output that is not shown."""
         return self.workdir.with_name(f"{self.workdir.name}.log")
 
+    def write_log(self, text: str) -> bool:
+        """Append to the `log`; false if that fails, as the disk itself may have."""
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as log:
+                log.write(text)
+        except OSError:
+            return False
+        return True
+
 
 def plan_sweep(
     files: Sequence[Path],
@@ -84,30 +87,12 @@ def plan_sweep(
     vary: Sequence[str] = (),
     overrides: Sequence[str] = (),
 ) -> list[SweepRun]:
-    """Plan the runs of a sweep, in order of file, point of the grid, and seed.
+    """Plan the runs of a sweep, in order of file, point of the grid, and seed; nothing is written.
 
-    Args:
-        files: Configuration files.
-        workdir: Directory of the sweep.
-        seeds: Seeds, each used with every configuration.
-        own_seeds: Files with their own seeds instead.
-        vary: ``"key=value1,value2"``: every value is tried, in all combinations with the other keys.
-        overrides: ``"key=value"``, for all runs.
+    A run lies in a directory such as ``tiny/model.variant=plain/seed1`` of that of the sweep.
 
-    Returns:
-        At least one run. Only the files are read, and nothing is written.
-
-    Raises:
-        ConfigError: A file, key or value is invalid, or two runs would share a directory.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = Path(folder, "tiny.toml")
-        ...     _ = file.write_text("epochs = 3")
-        ...     runs = plan_sweep([file], Path("runs"), seeds=[0, 1], vary=["model.variant=plain,selective"])
-        >>> len(runs), str(runs[1].workdir)
-        (4, 'runs/tiny/model.variant=plain/seed1')
+    Files are used with all seeds, or with their own ones. For each ``"key=value1,value2"`` of ``vary``, every
+    value is tried, in all combinations with the other keys; overrides are for all runs.
     """
     if not files:
         raise ConfigError("a sweep needs at least one configuration file.")
@@ -135,21 +120,7 @@ def plan_sweep(
 
 
 def split_values(text: str) -> tuple[str, list[str]]:
-    """Split ``"key=value1,value2"`` into the key and the values.
-
-    Args:
-        text: Commas within brackets, braces or quotation marks do not separate.
-
-    Returns:
-        The key, and its values as text.
-
-    Raises:
-        ConfigError: The text has another form.
-
-    Example:
-        >>> split_values("model.options.blocks=[1, 1],[2, 2]")
-        ('model.options.blocks', ['[1, 1]', '[2, 2]'])
-    """
+    """Split ``"key=value1,value2"`` at commas outside of brackets, braces and quotation marks."""
     key, _, rest = text.partition("=")
     values, part = [], ""
     for piece in rest.split(","):
@@ -168,14 +139,7 @@ def split_values(text: str) -> tuple[str, list[str]]:
 def check_sweep(runs: Sequence[SweepRun], jobs: int = 1, *, together: bool = False) -> None:
     """Check for what would fail later: other runs in the directories, missing data, invalid networks.
 
-    Args:
-        runs: From `plan_sweep`.
-        jobs: Number of runs at once.
-        together: Whether all seeds of a configuration are trained in one program.
-
-    Raises:
-        SelconvError: A run cannot be made or resumed, and the message names it; or runs cannot be made
-            at once.
+    Also that ``jobs`` runs can be made at once, or all seeds of a configuration in one program, ``together``.
     """
     if jobs < 1:
         raise ConfigError(f"--jobs is {jobs}; it must be at least 1.")
@@ -194,8 +158,7 @@ def check_sweep(runs: Sequence[SweepRun], jobs: int = 1, *, together: bool = Fal
         if kind not in checked and not run.is_complete:
             checked.add(kind)
             try:
-                data = run.config.data
-                Trainer(run.config, load(*data.source))
+                Trainer(run.config, load(*run.config.data.source))
             except SelconvError as error:
                 raise type(error)(f"{run.configuration}: {error}") from None
     if jobs > 1 and jax.default_backend() == "tpu":
@@ -266,11 +229,8 @@ def _check_directories(runs: Sequence[SweepRun]) -> None:
 
 def _difference(there: Config, here: Config) -> str:
     """Describe the first keys with different values, without a final full stop."""
-
-    def flat(config: Config) -> dict[str, Any]:
-        return traverse_util.flatten_dict(dataclasses.asdict(config), sep=".")
-
-    old, new = flat(there), flat(here)
+    configs = map(dataclasses.asdict, (there, here))
+    old, new = (traverse_util.flatten_dict(config, sep=".") for config in configs)
     keys = [key for key in {**new, **old} if old.get(key) != new.get(key)]
     parts = [f"{key} is {old.get(key)!r} there and {new.get(key)!r} here" for key in keys[:3]]
     return "; ".join(parts) + ("; and more" if len(keys) > 3 else "")

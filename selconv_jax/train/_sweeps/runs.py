@@ -5,17 +5,18 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import operator
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 from rich.console import Console
 
+from selconv_jax._utils.console import print_line
 from selconv_jax.train._config import dump_config
 from selconv_jax.train._progress import format_duration
 from selconv_jax.train._signals import StopRequest
@@ -24,22 +25,19 @@ from selconv_jax.train._sweeps.one_run import make_run
 from selconv_jax.train._sweeps.time_left import SweepClock
 from selconv_jax.train._sweeps.together import make_together
 
-__all__ = ["SweepEnd", "run_sweep", "share_devices"]
-
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_BETWEEN_LINES = 30.0
 _SECONDS_TO_DIE = 10.0
 _FAILED = "failed: "
-_COMMAND = (sys.executable, "-m", "selconv_jax.train._sweeps.process")
+_COMMAND = (sys.executable, "-m", "selconv_jax.train._sweeps.one_run")
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepEnd:
-    """Exit code and failures of a sweep.
+    """The end of a sweep.
 
     Attributes:
-        code: 0 when every run is complete, 1 when one has failed, 128 plus the signal number when it
-            was asked to stop.
+        code: 0 when every run is complete, 1 when one has failed, 128 plus the number of a signal.
         failures: The error of every run that failed, in one line, by `SweepRun.name`.
     """
 
@@ -52,17 +50,9 @@ def run_sweep(
 ) -> SweepEnd:
     """Make all runs of a sweep; complete runs are kept, incomplete ones resumed.
 
-    A run that fails does not affect the others. A signal stops the sweep like a run: it is saved first.
-
-    Args:
-        runs: From `plan_sweep`, checked by `check_sweep`.
-        console: Console of the progress.
-        jobs: Number of runs at once. A single one is made in this process, several in their own, whose
-            output goes to `SweepRun.log`.
-        together: All seeds of a configuration at once, in one program of this process, see `make_together`.
-
-    Returns:
-        Exit code and failures.
+    A run that fails does not affect the others. A signal stops the sweep like a run: it is saved first. Of
+    several ``jobs`` at once, each is made in its own process, whose output goes to `SweepRun.log`. With
+    ``together``, all seeds of a configuration are made in one program of this process.
     """
     return _Sweep(runs, console, jobs, together).make()
 
@@ -80,34 +70,29 @@ class _Sweep:
 
     def __init__(self, runs: Sequence[SweepRun], console: Console, jobs: int, together: bool) -> None:
         self._runs, self._console, self._jobs = runs, console, jobs
-        self._key: Callable[[tuple[int, SweepRun]], Any] = lambda each: each
-        if together:
-            self._key = lambda each: each[1].configuration
-        most = max(len(list(group)) for _, group in itertools.groupby(enumerate(runs), self._key))
+        self._group = operator.attrgetter("configuration" if together else "name")
+        most = max(len(list(group)) for _, group in itertools.groupby(runs, self._group))
         self._clock = SweepClock(runs, jobs if jobs > 1 else most)
         self._failures: dict[str, str] = {}
 
     def make(self) -> SweepEnd:
-        waiting = collections.deque[tuple[int, SweepRun]]()
-        for number, run in enumerate(self._runs, start=1):
+        waiting = collections.deque[SweepRun]()
+        for run in self._runs:
             if run.is_complete:
-                self._say(f"{self._title(number, run)}: complete already")
+                self._say(f"{self._title(run)}: complete already")
             else:
-                waiting.append((number, run))
+                waiting.append(run)
         code = self._in_turn(waiting) if self._jobs == 1 else self._at_once(waiting)
         if code:
-            complete = f"{sum(run.is_complete for run in self._runs)} of {len(self._runs)} runs complete"
-            self._say(f"the sweep stopped with {complete}; resume it with the same command")
-            return SweepEnd(code, self._failures)
-        return SweepEnd(1 if self._failures else 0, self._failures)
+            self._say(f"the sweep stopped with {self._complete()}; resume it with the same command")
+        return SweepEnd(code or (1 if self._failures else 0), self._failures)
 
-    def _in_turn(self, waiting: Sequence[tuple[int, SweepRun]]) -> int:
-        for _, group in itertools.groupby(waiting, self._key):
-            runs = []
-            for number, run in group:
-                self._say(self._title(number, run) + self._left())
+    def _in_turn(self, waiting: Sequence[SweepRun]) -> int:
+        for _, group in itertools.groupby(waiting, self._group):
+            runs = list(group)
+            for run in runs:
+                self._say(self._title(run) + self._left())
                 self._clock.start(run)
-                runs.append(run)
             alone = len(runs) == 1
             ends = [make_run(run, self._console)] if alone else make_together(runs, self._console)
             for run, (code, error) in zip(runs, ends, strict=True):
@@ -120,74 +105,73 @@ class _Sweep:
                 return stopped[0]
         return 0
 
-    def _at_once(self, waiting: collections.deque[tuple[int, SweepRun]]) -> int:
+    def _at_once(self, waiting: collections.deque[SweepRun]) -> int:
         """Keep ``jobs`` processes busy; forward a request to stop to each of them once."""
-        processes: dict[subprocess.Popen[str], tuple[int, SweepRun]] = {}
+        processes: dict[subprocess.Popen[str], SweepRun] = {}
         shown, told = time.monotonic(), False
         with StopRequest() as stop:
             try:
                 while processes or (waiting and not stop):
                     while waiting and len(processes) < self._jobs and not stop:
-                        number, run = waiting.popleft()
+                        run = waiting.popleft()
                         self._clock.start(run)
                         try:
-                            processes[_start(run)] = number, run
+                            processes[_start(run)] = run
                         except OSError as error:
                             self._clock.end(run)
-                            self._fail(number, run, f"its process cannot be started: {error}")
+                            self._fail(run, f"its process cannot be started: {error}")
                             continue
-                        self._say(f"{self._title(number, run)}: started; its output goes to {run.log}")
+                        self._say(f"{self._title(run)}: started; its output goes to {run.log}")
                     if stop and not told:
                         told = True
                         self._say(f"stopping: {len(processes)} runs are being saved")
                         for process in processes:
                             process.terminate()
                     for process in [each for each in processes if each.poll() is not None]:
-                        self._end(process, *processes.pop(process), stopping=told)
+                        self._end(process, processes.pop(process), stopping=told)
                     if time.monotonic() - shown >= _SECONDS_BETWEEN_LINES and processes:
                         shown = time.monotonic()
-                        self._show([run for _, run in processes.values()])
+                        epochs = ", ".join(
+                            f"{run.epochs_done}/{run.config.epochs}" for run in processes.values()
+                        )
+                        self._say(f"{self._complete()}; epochs of running ones: {epochs}{self._left()}")
                     time.sleep(_SECONDS_BETWEEN_LOOKS)
             finally:
                 _end_now(list(processes))
         return stop.exit_code
 
-    def _end(self, process: subprocess.Popen[str], number: int, run: SweepRun, *, stopping: bool) -> None:
+    def _end(self, process: subprocess.Popen[str], run: SweepRun, *, stopping: bool) -> None:
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
         self._clock.end(run)
-        title = self._title(number, run)
+        title = self._title(run)
         if process.returncode == 0:
             self._say(f"{title}: complete{self._left()}")
         elif process.returncode == 1:
             # A failure counts also after a request to stop.
-            self._fail(number, run, _last_line(run).removeprefix(_FAILED))
+            self._fail(run, _last_line(run).removeprefix(_FAILED))
         elif stopping:
             self._say(f"{title}: stopped")
         else:
-            self._fail(number, run, f"its process ended {_way(process.returncode)} (more in {run.log})")
+            self._fail(run, f"its process ended {_way(process.returncode)} (more in {run.log})")
 
-    def _fail(self, number: int, run: SweepRun, error: str) -> None:
+    def _fail(self, run: SweepRun, error: str) -> None:
         self._failures[run.name] = error
-        self._say(f"{self._title(number, run)}: {_FAILED}{error}")
+        self._say(f"{self._title(run)}: {_FAILED}{error}")
 
-    def _show(self, running: Sequence[SweepRun]) -> None:
-        complete = sum(run.is_complete for run in self._runs)
-        epochs = ", ".join(f"{run.epochs_done}/{run.config.epochs}" for run in running)
-        self._say(
-            f"{complete} of {len(self._runs)} runs complete; epochs of running ones: {epochs}{self._left()}"
-        )
+    def _complete(self) -> str:
+        return f"{sum(run.is_complete for run in self._runs)} of {len(self._runs)} runs complete"
 
-    def _title(self, number: int, run: SweepRun) -> str:
-        return f"run {number} of {len(self._runs)}: {run.name}"
+    def _title(self, run: SweepRun) -> str:
+        return f"run {self._runs.index(run) + 1} of {len(self._runs)}: {run.name}"
 
     def _left(self) -> str:
         seconds = self._clock.left()
         return f" (the sweep has about {format_duration(seconds)} left)" if seconds else ""
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        print_line(self._console, text)
 
 
 def _start(run: SweepRun) -> subprocess.Popen[str]:

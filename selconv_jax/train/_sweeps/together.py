@@ -1,11 +1,10 @@
 """Runs of a sweep that differ only in their seed, trained in one program.
 
-Each is an ordinary run in its own thread, with its own images, checkpoints and records. Only to compute steps
-or an evaluation does it wait for the others, and one program computes for all. A run may thus be started
-alone and resumed together, or the other way round; one that is behind catches up first.
+Each is an ordinary run in its own thread, which waits for the others only to compute steps or an evaluation,
+by one program for all. A run may thus be started alone and resumed together, or the other way round; one that
+is behind catches up first.
 """
 
-import contextlib
 import functools
 import threading
 from collections.abc import Sequence
@@ -19,8 +18,7 @@ from selconv_jax.errors import SelconvError
 from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._config import Config
 from selconv_jax.train._loop import RunContext
-from selconv_jax.train._progress import Display
-from selconv_jax.train._seeds.display import SharedDisplay
+from selconv_jax.train._progress import Display, SharedDisplay
 from selconv_jax.train._seeds.rendezvous import Abandoned, Rendezvous
 from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, Request, common_program
 from selconv_jax.train._signals import StopRequest, stop_request
@@ -28,22 +26,13 @@ from selconv_jax.train._sweeps.configurations import SweepRun
 from selconv_jax.train._sweeps.one_run import make_run, one_line
 from selconv_jax.train._trainer import Trainer
 
-__all__ = ["make_together"]
-
 _SECONDS_TO_LEAVE = 10.0
 
 
 def make_together(runs: Sequence[SweepRun], console: Console) -> list[tuple[int, str]]:
-    """Train or resume, in one program, runs that differ only in their seed.
+    """Train or resume, in one program, runs that differ only in their seed; returns `make_run` of each.
 
     A run that fails does not affect the others; the failure is noted in its `SweepRun.log`.
-
-    Args:
-        runs: At least one.
-        console: Console of their progress.
-
-    Returns:
-        The result of `make_run` for each.
     """
     try:
         trainer, data = run_setup.prepare(runs[0].config)
@@ -57,16 +46,12 @@ class _Together:
     """Runs in progress."""
 
     def __init__(
-        self,
-        runs: Sequence[SweepRun],
-        trainer: Trainer,
-        data: ImageData | StreamedData,
-        console: Console,
+        self, runs: Sequence[SweepRun], trainer: Trainer, data: ImageData | StreamedData, console: Console
     ) -> None:
-        self.runs, self.data, self._trainer = runs, data, trainer
+        self.runs, self.data, self.trainer = runs, data, trainer
         self.display = SharedDisplay(console)
         self.rendezvous = Rendezvous[Request](range(len(runs)))
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         # The request to stop as the runs see it. It changes only while all of them wait, so that they stop at
         # the same step.
         self.heard = StopRequest()
@@ -97,10 +82,7 @@ class _Together:
             self._ends[member] = code, error
             if error:
                 context.say(f"failed: {error}")
-                with contextlib.suppress(OSError):  # the disk itself may have failed
-                    run.log.parent.mkdir(parents=True, exist_ok=True)
-                    with run.log.open("a", encoding="utf-8") as log:
-                        log.write(f"failed: {error}\n")
+                run.write_log(f"failed: {error}\n")
         except Abandoned:
             pass
         finally:
@@ -114,7 +96,7 @@ class _Together:
 
         should_stop()
         count, program = len(requests), common_program(requests)
-        trainer: Trainer | JointTrainer = self._trainer
+        trainer: Trainer | JointTrainer = self.trainer
         if count > 1:
             trainer = self._joint.get(count) or self._joint.setdefault(count, JointTrainer(trainer, count))
         for other in self._joint.values():
@@ -127,12 +109,6 @@ class _Together:
             return trainer.answer(requests, should_stop)
         return [requests[0].answer(trainer, should_stop)]
 
-    def member(self, config: Config, member: int) -> MemberTrainer:
-        """Return the trainer of a run."""
-        return MemberTrainer(
-            self._trainer, config, functools.partial(self.rendezvous.ask, member), self._lock
-        )
-
 
 class _MemberContext(RunContext):
     """Environment of one of the runs trained together."""
@@ -143,13 +119,15 @@ class _MemberContext(RunContext):
         self._name = f"seed {together.runs[member].config.seed}"
 
     def prepare(self, config: Config) -> tuple[Trainer, ImageData | StreamedData]:
-        trainer = self._together.member(config, self._member)
+        together = self._together
+        ask = functools.partial(together.rendezvous.ask, self._member)
+        trainer = MemberTrainer(together.trainer, config, ask, together.lock)
         if self._member:
             trainer.notes = ()  # the first run has reported them
-        return trainer, self._together.data
+        return trainer, together.data
 
     def display(self, trainer: Trainer, step: int) -> Display:
-        return self._together.display.of(self._name, trainer, step)
+        return self._together.display.of(self._name, trainer.steps, step, trainer.steps_per_epoch)
 
     def stop_request(self) -> StopRequest:
         return self._together.heard

@@ -1,0 +1,91 @@
+"""Capacities that fit the copies which the layers have."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from states import perturbed_variables
+
+import selconv_jax
+from selconv_jax import AllocationRule, ConfigError, SelectiveConv, with_capacity
+from selconv_jax.analysis import count_multiply_adds
+
+X = jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
+
+
+class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = SelectiveConv(8, (3, 3), name="first")(x, train)
+        x = SelectiveConv(6, (1, 1), gate_only=True, name="gated")(x, train)
+        return SelectiveConv(4, (3, 3), name="last")(x, train)
+
+
+@pytest.fixture(scope="module")
+def rounds():
+    """The variables before and after a round."""
+    new = perturbed_variables(Network(), X.shape, seed=0)
+    return new, selconv_jax.reallocate(new, jax.random.key(1), AllocationRule(threshold=0.3))[0]
+
+
+def test_each_layer_gets_its_own(rounds):
+    model = with_capacity(Network(), rounds[1])
+    copies = {name: state.source for name, state in selconv_jax.layer_states(rounds[1]).items()}
+    assert dict(model.capacities) == {
+        name: np.ceil(8 * (copies[name] >= 0).mean()) / 8 for name in ("first", "last")
+    }
+    assert 0 < min(dict(model.capacities).values()) < 1
+    for train in (False, True):
+        y, changed = model.apply(rounds[1], X, train, mutable=["batch_stats"])
+        expected, expected_stats = Network().apply(rounds[1], X, train, mutable=["batch_stats"])
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+        assert jax.tree.structure(changed) == jax.tree.structure(expected_stats)
+
+
+def test_without_copies_it_costs_what_the_plain_network_costs(rounds):
+    model = with_capacity(Network(), rounds[0])
+    counts, full = (
+        sum(count_multiply_adds(lambda x, each=each: each.apply(rounds[0], x, False), X).values())
+        for each in (model, Network())
+    )
+    taps = 6 * 6 * (9 * 8 * 8 + 8 * 6 + 9 * 6 * 4)
+    assert counts == 2 * taps < full
+    # A round later it does not suffice, which is said and not computed.
+    with pytest.raises(ConfigError, match=r"layer 'first': capacity is 0\.0, which provides for 0 copies"):
+        model.apply(rounds[1], X, False)
+    assert np.isnan(jax.jit(model.apply, static_argnums=2)(rounds[1], X, False)).all()
+    renewed = with_capacity(model, rounds[1])
+    assert renewed == with_capacity(Network(), rounds[1])
+    assert hash(renewed) == hash(with_capacity(Network(), rounds[1]))
+
+
+def test_compacted_afterwards(rounds):
+    model = with_capacity(Network(), rounds[1])
+    closed, _ = selconv_jax.reallocate(rounds[1], jax.random.key(2), AllocationRule(threshold=0.3, top_k=0))
+    small, small_variables = selconv_jax.compact(model, closed, X)
+    assert small.layouts
+    np.testing.assert_allclose(
+        small.apply(small_variables, X, train=False),
+        Network().apply(closed, X, False),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_nnx_layers_get_their_own():
+    module = nnx.Sequential(
+        selconv_jax.nnx.SelectiveConv(8, 8, (3, 3), rngs=nnx.Rngs(0)),
+        selconv_jax.nnx.SelectiveConv(8, 4, (1, 1), gate_only=True, rngs=nnx.Rngs(1)),
+    )
+    selconv_jax.nnx.fit_capacity(module)
+    assert module.layers[0].capacity == 0.0
+    report = selconv_jax.nnx.reallocate(module, jax.random.key(0), AllocationRule(threshold=0.4))
+    with pytest.raises(ConfigError, match="provides for 0 copies"):
+        module(X)
+    selconv_jax.nnx.fit_capacity(module)
+    assert module.layers[0].capacity == report.copies / 8
+    assert jnp.isfinite(module(X)).all()
+    with pytest.raises(ConfigError, match=r"steps is 0; it must be a whole number, at least 1"):
+        selconv_jax.nnx.fit_capacity(module, steps=0)
