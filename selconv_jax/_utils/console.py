@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
-import rich.progress
 from rich.console import Console, Group
 from rich.measure import Measurement
 from rich.table import Table
@@ -144,6 +143,8 @@ def console_progress() -> Iterator[Progress]:
         >>> with console_progress() as progress:
         ...     progress("Counting", 3, 3)
     """
+    import rich.progress  # here, so that commands that show no bar do not wait for it
+
     console = progress_console(sys.stderr)
     if not console.is_terminal:
 
