@@ -42,6 +42,9 @@ class LayerReport:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __repr__(self) -> str:
+        return f"LayerReport({', '.join(f'{name}={count}' for name, count in _counts(self).items())})"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +59,39 @@ class Report:
         >>> layer = selconv_jax.SelectiveConv(features=2, kernel_size=(1, 1))
         >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 8)), train=False)
         >>> variables, report = selconv_jax.reallocate(variables, jax.random.key(1))
-        >>> report.deallocated, report.reallocated, report.channels
-        (0, 0, 8)
+        >>> report
+        Report(deallocated=0, reallocated=0, open=8, copies=0, channels=8, layers=1)
     """
 
     layers: dict[str, LayerReport]
+
+    def __repr__(self) -> str:
+        counts = {**self._summed(), "layers": len(self.layers)}
+        return f"Report({', '.join(f'{name}={count}' for name, count in counts.items())})"
+
+    def summary(self) -> str:
+        """Tabulate the counts of every layer and their totals; ``?`` for what is traced or is no array.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, selconv_jax
+            >>> layer = selconv_jax.SelectiveConv(features=2, kernel_size=(1, 1))
+            >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 8)), train=False)
+            >>> print(selconv_jax.reallocate(variables, jax.random.key(1))[1].summary())
+            layer    deallocated  reallocated         open       copies     channels
+            (model)            0            0            8            0            8
+            total              0            0            8            0            8
+        """
+        rows = [(name or "(model)", _counts(layer)) for name, layer in self.layers.items()]
+        rows.append(("total", self._summed()))
+        width = max(len(name) for name, _ in [*rows, ("layer", None)])
+        lines = [f"{'layer':<{width}}" + "".join(f"{column:>13}" for column in rows[-1][1])]
+        lines += [f"{name:<{width}}" + "".join(f"{n:>13}" for n in counts.values()) for name, counts in rows]
+        return "\n".join(lines)
+
+    def _summed(self) -> dict[str, int | str]:
+        columns = zip(*(_counts(layer).values() for layer in self.layers.values()), strict=True)
+        sums = ["?" if "?" in column else sum(column) for column in columns] or [0] * len(_COLUMNS)
+        return dict(zip(_COLUMNS, sums, strict=True))
 
     @property
     def deallocated(self) -> int:
@@ -92,6 +123,22 @@ class Report:
         if any(isinstance(value, jax.core.Tracer) for value in values):
             return sum(jnp.sum(value, dtype=jnp.int32) for value in values)
         return int(sum(np.sum(value) for value in jax.device_get(values)))
+
+
+_COLUMNS = ("deallocated", "reallocated", "open", "copies", "channels")
+
+
+def _counts(layer: LayerReport) -> dict[str, Any]:
+    """Count the channels of a layer, ``?`` where they are traced or lie in other processes."""
+
+    def count(value: Any) -> int | str:
+        try:
+            return int(np.sum(jax.device_get(value)))
+        except (TypeError, ValueError, RuntimeError, jax.errors.JAXTypeError):
+            return "?"
+
+    counts = {name: count(getattr(layer, name)) for name in _COLUMNS[:-1]}
+    return {**counts, "channels": getattr(layer.deallocated, "size", "?")}
 
 
 def _state_of(value: Any) -> dict[str, Any]:
