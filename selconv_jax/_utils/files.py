@@ -51,10 +51,11 @@ def check_target(path: Path, *, overwrite: bool = False) -> None:
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     """Read all arrays of an npz file; raise a `ValueError` if it is not a whole one of plain arrays."""
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it holds one array without a name")
-        with archive:
-            return dict(archive)
+        with path.open("rb") as stream:  # of a damaged file, NumPy would leave its own open
+            archive = np.load(stream, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array without a name")
+            with archive:
+                return dict(archive)
     except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(str(error)) from error
