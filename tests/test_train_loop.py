@@ -137,21 +137,30 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one(finished, tmp_path, monk
     assert_same_metrics(workdir, finished[0])
 
 
+@pytest.fixture(scope="module")
+def rounds_within_epochs(tmp_path_factory):
+    """A run whose allocation is frozen within an epoch: its configuration and directory."""
+    config = tiny_config(epochs=3, allocation={"every_steps": 5, "until": 0.5, "compile_frozen": True})
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    console, text = quiet_console()
+    assert train_run(config, workdir, console) == 0
+    assert "for the frozen allocation" in text.getvalue()
+    return config, workdir
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("questions", [9, 10, 11])
-def test_resumed_after_the_last_round_within_an_epoch(tmp_path, monkeypatch, questions):
+def test_resumed_after_the_last_round_within_an_epoch(rounds_within_epochs, tmp_path, monkeypatch, questions):
     """From there on the steps are compiled for the frozen allocation, whoever makes them."""
-    config = tiny_config(epochs=3, allocation={"every_steps": 5, "until": 0.5, "compile_frozen": True})
-    console, text = quiet_console()
-    assert train_run(config, tmp_path / "whole", console) == 0
-    assert "for the frozen allocation" in text.getvalue()
+    config, whole = rounds_within_epochs
+    console, _ = quiet_console()
     with monkeypatch.context() as patch:
         patch.setattr(loop, "stop_request", lambda: StopAfter(questions))
         assert train_run(config, tmp_path / "broken", console) == 128 + signal.SIGTERM
     assert 4 < final_arrays(tmp_path / "broken")[0] < 8
     assert resume_run(tmp_path / "broken", console) == 0
-    assert_same_end(tmp_path / "broken", tmp_path / "whole")
-    assert_same_metrics(tmp_path / "broken", tmp_path / "whole")
+    assert_same_end(tmp_path / "broken", whole)
+    assert_same_metrics(tmp_path / "broken", whole)
 
 
 @pytest.mark.slow
