@@ -141,6 +141,15 @@ def test_dropout_is_that_of_the_layer():
     assert (first != second).any()
 
 
+@jax.custom_vjp
+def straight_through(x):
+    """A ReLU whose gradient is that of the identity."""
+    return jnp.maximum(x, 0)
+
+
+straight_through.defvjp(lambda x: (jnp.maximum(x, 0), None), lambda _, gradient: (gradient,))
+
+
 class Odd(nn.Module):
     """One convolution, each time with something that a layer cannot do."""
 
@@ -161,7 +170,9 @@ class Odd(nn.Module):
             name="conv",
         )
         y = norm(x)
-        y = {"relu6": nn.relu6, "gelu": nn.gelu, "nothing": lambda y: y}.get(self.what, nn.relu)(y)
+        y = {"straight": straight_through, "relu6": nn.relu6, "gelu": nn.gelu, "nothing": lambda y: y}.get(
+            self.what, nn.relu
+        )(y)
         if self.what == "pool":
             y = nn.max_pool(y, (2, 2))
         z = conv(y)
@@ -181,6 +192,7 @@ class Odd(nn.Module):
         ("axis", "conv: its batch norm has another axis than the last"),
         ("scale", "conv: its batch norm has another axis than the last, or no scale"),
         ("relu6", "conv: its input is not the ReLU of a batch norm"),
+        ("straight", "conv: its input is not the ReLU of a batch norm"),
         ("gelu", "conv: its input is not the ReLU of a batch norm"),
         ("nothing", "conv: its input is not the ReLU of a batch norm"),
         ("pool", "conv: its input is not the ReLU of a batch norm"),
