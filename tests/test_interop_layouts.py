@@ -233,6 +233,16 @@ def without(arrays, pattern):
         ("densenet", lambda a: {**a, "features.conv1.weight": np.ones((8, 8, 3, 3))}, "its stem has several"),
         ("resnetv2", lambda a: without(a, "conv3|norm3"), "its residual blocks have two convolutions"),
         ("resnetv2", lambda a: without(a, "running|num"), "its norms are not batch norms"),
+        (
+            "densenet",
+            lambda a: {**a, "features.conv0.weight": np.ones((9, 3, 7, 7))},
+            "growth is 4, its stem has 9 and its bottlenecks 16 channels, ours have 2 and 4 times the growth",
+        ),
+        (
+            "resnetv2",
+            lambda a: {**a, "stem.conv.weight": np.ones((16, 3, 7, 7))},
+            "its first bottleneck has 8 channels and its stem 16, ours have the same",
+        ),
         ("densenet", lambda a: without(a, "classifier"), "has no array classifier.weight."),
         (
             "resnetv2",

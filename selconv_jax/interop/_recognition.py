@@ -36,16 +36,27 @@ def unknown(shapes: Shapes) -> str:
 
 def _obstacle(layout: Layout, shapes: Shapes) -> str | None:
     """Describe why a network of a layout cannot be one of ours; None: no reason is known."""
+    if layout is AUTHORS:
+        return None
     deep = [name for name in ("features.conv1.weight", "stem.conv1.weight") if _find(name, shapes)]
-    if layout is not AUTHORS and deep:
+    if deep:
         return f"its stem has several convolutions ({deep[0]}), ours has one"
-    if layout is not AUTHORS and not any(name.endswith(".running_var") for name in shapes):
+    if not any(name.endswith(".running_var") for name in shapes):
         return (
             "it has no running statistics, so its norms are not batch norms (timm's resnetv2_*_bit, *_gn, "
             "*_evos and *_frn have others)"
         )
     if layout is RESNETV2 and not _find("stages.0.blocks.0.conv3.weight", shapes):
         return "its residual blocks have two convolutions (as resnetv2_18 and resnetv2_34), ours have three"
+    outputs, inputs, *_ = next(iter(_layers(layout, shapes).values()))
+    stem = next(iter(_find(_STEMS[layout], shapes)), 0)
+    if layout is DENSENET and (inputs != 4 * outputs or stem not in (0, 2 * outputs)):
+        return (
+            f"its growth is {outputs}, its stem has {stem} and its bottlenecks {inputs} channels, ours have "
+            "2 and 4 times the growth"
+        )
+    if layout is RESNETV2 and stem not in (0, inputs):
+        return f"its first bottleneck has {inputs} channels and its stem {stem}, ours have the same number"
     return None
 
 
@@ -119,7 +130,8 @@ def remedy(model: nn.Module, shapes: Shapes, given: Collection[str], problems: P
 
 def _layers(layout: Layout, shapes: Shapes) -> dict[tuple[int, int], Shape]:
     """Return the shapes of the layout's sign by the numbers of block and layer."""
-    return {(int(found[1]), int(found[2])): shape for found, shape in _search(layout.sign, shapes)}
+    layers = {(int(found[1]), int(found[2])): shape for found, shape in _search(layout.sign, shapes)}
+    return {numbers: shape for numbers, shape in layers.items() if len(shape) == 4}
 
 
 def _find(name: str, shapes: Shapes) -> Shape:
