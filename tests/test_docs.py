@@ -1,13 +1,13 @@
 """The README and the pages of docs: code runs, commands parse, links, keys and names exist."""
 
 import dataclasses
+import pkgutil
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-import selconv_jax
 from selconv_jax._cli.arguments import make_parser
 from selconv_jax.models import MODELS
 from selconv_jax.train import Config, load_config
@@ -113,7 +113,5 @@ def test_keys_and_names_in_the_text_exist(page):
             section, _, key = code.partition("=")[0].partition(".")
             assert key in {field.name for field in dataclasses.fields(SECTIONS[section])}, code
         if re.fullmatch(r"selconv_jax(\.\w+)+", code):
-            module = selconv_jax
-            for part in code.split(".")[1:]:
-                assert not part.startswith("_"), code
-                module = getattr(module, part)
+            assert not any(part.startswith("_") for part in code.split(".")), code
+            pkgutil.resolve_name(code)
