@@ -1,7 +1,6 @@
 """Seeds that are made in one program: each as its run alone; stopped, gone on with, failed, refused."""
 
 import dataclasses
-import threading
 
 import chex
 import jax
@@ -19,7 +18,8 @@ from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._loop import train_run
 from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._network import bucket_program
-from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, Request, common_program
+from selconv_jax.train._seeds.requests import Request
+from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, common_program
 from selconv_jax.train._sweeps import together as sweep_together
 from selconv_jax.train._sweeps.configurations import check_sweep, plan_sweep
 from selconv_jax.train._sweeps.runs import run_sweep
@@ -54,37 +54,35 @@ def unbroken(file, tmp_path_factory):
 
 
 class Everything:
-    """Serves the runs of several seeds from one thread, step by step."""
+    """The runs of several seeds, step by step."""
 
     def __init__(self, config, data, members, placement=None):
         self.base = Trainer(config, data, placement)
         self.joint = JointTrainer(self.base, members)
         self.trainers = [
-            MemberTrainer(self.base, dataclasses.replace(config, seed=seed), self.kept, threading.Lock())
-            for seed in range(members)
+            MemberTrainer(self.base, dataclasses.replace(config, seed=seed)) for seed in range(members)
         ]
         self.states = [trainer.initial_state() for trainer in self.trainers]
 
-    def kept(self, request):
-        self.request = request
-
-    def steps(self, epoch, count):
+    def answers(self, epoch=0, **details):
         requests = []
         for trainer, state in zip(self.trainers, self.states, strict=True):
-            trainer.run_steps(state, trainer.batches(state, epoch), trainer.program(state, epoch), count)
-            requests.append(self.request)
-        answers = self.joint.answer(requests, lambda: False)
+            batches = trainer.batches(state, epoch) if "count" in details else None
+            program = trainer.program(state, epoch)
+            requests.append(Request((0,), trainer, state, program, batches, **details))
+        return self.joint.answer(requests, lambda: False)
+
+    def steps(self, epoch, count):
+        answers = self.answers(epoch, count=count)
         self.states = [state for state, _ in answers]
         return [float(numbers[0]) for _, numbers in answers]
+
+    def evaluate(self):
+        return self.answers(split="test")
 
     def round(self):
         pairs = zip(self.trainers, self.states, strict=True)
         self.states = [trainer.reallocate(state)[0] for trainer, state in pairs]
-
-    def evaluate(self):
-        for trainer, state in zip(self.trainers, self.states, strict=True):
-            trainer.evaluate(state)
-            yield self.request
 
 
 @pytest.mark.parametrize(
@@ -109,7 +107,7 @@ def test_losses_are_those_of_runs_alone(network):
     copies = [int(sum((leaf >= 0).sum() for leaf in sources(state))) for state in every.states]
     assert min(copies) > 0
     together += [every.steps(0, 1) for _ in range(15)]
-    evaluated = every.joint.answer(list(every.evaluate()), lambda: False)
+    evaluated = every.evaluate()
     for seed in range(members):
         alone = Trainer(dataclasses.replace(config, seed=seed), data)
         alone._compiled = every.base._compiled  # compiled once
@@ -140,7 +138,7 @@ def test_seeds_are_split_over_devices():
     for _ in range(2):
         np.testing.assert_allclose(one.steps(0, 1), two.steps(0, 1), rtol=1e-5)
     assert two.joint._mesh.size == 2
-    evaluated = [every.joint.answer(list(every.evaluate()), lambda: False) for every in (one, two)]
+    evaluated = [every.evaluate() for every in (one, two)]
     np.testing.assert_allclose(*[[totals.loss for totals in each] for each in evaluated], rtol=1e-5)
     kernel = two.joint._last[1].params["classifier"]["linear"]["kernel"]
     assert {shard.data.shape[0] for shard in kernel.addressable_shards} == {1}
@@ -287,9 +285,44 @@ def test_refused_before_anything_starts(file, tmp_path, capsys, monkeypatch):
         jax.config.update("jax_default_prng_impl", before)
 
 
+def test_who_is_behind_is_answered_first_and_then_all_at_once(file, tmp_path, monkeypatch):
+    """A failure is told to those who asked, and nobody waits when the user insists."""
+    plans, got, answered = {0: [2, 3], 1: [1, 2, 3, 4]}, {0: [], 1: []}, []
+
+    def planned(run, context):
+        seed = run.config.seed
+        try:
+            for step in plans[seed]:
+                got[seed].append((yield Request((step,), None, None, None)))
+        except ValueError as error:
+            return 1, str(error)
+        finally:
+            got[seed].append("ended")
+        return 0, ""
+
+    def answer(self, requests, stop):
+        answered.append([request.order[0] for request in requests])
+        if answered[-1] == [3, 3]:
+            raise failure
+        return [request.order[0] * 10 for request in requests]
+
+    monkeypatch.setattr(sweep_together, "run_of_sweep", planned)
+    monkeypatch.setattr(sweep_together._Together, "_answer", answer)
+    failure = ValueError("no memory")
+    _, end, _ = sweep(file, tmp_path)
+    assert answered == [[1], [2, 2], [3, 3]]
+    assert got == {0: [20, "ended"], 1: [10, 20, "ended"]}
+    assert list(end.failures.values()) == ["no memory"] * 2
+    failure = KeyboardInterrupt()
+    got = {0: [], 1: []}
+    with pytest.raises(KeyboardInterrupt):
+        sweep(file, tmp_path)
+    assert got == {0: [20, "ended"], 1: [10, 20, "ended"]}
+
+
 def test_one_program_holds_the_copies_of_all():
     config = config_of()
     model = Trainer(config, open_data(*config.data.source)).model
     programs = [bucket_program(model, needed) for needed in (0.0, 0.4, 0.2)]
-    chosen = common_program([Request((0,), None, program) for program in programs])
+    chosen = common_program([Request((0,), None, None, program) for program in programs])
     assert chosen.model.capacity == 0.5

@@ -1,13 +1,13 @@
 """Runs of a sweep that differ only in their seed, trained in one program.
 
-Each is an ordinary run in its own thread, which waits for the others only to compute steps or an evaluation,
-by one program for all. A run may thus be started alone and resumed together, or the other way round; one that
-is behind catches up first.
+Each is an ordinary run, which waits for the others only where it requests steps or an evaluation, computed by
+one program for all. A run may thus be started alone and resumed together, or the other way round; one that is
+behind, whose requests have a lower order, catches up first.
 """
 
+import contextlib
 import functools
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -19,14 +19,12 @@ from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._config import Config
 from selconv_jax.train._loop import RunContext
 from selconv_jax.train._progress import Display, SharedDisplay
-from selconv_jax.train._seeds.rendezvous import Abandoned, Rendezvous
-from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, Request, common_program
+from selconv_jax.train._seeds.requests import Request, Requests
+from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, common_program
 from selconv_jax.train._signals import StopRequest, stop_request
 from selconv_jax.train._sweeps.configurations import SweepRun
-from selconv_jax.train._sweeps.one_run import make_run, one_line
+from selconv_jax.train._sweeps.one_run import one_line, run_of_sweep
 from selconv_jax.train._trainer import Trainer
-
-_SECONDS_TO_LEAVE = 10.0
 
 
 def make_together(runs: Sequence[SweepRun], console: Console) -> list[tuple[int, str]]:
@@ -50,43 +48,52 @@ class _Together:
     ) -> None:
         self.runs, self.data, self.trainer = runs, data, trainer
         self.display = SharedDisplay(console)
-        self.rendezvous = Rendezvous[Request](range(len(runs)))
-        self.lock = threading.Lock()
         # The request to stop as the runs see it. It changes only while all of them wait, so that they stop at
         # the same step.
         self.heard = StopRequest()
         self._joint: dict[int, JointTrainer] = {}
+        self._members = [self._run(member) for member in range(len(runs))]
+        self._waiting: dict[int, Request] = {}
         self._ends: list[tuple[int, str]] = [(1, "it was abandoned")] * len(runs)
 
     def make(self) -> list[tuple[int, str]]:
-        threads = [
-            threading.Thread(target=self._make_run, args=(member,), daemon=True, name=run.name)
-            for member, run in enumerate(self.runs)
-        ]
-        with stop_request() as stop:
-            try:
-                for thread in threads:
-                    thread.start()
-                self.rendezvous.serve(lambda requests: self._answer(requests, stop))
-            finally:
-                # Only writing is left to do; after a second signal the wait is short.
-                for thread in threads:
-                    thread.join(_SECONDS_TO_LEAVE if self.rendezvous.is_abandoned else None)
+        with stop_request() as stop, contextlib.ExitStack() as stack:
+            for number, member in enumerate(self._members):
+                stack.enter_context(contextlib.closing(member))
+                self._advance(number, functools.partial(next, member))
+            while self._waiting:
+                first = min(request.order for request in self._waiting.values())
+                chosen = [
+                    number for number, request in sorted(self._waiting.items()) if request.order == first
+                ]
+                requests = [self._waiting.pop(number) for number in chosen]
+                members = [self._members[number] for number in chosen]
+                try:
+                    answers = self._answer(requests, stop)
+                    advances = [
+                        functools.partial(member.send, answer)
+                        for member, answer in zip(members, answers, strict=True)
+                    ]
+                except Exception as error:
+                    advances = [functools.partial(member.throw, error) for member in members]
+                for number, advance in zip(chosen, advances, strict=True):
+                    self._advance(number, advance)
         return self._ends
 
-    def _make_run(self, member: int) -> None:
-        """Make one run, in its thread."""
-        run, context = self.runs[member], _MemberContext(self, member)
+    def _advance(self, member: int, advance: Callable[[], Request]) -> None:
+        """Let a run go on until it makes its next request, or ends."""
         try:
-            code, error = make_run(run, self.display.console, context)
-            self._ends[member] = code, error
-            if error:
-                context.say(f"failed: {error}")
-                run.write_log(f"failed: {error}\n")
-        except Abandoned:
-            pass
-        finally:
-            self.rendezvous.leave(member)
+            self._waiting[member] = advance()
+        except StopIteration as end:
+            self._ends[member] = end.value
+
+    def _run(self, member: int) -> Requests[tuple[int, str]]:
+        run, context = self.runs[member], _MemberContext(self, member)
+        code, error = yield from run_of_sweep(run, context)
+        if error:
+            context.say(f"failed: {error}")
+            run.write_log(f"failed: {error}\n")
+        return code, error
 
     def _answer(self, requests: Sequence[Request], stop: StopRequest) -> Sequence[Any]:
         def should_stop() -> bool:
@@ -107,7 +114,7 @@ class _Together:
             self.display.line(f"compiling the training step of {of}{program.note}")
         if isinstance(trainer, JointTrainer):
             return trainer.answer(requests, should_stop)
-        return [requests[0].answer(trainer, should_stop)]
+        return [requests[0].answer(should_stop)]
 
 
 class _MemberContext(RunContext):
@@ -119,18 +126,16 @@ class _MemberContext(RunContext):
         self._name = f"seed {together.runs[member].config.seed}"
 
     def prepare(self, config: Config) -> tuple[Trainer, ImageData | StreamedData]:
-        together = self._together
-        ask = functools.partial(together.rendezvous.ask, self._member)
-        trainer = MemberTrainer(together.trainer, config, ask, together.lock)
+        trainer = MemberTrainer(self._together.trainer, config)
         if self._member:
             trainer.notes = ()  # the first run has reported them
-        return trainer, together.data
+        return trainer, self._together.data
 
     def display(self, trainer: Trainer, step: int) -> Display:
         return self._together.display.of(self._name, trainer.steps, step, trainer.steps_per_epoch)
 
-    def stop_request(self) -> StopRequest:
-        return self._together.heard
+    def stop_request(self) -> contextlib.AbstractContextManager[StopRequest]:
+        return contextlib.nullcontext(self._together.heard)
 
     def say(self, text: str) -> None:
         self._together.display.line(f"{self._name}: {text}")
