@@ -1,6 +1,9 @@
 """Tiny runs on the embedded images, as the tests of the training loop use them."""
 
 import contextlib
+import copy
+import dataclasses
+import functools
 import importlib.util
 import io
 import os
@@ -16,6 +19,7 @@ from rich.console import Console
 from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 from selconv_jax.train._config import parse_config
+from selconv_jax.train._sweeps import together as sweep_together
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
 
@@ -49,16 +53,23 @@ def whole_config():
 
 @contextlib.contextmanager
 def compiled_once():
-    """While entered, runs of equal configurations share what they compiled; a trainer holds no state."""
+    """While entered, runs that differ in their seed alone share what they compiled."""
     trainers, prepare = {}, run_setup.prepare
 
     def shared(config):
-        if repr(config) not in trainers:
-            trainers[repr(config)] = prepare(config)
-        return trainers[repr(config)]
+        key = repr(dataclasses.replace(config, seed=0))
+        if key not in trainers:
+            trainers[key] = prepare(config)
+        trainer, data = trainers[key]
+        if trainer.config.seed != config.seed:
+            _ = trainer._initial  # compiled before there is a copy
+            trainer = copy.copy(trainer)
+            trainer.config = config
+        return trainer, data
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_setup, "prepare", shared)
+        patch.setattr(sweep_together, "JointTrainer", functools.cache(sweep_together.JointTrainer))
         yield
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import StopAfter, assert_same_end, final_arrays, quiet_console, tiny_config
+from runs import StopAfter, assert_same_end, compiled_once, final_arrays, quiet_console, tiny_config
 
 from selconv_jax import ConfigError
 from selconv_jax._cli.main import main
@@ -28,10 +28,18 @@ from selconv_jax.train._trainer import Trainer
 SEEDS = [0, 1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs():
+    with compiled_once():
+        yield
+
+
 def config_of(**changes):
-    """Four steps an epoch, a round after the first epoch."""
+    """Four small steps an epoch, a round after the first epoch."""
     allocation = {"until": 1.0, **changes.pop("allocation", {})}
-    return tiny_config(**{"epochs": 2, **changes}, allocation=allocation)
+    data = {"train_split": "train[:160]", "test_split": "test[:80]", **changes.pop("data", {})}
+    sizes = {"epochs": 2, "batch_size": 40, "eval_batch_size": 40}
+    return tiny_config(**{**sizes, **changes}, data=data, allocation=allocation)
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +102,8 @@ def test_losses_are_those_of_runs_alone(network):
     options = {"blocks": [1], "growth": 4, **network}
     config = config_of(
         epochs=20,
-        batch_size=40,
         model={"options": options},
-        data={"mixup": 0.5, "streaming": True} if network else {},
+        data={"train_split": "train", **({"mixup": 0.5, "streaming": True} if network else {})},
         allocation={"every_steps": 15},
     )
     data = open_data(*config.data.source)
@@ -123,7 +130,7 @@ def test_losses_are_those_of_runs_alone(network):
         assert int(every.states[seed].step) == int(state.step) == 30
         totals = alone.evaluate(state)
         np.testing.assert_allclose(evaluated[seed].loss, totals.loss, rtol=1e-4)
-        assert int(evaluated[seed].count) == int(totals.count) == 1000
+        assert int(evaluated[seed].count) == int(totals.count) == 80
 
 
 def sources(state):
@@ -132,7 +139,7 @@ def sources(state):
 
 
 def test_seeds_are_split_over_devices():
-    config = config_of(batch_size=40)
+    config = config_of()
     data = open_data(*config.data.source)
     one, two = (Everything(config, data, 2, Placement.over(devices, config.batch_size)) for devices in (1, 2))
     for _ in range(2):
@@ -198,10 +205,17 @@ def test_begun_alone_and_gone_on_with_together(file, unbroken, tmp_path, monkeyp
         patch.setattr(loop, "stop_request", lambda: StopAfter(3))
         assert train_run(runs[1].config, runs[1].workdir, quiet_console()[0]) > 128
     assert final_arrays(runs[1].workdir)[0] == 3
-    runs, end, text = sweep(file, tmp_path)
+    asked, answer = [], sweep_together._Together._answer
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            sweep_together._Together,
+            "_answer",
+            lambda self, requests, stop: asked.append(len(requests)) or answer(self, requests, stop),
+        )
+        runs, end, _ = sweep(file, tmp_path)
     assert end.code == 0
     # The one that is behind is brought up alone.
-    assert text.index("compiling the training step of one seed") < text.index("training step of 2 seeds")
+    assert asked == [1, 1, 1, *[2] * (len(asked) - 3)]
     for run, other in zip(runs, unbroken[0], strict=True):
         assert_same_losses(run, other)
 

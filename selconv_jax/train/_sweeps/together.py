@@ -103,18 +103,17 @@ class _Together:
 
         should_stop()
         count, program = len(requests), common_program(requests)
-        trainer: Trainer | JointTrainer = self.trainer
-        if count > 1:
-            trainer = self._joint.get(count) or self._joint.setdefault(count, JointTrainer(trainer, count))
+        joint = None if count == 1 else self._joint.get(count) or JointTrainer(self.trainer, count)
         for other in self._joint.values():
-            if other is not trainer:
+            if other is not joint:
                 other.forget()
-        if requests[0].batches is not None and not trainer.is_compiled(program):
-            of = "one seed" if count == 1 else f"{count} seeds"
+        if requests[0].batches is not None and not (joint or self.trainer).is_compiled(program):
+            of = "one seed" if joint is None else f"{count} seeds"
             self.display.line(f"compiling the training step of {of}{program.note}")
-        if isinstance(trainer, JointTrainer):
-            return trainer.answer(requests, should_stop)
-        return [requests[0].answer(should_stop)]
+        if joint is None:
+            return [requests[0].answer(should_stop)]
+        self._joint[count] = joint
+        return joint.answer(requests, should_stop)
 
 
 class _MemberContext(RunContext):
