@@ -103,7 +103,8 @@ def command(*arguments):
 def environment():
     """The environment for `command`: one device, compilations shared with the tests."""
     kept = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    return {**kept, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(CACHE), "COLUMNS": "200"}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return {**kept, **cache, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
 
 
 def run_with_tpu_compiler(*arguments):
