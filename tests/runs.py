@@ -28,14 +28,16 @@ QUICK = {"xla_backend_optimization_level": 0}
 
 TINY = {
     "epochs": 4,
-    "batch_size": 500,
-    "eval_batch_size": 500,
+    "batch_size": 50,
+    "eval_batch_size": 50,
     "devices": 1,
     "model": {"name": "densenet40", "options": {"blocks": [1], "growth": 4}},
-    "data": {"name": "fashion_mnist_sample"},
+    "data": {"name": "fashion_mnist_sample", "train_split": "train[:200]", "test_split": "test[:100]"},
     # Without a program of its own for the second half, which takes as long to compile as the others.
     "allocation": {"threshold": 0.4, "compile_frozen": False},
 }
+
+ALL_IMAGES = {"train_split": "train", "test_split": "test"}
 
 
 def tiny_config(**changes):

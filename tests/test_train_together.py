@@ -35,11 +35,9 @@ def shared_programs():
 
 
 def config_of(**changes):
-    """Four small steps an epoch, a round after the first epoch."""
+    """Four steps an epoch, a round after the first epoch."""
     allocation = {"until": 1.0, **changes.pop("allocation", {})}
-    data = {"train_split": "train[:160]", "test_split": "test[:80]", **changes.pop("data", {})}
-    sizes = {"epochs": 2, "batch_size": 40, "eval_batch_size": 40}
-    return tiny_config(**{**sizes, **changes}, data=data, allocation=allocation)
+    return tiny_config(**{"epochs": 2, **changes}, allocation=allocation)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +128,7 @@ def test_losses_are_those_of_runs_alone(network):
         assert int(every.states[seed].step) == int(state.step) == 30
         totals = alone.evaluate(state)
         np.testing.assert_allclose(evaluated[seed].loss, totals.loss, rtol=1e-4)
-        assert int(evaluated[seed].count) == int(totals.count) == 80
+        assert int(evaluated[seed].count) == int(totals.count) == 100
 
 
 def sources(state):
