@@ -38,3 +38,15 @@ def _resident_bytes():
     except OSError:
         return float("inf")
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(scope="session")
+def reallocated_run(tmp_path_factory):
+    """The directory of a tiny run whose last checkpoint, of step 16, has closed channels and copies."""
+    from runs import quiet_console, tiny_config
+
+    from selconv_jax.train import train_run
+
+    workdir = tmp_path_factory.mktemp("runs") / "reallocated"
+    assert train_run(tiny_config(allocation={"threshold": 0.6}), workdir, quiet_console()[0]) == 0
+    return workdir
