@@ -18,7 +18,7 @@ from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._loop import train_run
 from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._network import bucket_program
-from selconv_jax.train._seeds.requests import Request
+from selconv_jax.train._seeds.requests import Request, answered
 from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, common_program
 from selconv_jax.train._sweeps import together as sweep_together
 from selconv_jax.train._sweeps.configurations import check_sweep, plan_sweep
@@ -297,39 +297,56 @@ def test_refused_before_anything_starts(file, tmp_path, capsys, monkeypatch):
         jax.config.update("jax_default_prng_impl", before)
 
 
-def test_who_is_behind_is_answered_first_and_then_all_at_once(file, tmp_path, monkeypatch):
-    """A failure is told to those who asked, and nobody waits when the user insists."""
-    plans, got, answered = {0: [2, 3], 1: [1, 2, 3, 4]}, {0: [], 1: []}, []
+def meet(plans, answer):
+    """Runs that make requests of these orders; what each got, in the end a word, and what was answered."""
+    got, together = {name: [] for name in plans}, []
 
-    def planned(run, context):
-        seed = run.config.seed
+    def run(name):
         try:
-            for step in plans[seed]:
-                got[seed].append((yield Request((step,), None, None, None)))
+            for order in plans[name]:
+                got[name].append((yield Request((order,), None, None, None)))
         except ValueError as error:
-            return 1, str(error)
+            return str(error)
         finally:
-            got[seed].append("ended")
-        return 0, ""
+            got[name].append("ended")
+        return "all"
 
-    def answer(self, requests, stop):
-        answered.append([request.order[0] for request in requests])
-        if answered[-1] == [3, 3]:
-            raise failure
-        return [request.order[0] * 10 for request in requests]
+    def serve(requests):
+        together.append([request.order[0] for request in requests])
+        return answer(requests)
 
-    monkeypatch.setattr(sweep_together, "run_of_sweep", planned)
-    monkeypatch.setattr(sweep_together._Together, "_answer", answer)
-    failure = ValueError("no memory")
-    _, end, _ = sweep(file, tmp_path)
-    assert answered == [[1], [2, 2], [3, 3]]
-    assert got == {0: [20, "ended"], 1: [10, 20, "ended"]}
-    assert list(end.failures.values()) == ["no memory"] * 2
-    failure = KeyboardInterrupt()
-    got = {0: [], 1: []}
-    with pytest.raises(KeyboardInterrupt):
-        sweep(file, tmp_path)
-    assert got == {0: [20, "ended"], 1: [10, 20, "ended"]}
+    try:
+        ends = answered([run(name) for name in plans], serve)
+    except KeyboardInterrupt:
+        ends = None
+    return got, together, ends
+
+
+def test_who_is_behind_is_answered_first_and_then_all_at_once():
+    got, together, ends = meet({"a": [2, 3], "b": [1, 2, 3, 4]}, lambda all: [-each.order[0] for each in all])
+    assert together == [[1], [2, 2], [3, 3], [4]]
+    assert got == {"a": [-2, -3, "ended"], "b": [-1, -2, -3, -4, "ended"]}
+    assert ends == ["all", "all"]
+
+
+def test_what_goes_wrong_is_told_to_those_who_asked():
+    def fail(requests):
+        if len(requests) > 1:
+            raise ValueError("no memory")
+        return ["done"]
+
+    got, _, ends = meet({"a": [1, 2], "b": [1, 2], "c": [7]}, fail)
+    assert got == {"a": ["ended"], "b": ["ended"], "c": ["done", "ended"]}
+    assert ends == ["no memory", "no memory", "all"]
+
+
+def test_nobody_waits_when_the_user_insists():
+    def insist(requests):
+        raise KeyboardInterrupt
+
+    got, together, ends = meet({"a": [1], "b": [1], "c": [2]}, insist)
+    assert got == {"a": ["ended"], "b": ["ended"], "c": ["ended"]}
+    assert (together, ends) == ([[1, 1]], None)
 
 
 def test_one_program_holds_the_copies_of_all():

@@ -13,7 +13,7 @@ from selconv_jax.compaction import Compact, CompactionPlan, save_compact
 from selconv_jax.data._dataset import DatasetInfo
 from selconv_jax.train._network import Program
 from selconv_jax.train._run_setup import restore_run
-from selconv_jax.train._seeds.requests import Request, Requests, answered
+from selconv_jax.train._seeds.requests import Request, Requests, answered_alone
 from selconv_jax.train._state import TrainState
 from selconv_jax.train._trainer import Trainer
 from selconv_jax.transforms._layer_tree import layer_states
@@ -65,7 +65,7 @@ def evaluate_run(
     trainer, info, step, state = restore_run(workdir, step, overrides)
     # The program of the epoch that the checkpoint belongs to.
     epoch = max(step - 1, 0) // trainer.steps_per_epoch
-    metrics = answered(evaluation_metrics(trainer, state, trainer.program(state, epoch), info))
+    metrics = answered_alone(evaluation_metrics(trainer, state, trainer.program(state, epoch), info))
     assert metrics is not None  # only a request to stop returns None
     return step, metrics
 
@@ -109,7 +109,7 @@ def compact_run(
     if output is not None:
         save_compact(output, plan.model, variables)
     program = Program("compact", plan.frozen_model())
-    metrics = answered(evaluation_metrics(trainer, state, program, info)) if evaluate else {}
+    metrics = answered_alone(evaluation_metrics(trainer, state, program, info)) if evaluate else {}
     assert metrics is not None  # only a request to stop returns None
     image = jax.ShapeDtypeStruct((1, *info.image_shape), trainer.model.dtype)
     return CompactedRun(step, plan.model, variables, _sizes(state, plan, variables, image), metrics)

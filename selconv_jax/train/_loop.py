@@ -23,7 +23,7 @@ from selconv_jax.train._evaluation import evaluation_metrics
 from selconv_jax.train._metrics import MetricsLog, channel_counts, read_metrics, sentence
 from selconv_jax.train._network import Program
 from selconv_jax.train._progress import Display, ProgressDisplay
-from selconv_jax.train._seeds.requests import Request, Requests, answered
+from selconv_jax.train._seeds.requests import Request, Requests, answered_alone
 from selconv_jax.train._signals import StopRequest, stop_request
 from selconv_jax.train._state import TrainState
 from selconv_jax.train._trainer import Trainer
@@ -74,7 +74,7 @@ def train_run(config: Config, workdir: Path, console: Console) -> int:
     Raises:
         SelconvError: A user-fixable error; nothing was overwritten.
     """
-    return answered(new_run(config, workdir, RunContext(console)))
+    return answered_alone(new_run(config, workdir, RunContext(console)))
 
 
 def new_run(config: Config, workdir: Path, context: RunContext) -> Requests[int]:
@@ -102,7 +102,7 @@ def resume_run(workdir: Path, console: Console, overrides: Sequence[str] = ()) -
     Raises:
         SelconvError: A user-fixable error.
     """
-    return answered(resumed_run(workdir, RunContext(console), overrides))
+    return answered_alone(resumed_run(workdir, RunContext(console), overrides))
 
 
 def resumed_run(workdir: Path, context: RunContext, overrides: Sequence[str] = ()) -> Requests[int]:

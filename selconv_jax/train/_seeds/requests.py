@@ -3,9 +3,10 @@
 A run is a generator that yields requests and is sent their answers; everything else it does itself.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from selconv_jax.train._feed import Arguments
@@ -20,8 +21,8 @@ T = TypeVar("T")
 class Request:
     """A computation of a run: ``count`` training steps, or without batches an evaluation of a split.
 
-    Its ``order`` is the run's step, and the kind of computation: of several runs, the requests of the lowest
-    order are answered first, all of one order together. Its ``program`` is the smallest that fits its state.
+    Its ``order``, see `answered`, is the run's step, and the kind of computation. Its ``program`` is the
+    smallest that fits its state.
     """
 
     order: tuple[int, ...]
@@ -45,15 +46,39 @@ class Request:
 Requests: TypeAlias = Generator[Request, Any, T]
 
 
-def answered(run: Requests[T]) -> T:
-    """Answer the requests of a run that is alone, until it ends; return what it returns."""
-    advance: Callable[[], Request] = functools.partial(next, run)
-    try:
-        while True:
-            request = advance()
+def answered(runs: Sequence[Requests[T]], answer: Callable[[Sequence[Request]], Sequence[Any]]) -> list[T]:
+    """Answer the requests of runs until all have ended; return what each returns.
+
+    Requests of the lowest order come first, all of one order together, so that a run that is behind catches
+    up. What ``answer`` raises is raised in the runs that asked.
+    """
+    waiting: dict[int, Request] = {}
+    ends: dict[int, T] = {}
+
+    def go_on(number: int, step: Callable[[], Request]) -> None:
+        try:
+            waiting[number] = step()
+        except StopIteration as end:
+            ends[number] = end.value
+
+    with contextlib.ExitStack() as stack:
+        for number, run in enumerate(runs):
+            stack.enter_context(contextlib.closing(run))
+            go_on(number, functools.partial(next, run))
+        while waiting:
+            first = min(request.order for request in waiting.values())
+            chosen = sorted(number for number, request in waiting.items() if request.order == first)
+            asking, requests = [runs[number] for number in chosen], [waiting.pop(number) for number in chosen]
             try:
-                advance = functools.partial(run.send, request.answer())
+                answers = zip(asking, answer(requests), strict=True)
+                steps = [functools.partial(run.send, each) for run, each in answers]
             except BaseException as error:
-                advance = functools.partial(run.throw, error)
-    except StopIteration as end:
-        return end.value
+                steps = [functools.partial(run.throw, error) for run in asking]
+            for number, step in zip(chosen, steps, strict=True):
+                go_on(number, step)
+    return [ends[number] for number in range(len(runs))]
+
+
+def answered_alone(run: Requests[T]) -> T:
+    """Answer the requests of a single run until it ends; return what it returns."""
+    return answered([run], lambda requests: [requests[0].answer()])[0]

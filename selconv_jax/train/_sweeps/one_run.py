@@ -20,7 +20,7 @@ from selconv_jax._utils.console import progress_console
 from selconv_jax.errors import SelconvError
 from selconv_jax.train._config import parse_config
 from selconv_jax.train._loop import RunContext, new_run, resumed_run
-from selconv_jax.train._seeds.requests import Requests, answered
+from selconv_jax.train._seeds.requests import Requests, answered_alone
 from selconv_jax.train._sweeps.configurations import SweepRun
 
 
@@ -31,7 +31,7 @@ def make_run(run: SweepRun, console: Console) -> tuple[int, str]:
         0 when it is complete, 1 when it has failed, 128 plus the signal number when a signal stopped it;
         and the error in one line. The traceback of an unexpected error goes to `SweepRun.log`.
     """
-    return answered(run_of_sweep(run, RunContext(console)))
+    return answered_alone(run_of_sweep(run, RunContext(console)))
 
 
 def run_of_sweep(run: SweepRun, context: RunContext) -> Requests[tuple[int, str]]:

@@ -2,12 +2,11 @@
 
 Each is an ordinary run, which waits for the others only where it requests steps or an evaluation, computed by
 one program for all. A run may thus be started alone and resumed together, or the other way round; one that is
-behind, whose requests have a lower order, catches up first.
+behind catches up first.
 """
 
 import contextlib
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +18,7 @@ from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._config import Config
 from selconv_jax.train._loop import RunContext
 from selconv_jax.train._progress import Display, SharedDisplay
-from selconv_jax.train._seeds.requests import Request, Requests
+from selconv_jax.train._seeds.requests import Request, Requests, answered
 from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, common_program
 from selconv_jax.train._signals import StopRequest, stop_request
 from selconv_jax.train._sweeps.configurations import SweepRun
@@ -52,40 +51,11 @@ class _Together:
         # the same step.
         self.heard = StopRequest()
         self._joint: dict[int, JointTrainer] = {}
-        self._members = [self._run(member) for member in range(len(runs))]
-        self._waiting: dict[int, Request] = {}
-        self._ends: list[tuple[int, str]] = [(1, "it was abandoned")] * len(runs)
 
     def make(self) -> list[tuple[int, str]]:
-        with stop_request() as stop, contextlib.ExitStack() as stack:
-            for number, member in enumerate(self._members):
-                stack.enter_context(contextlib.closing(member))
-                self._advance(number, functools.partial(next, member))
-            while self._waiting:
-                first = min(request.order for request in self._waiting.values())
-                chosen = [
-                    number for number, request in sorted(self._waiting.items()) if request.order == first
-                ]
-                requests = [self._waiting.pop(number) for number in chosen]
-                members = [self._members[number] for number in chosen]
-                try:
-                    answers = self._answer(requests, stop)
-                    advances = [
-                        functools.partial(member.send, answer)
-                        for member, answer in zip(members, answers, strict=True)
-                    ]
-                except Exception as error:
-                    advances = [functools.partial(member.throw, error) for member in members]
-                for number, advance in zip(chosen, advances, strict=True):
-                    self._advance(number, advance)
-        return self._ends
-
-    def _advance(self, member: int, advance: Callable[[], Request]) -> None:
-        """Let a run go on until it makes its next request, or ends."""
-        try:
-            self._waiting[member] = advance()
-        except StopIteration as end:
-            self._ends[member] = end.value
+        members = [self._run(member) for member in range(len(self.runs))]
+        with stop_request() as stop:
+            return answered(members, lambda requests: self._answer(requests, stop))
 
     def _run(self, member: int) -> Requests[tuple[int, str]]:
         run, context = self.runs[member], _MemberContext(self, member)
