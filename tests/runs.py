@@ -4,7 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import importlib.util
 import io
 import os
 import signal
@@ -109,10 +108,10 @@ def environment():
     return {**kept, **cache, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
 
 
-def run_with_tpu_compiler(*arguments):
-    """Runs a command that needs libtpu to its end; skips the test where there is none to be had."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs libtpu")
+def run_with_compiler(*arguments, packages):
+    """Runs a command that needs the compiler of a chip to its end; skips the test without its packages."""
+    for name in packages:
+        pytest.importorskip(name)
     done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, check=False)
     if "another process holds" in done.stderr:
         pytest.skip("another process holds libtpu")

@@ -81,7 +81,9 @@ def _local_statistics(x: jax.Array) -> Statistics:
         pixels,
     )
     count = math.prod(x.shape[1:-1])
-    offset, square = (total / count for total in lax.optimization_barrier(sums))
+    # Unlike on a GPU, on CPU and TPU the sums would be computed anew in all that reads them.
+    sums = sums if target_platform() == "gpu" else lax.optimization_barrier(sums)
+    offset, square = (total / count for total in sums)
     of_image = jnp.squeeze(pivot, pixels) + offset
     mean = jnp.mean(of_image, axis=0)
     within = jnp.maximum(square - jnp.square(offset), 0)
