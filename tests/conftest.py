@@ -17,13 +17,36 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Workers of pytest-xdist and later runs share what was compiled once.
 _CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+_MOST_BYTES = 1.2e9  # of memory of a worker that keeps its compiled programs for the next module
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _quickly_compiled(request):
     """Most programs run once, and to compile them well takes longer; some are compiled as users' are."""
     quickly = request.node.get_closest_marker("optimized") is None
+    if quickly != jax.config.read("jax_disable_most_optimizations") or _resident_bytes() > _MOST_BYTES:
+        jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", quickly)
-    yield
-    jax.clear_caches()  # else a worker keeps every compiled program of every module
+
+
+def _resident_bytes():
+    """Memory of this process, as Linux tells it."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return float("inf")
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(scope="session")
+def reallocated_run(tmp_path_factory):
+    """The directory of a tiny run whose last checkpoint, of step 16, has closed channels and copies."""
+    from runs import quiet_console, tiny_config
+
+    from selconv_jax.train import train_run
+
+    workdir = tmp_path_factory.mktemp("runs") / "reallocated"
+    assert train_run(tiny_config(allocation={"threshold": 0.6}), workdir, quiet_console()[0]) == 0
+    return workdir

@@ -1,6 +1,9 @@
 """Tiny runs on the embedded images, as the tests of the training loop use them."""
 
 import contextlib
+import copy
+import dataclasses
+import functools
 import io
 import os
 import signal
@@ -15,6 +18,7 @@ from rich.console import Console
 from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 from selconv_jax.train._config import parse_config
+from selconv_jax.train._sweeps import together as sweep_together
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
 
@@ -23,14 +27,16 @@ QUICK = {"xla_backend_optimization_level": 0}
 
 TINY = {
     "epochs": 4,
-    "batch_size": 500,
-    "eval_batch_size": 500,
+    "batch_size": 50,
+    "eval_batch_size": 50,
     "devices": 1,
     "model": {"name": "densenet40", "options": {"blocks": [1], "growth": 4}},
-    "data": {"name": "fashion_mnist_sample"},
+    "data": {"name": "fashion_mnist_sample", "train_split": "train[:200]", "test_split": "test[:100]"},
     # Without a program of its own for the second half, which takes as long to compile as the others.
     "allocation": {"threshold": 0.4, "compile_frozen": False},
 }
+
+ALL_IMAGES = {"train_split": "train", "test_split": "test"}
 
 
 def tiny_config(**changes):
@@ -48,16 +54,23 @@ def whole_config():
 
 @contextlib.contextmanager
 def compiled_once():
-    """While entered, runs of equal configurations share what they compiled; a trainer holds no state."""
+    """While entered, runs that differ in their seed alone share what they compiled."""
     trainers, prepare = {}, run_setup.prepare
 
     def shared(config):
-        if repr(config) not in trainers:
-            trainers[repr(config)] = prepare(config)
-        return trainers[repr(config)]
+        key = repr(dataclasses.replace(config, seed=0))
+        if key not in trainers:
+            trainers[key] = prepare(config)
+        trainer, data = trainers[key]
+        if trainer.config.seed != config.seed:
+            _ = trainer._initial  # compiled before there is a copy
+            trainer = copy.copy(trainer)
+            trainer.config = config
+        return trainer, data
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_setup, "prepare", shared)
+        patch.setattr(sweep_together, "JointTrainer", functools.cache(sweep_together.JointTrainer))
         yield
 
 
@@ -91,7 +104,8 @@ def command(*arguments):
 def environment():
     """The environment for `command`: one device, compilations shared with the tests."""
     kept = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    return {**kept, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(CACHE), "COLUMNS": "200"}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return {**kept, **cache, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
 
 
 def run_with_compiler(*arguments, packages):

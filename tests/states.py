@@ -27,9 +27,9 @@ def perturbed_variables(model, input_shape, seed, closed=0.0, copies=0.0):
 
 def _leaf(name, leaf, rng):
     if name == "gate":
-        return jnp.ones(leaf.shape, bool)
+        return jnp.asarray(np.ones(leaf.shape, bool))
     if name == "source":
-        return jnp.full(leaf.shape, -1, jnp.int32)
+        return jnp.asarray(np.full(leaf.shape, -1, np.int32))
     values = rng.normal(size=leaf.shape)
     if name == "kernel":
         values *= np.sqrt(2 / max(np.prod(leaf.shape[:-1]), 1))

@@ -7,7 +7,7 @@ import json
 import jax
 import pytest
 from rich.console import Console
-from runs import run_with_compiler, tiny_config
+from runs import ALL_IMAGES, run_with_compiler, tiny_config
 
 from selconv_jax._bench import run_ahead
 from selconv_jax._bench.ahead import CompiledProgram, Messages, message_seconds
@@ -73,7 +73,7 @@ def test_data_that_nobody_knows_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def plan():
     """A run compiled for eight devices that are there: this machine's."""
-    config = tiny_config(batch_size=128, devices=0)
+    config = tiny_config(batch_size=128, devices=0, data=ALL_IMAGES)
     return compile_run(config, "v5e:2x4", jax.devices(), capacity=0.25)
 
 
@@ -92,7 +92,7 @@ def test_programs_and_messages_of_a_run(plan):
 
 
 def test_per_device_has_one_message_for_the_gradient():
-    config = dataclasses.replace(tiny_config(batch_size=128, devices=0), batch_norm="per_device")
+    config = tiny_config(batch_size=128, devices=0, data=ALL_IMAGES, batch_norm="per_device")
     plan = compile_run(config, "v5e:2x4", jax.devices(), evaluation=False)
     (messages,) = plan.programs[0].messages
     assert messages.kind == "all-reduce"
@@ -170,7 +170,7 @@ def plan_that_fits(most):
 def test_search_for_the_largest_batch(monkeypatch, most, found):
     """Not above the number of images, 2,000; a compiler that gives up counts as no."""
     monkeypatch.setattr(run_ahead, "compile_run", plan_that_fits(most))
-    result = largest_batch(tiny_config(batch_size=256), "v5e:2x4", jax.devices())
+    result = largest_batch(tiny_config(batch_size=256, data=ALL_IMAGES), "v5e:2x4", jax.devices())
     assert (result and result.batch_size) == found
 
 

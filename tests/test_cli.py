@@ -8,10 +8,10 @@ import subprocess
 import time
 
 import pytest
-from runs import TINY, assert_same_end, command, environment
+from runs import ALL_IMAGES, assert_same_end, command, environment, tiny_config
 
 from selconv_jax._cli.main import main
-from selconv_jax.train._config import dump_config, parse_config
+from selconv_jax.train._config import dump_config
 from selconv_jax.train._metrics import read_metrics
 
 pytestmark = pytest.mark.optimized
@@ -23,7 +23,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def config(tmp_path_factory):
     """A file of the tiny configuration."""
     path = tmp_path_factory.mktemp("config") / "tiny.toml"
-    path.write_text(dump_config(parse_config(TINY)))
+    path.write_text(dump_config(tiny_config(batch_size=500, data=ALL_IMAGES)))
     return path
 
 

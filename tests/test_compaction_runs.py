@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import compiled_once, quiet_console, tiny_config
+from runs import compiled_once
 
 import selconv_jax
 from selconv_jax._cli.main import main
 from selconv_jax.train._evaluation import compact_run, evaluate_run
-from selconv_jax.train._loop import train_run
 from selconv_jax.train._run_setup import restore_run
 
 pytestmark = pytest.mark.optimized
@@ -21,13 +20,9 @@ def shared_programs():
         yield
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A run whose last checkpoint has closed channels and copies."""
-    workdir = tmp_path_factory.mktemp("runs") / "run"
-    config = tiny_config(allocation={"threshold": 0.6})
-    assert train_run(config, workdir, quiet_console()[0]) == 0
-    return workdir
+@pytest.fixture
+def workdir(reallocated_run):
+    return reallocated_run
 
 
 def test_the_compacted_network_has_the_same_metrics(workdir):

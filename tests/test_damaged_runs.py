@@ -155,7 +155,7 @@ def test_an_older_checkpoint_is_compacted_only_if_it_is_named(finished, tmp_path
     [
         ("seed = 0", "seed = 7", "seed was 0 and is 7"),
         ("epochs = 2", "epochs = 3", "epochs was 2 and is 3"),
-        ("batch_size = 500", "batch_size = 400", "batch_size was 500 and is 400"),
+        ("batch_size = 50", "batch_size = 40", "batch_size was 50 and is 40"),
         ("growth = 4", "growth = 5", "model.options.growth was 4 and is 5"),
         ("threshold = 0.4", "threshold = 0.5", "allocation.threshold was 0.4 and is 0.5"),
     ],

@@ -5,13 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
-from runs import compiled_once, quiet_console, tiny_config
+from runs import compiled_once
 from test_export import needs_onnx
 
 import selconv_jax
 from selconv_jax import export
 from selconv_jax._cli.main import main
-from selconv_jax.train._loop import train_run
 from selconv_jax.train._run_setup import restore_run
 
 pytestmark = pytest.mark.optimized
@@ -24,11 +23,8 @@ def shared_programs():
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A run whose last checkpoint has closed channels and copies."""
-    workdir = tmp_path_factory.mktemp("runs") / "run"
-    assert train_run(tiny_config(allocation={"threshold": 0.6}), workdir, quiet_console()[0]) == 0
-    return workdir
+def workdir(reallocated_run):
+    return reallocated_run
 
 
 @pytest.fixture(scope="module")

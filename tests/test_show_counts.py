@@ -24,10 +24,9 @@ def trained(folder, **changes):
     return folder
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A run whose last checkpoint has closed channels and copies."""
-    return trained(tmp_path_factory.mktemp("runs") / "selective")
+@pytest.fixture
+def workdir(reallocated_run):
+    return reallocated_run
 
 
 def shown(workdir):

@@ -92,7 +92,7 @@ def test_streamed_batches_are_split_over_the_devices():
 # The whole loop
 
 CONFIG = tiny_config(
-    epochs=2, eval_batch_size=300, model={"variant": "plain"}, data={"streaming": True, "mixup": 1.0}
+    epochs=2, eval_batch_size=30, model={"variant": "plain"}, data={"streaming": True, "mixup": 1.0}
 )
 
 
@@ -118,7 +118,7 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
     assert [record["epoch"] for record in records] == [1, 2]
     trainer, _ = run_setup.prepare(CONFIG)
     totals = trainer.evaluate(trainer.initial_state())
-    assert totals.count == 1000
+    assert totals.count == 100
 
 
 # What a trainer refuses and chooses
@@ -139,8 +139,8 @@ def test_padding_does_not_apply_to_images_of_differing_sizes():
     batches = trainer.batches(_state(), 0)
     with contextlib.closing(batches):
         images, labels = next(batches)
-    assert images.shape == (500, 28, 28, 1)
-    assert labels.shape == (500,)
+    assert images.shape == (50, 28, 28, 1)
+    assert labels.shape == (50,)
     assert (trainer._step_info.crop_padding, trainer._step_info.flip) == (0, False)
 
 

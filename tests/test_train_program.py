@@ -12,7 +12,7 @@ from flax import traverse_util
 from runs import tiny_config, whole_config
 
 import selconv_jax
-from selconv_jax.data._loading import load
+from selconv_jax.data._loading import open_data
 from selconv_jax.models import DenseNet, PreResNet
 from selconv_jax.train._config import OptimizerConfig
 from selconv_jax.train._network import bucket_program, frozen_program
@@ -30,6 +30,10 @@ NETWORKS = {
 }
 IMAGES = np.random.default_rng(0).normal(size=(8, 8, 8, 1))
 LABELS = np.arange(8, dtype=np.int32) % 5
+
+
+def trainer_of(config):
+    return Trainer(config, open_data(*config.data.source))
 
 
 def typed(name, dtype):
@@ -112,7 +116,7 @@ def test_compiled_steps_agree_with_eager_ones(name):
 
 def test_the_program_follows_the_schedule():
     config = whole_config()  # 4 epochs: rounds after the first and the second
-    tested = Trainer(config, load("fashion_mnist_sample"))
+    tested = trainer_of(config)
     state = tested.initial_state()
     layer = state.selectivity["block1_layer1"]["conv1"]
     source = np.asarray(layer["source"]).copy()
@@ -130,14 +134,14 @@ def test_the_program_follows_the_schedule():
     # Nothing closed, nothing copied: the plain network's program, already compiled.
     assert tested.program(state, 3) == tested.program(state, 0)
     assert tested.program(state, 0).model.capacity == 0
-    unfrozen = Trainer(tiny_config(), load("fashion_mnist_sample"))
+    unfrozen = trainer_of(tiny_config())
     assert unfrozen.program(copied, 3).key == ("capacity", 0.25)
 
 
 def test_the_program_follows_from_the_state_alone():
     """Whether one asks before the first step of an epoch, after a round within it, or having resumed it."""
     config = tiny_config(allocation={"compile_frozen": True, "every_steps": 3, "until": 0.6})
-    tested = Trainer(config, load("fashion_mnist_sample"))  # 4 steps an epoch, rounds after 3, 6 and 9
+    tested = trainer_of(config)  # 4 steps an epoch, rounds after 3, 6 and 9
     state = tested.initial_state()
     layer = state.selectivity["block1_layer1"]["conv1"]
     conv1 = {**layer, "source": jnp.asarray(layer["source"]).at[:2].set(5)}
@@ -155,7 +159,7 @@ def test_the_program_follows_from_the_state_alone():
         "frozen",
         "frozen",
     ]
-    by_epoch = Trainer(whole_config(), load("fashion_mnist_sample"))
+    by_epoch = trainer_of(whole_config())
     after = dataclasses.replace(state, step=jnp.int32(8), selectivity=selectivity)
     assert by_epoch.program(after, 1).key[0] == "capacity"
     assert by_epoch.program(after, 2).key[0] == "frozen"

@@ -1,7 +1,6 @@
 """Sweeps: which runs, in which directories; what is kept, gone on with, refused and reported."""
 
 import contextlib
-import copy
 import dataclasses
 import math
 import re
@@ -10,13 +9,12 @@ import signal
 import jax
 import numpy as np
 import pytest
-from runs import TINY, StopAfter, assert_same_end, quiet_console, tiny_config
+from runs import TINY, StopAfter, assert_same_end, compiled_once, quiet_console, tiny_config
 
 from selconv_jax import ConfigError, DataError
 from selconv_jax._cli import sweep as sweep_command
 from selconv_jax.data._loading import open_data
 from selconv_jax.train import _loop as loop
-from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._config import dump_config, parse_config
 from selconv_jax.train._loop import NonFiniteLossError, train_run
 from selconv_jax.train._metrics import read_metrics
@@ -36,18 +34,8 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """Runs that differ in their seed alone share what they compiled."""
-    prepared, prepare = {}, run_setup.prepare
-
-    def shared(config):
-        trainer, data = prepared.setdefault(repr(dataclasses.replace(config, seed=0)), prepare(config))
-        trainer = copy.copy(trainer)
-        trainer.config = config
-        return trainer, data
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_setup, "prepare", shared)
+def shared_programs():
+    with compiled_once():
         yield
 
 
@@ -62,11 +50,11 @@ def directories(runs, workdir):
 
 
 def test_every_file_with_every_seed(tmp_path):
-    files = [write(tmp_path / "b.toml"), write(tmp_path / "a.toml", batch_size=250)]
+    files = [write(tmp_path / "b.toml"), write(tmp_path / "a.toml", batch_size=25)]
     runs = plan_sweep(files, tmp_path / "sweep", seeds=[3, 0], overrides=["epochs=7"])
     assert directories(runs, tmp_path / "sweep") == ["b/seed3", "b/seed0", "a/seed3", "a/seed0"]
     assert [run.name for run in runs[:2]] == ["b, seed 3", "b, seed 0"]
-    assert runs[2].config == parse_config({**TINY, "batch_size": 250, "epochs": 7, "seed": 3})
+    assert runs[2].config == parse_config({**TINY, "batch_size": 25, "epochs": 7, "seed": 3})
     assert not (tmp_path / "sweep").exists()
 
 
@@ -254,16 +242,16 @@ def test_stopped_sweep_goes_on(tiny, tmp_path, monkeypatch):
 
 
 def test_failed_runs_are_reported_and_the_others_are_made(tiny, tmp_path, monkeypatch):
-    def failing(config, workdir, console, context=None):
+    def failing(config, workdir, context):
         if config.seed == 1:
             raise NonFiniteLossError("the loss of step 3 (epoch 1) is not finite")
         if config.seed == 2:
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand many more lines")
-        return train_run(config, workdir, console)
+        return loop.new_run(config, workdir, context)
 
     console, text = quiet_console()
     runs = plan_sweep([tiny], tmp_path / "sweep", seeds=[1, 2, 0])
-    monkeypatch.setattr("selconv_jax.train._sweeps.one_run.train_run", failing)
+    monkeypatch.setattr("selconv_jax.train._sweeps.one_run.new_run", failing)
     end = run_sweep(runs, console)
     assert end.code == 1
     assert end.failures == {
@@ -288,8 +276,8 @@ def test_numbers_of_jobs(tiny, tmp_path, monkeypatch):
 def test_run_of_another_configuration_is_refused_by_name(tiny, tmp_path):
     (run,) = plan_sweep([tiny], tmp_path / "sweep", seeds=[0])
     run.workdir.mkdir(parents=True)
-    other = dataclasses.replace(run.config, epochs=9, batch_size=250)
+    other = dataclasses.replace(run.config, epochs=9, batch_size=25)
     (run.workdir / "config.toml").write_text(dump_config(other))
     with pytest.raises(ConfigError, match=r"tiny/seed0 holds a run of another configuration: ") as caught:
         check_sweep([run])
-    assert "epochs is 9 there and 1 here; batch_size is 250 there and 500 here. Choose" in str(caught.value)
+    assert "epochs is 9 there and 1 here; batch_size is 25 there and 50 here. Choose" in str(caught.value)

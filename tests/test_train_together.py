@@ -1,14 +1,13 @@
 """Seeds that are made in one program: each as its run alone; stopped, gone on with, failed, refused."""
 
 import dataclasses
-import threading
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import StopAfter, assert_same_end, final_arrays, quiet_console, tiny_config
+from runs import StopAfter, assert_same_end, compiled_once, final_arrays, quiet_console, tiny_config
 
 from selconv_jax import ConfigError
 from selconv_jax._cli.main import main
@@ -19,13 +18,20 @@ from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._loop import train_run
 from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._network import bucket_program
-from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, Request, common_program
+from selconv_jax.train._seeds.requests import Request, answered
+from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, common_program
 from selconv_jax.train._sweeps import together as sweep_together
 from selconv_jax.train._sweeps.configurations import check_sweep, plan_sweep
 from selconv_jax.train._sweeps.runs import run_sweep
 from selconv_jax.train._trainer import Trainer
 
 SEEDS = [0, 1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs():
+    with compiled_once():
+        yield
 
 
 def config_of(**changes):
@@ -54,37 +60,35 @@ def unbroken(file, tmp_path_factory):
 
 
 class Everything:
-    """Serves the runs of several seeds from one thread, step by step."""
+    """The runs of several seeds, step by step."""
 
     def __init__(self, config, data, members, placement=None):
         self.base = Trainer(config, data, placement)
         self.joint = JointTrainer(self.base, members)
         self.trainers = [
-            MemberTrainer(self.base, dataclasses.replace(config, seed=seed), self.kept, threading.Lock())
-            for seed in range(members)
+            MemberTrainer(self.base, dataclasses.replace(config, seed=seed)) for seed in range(members)
         ]
         self.states = [trainer.initial_state() for trainer in self.trainers]
 
-    def kept(self, request):
-        self.request = request
-
-    def steps(self, epoch, count):
+    def answers(self, epoch=0, **details):
         requests = []
         for trainer, state in zip(self.trainers, self.states, strict=True):
-            trainer.run_steps(state, trainer.batches(state, epoch), trainer.program(state, epoch), count)
-            requests.append(self.request)
-        answers = self.joint.answer(requests, lambda: False)
+            batches = trainer.batches(state, epoch) if "count" in details else None
+            program = trainer.program(state, epoch)
+            requests.append(Request((0,), trainer, state, program, batches, **details))
+        return self.joint.answer(requests, lambda: False)
+
+    def steps(self, epoch, count):
+        answers = self.answers(epoch, count=count)
         self.states = [state for state, _ in answers]
         return [float(numbers[0]) for _, numbers in answers]
+
+    def evaluate(self):
+        return self.answers(split="test")
 
     def round(self):
         pairs = zip(self.trainers, self.states, strict=True)
         self.states = [trainer.reallocate(state)[0] for trainer, state in pairs]
-
-    def evaluate(self):
-        for trainer, state in zip(self.trainers, self.states, strict=True):
-            trainer.evaluate(state)
-            yield self.request
 
 
 @pytest.mark.parametrize(
@@ -96,9 +100,8 @@ def test_losses_are_those_of_runs_alone(network):
     options = {"blocks": [1], "growth": 4, **network}
     config = config_of(
         epochs=20,
-        batch_size=40,
         model={"options": options},
-        data={"mixup": 0.5, "streaming": True} if network else {},
+        data={"train_split": "train", **({"mixup": 0.5, "streaming": True} if network else {})},
         allocation={"every_steps": 15},
     )
     data = open_data(*config.data.source)
@@ -109,7 +112,7 @@ def test_losses_are_those_of_runs_alone(network):
     copies = [int(sum((leaf >= 0).sum() for leaf in sources(state))) for state in every.states]
     assert min(copies) > 0
     together += [every.steps(0, 1) for _ in range(15)]
-    evaluated = every.joint.answer(list(every.evaluate()), lambda: False)
+    evaluated = every.evaluate()
     for seed in range(members):
         alone = Trainer(dataclasses.replace(config, seed=seed), data)
         alone._compiled = every.base._compiled  # compiled once
@@ -125,7 +128,7 @@ def test_losses_are_those_of_runs_alone(network):
         assert int(every.states[seed].step) == int(state.step) == 30
         totals = alone.evaluate(state)
         np.testing.assert_allclose(evaluated[seed].loss, totals.loss, rtol=1e-4)
-        assert int(evaluated[seed].count) == int(totals.count) == 1000
+        assert int(evaluated[seed].count) == int(totals.count) == 100
 
 
 def sources(state):
@@ -134,13 +137,13 @@ def sources(state):
 
 
 def test_seeds_are_split_over_devices():
-    config = config_of(batch_size=40)
+    config = config_of()
     data = open_data(*config.data.source)
     one, two = (Everything(config, data, 2, Placement.over(devices, config.batch_size)) for devices in (1, 2))
     for _ in range(2):
         np.testing.assert_allclose(one.steps(0, 1), two.steps(0, 1), rtol=1e-5)
     assert two.joint._mesh.size == 2
-    evaluated = [every.joint.answer(list(every.evaluate()), lambda: False) for every in (one, two)]
+    evaluated = [every.evaluate() for every in (one, two)]
     np.testing.assert_allclose(*[[totals.loss for totals in each] for each in evaluated], rtol=1e-5)
     kernel = two.joint._last[1].params["classifier"]["linear"]["kernel"]
     assert {shard.data.shape[0] for shard in kernel.addressable_shards} == {1}
@@ -200,10 +203,17 @@ def test_begun_alone_and_gone_on_with_together(file, unbroken, tmp_path, monkeyp
         patch.setattr(loop, "stop_request", lambda: StopAfter(3))
         assert train_run(runs[1].config, runs[1].workdir, quiet_console()[0]) > 128
     assert final_arrays(runs[1].workdir)[0] == 3
-    runs, end, text = sweep(file, tmp_path)
+    asked, answer = [], sweep_together._Together._answer
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            sweep_together._Together,
+            "_answer",
+            lambda self, requests, stop: asked.append(len(requests)) or answer(self, requests, stop),
+        )
+        runs, end, _ = sweep(file, tmp_path)
     assert end.code == 0
     # The one that is behind is brought up alone.
-    assert text.index("compiling the training step of one seed") < text.index("training step of 2 seeds")
+    assert asked == [1, 1, 1, *[2] * (len(asked) - 3)]
     for run, other in zip(runs, unbroken[0], strict=True):
         assert_same_losses(run, other)
 
@@ -287,9 +297,61 @@ def test_refused_before_anything_starts(file, tmp_path, capsys, monkeypatch):
         jax.config.update("jax_default_prng_impl", before)
 
 
+def meet(plans, answer):
+    """Runs that make requests of these orders; what each got, in the end a word, and what was answered."""
+    got, together = {name: [] for name in plans}, []
+
+    def run(name):
+        try:
+            for order in plans[name]:
+                got[name].append((yield Request((order,), None, None, None)))
+        except ValueError as error:
+            return str(error)
+        finally:
+            got[name].append("ended")
+        return "all"
+
+    def serve(requests):
+        together.append([request.order[0] for request in requests])
+        return answer(requests)
+
+    try:
+        ends = answered([run(name) for name in plans], serve)
+    except KeyboardInterrupt:
+        ends = None
+    return got, together, ends
+
+
+def test_who_is_behind_is_answered_first_and_then_all_at_once():
+    got, together, ends = meet({"a": [2, 3], "b": [1, 2, 3, 4]}, lambda all: [-each.order[0] for each in all])
+    assert together == [[1], [2, 2], [3, 3], [4]]
+    assert got == {"a": [-2, -3, "ended"], "b": [-1, -2, -3, -4, "ended"]}
+    assert ends == ["all", "all"]
+
+
+def test_what_goes_wrong_is_told_to_those_who_asked():
+    def fail(requests):
+        if len(requests) > 1:
+            raise ValueError("no memory")
+        return ["done"]
+
+    got, _, ends = meet({"a": [1, 2], "b": [1, 2], "c": [7]}, fail)
+    assert got == {"a": ["ended"], "b": ["ended"], "c": ["done", "ended"]}
+    assert ends == ["no memory", "no memory", "all"]
+
+
+def test_nobody_waits_when_the_user_insists():
+    def insist(requests):
+        raise KeyboardInterrupt
+
+    got, together, ends = meet({"a": [1], "b": [1], "c": [2]}, insist)
+    assert got == {"a": ["ended"], "b": ["ended"], "c": ["ended"]}
+    assert (together, ends) == ([[1, 1]], None)
+
+
 def test_one_program_holds_the_copies_of_all():
     config = config_of()
     model = Trainer(config, open_data(*config.data.source)).model
     programs = [bucket_program(model, needed) for needed in (0.0, 0.4, 0.2)]
-    chosen = common_program([Request((0,), None, program) for program in programs])
+    chosen = common_program([Request((0,), None, None, program) for program in programs])
     assert chosen.model.capacity == 0.5

@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 from runs import (
+    ALL_IMAGES,
     StopAfter,
     assert_same_end,
     compiled_once,
@@ -24,11 +25,11 @@ from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._run_setup import find_checkpoint
 from selconv_jax.train._sweeps.configurations import check_sweep, plan_sweep
 
-SPLITS = {"train_split": "train[:1200]", "validation_split": "train[1200:]", "test_split": "test[:700]"}
+SPLITS = {"train_split": "train[:120]", "validation_split": "train[120:200]", "test_split": "test[:70]"}
 
 
 def config(**changes):
-    """Two steps an epoch of 500 images; keeps one checkpoint beside the best."""
+    """Two steps an epoch of 50 images; keeps one checkpoint beside the best."""
     return tiny_config(keep_checkpoints=1, **changes)
 
 
@@ -42,7 +43,7 @@ def shared_programs():
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     console, text = quiet_console()
-    assert train_run(config(data={"validation": 900}), workdir, console) == 0
+    assert train_run(config(data={"validation": 90}), workdir, console) == 0
     return workdir, text.getvalue(), read_metrics(workdir / "metrics.jsonl")
 
 
@@ -50,7 +51,7 @@ def test_record_tells_validation_and_test_apart(finished):
     _, text, records = finished
     assert [record["epoch"] for record in records] == [1, 2, 3, 4]
     for record in records:
-        for key, count in (("validation", 900), ("test", 1000)):
+        for key, count in (("validation", 90), ("test", 100)):
             correct = record[f"{key}_accuracy"] * count
             assert correct == pytest.approx(round(correct))
             assert record[f"{key}_top5"] >= record[f"{key}_accuracy"]
@@ -99,7 +100,7 @@ def test_evaluation_says_what_best_means(finished, capsys):
     assert ["validation_loss", f"{best['validation_loss']:.4f}"] in lines
     assert ["test_accuracy", f"{best['test_accuracy']:.2%}"] in lines
     compacted = compact_run(workdir, evaluate=True).metrics
-    assert compacted["validation_accuracy"] == pytest.approx(records[-1]["validation_accuracy"], abs=2 / 900)
+    assert compacted["validation_accuracy"] == pytest.approx(records[-1]["validation_accuracy"], abs=1 / 90)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one(finished, tmp_path, monk
     console, _ = quiet_console()
     with monkeypatch.context() as patch:
         patch.setattr(loop, "stop_request", lambda: StopAfter(questions))
-        assert train_run(config(data={"validation": 900}), tmp_path / "b", console) == 128 + signal.SIGTERM
+        assert train_run(config(data={"validation": 90}), tmp_path / "b", console) == 128 + signal.SIGTERM
     assert resume_run(tmp_path / "b", console) == 0
     assert_same_end(tmp_path / "b", finished[0])
     kept = [
@@ -130,25 +131,25 @@ def test_held_out_images_are_the_same_for_every_seed_and_never_trained_on():
         rows = {image.tobytes() for image in data.validation.images}
         assert not any(image.tobytes() in rows for image in data.train.images)
     np.testing.assert_array_equal(held[0], held[1])
-    assert steps == [3, 3]  # of 1,500 images
+    assert steps == [3, 3]  # of 150 images
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_named_splits_resident_and_streamed(streaming):
-    trainer, data = run_setup.prepare(config(eval_batch_size=300, data={**SPLITS, "streaming": streaming}))
+    trainer, data = run_setup.prepare(config(eval_batch_size=30, data={**SPLITS, "streaming": streaming}))
     assert trainer.steps_per_epoch == 2
     state = trainer.initial_state()
     totals = {key: trainer.evaluate(state, split=key) for key in ("validation", "test")}
-    assert {key: int(total.count) for key, total in totals.items()} == {"validation": 800, "test": 700}
+    assert {key: int(total.count) for key, total in totals.items()} == {"validation": 80, "test": 70}
     # Resident and streamed alike: what an evaluation counts is in the split.
-    assert int(totals["test"].correct) <= 700
-    assert len(data.validation) == 800
+    assert int(totals["test"].correct) <= 70
+    assert len(data.validation) == 80
 
 
 def test_evaluation_is_the_same_resident_and_streamed():
     results = []
     for streaming in (False, True):
-        trainer, _ = run_setup.prepare(config(eval_batch_size=300, data={**SPLITS, "streaming": streaming}))
+        trainer, _ = run_setup.prepare(config(eval_batch_size=30, data={**SPLITS, "streaming": streaming}))
         state = trainer.initial_state()
         totals = [trainer.evaluate(state, split=key) for key in ("validation", "test")]
         results.append([(float(total.loss), int(total.correct)) for total in totals])
@@ -186,8 +187,9 @@ def test_configurations_that_are_refused(data, message):
 )
 def test_nothing_is_created_for_what_is_refused(tmp_path, data, message):
     message = message.replace("[", "\\[")
+    data = {**ALL_IMAGES, **data}
     with pytest.raises(SelconvError, match=message) as caught:
-        train_run(config(data=data), tmp_path / "run", quiet_console()[0])
+        train_run(config(batch_size=500, data=data), tmp_path / "run", quiet_console()[0])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
     file = tmp_path / "c.toml"

@@ -32,7 +32,7 @@ def variables(model):
 
 
 def test_finds_every_layer_and_says_what_it_did(variables):
-    states = selconv_jax.layer_states(variables)
+    states = jax.device_get(selconv_jax.layer_states(variables))
     assert sorted(states) == [
         "block1_layer1/conv1",
         "block1_layer1/conv2",
@@ -44,7 +44,7 @@ def test_finds_every_layer_and_says_what_it_did(variables):
         "transition2",
     ]
     new, report = selconv_jax.reallocate(variables, jax.random.key(0), AllocationRule(threshold=0.3))
-    after = selconv_jax.layer_states(new)
+    after, report = jax.device_get((selconv_jax.layer_states(new), report))
     for name, layer in report.layers.items():
         before = states[name]
         np.testing.assert_array_equal(
@@ -148,7 +148,7 @@ def test_threshold_as_an_array(variables):
         ].deallocated
 
     assert jax.jit(closed)(jnp.asarray(0.3)) == report.deallocated > 0
-    assert jax.vmap(closed)(jnp.array([0.3, 1.0])).tolist() == [report.deallocated, 0]
+    assert jax.jit(jax.vmap(closed))(jnp.array([0.3, 1.0])).tolist() == [report.deallocated, 0]
 
 
 def test_a_report_is_compared_counted_and_stored(variables):
@@ -189,7 +189,7 @@ def test_input_channels_may_be_sharded_on_a_mesh_of_explicit_axes(variables):
 
 def test_replicas_are_refused_and_stay_alike_where_they_are_traced(variables):
     allocation = AllocationRule(threshold=0.3)
-    replicas = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), variables)
+    replicas = jax.tree.map(lambda leaf: jnp.asarray(np.stack([leaf, leaf])), variables)
     # As where each device has seen a batch of its own.
     moved = jax.tree.map(lambda leaf: leaf.at[1].add(0.5), replicas["batch_stats"])
     for given in (replicas, {**replicas, "batch_stats": moved}):
@@ -199,7 +199,8 @@ def test_replicas_are_refused_and_stay_alike_where_they_are_traced(variables):
     assert report.reallocated > 0
     for leaf in jax.tree.leaves((new, report)):
         np.testing.assert_array_equal(leaf[0], leaf[1])
-    mapped, _ = jax.vmap(lambda v: selconv_jax.reallocate(v, jax.random.key(0), allocation))(replicas)
+    run = jax.vmap(lambda v: selconv_jax.reallocate(v, jax.random.key(0), allocation))
+    mapped, _ = jax.jit(run)(replicas)
     for leaf in jax.tree.leaves(mapped):
         np.testing.assert_array_equal(leaf[0], leaf[1])
 

@@ -15,6 +15,13 @@ _COMPACT = {
     "--output FILE": "the file (default: DIR/compact.npz)",
 }
 
+_EXPORT = {
+    "--compact": "without closed and unused channels",
+    "--normalize": "take uint8 images and normalize them",
+    "--output FILE": "the file (default: DIR/network.FORMAT or DIR/compact.FORMAT)",
+    "--overwrite": "replace an existing file",
+}
+
 _SWEEP = {
     "--seeds SEEDS=0,1,2": "seeds of the runs (default: 0,1,2)",
     "--workdir DIR=runs/sweep": "directory of the runs (default: runs/sweep)",
@@ -214,15 +221,8 @@ def _add_export(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     _add_run(export)
     _add_checkpoint(export)
-    export.add_argument(
-        "--format", required=True, metavar="FORMAT", help="stablehlo, onnx or safetensors (the variables)"
-    )
-    export.add_argument("--compact", action="store_true", help="without closed and unused channels")
-    export.add_argument("--normalize", action="store_true", help="take uint8 images and normalize them")
-    export.add_argument(
-        "--output", metavar="FILE", help="the file (default: DIR/network.FORMAT or DIR/compact.FORMAT)"
-    )
-    export.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    _add_options(export, {"--format FORMAT": "stablehlo, onnx or safetensors (the variables)"}, required=True)
+    _add_options(export, _EXPORT)
 
 
 def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:

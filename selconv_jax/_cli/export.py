@@ -36,8 +36,6 @@ from selconv_jax.export._files import PACKAGES, check_packages
 from selconv_jax.train._run_setup import best_meaning, find_checkpoint, refuse_skipped, restore_run
 from selconv_jax.transforms import required_capacity
 
-__all__ = ["run"]
-
 _IMAGES = 16
 _ROUNDS = 5
 

@@ -9,8 +9,6 @@ import numpy as np
 
 from selconv_jax.errors import ConfigError
 
-__all__ = ["check_number", "check_whole", "is_whole"]
-
 
 def is_whole(value: Any) -> bool:
     """Check whether a value is an integer of Python, NumPy or JAX; booleans and 2.0 are not.

@@ -12,16 +12,6 @@ from rich.console import Console, Group
 from rich.measure import Measurement
 from rich.table import Table
 
-__all__ = [
-    "ForgivingStream",
-    "Progress",
-    "console_progress",
-    "discard",
-    "print_line",
-    "progress_console",
-    "terminal_or_lines",
-]
-
 _LINE = 200  # characters, where no terminal reports its width
 _WIDEST = 1000
 

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from selconv_jax.errors import CheckpointError
 
-__all__ = ["check_target", "read_npz", "write_atomically", "write_json"]
-
 
 def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
     """Write text (as UTF-8), bytes, or what a function writes to the open file, by renaming a temporary file.

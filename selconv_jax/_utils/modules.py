@@ -3,8 +3,6 @@
 import sys
 from typing import Any
 
-__all__ = ["as_variables", "is_nnx_module"]
-
 
 def is_nnx_module(model: Any) -> bool:
     """Check whether something is a module of Flax NNX, without loading NNX for those who do not use it."""

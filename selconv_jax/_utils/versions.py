@@ -4,8 +4,6 @@ import importlib.metadata
 
 import selconv_jax
 
-__all__ = ["version_of"]
-
 
 def version_of(package: str) -> str:
     """Return the version of a package, by its name for ``pip install``, or ``"not installed"``.

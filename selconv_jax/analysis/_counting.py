@@ -10,8 +10,6 @@ from jax.extend.core import Jaxpr
 
 from selconv_jax.compaction._trace import inner_programs
 
-__all__ = ["count_multiply_adds", "count_parameters"]
-
 
 def count_parameters(params: Any) -> int:
     """Count trainable parameters.

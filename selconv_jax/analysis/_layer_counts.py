@@ -19,8 +19,6 @@ from selconv_jax.nn._computation import check_copies
 from selconv_jax.nn._interception import relative_path
 from selconv_jax.nn._layers import SelectiveConv
 
-__all__ = ["Count", "LayerCounts", "count_layers", "total_counts"]
-
 Variables = Mapping[str, Any]
 
 # Prefix of the scopes that tell, in the traced program, which module an operation belongs to.

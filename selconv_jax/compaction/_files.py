@@ -22,8 +22,6 @@ from selconv_jax.compaction._static_conv import LayerLayout
 from selconv_jax.errors import CheckpointError
 from selconv_jax.models import MODELS
 
-__all__ = ["load_compact", "save_compact"]
-
 _FORMAT = 2
 _DTYPES = ("dtype", "param_dtype")  # attributes that are types
 _UNSEEN = ("name", "parent", "capacity")  # attributes that do not change what a network computes

@@ -20,8 +20,6 @@ from selconv_jax.compaction._trace import (
     step_signature,
 )
 
-__all__ = ["Flow", "channel_flow"]
-
 Ids = NDArray[np.int64]
 
 # Abstract value of an array: the id of the channel at each position of its last axis; `_UNIFORM` if all

@@ -15,8 +15,6 @@ from selconv_jax.compaction._places import KernelPlace, Place, RowsPlace
 from selconv_jax.compaction._static_conv import LayerLayout
 from selconv_jax.compaction._trace import LAYER_VARIABLES, Field, Trace
 
-__all__ = ["HostAllocation", "Kept", "host_allocations", "needed_channels", "reduction"]
-
 Mask = NDArray[np.bool_]
 
 

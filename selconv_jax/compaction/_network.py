@@ -17,8 +17,6 @@ from selconv_jax.models._parts import Stem
 from selconv_jax.nn._interception import intercept_calls, relative_path
 from selconv_jax.nn._layers import BatchNormReLUConv, SelectiveConv
 
-__all__ = ["Compact", "NetworkCall", "is_layer", "is_producer", "network_call", "path_parts"]
-
 
 class Compact(nn.Module):
     """Network that runs with fewer channels; `selconv_jax.compact` creates it with its variables.

@@ -12,16 +12,6 @@ from numpy.typing import NDArray
 
 from selconv_jax._xla.materialize import materialize
 
-__all__ = [
-    "KernelPlace",
-    "Place",
-    "RowsPlace",
-    "index_mask",
-    "spread_channels",
-    "take_channels",
-    "take_repeated",
-]
-
 Index = tuple[int, ...]
 
 

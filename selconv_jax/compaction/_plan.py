@@ -20,8 +20,6 @@ from selconv_jax.compaction._trace import Trace, coarsest_step, trace_network
 from selconv_jax.compaction._verification import joins_the_same, random_case, same_numbers
 from selconv_jax.errors import ConfigError
 
-__all__ = ["CompactionPlan", "FrozenModel", "compact", "plan_compaction"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompactionPlan:

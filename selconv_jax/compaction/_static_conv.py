@@ -18,8 +18,6 @@ from selconv_jax.functional._shift import channel_shift, select, select_with_sta
 from selconv_jax.nn._computation import Selected, window_of
 from selconv_jax.nn._layers import BatchNormReLUConv
 
-__all__ = ["LayerLayout", "StaticConv", "call_static", "output_shape"]
-
 Array = jax.Array
 
 

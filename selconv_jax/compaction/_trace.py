@@ -22,21 +22,6 @@ from selconv_jax.nn._computation import window_of
 from selconv_jax.nn._interception import intercept_calls, relative_path
 from selconv_jax.nn._layers import BatchNormReLUConv
 
-__all__ = [
-    "LAYER",
-    "LAYER_VARIABLES",
-    "PRODUCER",
-    "STACKED",
-    "Field",
-    "Trace",
-    "coarsest_step",
-    "constant_signature",
-    "inner_programs",
-    "step_signature",
-    "trace_network",
-    "without_dropout",
-]
-
 Field = tuple[str, ...]  # key of a variable: collection, path of the module, name
 
 # The variables of a layer or another convolution: collection and name.

@@ -15,8 +15,6 @@ from selconv_jax.compaction._network import Compact, NetworkCall, path_parts
 from selconv_jax.compaction._trace import Trace, without_dropout
 from selconv_jax.nn._interception import intercept_calls
 
-__all__ = ["joins_the_same", "random_case", "same_numbers"]
-
 
 def joins_the_same(small: Sequence[Trace], whole: Sequence[Trace], flow: Flow, kept: Kept) -> bool:
     """Check that each array of the smaller network holds exactly the kept channels of the whole one's.

@@ -17,8 +17,6 @@ from selconv_jax.errors import ConfigError
 from selconv_jax.nn._interception import intercept_calls, relative_path
 from selconv_jax.nn._layers import SelectiveConv
 
-__all__ = ["Conversion", "Selectivized", "selectivize_model"]
-
 
 class Conversion(NamedTuple):
     """A selective network, and what it was made of.

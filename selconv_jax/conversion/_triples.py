@@ -17,8 +17,6 @@ from selconv_jax.compaction._network import NetworkCall
 from selconv_jax.compaction._trace import inner_programs
 from selconv_jax.nn._interception import intercept_calls, relative_path
 
-__all__ = ["Triple", "find_triples"]
-
 # A batch norm, dropout or convolution as one opaque operation; its parameter is the module's path.
 _NORM, _DROPOUT, _CONV = (Primitive(f"selconv_{name}") for name in ("norm", "dropout", "conv"))
 _STACKED = Primitive("selconv_stacked_module")  # one of them under ``nn.vmap``

@@ -12,8 +12,6 @@ from selconv_jax.data._splits import SplitChoice, held_out_count, resolve_splits
 from selconv_jax.data._stream import StreamedData
 from selconv_jax.errors import DataError
 
-__all__ = ["abstract_data"]
-
 _DEFAULT = SplitChoice()
 
 

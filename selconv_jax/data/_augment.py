@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-__all__ = ["augment", "crop_and_flip", "draw_mixup", "mix", "normalize"]
-
 
 def augment(key: jax.Array, images: jax.Array, *, crop_padding: int, flip: bool) -> jax.Array:
     """Randomly crop every padded image uint8 ``[B, H, W, C]``, and mirror each with probability 1/2.

@@ -16,19 +16,6 @@ from typing import Literal
 
 from selconv_jax.data._dataset import DatasetInfo
 
-__all__ = [
-    "KNOWN",
-    "SAMPLE",
-    "Download",
-    "KnownSet",
-    "Status",
-    "find_known",
-    "prepare_command",
-    "prepared_directories",
-    "resolve_data_dir",
-    "status",
-]
-
 SAMPLE = "fashion_mnist_sample"
 
 

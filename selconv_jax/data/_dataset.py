@@ -7,8 +7,6 @@ from numpy.typing import NDArray
 
 from selconv_jax.errors import DataError
 
-__all__ = ["DatasetInfo", "ImageData", "Split", "check_labels"]
-
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:

@@ -15,8 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["PixelError", "as_color_jpeg", "decode_image", "encode_png", "to_8_bits"]
-
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOR_TYPES = {1: 0, 3: 2}  # channels to the format's code
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels to Pillow's mode

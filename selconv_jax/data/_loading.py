@@ -16,8 +16,6 @@ from selconv_jax.data._splits import Slice, SplitChoice, hold_out, resolve_split
 from selconv_jax.data._stream import ImageSource, SourcePart, StreamedData
 from selconv_jax.errors import DataError
 
-__all__ = ["MOST_RESIDENT_BYTES", "load", "open_data"]
-
 MOST_RESIDENT_BYTES = 2 * 2**30
 """Largest data set that is kept on the devices by default, in bytes."""
 

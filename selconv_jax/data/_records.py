@@ -17,8 +17,6 @@ from selconv_jax.data._dataset import Split
 from selconv_jax.data._image_formats import PixelError, decode_image
 from selconv_jax.errors import DataError, nearest
 
-__all__ = ["PreparedImages", "open_prepared", "quiet_tfds", "read_split"]
-
 T = TypeVar("T")
 
 _NAME = re.compile(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")

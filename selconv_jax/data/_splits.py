@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from selconv_jax.errors import DataError, nearest
 
-__all__ = ["Slice", "SplitChoice", "held_out_count", "hold_out", "resolve_splits", "slices_of"]
-
 _SLICE = re.compile(r"(?P<split>[\w-]+)(\[(?P<start>[^:\]]*):(?P<stop>[^:\]]*)\])?")
 _BOUNDARY = re.compile(r"-?\d+(\.\d+(?=%))?%?")
 

@@ -21,8 +21,6 @@ from selconv_jax.data._dataset import DatasetInfo
 from selconv_jax.data._resize import random_resized_crop, resized_center_crop
 from selconv_jax.errors import DataError
 
-__all__ = ["NO_IMAGE", "ImageReader", "ImageSource", "SourcePart", "StreamedData", "stream_batches"]
-
 NO_IMAGE = -1
 """Index and label of the padding in the last batch."""
 

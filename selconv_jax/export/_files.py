@@ -11,8 +11,6 @@ from jax import export
 from selconv_jax._utils.files import write_atomically
 from selconv_jax.errors import CheckpointError, ConfigError
 
-__all__ = ["PACKAGES", "check_packages", "import_package", "read", "symbolic_batch", "write"]
-
 T = TypeVar("T")
 
 # Modules that each format needs, and the extra that installs them.

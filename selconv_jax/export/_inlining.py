@@ -7,8 +7,6 @@ import jax
 from jax import lax
 from jax.extend.core import Jaxpr, Literal
 
-__all__ = ["inlined"]
-
 _CALLS = ("jit", "pjit", "closed_call", "checkpoint", "custom_jvp_call", "custom_vjp_call")
 _IDENTITIES = ("optimization_barrier", "stop_gradient")
 

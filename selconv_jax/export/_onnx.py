@@ -16,8 +16,6 @@ from selconv_jax.errors import ConfigError
 from selconv_jax.export._files import import_package, read, symbolic_batch, write
 from selconv_jax.export._inlining import inlined
 
-__all__ = ["load_onnx", "save_onnx"]
-
 _ERRORS_ONLY = 3  # of onnxruntime's levels of severity
 
 

@@ -14,8 +14,6 @@ from selconv_jax._utils.files import check_target
 from selconv_jax._utils.modules import as_variables
 from selconv_jax.export._files import import_package, read, write
 
-__all__ = ["load_safetensors", "save_safetensors"]
-
 
 def save_safetensors(
     path: str | os.PathLike[str],

@@ -13,8 +13,6 @@ from selconv_jax._xla.platforms import tracing_for
 from selconv_jax.errors import ConfigError
 from selconv_jax.export._files import import_package, read, symbolic_batch, write
 
-__all__ = ["load_stablehlo", "save_stablehlo"]
-
 # Platforms of `jax.export`, and the names of `tracing_for`.
 _PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
 

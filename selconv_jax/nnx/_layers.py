@@ -14,8 +14,6 @@ from selconv_jax.errors import ConfigError
 from selconv_jax.nn import _computation as computation
 from selconv_jax.nn._computation import Initializer, Selected, fan_out_normal, window_of
 
-__all__ = ["BatchNormReLUConv", "SelectiveConv", "Selectivity"]
-
 Array = jax.Array
 
 

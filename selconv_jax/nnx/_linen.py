@@ -14,8 +14,6 @@ from selconv_jax import nn as linen
 from selconv_jax.nnx._layers import BatchNormReLUConv, SelectiveConv
 from selconv_jax.nnx._variables import collection_of, linen_variables
 
-__all__ = ["to_linen"]
-
 _Path = tuple[Any, ...]
 
 _REST = "nnx"  # collection of the variables that no other collection takes, such as random number generators

@@ -10,8 +10,6 @@ from selconv_jax.nnx._layers import Selectivity
 from selconv_jax.nnx._linen import to_linen
 from selconv_jax.nnx._variables import linen_variables, update_module
 
-__all__ = ["LinenModule", "compact", "selectivize_module"]
-
 _TYPES = {"params": nnx.Param, "batch_stats": nnx.BatchStat, "selectivity": Selectivity}
 
 

@@ -12,8 +12,6 @@ from selconv_jax.transforms._capacity import fitted_capacities
 from selconv_jax.transforms._reallocation import AllocationRule
 from selconv_jax.transforms._report import Report
 
-__all__ = ["fit_capacity", "reallocate", "reset_rewritten", "selectivize"]
-
 
 def reallocate(module: nnx.Module, key: jax.Array, allocation: AllocationRule | None = None) -> Report:
     """Re-allocate the channels of every selective layer of a module, in place.

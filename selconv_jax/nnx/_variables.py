@@ -8,8 +8,6 @@ from flax import nnx, traverse_util
 
 from selconv_jax.nnx._layers import Selectivity
 
-__all__ = ["collection_of", "linen_variables", "update_module"]
-
 
 def linen_variables(module: nnx.Module) -> dict[str, Any]:
     """Collect the variables of an NNX module as a Linen model with the same attributes would hold them.

@@ -17,8 +17,6 @@ from selconv_jax.report._layer_allocation import LayerAllocation
 from selconv_jax.report._source_cards import CARD_HEIGHT, COLUMNS, FRAME_HEIGHT, draw_cards
 from selconv_jax.report._style import CLOSED, COPY, INK, MUTED, OUTLINED, OWN, heading, new_figure, styled
 
-__all__ = ["channel_map"]
-
 _STRIP = 9.0  # inches for the cells, without the row labels
 _CARDS = 11  # channels shown with their copies; with the explaining card, three rows
 

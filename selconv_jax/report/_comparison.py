@@ -21,15 +21,6 @@ from selconv_jax.report._statistics import (
     spread,
 )
 
-__all__ = [
-    "MARK",
-    "ConfigurationResults",
-    "comparison_table",
-    "difference_table",
-    "number_differences",
-    "run_numbers",
-]
-
 MARK = "*"  # of a difference whose interval excludes 0
 
 # key of `run_numbers`, heading, factor, format

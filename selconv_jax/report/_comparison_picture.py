@@ -14,8 +14,6 @@ from selconv_jax.report._comparison import MARK, ConfigurationResults, number_di
 from selconv_jax.report._statistics import series, spread
 from selconv_jax.report._style import BESIDE, INK, draw_over_epochs, heading, new_figure, styled
 
-__all__ = ["comparison_picture"]
-
 # Okabe and Ito without yellow, which is invisible on white; further ones differ in line style.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
 _STYLES: tuple[str, ...] = ("-", "--", ":", "-.")

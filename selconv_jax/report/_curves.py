@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from selconv_jax.report._statistics import best_index, last_change, require_records, series
 from selconv_jax.report._style import CLOSED, COPY, INK, OWN, draw_over_epochs, heading, new_figure, styled
 
-__all__ = ["learning_curves"]
-
 _SPLITS = (("train", "#0072B2"), ("validation", "#CC79A7"), ("test", "#D55E00"))
 
 

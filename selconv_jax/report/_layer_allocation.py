@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 
 from selconv_jax.errors import SelconvError
 
-__all__ = ["LayerAllocation"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerAllocation:

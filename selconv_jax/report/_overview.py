@@ -11,8 +11,6 @@ from selconv_jax.errors import SelconvError
 from selconv_jax.report._layer_allocation import LayerAllocation
 from selconv_jax.report._style import BESIDE, CLOSED, COPY, OWN, new_figure, styled
 
-__all__ = ["allocation_overview"]
-
 # label, attribute of the layer, colour
 _STATES = (("own channel", "own", OWN), ("copy", "copy", COPY), ("closed", "closed", CLOSED))
 _HEADER = 0.7  # inches

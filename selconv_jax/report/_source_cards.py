@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from selconv_jax.report._layer_allocation import LayerAllocation
 from selconv_jax.report._style import COPY, INK, MUTED, OUTLINED, OWN
 
-__all__ = ["CARD_HEIGHT", "COLUMNS", "FRAME_HEIGHT", "draw_cards"]
-
 COLUMNS = 4
 CARD_HEIGHT = 2.85  # inches
 FRAME_HEIGHT = 0.9  # inches: the legend above the cards and the line below them

@@ -17,18 +17,6 @@ from scipy.special import stdtrit
 
 from selconv_jax.errors import SelconvError
 
-__all__ = [
-    "CONFIDENCE",
-    "PairedDifference",
-    "Spread",
-    "best_index",
-    "last_change",
-    "paired_difference",
-    "require_records",
-    "series",
-    "spread",
-]
-
 CONFIDENCE = 0.95
 
 

@@ -19,21 +19,6 @@ from numpy.typing import NDArray
 from selconv_jax._utils.files import write_atomically
 from selconv_jax.errors import ConfigError
 
-__all__ = [
-    "BESIDE",
-    "CLOSED",
-    "COPY",
-    "INK",
-    "MUTED",
-    "OUTLINED",
-    "OWN",
-    "draw_over_epochs",
-    "heading",
-    "new_figure",
-    "save_figure",
-    "styled",
-]
-
 # From the palette of Okabe and Ito, which remains distinguishable with common colour blindness. The
 # three states also differ in lightness, so that a greyscale print is readable.
 OWN = "#56B4E9"

@@ -13,8 +13,6 @@ from selconv_jax.analysis._layer_counts import LayerCounts, total_counts
 from selconv_jax.report._layer_allocation import LayerAllocation
 from selconv_jax.report._statistics import best_index, require_records, series
 
-__all__ = ["count_table", "layer_table", "run_table"]
-
 _LAST = 5  # epochs shown at the end
 # key in the records, heading, format of a value
 _COLUMNS = (

@@ -37,22 +37,4 @@ __all__ = [
     "train_run",
 ]
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "AllocationConfig": "_config",
-        "Config": "_config",
-        "DataConfig": "_config",
-        "ModelConfig": "_config",
-        "NonFiniteLossError": "_loop",
-        "OptimizerConfig": "_config",
-        "TrainState": "_state",
-        "Trainer": "_trainer",
-        "evaluate_run": "_evaluation",
-        "load_config": "_config",
-        "read_metrics": "_metrics",
-        "restore_run": "_run_setup",
-        "resume_run": "_loop",
-        "train_run": "_loop",
-    },
-)
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -133,13 +133,8 @@ class AllocationConfig:
     @property
     def allocation(self) -> AllocationRule:
         """The rule by which a round decides."""
-        return AllocationRule(
-            threshold=self.threshold,
-            top_k=self.top_k,
-            max_copies=self.max_copies,
-            shift_range=self.shift_range,
-            random_sources=self.random_sources,
-        )
+        names = [field.name for field in dataclasses.fields(AllocationRule)]
+        return AllocationRule(**{name: getattr(self, name) for name in names})
 
     @property
     def schedule(self) -> ReallocationSchedule:

@@ -13,6 +13,7 @@ from selconv_jax.compaction import Compact, CompactionPlan, save_compact
 from selconv_jax.data._dataset import DatasetInfo
 from selconv_jax.train._network import Program
 from selconv_jax.train._run_setup import restore_run
+from selconv_jax.train._seeds.requests import Request, Requests, answered_alone
 from selconv_jax.train._state import TrainState
 from selconv_jax.train._trainer import Trainer
 from selconv_jax.transforms._layer_tree import layer_states
@@ -24,8 +25,8 @@ def evaluation_metrics(
     program: Program,
     info: DatasetInfo,
     should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
-    """Evaluate a state on all validation images, if there are any, and on all test images.
+) -> Requests[dict[str, float] | None]:
+    """Evaluate a state on all validation images, if there are any, and on all test images; see `Request`.
 
     Returns:
         test_loss, test_accuracy and, with more than five classes, test_top5; before them the same for
@@ -33,7 +34,8 @@ def evaluation_metrics(
     """
     metrics = {}
     for split in ("validation", "test") if trainer.config.data.has_validation else ("test",):
-        totals = trainer.evaluate(state, should_stop, program, split)
+        order = int(state.step), 0, split != "validation"
+        totals = yield Request(order, trainer, state, program, split=split, should_stop=should_stop)
         if totals is None:
             return None
         count = int(totals.count)
@@ -63,7 +65,7 @@ def evaluate_run(
     trainer, info, step, state = restore_run(workdir, step, overrides)
     # The program of the epoch that the checkpoint belongs to.
     epoch = max(step - 1, 0) // trainer.steps_per_epoch
-    metrics = evaluation_metrics(trainer, state, trainer.program(state, epoch), info)
+    metrics = answered_alone(evaluation_metrics(trainer, state, trainer.program(state, epoch), info))
     assert metrics is not None  # only a request to stop returns None
     return step, metrics
 
@@ -107,7 +109,7 @@ def compact_run(
     if output is not None:
         save_compact(output, plan.model, variables)
     program = Program("compact", plan.frozen_model())
-    metrics = evaluation_metrics(trainer, state, program, info) if evaluate else {}
+    metrics = answered_alone(evaluation_metrics(trainer, state, program, info)) if evaluate else {}
     assert metrics is not None  # only a request to stop returns None
     image = jax.ShapeDtypeStruct((1, *info.image_shape), trainer.model.dtype)
     return CompactedRun(step, plan.model, variables, _sizes(state, plan, variables, image), metrics)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from selconv_jax.train._evaluation import evaluation_metrics
 from selconv_jax.train._metrics import MetricsLog, channel_counts, read_metrics, sentence
 from selconv_jax.train._network import Program
 from selconv_jax.train._progress import Display, ProgressDisplay
+from selconv_jax.train._seeds.requests import Request, Requests, answered_alone
 from selconv_jax.train._signals import StopRequest, stop_request
 from selconv_jax.train._state import TrainState
 from selconv_jax.train._trainer import Trainer
@@ -49,8 +51,8 @@ class RunContext:
         """Return the display of its progress from a step on."""
         return ProgressDisplay(trainer.steps, step, trainer.steps_per_epoch, self.console)
 
-    def stop_request(self) -> StopRequest:
-        """Return the request to stop that it checks."""
+    def stop_request(self) -> AbstractContextManager[StopRequest]:
+        """Return the request to stop that it checks while it is entered."""
         return stop_request()
 
     def say(self, text: str) -> None:
@@ -58,14 +60,13 @@ class RunContext:
         print_line(self.console, text)
 
 
-def train_run(config: Config, workdir: Path, console: Console, context: RunContext | None = None) -> int:
+def train_run(config: Config, workdir: Path, console: Console) -> int:
     """Train from scratch in a new directory.
 
     Args:
         config: The run.
         workdir: A directory that does not exist or is empty.
         console: Console of the progress.
-        context: Environment of the run; None: that of a single run.
 
     Returns:
         0 when the run is complete, 128 plus the signal number when a signal stopped it.
@@ -73,26 +74,27 @@ def train_run(config: Config, workdir: Path, console: Console, context: RunConte
     Raises:
         SelconvError: A user-fixable error; nothing was overwritten.
     """
-    context = context or RunContext(console)
+    return answered_alone(new_run(config, workdir, RunContext(console)))
+
+
+def new_run(config: Config, workdir: Path, context: RunContext) -> Requests[int]:
+    """Train as `train_run` does, with the computations left to whoever answers the requests."""
     trainer, data = context.prepare(config)
     on_first(lambda: check_free(workdir))
     with run_setup.claimed(workdir, make=True), run_setup.open_store(config, workdir) as store:
         # Only after claiming it: another job may have been about to create its run here.
         on_first(lambda: create_workdir(workdir, config))
         context.say(f"run in {workdir}")
-        return _Run(trainer, data.info, workdir, store, context).go_on(trainer.initial_state())
+        return (yield from _Run(trainer, data.info, workdir, store, context).go_on(trainer.initial_state()))
 
 
-def resume_run(
-    workdir: Path, console: Console, overrides: Sequence[str] = (), context: RunContext | None = None
-) -> int:
+def resume_run(workdir: Path, console: Console, overrides: Sequence[str] = ()) -> int:
     """Resume a run from its newest intact checkpoint; the result equals that of an uninterrupted run.
 
     Args:
         workdir: The directory of the run.
         console: Console of the progress.
         overrides: ``"key=value"`` of keys that do not change the result, for this call only.
-        context: See `train_run`.
 
     Returns:
         As `train_run`.
@@ -100,7 +102,11 @@ def resume_run(
     Raises:
         SelconvError: A user-fixable error.
     """
-    context = context or RunContext(console)
+    return answered_alone(resumed_run(workdir, RunContext(console), overrides))
+
+
+def resumed_run(workdir: Path, context: RunContext, overrides: Sequence[str] = ()) -> Requests[int]:
+    """Resume as `resume_run` does, with the computations left to whoever answers the requests."""
     config = run_setup.read_again(workdir, overrides)
     trainer, data = run_setup.prepare_again(config, context.prepare)
     with run_setup.claimed(workdir), run_setup.open_store(config, workdir) as store:
@@ -113,7 +119,7 @@ def resume_run(
         else:
             state = trainer.initial_state()
             context.say("there is no checkpoint yet: starting from the beginning")
-        return _Run(trainer, data.info, workdir, store, context).go_on(state)
+        return (yield from _Run(trainer, data.info, workdir, store, context).go_on(state))
 
 
 @dataclasses.dataclass
@@ -126,7 +132,7 @@ class _Run:
     store: CheckpointStore
     context: RunContext
 
-    def go_on(self, state: TrainState) -> int:
+    def go_on(self, state: TrainState) -> Requests[int]:
         trainer, step = self.trainer, int(state.step)
         for note in trainer.notes:
             self._note(note)
@@ -149,9 +155,9 @@ class _Run:
                 while epoch < trainer.config.epochs:
                     complete = False
                     if not ended:
-                        state, speed = self._train_epoch(state, epoch)
+                        state, speed = yield from self._train_epoch(state, epoch)
                     if not self._stop:
-                        state, complete = self._end_epoch(state, epoch, speed)
+                        state, complete = yield from self._end_epoch(state, epoch, speed)
                     if self._stop and not (complete and epoch + 1 == trainer.config.epochs):
                         return self._leave(state)
                     epoch, ended = epoch + 1, False
@@ -164,7 +170,7 @@ class _Run:
     def _note(self, note: str) -> None:
         self.context.say(f"note: {note}")
 
-    def _train_epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, float | None]:
+    def _train_epoch(self, state: TrainState, epoch: int) -> Requests[tuple[TrainState, float | None]]:
         """Train to the end of the epoch or until asked to stop; also return images per second."""
         trainer, batch_size = self.trainer, self.trainer.config.batch_size
         program = self._program(state, epoch)
@@ -176,7 +182,7 @@ class _Run:
             while step < end and not self._stop.check():
                 due = trainer.next_round(step + 1) or end
                 count = min(trainer.steps_per_dispatch, min(due, end) - step)
-                state, numbers = trainer.run_steps(state, batches, program, count)
+                state, numbers = yield Request((step, 1, count), trainer, state, program, batches, count)
                 if started is None:
                     # The first call compiles and does not count towards the speed.
                     jax.block_until_ready(numbers)
@@ -218,11 +224,13 @@ class _Run:
         check_same_state(state.selectivity, f"after step {int(state.step)}")
         return state
 
-    def _end_epoch(self, state: TrainState, epoch: int, speed: float | None) -> tuple[TrainState, bool]:
+    def _end_epoch(
+        self, state: TrainState, epoch: int, speed: float | None
+    ) -> Requests[tuple[TrainState, bool]]:
         """Evaluate, save, re-allocate and record, in this order; false if asked to stop before."""
         trainer, config = self.trainer, self.trainer.config
         program = trainer.program(state, epoch)
-        metrics = evaluation_metrics(trainer, state, program, self.info, self._stop.check)
+        metrics = yield from evaluation_metrics(trainer, state, program, self.info, self._stop.check)
         if metrics is None:
             return state, False
         # Never scored by the test accuracy, which would then no longer be an unbiased estimate.

@@ -1,6 +1,5 @@
 """Progress display of a run, or of several trained together: a bar on a terminal, plain lines otherwise."""
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -89,40 +88,35 @@ class SharedDisplay:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._lock = threading.RLock()
         self._display: ProgressDisplay | None = None
         self._numbers: dict[str, tuple[int, float, float, float]] = {}
         self._open: set[str] = set()
 
     def of(self, name: str, total: int, done: int, steps_per_epoch: int) -> Display:
         """Return the display of one run, as a `ProgressDisplay`."""
-        with self._lock:
-            self._open.add(name)
-            if self._display is None:
-                self._display = ProgressDisplay(total, done, steps_per_epoch, self.console)
+        self._open.add(name)
+        if self._display is None:
+            self._display = ProgressDisplay(total, done, steps_per_epoch, self.console)
         return _Part(self, name)
 
     def line(self, text: str) -> None:
-        with self._lock:
-            print_line(self.console, text)
+        print_line(self.console, text)
 
     def update(self, name: str, *numbers: float) -> None:
         step, loss, accuracy, speed = numbers
-        with self._lock:
-            self._numbers[name] = int(step), loss, accuracy, speed
-            steps, losses, accuracies, speeds = zip(*self._numbers.values(), strict=True)
-            count = len(steps)
-            if self._display is not None and name == min(self._numbers):
-                mean_loss, mean_accuracy = sum(losses) / count, sum(accuracies) / count
-                self._display.update(min(steps), mean_loss, mean_accuracy, sum(speeds))
+        self._numbers[name] = int(step), loss, accuracy, speed
+        steps, losses, accuracies, speeds = zip(*self._numbers.values(), strict=True)
+        count = len(steps)
+        if self._display is not None and name == min(self._numbers):
+            mean_loss, mean_accuracy = sum(losses) / count, sum(accuracies) / count
+            self._display.update(min(steps), mean_loss, mean_accuracy, sum(speeds))
 
     def close(self, name: str) -> None:
-        with self._lock:
-            self._open.discard(name)
-            self._numbers.pop(name, None)
-            if not self._open and self._display is not None:
-                self._display.close()
-                self._display = None
+        self._open.discard(name)
+        self._numbers.pop(name, None)
+        if not self._open and self._display is not None:
+            self._display.close()
+            self._display = None
 
 
 class _Part:

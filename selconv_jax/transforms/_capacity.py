@@ -12,8 +12,6 @@ from selconv_jax.nn._interception import intercept_calls, relative_path
 from selconv_jax.nn._layers import SelectiveConv
 from selconv_jax.transforms._layer_tree import layer_states
 
-__all__ = ["FittedCapacity", "fitted_capacities", "required_capacity", "with_capacity"]
-
 
 def required_capacity(variables: Any) -> float:
     """Return the smallest sufficient ``capacity``: the largest fraction of copies in any selective layer.

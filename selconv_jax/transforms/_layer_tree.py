@@ -12,8 +12,6 @@ from selconv_jax._utils.modules import as_variables
 from selconv_jax.functional._allocation import LayerState
 from selconv_jax.functional._groups import group_count
 
-__all__ = ["are_replicas", "layer_states", "merge_layers", "refuse_replicas"]
-
 Path = tuple[str, ...]
 Variables = Mapping[str, Any]
 

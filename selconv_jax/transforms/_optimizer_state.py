@@ -10,8 +10,6 @@ import optax
 from selconv_jax.functional._groups import kernel_rows
 from selconv_jax.transforms._report import Report
 
-__all__ = ["reset_rewritten", "rewritten_mask"]
-
 
 def rewritten_mask(params: Mapping[str, Any], report: Report) -> Any:
     """Mark the parameter entries that a round of re-allocation rewrote.

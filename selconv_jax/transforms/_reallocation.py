@@ -23,8 +23,6 @@ from selconv_jax.transforms._report import LayerReport, Report
 if TYPE_CHECKING:
     from flax import nnx
 
-__all__ = ["AllocationRule", "reallocate"]
-
 Variables = Mapping[str, Any]
 
 

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
-__all__ = ["LayerReport", "Report"]
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)

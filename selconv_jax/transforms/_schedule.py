@@ -6,8 +6,6 @@ import math
 from selconv_jax._utils.arguments import check_number, check_whole
 from selconv_jax.errors import ConfigError
 
-__all__ = ["ReallocationSchedule"]
-
 
 @dataclasses.dataclass(frozen=True)
 class ReallocationSchedule:

@@ -7,8 +7,6 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import FrozenDict, freeze, meta, unfreeze
 
-__all__ = ["selectivize"]
-
 Path = tuple[str, ...]
 
 _SHOWN = 5  # misfits that an error lists

@@ -22,8 +22,6 @@ from selconv_jax.data._dataset import Split
 from selconv_jax.data._preparation.originals import Part, archive_damage, read_file
 from selconv_jax.errors import DataError
 
-__all__ = ["COARSE_CLASSES", "decode_cifar", "read_cifar"]
-
 _COARSE = """
 aquatic_mammals fish flowers food_containers fruit_and_vegetables household_electrical_devices
 household_furniture insects large_carnivores large_man-made_outdoor_things

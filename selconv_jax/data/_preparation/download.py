@@ -10,8 +10,6 @@ from selconv_jax.data._catalog import KnownSet, prepare_command
 from selconv_jax.data._records import quiet_tfds
 from selconv_jax.errors import DataError
 
-__all__ = ["download", "unreachable"]
-
 
 def download(known: KnownSet, data_dir: Path, progress: Progress) -> dict[str, Path]:
     """Download the official files with the download manager of tensorflow-datasets.

@@ -19,8 +19,6 @@ from selconv_jax.data._dataset import Split
 from selconv_jax.data._preparation.originals import Part, read_file
 from selconv_jax.errors import DataError
 
-__all__ = ["decode_idx", "find_idx_files", "read_idx_files"]
-
 _FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),

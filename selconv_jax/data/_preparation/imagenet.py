@@ -17,8 +17,6 @@ from selconv_jax.data._catalog import KnownSet
 from selconv_jax.data._preparation.originals import ImageFile, ImageFiles, archive_damage, read_file
 from selconv_jax.errors import DataError
 
-__all__ = ["open_imagenet"]
-
 _PLACES = {"train": ("ILSVRC2012_img_train.tar", "train"), "validation": ("ILSVRC2012_img_val.tar", "val")}
 
 

@@ -16,8 +16,6 @@ from selconv_jax.data._catalog import KnownSet
 from selconv_jax.data._dataset import ImageData, Split
 from selconv_jax.errors import DataError
 
-__all__ = ["ImageFile", "ImageFiles", "Part", "archive_damage", "read_file", "verify", "verify_files"]
-
 _REPORT_EVERY = 10_000
 
 

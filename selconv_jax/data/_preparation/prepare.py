@@ -31,8 +31,6 @@ from selconv_jax.data._preparation.tiny_imagenet import open_tiny_imagenet
 from selconv_jax.data._preparation.writing import Examples, examples_of_arrays, examples_of_files, write_tfds
 from selconv_jax.errors import DataError, nearest
 
-__all__ = ["prepare"]
-
 # Sets that are written file by file, as they may not fit into memory.
 _FILE_READERS: Mapping[str, Callable[[KnownSet, Path], contextlib.AbstractContextManager[ImageFiles]]] = {
     "tiny_imagenet": open_tiny_imagenet,

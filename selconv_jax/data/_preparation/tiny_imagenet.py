@@ -17,8 +17,6 @@ from selconv_jax.data._catalog import KnownSet
 from selconv_jax.data._preparation.originals import ImageFile, ImageFiles, read_file
 from selconv_jax.errors import DataError
 
-__all__ = ["open_tiny_imagenet"]
-
 _FOLDER = "tiny-imagenet-200"
 _CLASSES = "wnids.txt"
 _VALIDATION = "val/val_annotations.txt"

@@ -22,8 +22,6 @@ from selconv_jax.data._preparation.originals import ImageFiles
 from selconv_jax.data._records import quiet_tfds
 from selconv_jax.errors import DataError
 
-__all__ = ["Examples", "examples_of_arrays", "examples_of_files", "write_tfds"]
-
 _REPORT_EVERY = 500
 
 

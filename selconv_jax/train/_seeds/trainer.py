@@ -1,10 +1,8 @@
 """Training and evaluating several runs in one program, and the trainer that each run sees."""
 
-import dataclasses
 import functools
 import operator
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,12 +13,11 @@ from selconv_jax._xla.vmapped_convolution import unrolled_convolutions
 from selconv_jax.train._config import Config
 from selconv_jax.train._feed import Arguments
 from selconv_jax.train._network import Program
-from selconv_jax.train._state import Totals, TrainState
+from selconv_jax.train._seeds.requests import Request
+from selconv_jax.train._state import TrainState
 from selconv_jax.train._trainer import Trainer
-from selconv_jax.transforms._report import Report
 
 _AXIS = "members"
-_EVALUATION, _STEPS = range(2)
 
 
 def over_members(one: Callable[..., Any], state: Any, arguments: Arguments, mesh: Mesh | None = None) -> Any:
@@ -38,28 +35,6 @@ def over_members(one: Callable[..., Any], state: Any, arguments: Arguments, mesh
             specs = (split, *(whole if axis is None else split for axis in axes))
             function = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
         return function(state, *stacked)
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A computation that a run requests: ``count`` training steps, or without batches an evaluation.
-
-    Its ``order`` is the run's step, and the kind of computation, see `rendezvous.Ordered`. Its ``program`` is
-    the smallest that fits its state.
-    """
-
-    order: tuple[Any, ...]
-    state: TrainState
-    program: Program
-    batches: Iterator[Arguments] | None = None
-    count: int = 0
-    split: str = ""
-
-    def answer(self, trainer: Trainer, should_stop: Callable[[], bool]) -> Any:
-        """Compute it for this run alone."""
-        if self.batches is None:
-            return trainer.evaluate(self.state, should_stop, self.program, self.split)
-        return trainer.run_steps(self.state, self.batches, self.program, self.count)
 
 
 def common_program(requests: Sequence[Request]) -> Program:
@@ -100,7 +75,7 @@ class JointTrainer(Trainer):
         self._last: tuple[list[TrainState], TrainState] | None = None
 
     def answer(self, requests: Sequence[Request], should_stop: Callable[[], bool]) -> Sequence[Any]:
-        """Answer the requests of the same order, one of each run, as each `MemberTrainer` is to return it."""
+        """Answer the requests of the same order, one of each run, as each `MemberTrainer` would."""
         program, state = common_program(requests), self._joint([each.state for each in requests])
         if requests[0].batches is None:
             totals = self.evaluate(state, should_stop, program, requests[0].split)
@@ -145,55 +120,16 @@ class MemberTrainer(Trainer):
     It uses the images and compiled functions of ``trainer``, from whose run ``config`` differs in its seed
     alone. It has no program for a frozen allocation, which would differ between runs: steps keep room for the
     current copies. Results agree up to rounding.
-
-    ``ask`` waits for the answer to a request, see `JointTrainer.answer`. ``lock`` is held while something is
-    computed for this run alone: what is compiled then is so only once.
     """
 
-    def __init__(
-        self, trainer: Trainer, config: Config, ask: Callable[[Request], Any], lock: threading.Lock
-    ) -> None:
+    def __init__(self, trainer: Trainer, config: Config) -> None:
         _ = trainer._initial  # compiled once for all
         vars(self).update(vars(trainer))
         self.config = config
-        self._ask, self._lock = ask, lock
-        self._step = 0
-
-    def initial_state(self) -> TrainState:
-        with self._lock:
-            return super().initial_state()
 
     def program(self, state: TrainState, epoch: int) -> Program:
         del epoch
         return self._bucket_program(state)
 
     def is_compiled(self, program: Program) -> bool:
-        return True  # the thread that computes the steps announces compilations
-
-    def batches(self, state: TrainState, epoch: int) -> Generator[Arguments]:
-        self._step = int(state.step)
-        return super().batches(state, epoch)
-
-    def run_steps(
-        self, state: TrainState, batches: Iterator[Arguments], program: Program, count: int
-    ) -> tuple[TrainState, jax.Array]:
-        request = Request((self._step, _STEPS, count), state, program, batches=batches, count=count)
-        self._step += count
-        return self._ask(request)
-
-    def evaluate(
-        self,
-        state: TrainState,
-        should_stop: Callable[[], bool] = lambda: False,
-        program: Program | None = None,
-        split: str = "test",
-    ) -> Totals | None:
-        del should_stop
-        order = int(state.step), _EVALUATION, split != "validation"
-        request = Request(order, state, program or self._bucket_program(state), split=split)
-        # The answering thread checks for a request to stop, so that all runs stop at the same step.
-        return self._ask(request)
-
-    def reallocate(self, state: TrainState) -> tuple[TrainState, Report]:
-        with self._lock:
-            return super().reallocate(state)
+        return True  # compilations are announced where the steps of all runs are computed

@@ -19,21 +19,27 @@ from rich.console import Console
 from selconv_jax._utils.console import progress_console
 from selconv_jax.errors import SelconvError
 from selconv_jax.train._config import parse_config
-from selconv_jax.train._loop import RunContext, resume_run, train_run
+from selconv_jax.train._loop import RunContext, new_run, resumed_run
+from selconv_jax.train._seeds.requests import Requests, answered_alone
 from selconv_jax.train._sweeps.configurations import SweepRun
 
 
-def make_run(run: SweepRun, console: Console, context: RunContext | None = None) -> tuple[int, str]:
+def make_run(run: SweepRun, console: Console) -> tuple[int, str]:
     """Train or resume a run in this process; a failure is reported and does not end the others.
 
     Returns:
         0 when it is complete, 1 when it has failed, 128 plus the signal number when a signal stopped it;
         and the error in one line. The traceback of an unexpected error goes to `SweepRun.log`.
     """
+    return answered_alone(run_of_sweep(run, RunContext(console)))
+
+
+def run_of_sweep(run: SweepRun, context: RunContext) -> Requests[tuple[int, str]]:
+    """Train or resume as `make_run` does, with the computations left to whoever answers the requests."""
     try:
         if run.has_started:
-            return resume_run(run.workdir, console, context=context), ""
-        return train_run(run.config, run.workdir, console, context), ""
+            return (yield from resumed_run(run.workdir, context)), ""
+        return (yield from new_run(run.config, run.workdir, context)), ""
     except SelconvError as error:
         return 1, one_line(error)
     except Exception as error:  # such as out of memory: the other runs may fit

@@ -1,12 +1,11 @@
 """Runs of a sweep that differ only in their seed, trained in one program.
 
-Each is an ordinary run in its own thread, which waits for the others only to compute steps or an evaluation,
-by one program for all. A run may thus be started alone and resumed together, or the other way round; one that
-is behind catches up first.
+Each is an ordinary run, which waits for the others only where it requests steps or an evaluation, computed by
+one program for all. A run may thus be started alone and resumed together, or the other way round; one that is
+behind catches up first.
 """
 
-import functools
-import threading
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,14 +18,12 @@ from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._config import Config
 from selconv_jax.train._loop import RunContext
 from selconv_jax.train._progress import Display, SharedDisplay
-from selconv_jax.train._seeds.rendezvous import Abandoned, Rendezvous
-from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, Request, common_program
+from selconv_jax.train._seeds.requests import Request, Requests, answered
+from selconv_jax.train._seeds.trainer import JointTrainer, MemberTrainer, common_program
 from selconv_jax.train._signals import StopRequest, stop_request
 from selconv_jax.train._sweeps.configurations import SweepRun
-from selconv_jax.train._sweeps.one_run import make_run, one_line
+from selconv_jax.train._sweeps.one_run import one_line, run_of_sweep
 from selconv_jax.train._trainer import Trainer
-
-_SECONDS_TO_LEAVE = 10.0
 
 
 def make_together(runs: Sequence[SweepRun], console: Console) -> list[tuple[int, str]]:
@@ -50,43 +47,23 @@ class _Together:
     ) -> None:
         self.runs, self.data, self.trainer = runs, data, trainer
         self.display = SharedDisplay(console)
-        self.rendezvous = Rendezvous[Request](range(len(runs)))
-        self.lock = threading.Lock()
         # The request to stop as the runs see it. It changes only while all of them wait, so that they stop at
         # the same step.
         self.heard = StopRequest()
         self._joint: dict[int, JointTrainer] = {}
-        self._ends: list[tuple[int, str]] = [(1, "it was abandoned")] * len(runs)
 
     def make(self) -> list[tuple[int, str]]:
-        threads = [
-            threading.Thread(target=self._make_run, args=(member,), daemon=True, name=run.name)
-            for member, run in enumerate(self.runs)
-        ]
+        members = [self._run(member) for member in range(len(self.runs))]
         with stop_request() as stop:
-            try:
-                for thread in threads:
-                    thread.start()
-                self.rendezvous.serve(lambda requests: self._answer(requests, stop))
-            finally:
-                # Only writing is left to do; after a second signal the wait is short.
-                for thread in threads:
-                    thread.join(_SECONDS_TO_LEAVE if self.rendezvous.is_abandoned else None)
-        return self._ends
+            return answered(members, lambda requests: self._answer(requests, stop))
 
-    def _make_run(self, member: int) -> None:
-        """Make one run, in its thread."""
+    def _run(self, member: int) -> Requests[tuple[int, str]]:
         run, context = self.runs[member], _MemberContext(self, member)
-        try:
-            code, error = make_run(run, self.display.console, context)
-            self._ends[member] = code, error
-            if error:
-                context.say(f"failed: {error}")
-                run.write_log(f"failed: {error}\n")
-        except Abandoned:
-            pass
-        finally:
-            self.rendezvous.leave(member)
+        code, error = yield from run_of_sweep(run, context)
+        if error:
+            context.say(f"failed: {error}")
+            run.write_log(f"failed: {error}\n")
+        return code, error
 
     def _answer(self, requests: Sequence[Request], stop: StopRequest) -> Sequence[Any]:
         def should_stop() -> bool:
@@ -96,18 +73,17 @@ class _Together:
 
         should_stop()
         count, program = len(requests), common_program(requests)
-        trainer: Trainer | JointTrainer = self.trainer
-        if count > 1:
-            trainer = self._joint.get(count) or self._joint.setdefault(count, JointTrainer(trainer, count))
+        joint = None if count == 1 else self._joint.get(count) or JointTrainer(self.trainer, count)
         for other in self._joint.values():
-            if other is not trainer:
+            if other is not joint:
                 other.forget()
-        if requests[0].batches is not None and not trainer.is_compiled(program):
-            of = "one seed" if count == 1 else f"{count} seeds"
+        if requests[0].batches is not None and not (joint or self.trainer).is_compiled(program):
+            of = "one seed" if joint is None else f"{count} seeds"
             self.display.line(f"compiling the training step of {of}{program.note}")
-        if isinstance(trainer, JointTrainer):
-            return trainer.answer(requests, should_stop)
-        return [requests[0].answer(trainer, should_stop)]
+        if joint is None:
+            return [requests[0].answer(should_stop)]
+        self._joint[count] = joint
+        return joint.answer(requests, should_stop)
 
 
 class _MemberContext(RunContext):
@@ -119,18 +95,16 @@ class _MemberContext(RunContext):
         self._name = f"seed {together.runs[member].config.seed}"
 
     def prepare(self, config: Config) -> tuple[Trainer, ImageData | StreamedData]:
-        together = self._together
-        ask = functools.partial(together.rendezvous.ask, self._member)
-        trainer = MemberTrainer(together.trainer, config, ask, together.lock)
+        trainer = MemberTrainer(self._together.trainer, config)
         if self._member:
             trainer.notes = ()  # the first run has reported them
-        return trainer, together.data
+        return trainer, self._together.data
 
     def display(self, trainer: Trainer, step: int) -> Display:
         return self._together.display.of(self._name, trainer.steps, step, trainer.steps_per_epoch)
 
-    def stop_request(self) -> StopRequest:
-        return self._together.heard
+    def stop_request(self) -> contextlib.AbstractContextManager[StopRequest]:
+        return contextlib.nullcontext(self._together.heard)
 
     def say(self, text: str) -> None:
         self._together.display.line(f"{self._name}: {text}")
