@@ -274,6 +274,6 @@ else:
 # ## From here
 #
 # - [Layers](guide/layers.md) to build networks of, and [NNX modules](guide/nnx.md).
-# - [Rounds in a loop of your own](guide/reallocation.md): Flax `TrainState`, averaged parameters, gradient
-#   accumulation, several devices, checkpoints.
+# - [Rounds in a loop of your own](guide/reallocation.md), and [complete loops](guide/loops.md): Flax
+#   `TrainState`, averaged parameters, gradient accumulation, several devices, checkpoints.
 # - The [training program](training/commands.md), with the published networks and configurations.
