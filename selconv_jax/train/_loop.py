@@ -24,6 +24,7 @@ from selconv_jax.train._network import Program
 from selconv_jax.train._progress import Display, ProgressDisplay
 from selconv_jax.train._signals import StopRequest, stop_request
 from selconv_jax.train._state import TrainState
+from selconv_jax.train._trackers import check_tracker, open_tracker
 from selconv_jax.train._trainer import Trainer
 from selconv_jax.train._workdir import METRICS, check_free, create_workdir
 
@@ -74,6 +75,7 @@ def train_run(config: Config, workdir: Path, console: Console, context: RunConte
         SelconvError: A user-fixable error; nothing was overwritten.
     """
     context = context or RunContext(console)
+    on_first(lambda: check_tracker(config.tracker))
     trainer, data = context.prepare(config)
     on_first(lambda: check_free(workdir))
     with run_setup.claimed(workdir, make=True), run_setup.open_store(config, workdir) as store:
@@ -102,6 +104,7 @@ def resume_run(
     """
     context = context or RunContext(console)
     config = run_setup.read_again(workdir, overrides)
+    on_first(lambda: check_tracker(config.tracker))
     trainer, data = run_setup.prepare_again(config, context.prepare)
     with run_setup.claimed(workdir), run_setup.open_store(config, workdir) as store:
         if first_decides(bool(store.steps())):
@@ -139,7 +142,8 @@ class _Run:
         speed: float | None = recorded[0].get("images_per_second") if ended and recorded else None
         self._log: MetricsLog | None = None
         if is_first():
-            self._log = MetricsLog(metrics, self.workdir / "tensorboard", epoch, self._note)
+            tracker = open_tracker(trainer.config, self.workdir, self._note)
+            self._log = MetricsLog(metrics, self.workdir / "tensorboard", epoch, self._note, tracker)
         self._display = self.context.display(trainer, step)
         self._last_save = time.monotonic()
         self._saved_step = step
