@@ -81,7 +81,9 @@ def _local_statistics(x: jax.Array) -> Statistics:
         pixels,
     )
     count = math.prod(x.shape[1:-1])
-    offset, square = (total / count for total in lax.optimization_barrier(sums))
+    # Unlike on a GPU, on CPU and TPU the sums would be computed anew in all that reads them.
+    sums = sums if target_platform() == "gpu" else lax.optimization_barrier(sums)
+    offset, square = (total / count for total in sums)
     of_image = jnp.squeeze(pivot, pixels) + offset
     mean = jnp.mean(of_image, axis=0)
     within = jnp.maximum(square - jnp.square(offset), 0)
@@ -178,26 +180,35 @@ def _batch_norm_relu_jvp(
     def each(values: jax.Array) -> jax.Array:
         return lax.expand_dims(values, _leading(x))
 
-    def each_image(values: jax.Array) -> jax.Array:
-        # The transpose sums over the pixels of each image and then over the images, which keeps all cores
-        # of a GPU busy. The compiler splits a single sum over everything into too few parts.
-        if target_platform() != "gpu":
-            return each(values)
-        values = lax.optimization_barrier(jnp.broadcast_to(values, (x.shape[0], *values.shape)))
-        return lax.expand_dims(values, tuple(range(1, x.ndim - 1)))
-
     factor = functools.partial(_factor, epsilon=epsilon)
     times, of_times = jax.jvp(factor, (var, scale), (of_var, of_scale))
     plus = bias.astype(mean.dtype)
     # Terms that do not depend on the pixel are added first, so that their transpose is a single sum.
     of_plus = of_bias.astype(mean.dtype) - times * of_mean
 
+    # The transposes of both terms are sums over all pixels.
+    of_times, of_plus = _each_image(of_times, of_plus, x)
+
     # The barrier makes the gradient recompute the deviations from the input instead of storing them.
     wide, mean, times, plus = lax.optimization_barrier((x, mean, times, plus))
     deviation = wide.astype(mean.dtype) - each(mean)
     passes = deviation * each(times) + each(plus) > 0
-    moved = each(times) * change.astype(mean.dtype) + deviation * each_image(of_times) + each_image(of_plus)
+    moved = each(times) * change.astype(mean.dtype) + deviation * of_times + of_plus
     return y, jnp.where(passes, materialize(moved), 0).astype(x.dtype)
+
+
+def _each_image(one: jax.Array, other: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Broadcast two tangents ``[C]`` against ``x`` ``[N, ..., C]``, so that their transposes are fast sums.
+
+    On a GPU these sum over the pixels of each image and then over the images, which keeps all cores busy. The
+    compiler splits a single sum over everything into too few parts.
+    """
+    if target_platform() != "gpu":
+        return lax.expand_dims(one, _leading(x)), lax.expand_dims(other, _leading(x))
+    both = jnp.broadcast_to(jnp.stack((one, other)), (x.shape[0], 2, x.shape[-1]))
+    one, other = lax.optimization_barrier((both[:, 0], both[:, 1]))
+    pixels = tuple(range(1, x.ndim - 1))
+    return lax.expand_dims(one, pixels), lax.expand_dims(other, pixels)
 
 
 def _factor(var: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:

@@ -83,10 +83,11 @@ def is_layer(module: Any) -> bool:
 def is_producer(module: Any) -> bool:
     """Check whether a module is another convolution without groups, of which outputs may be removed.
 
-    A convolution with a mask or a custom function may compute one output from the weights of another.
+    A convolution with a mask or a custom function may compute one output from the weights of another. A stem
+    with batch norm keeps its outputs, of which the batch norm's variables have the number.
     """
     if type(module) is not nn.Conv:
-        return type(module) is Stem
+        return type(module) is Stem and not module.norm
     own = (module.mask, module.conv_general_dilated, module.conv_general_dilated_cls)
     is_usual = module.promote_dtype is promote_dtype and all(value is None for value in own)
     return is_usual and module.feature_group_count == 1

@@ -154,9 +154,7 @@ def select_with_statistics(
     selected, copies, slot = _selected(x, source, shift, capacity)
 
     def placed(of_x: jax.Array, of_copies: jax.Array) -> jax.Array:
-        # The matrix holds one 1 per copied channel and zeros, so at full precision the product is exact.
-        moved = jnp.dot(of_copies, slot.astype(of_copies.dtype), precision=lax.Precision.HIGHEST)
-        return jnp.where(source >= 0, moved, of_x)
+        return jnp.where(source >= 0, jnp.sum(jnp.where(slot, of_copies[:, None], 0), axis=0), of_x)
 
     return selected, Statistics(*map(placed, statistics, batch_statistics(copies, axis_name)))
 
@@ -185,12 +183,13 @@ def _selected(
     # Unused copies read channel 0 and are written nowhere.
     # The barrier keeps the compiler from recomputing the indices for every pixel that a gather reads.
     origin = lax.optimization_barrier(jnp.sum(jnp.where(slot, source[None, :], 0), axis=1))
+    # As a product this would be a kernel of its own on accelerators.
+    displacement = jnp.sum(jnp.where(slot[:, :, None], shift[None], 0), axis=1)
     if capacity < channels:
         # One copy too many makes the displacement, and so the output, of all copies NaN: an overflow cannot
         # pass for a result, and the check costs nothing per pixel.
-        shift = jnp.where((number < capacity)[:, None], shift, jnp.asarray(jnp.nan, shift.dtype))
-    read = jnp.where(is_copy[:, None], shift, jnp.zeros((), shift.dtype))
-    displacement = jnp.dot(slot.astype(shift.dtype), read, precision=lax.Precision.HIGHEST)
+        fits = jnp.sum(is_copy) <= capacity
+        displacement = jnp.where(fits, displacement, jnp.asarray(jnp.nan, shift.dtype))
     if target_platform() != "tpu":
         copies = channel_shift(_gather(x, origin), displacement)
         return _replace(x, copies, source, slot), copies, slot
@@ -220,15 +219,26 @@ def _gather_jvp(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]
 ) -> tuple[jax.Array, jax.Array]:
     x, origin = primals
-    one_hot = jax.nn.one_hot(origin, x.shape[-1], dtype=x.dtype)
-    return _gather(x, origin), jnp.dot(tangents[0], one_hot.T, precision=lax.Precision.HIGHEST)
+    of_x, _ = tangents
+    capacity, channels = origin.shape[0], x.shape[-1]
+    # Copies share sources. The gradient sums over the copies of each source by a product of slots, into the
+    # first of them, and then gathers: no product with all channels, and no scatter. The tangent is the
+    # transpose.
+    slot = jnp.arange(capacity)
+    reads = origin[:, None] == jnp.arange(channels)[None, :]  # [capacity, channels]
+    first = lax.optimization_barrier(jnp.min(jnp.where(reads, slot[:, None], capacity), axis=0))
+    of_sources = _replaced(of_x, first == capacity, 0)
+    of_firsts = _added(jnp.zeros((*x.shape[:-1], capacity), x.dtype), of_sources, first)
+    matrix = (first[origin][None, :] == slot[:, None]).astype(
+        x.dtype
+    )  # rows: the first copies of each source
+    return _gather(x, origin), jnp.dot(of_firsts, matrix, precision=lax.Precision.HIGHEST)
 
 
 @jax.custom_jvp
 def _replace(x: jax.Array, copies: jax.Array, source: jax.Array, slot: jax.Array) -> jax.Array:
     """Write the copies into their slots of ``x``; both this and its gradient only gather channels."""
-    place = jnp.sum(jnp.where(slot, jnp.arange(slot.shape[0])[:, None], 0), axis=0)  # [C]
-    place = lax.optimization_barrier(place)
+    place = lax.optimization_barrier(_numbers_of_copies(source >= 0))  # out of range where nothing is written
     is_copy = lax.expand_dims(source >= 0, range(x.ndim - 1))
     return jnp.where(is_copy, jnp.take(materialize(copies), place, axis=-1, mode="clip"), x)
 

@@ -1,4 +1,4 @@
-"""Conversion of single arrays between the authors' layout, dtype and units and ours."""
+"""Conversion of single arrays between PyTorch's layout, dtype and units and ours."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,17 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from selconv_jax.errors import ConfigError
 from selconv_jax.interop._names import Entry
 
-__all__ = ["Units", "find_fault", "from_torch", "shift_units", "to_numpy", "to_torch", "torch_shape"]
+__all__ = [
+    "Units",
+    "find_fault",
+    "from_torch",
+    "shift_units",
+    "to_numpy",
+    "to_torch",
+    "torch_shape",
+    "without_allocation",
+]
 
 Array = NDArray[Any]
-Units = Mapping[
-    tuple[str, ...], NDArray[np.float64]
-]  # pixels per unit of shift [2], by the path of the layer
+Path = tuple[str, ...]
+Units = Mapping[Path, NDArray[np.float64]]  # pixels per unit of shift [2], by the path of the layer
 
 
-def shift_units(sizes: Mapping[tuple[str, ...], tuple[int, int]], align_corners: bool) -> Units:
+def shift_units(sizes: Mapping[Path, tuple[int, int]], align_corners: bool) -> Units:
     """Return the pixels (rows, columns) per unit of the authors' shifts, given ``(H, W)`` of layers' inputs.
 
     The authors add ``4 / (H + W)`` times the shift to coordinates from -1 to 1 across the layer's input of
@@ -35,9 +44,11 @@ def shift_units(sizes: Mapping[tuple[str, ...], tuple[int, int]], align_corners:
 
 
 def torch_shape(entry: Entry) -> tuple[int, ...]:
-    """Return the shape of the authors' array: kernels are ``[O, I, *K]`` there, and ``[*K, I, O]`` here."""
+    """Return the shape of PyTorch's array: kernels are ``[O, I, *K]`` there, and ``[*K, I, O]`` here."""
     if entry.field == "kernel":
-        return (entry.shape[-1], entry.shape[-2], *entry.shape[:-2])
+        # The last layer of timm's `resnetv2` is a convolution.
+        window = (1, 1) if entry.name == "head.fc.weight" else entry.shape[:-2]
+        return (entry.shape[-1], entry.shape[-2], *window)
     return entry.shape
 
 
@@ -72,6 +83,7 @@ def find_fault(entry: Entry, array: Array, dtype: np.dtype[Any]) -> str | None:
 def from_torch(entry: Entry, array: Array, dtype: np.dtype[Any], units: Units) -> Array:
     """Convert the authors' array, without faults, to ours, of ``entry.shape``."""
     if entry.field == "kernel":
+        array = array.reshape(*array.shape[:2], *entry.shape[:-2])
         array = np.moveaxis(array, (0, 1), (-1, -2))
     elif entry.field == "shift":  # (column, row) there
         array = array[:, ::-1].astype(np.float64) * units[entry.layer][None]
@@ -81,7 +93,7 @@ def from_torch(entry: Entry, array: Array, dtype: np.dtype[Any], units: Units) -
 def to_torch(entry: Entry, array: Array, dtype: np.dtype[Any], units: Units) -> Array:
     """Convert our array to a contiguous one of the authors'; bfloat16 to float32, gates to ``dtype``."""
     if entry.field == "kernel":
-        array = np.moveaxis(array, (-1, -2), (0, 1))
+        array = np.moveaxis(array, (-1, -2), (0, 1)).reshape(torch_shape(entry))
     elif entry.field == "shift":
         # Along an axis of a single pixel a shift has no effect, and with align_corners its unit is 0.
         pixels = units[entry.layer]
@@ -94,3 +106,25 @@ def to_torch(entry: Entry, array: Array, dtype: np.dtype[Any], units: Units) -> 
     if array.dtype == jnp.bfloat16:
         array = array.astype(np.float32)
     return np.array(array, order="C")
+
+
+def without_allocation(variables: Mapping[Path, Array], owner: str) -> dict[Path, Array]:
+    """Set the weights of closed channels to 0, so that they may be open in a network of ``owner``.
+
+    Raises:
+        ConfigError: Channels are copied.
+    """
+    result = dict(variables)
+    for path, gate in variables.items():
+        layer = path[1:-1]
+        source = variables.get(("selectivity", *layer, "source"))
+        if path[-1] != "gate":
+            continue
+        if source is not None and (copies := np.count_nonzero(source >= 0)):
+            raise ConfigError(
+                f"{'/'.join(layer)} has {copies} copied channels, which {owner} do not have: export the "
+                "function instead (selconv_jax.export)."
+            )
+        kernel = variables["params", *layer, "kernel"]
+        result["params", *layer, "kernel"] = np.where(gate[:, None], kernel, np.zeros((), kernel.dtype))
+    return result

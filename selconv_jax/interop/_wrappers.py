@@ -1,6 +1,7 @@
 """Search for a network's arrays inside the wrappers that training programs save."""
 
 import dataclasses
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from selconv_jax.errors import CheckpointError
 from selconv_jax.interop._arrays import to_numpy
 
-__all__ = ["Found", "find_network"]
+__all__ = ["Found", "find_network", "shapes_in"]
 
 Path = tuple[str, ...]
 
@@ -63,10 +64,17 @@ def find_network(content: Mapping[Any, Any], names: Collection[str], needed: Col
     return Found(arrays, tuple(name for name in beside if name not in arrays))
 
 
+def shapes_in(content: Mapping[Any, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all arrays in nested dictionaries, by their names with prefixes."""
+    return {_plain(path): tuple(getattr(value, "shape", ())) for path, value in _flatten(content, ())}
+
+
 def _flatten(content: Mapping[Any, Any], above: Path) -> Iterator[tuple[Path, Any]]:
     """Iterate over the leaves of nested dictionaries, with paths split at keys and dots."""
     for key, value in content.items():
-        path = (*above, *str(key).split("."))
+        # torchvision's files have names of before PyTorch forbade dots in those of modules: "norm.1".
+        name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\b", r"\1\2", str(key))
+        path = (*above, *name.split("."))
         if isinstance(value, Mapping):
             yield from _flatten(value, path)
         else:

@@ -1,6 +1,7 @@
-"""Conversion between the authors' PyTorch state dicts and our variables.
+"""Conversion between PyTorch state dicts and our variables.
 
-Names and layouts are those of the authors' public code. PyTorch is needed only for its own pickle files.
+Names and layouts are those of the authors' public code, of torchvision's and timm's DenseNets, and of timm's
+pre-activation ResNets. PyTorch is needed only for its own pickle files.
 """
 
 import dataclasses
@@ -25,26 +26,73 @@ from selconv_jax.interop._arrays import (
     to_numpy,
     to_torch,
     torch_shape,
+    without_allocation,
 )
 from selconv_jax.interop._files import check_writable, read_file, write_file
-from selconv_jax.interop._names import Entry, constants_of, entries_of
-from selconv_jax.interop._wrappers import find_network
+from selconv_jax.interop._names import AUTHORS, Entry, constants_of, entries_of, layout_of
+from selconv_jax.interop._recognition import listing, network_in, recognize, remedy, unknown
+from selconv_jax.interop._wrappers import find_network, shapes_in
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
 from selconv_jax.nn._layers import SelectiveConv
 
-__all__ = ["load_state_dict", "save_state_dict", "state_dict"]
+__all__ = ["load_network", "load_state_dict", "save_state_dict", "state_dict"]
 
 Array = NDArray[np.generic]
 VariablePath = tuple[str, ...]
 
 _NETWORKS = (DenseNet, PreResNet, ResNeXt, CondenseNet)
 _COLLECTIONS = ("params", "batch_stats", "selectivity")
-# Endings of the names in which the variants of a network differ.
-_ALLOCATION = ("is_open", "_ind_ptr", "_bias", "_eye")
 # Any size large enough for the pools: the shapes of variables do not depend on it.
 _SIDE = 256
 _CHANNELS = 3
-_SHOWN = 5
+# No channel closed or copied.
+_INITIAL = {"gate": True, "source": -1, "shift": 0}
+
+
+def load_network(
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any], **arguments: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a DenseNet of torchvision or timm, or a pre-activation ResNet of timm, as model and variables.
+
+    Numbers of blocks, layers, channels and classes follow from the names and shapes. Of the DenseNets, those
+    whose first width is twice their growth can be expressed (121, 161, 169, 201, not timm's 264d and
+    blur121d); of timm's ResNets, ``resnetv2_50``, ``_101`` and ``_152``. The others have other stems,
+    shortcuts, blocks or norms, which the message names.
+
+    Args:
+        checkpoint: See `load_state_dict`.
+        **arguments: Further arguments of the network: ``variant``, ``capacity``, ``dtype``, ... The variant
+            is ``"selective"`` unless given, with all channels open and none copied.
+
+    Returns:
+        A `DenseNet` with ``stem_norm`` or a `PreResNet` with ``projection``, and its variables. It computes
+        the same logits, of images ``[N, H, W, C]`` normalized as for the PyTorch network.
+
+    Raises:
+        CheckpointError: As `load_state_dict`; or the layout is unknown or the authors', whose names do not
+            determine the network; or the network cannot be expressed.
+        ConfigError: The network has no such argument, or its value is invalid.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from selconv_jax.models import DenseNet
+        >>> small = DenseNet(10, (1, 1), growth=4, compression=0.5, stem="imagenet", stem_norm=True)
+        >>> variables = small.init(jax.random.key(0), jnp.ones((1, 32, 32, 3)), train=False)
+        >>> theirs = state_dict(small, variables)
+        >>> model, variables = load_network(theirs, variant="gate_only")
+        >>> model.blocks, model.growth, sorted(variables)
+        ((1, 1), 4, ['batch_stats', 'params', 'selectivity'])
+    """
+    label, content = _read(checkpoint)
+    shapes = shapes_in(content)
+    layout = recognize(shapes)
+    try:
+        if layout is None:
+            raise CheckpointError(unknown(shapes))
+        model = network_in(layout, shapes, arguments)
+    except CheckpointError as error:
+        raise CheckpointError(f"{label} {error}") from None
+    return model, _load(model, label, content, None, align_corners=False)
 
 
 def load_state_dict(
@@ -54,7 +102,11 @@ def load_state_dict(
     image_shape: tuple[int, int, int] | None = None,
     align_corners: bool = False,
 ) -> dict[str, Any]:
-    """Load a checkpoint of the authors' code as variables of our network.
+    """Load a PyTorch checkpoint as variables of our network.
+
+    Its layout follows from the network: a `DenseNet` with ``stem_norm`` has torchvision's and timm's names, a
+    `PreResNet` with ``projection`` timm's (``resnetv2``), any other the authors'. Only the authors' layout
+    has an allocation; from the others, all channels are open and none is copied.
 
     Shifts are converted from (column, row) to (row, column), and from the authors' unit to pixels, which on
     square images are equal unless PyTorch before 1.3 was used (see ``align_corners``). Sources use -1 for
@@ -64,7 +116,7 @@ def load_state_dict(
     Args:
         model: A `DenseNet`, `PreResNet`, `ResNeXt` or `CondenseNet` with the arguments that the checkpoint
             was trained with; ``variant="plain"`` for their networks without selective layers.
-        checkpoint: Arrays (of NumPy, JAX or PyTorch) by the authors' names, or the path of a ``.npz``,
+        checkpoint: Arrays (of NumPy, JAX or PyTorch) by PyTorch's names, or the path of a ``.npz``,
             ``.safetensors`` or, if torch is installed, PyTorch file (``.pt``, ``.pth``, ``.tar``, ``.model``,
             ``.ckpt``, ``.bin``), from which only tensors are loaded. The arrays may be inside dictionaries
             (such as ``"state_dict"``) and prefixes (such as ``module.`` and ``_orig_mod.``), in any order and
@@ -81,7 +133,8 @@ def load_state_dict(
     Raises:
         CheckpointError: The file cannot be read, or entries are missing, unexpected, of another shape, or
             hold impossible values (a gate other than 0 or 1, a source that is not a channel, NaN); the
-            message lists all of them. Or the checkpoint holds two such networks that differ.
+            message lists all of them. Or the checkpoint holds two such networks that differ, or is of an
+            unknown layout.
         ConfigError: The network is not one of those above, or ``image_shape`` is missing or invalid.
 
     Example:
@@ -96,10 +149,24 @@ def load_state_dict(
         >>> jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), ours, variables))
         True
     """
+    label, content = _read(checkpoint)
+    return _load(model, label, content, image_shape, align_corners)
+
+
+def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return a checkpoint's name in messages, and its content."""
     if isinstance(checkpoint, Mapping):
-        label, content = "the state dict", checkpoint
-    else:
-        label, content = os.fspath(checkpoint), read_file(Path(checkpoint))
+        return "the state dict", checkpoint
+    return os.fspath(checkpoint), read_file(Path(checkpoint))
+
+
+def _load(
+    model: nn.Module,
+    label: str,
+    content: Mapping[str, Any],
+    image_shape: tuple[int, int, int] | None,
+    align_corners: bool,
+) -> dict[str, Any]:
     template, entries, units = _describe(model, _CHANNELS, image_shape, align_corners)
     names = {entry.name for entry in entries}
     try:
@@ -107,6 +174,8 @@ def load_state_dict(
     except CheckpointError as error:
         raise CheckpointError(f"{label} {error}") from None
     given = found.arrays
+    if not given and recognize(shapes_in(content)) is None:
+        raise CheckpointError(f"{label} {unknown(shapes_in(content))}")
     if image_shape is None:
         entries = [_as_stored(entry, given) for entry in entries]
 
@@ -131,9 +200,11 @@ def load_state_dict(
             variables[entry.path] = from_torch(entry, array, dtype, units)
     if any(problems.values()):
         raise CheckpointError(
-            f"{label} does not fit {type(model).__name__}: {_listing(problems)}. "
-            + _remedy(model, entries, given, problems)
+            f"{label} does not fit {type(model).__name__}: {listing(problems)}. "
+            + remedy(model, shapes_in(content), given, problems)
         )
+    for path in template.keys() - {entry.path for entry in entries}:
+        variables[path] = np.full(template[path].shape, _INITIAL[path[-1]], template[path].dtype)
     return traverse_util.unflatten_dict({path: jnp.asarray(array) for path, array in variables.items()})
 
 
@@ -144,19 +215,20 @@ def state_dict(
     image_shape: tuple[int, int, int] | None = None,
     align_corners: bool = False,
 ) -> dict[str, Array]:
-    """Convert our variables to a state dict of the authors' code; the inverse of `load_state_dict`.
+    """Convert our variables to a PyTorch state dict; the inverse of `load_state_dict`.
 
     After ``torch.from_numpy`` of every array, the strict ``load_state_dict`` of their network accepts it:
     batch counts (``num_batches_tracked``) are 0, and the constants (``_eye``) are included. Arguments are
     those of `load_state_dict`, and variables: ``params``, ``batch_stats`` and, unless the network is plain,
-    ``selectivity``.
+    ``selectivity``. In layouts other than the authors', the weights of closed channels become 0.
 
     Returns:
-        Arrays by the authors' names, with dtypes unchanged except bfloat16, which becomes float32, gates,
+        Arrays by PyTorch's names, with dtypes unchanged except bfloat16, which becomes float32, gates,
         which become floating, and sources, which become int64.
 
     Raises:
-        ConfigError: The variables do not belong to the network.
+        ConfigError: The variables do not belong to the network; or the layout cannot hold them, as channels
+            are copied, or batch norms differ that are one there (see `PreResNet`).
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -169,28 +241,34 @@ def state_dict(
     kept = {key: value for key, value in variables.items() if key in _COLLECTIONS}
     flat: dict[VariablePath, Any] = traverse_util.flatten_dict(kept)
     stem = flat.get(("params", "stem", "kernel"))
-    _, entries, units = _describe(
+    template, entries, units = _describe(
         model, _CHANNELS if stem is None else stem.shape[2], image_shape, align_corners
     )
 
-    paths = {entry.path for entry in entries}
     problems = {
-        "missing": sorted("/".join(entry.path) for entry in entries if entry.path not in flat),
-        "unexpected": ["/".join(path) for path in sorted(flat.keys() - paths)],
+        "missing": ["/".join(path) for path in sorted(template.keys() - flat.keys())],
+        "unexpected": ["/".join(path) for path in sorted(flat.keys() - template.keys())],
         "of another shape": [
-            f"{'/'.join(entry.path)}: {list(flat[entry.path].shape)} instead of {list(entry.shape)}"
-            for entry in entries
-            if entry.path in flat and flat[entry.path].shape != entry.shape
+            f"{'/'.join(path)}: {list(flat[path].shape)} instead of {list(template[path].shape)}"
+            for path in sorted(template.keys() & flat.keys())
+            if flat[path].shape != template[path].shape
         ],
     }
     if any(problems.values()):
-        raise ConfigError(
-            f"these are not the variables of this {type(model).__name__}: {_listing(problems)}."
-        )
+        raise ConfigError(f"these are not the variables of this {type(model).__name__}: {listing(problems)}.")
 
     host = jax.device_get(flat)
+    if layout_of(model) is not AUTHORS:
+        host = without_allocation(host, layout_of(model).owner)
     dtype = host["batch_stats", "classifier", "norm", "mean"].dtype
-    arrays = {entry.name: to_torch(entry, host[entry.path], dtype, units) for entry in entries}
+    arrays: dict[str, Array] = {}
+    for entry in entries:
+        array = to_torch(entry, host[entry.path], dtype, units)
+        if not np.array_equal(arrays.setdefault(entry.name, array), array, equal_nan=True):
+            raise ConfigError(
+                f"{entry.name} is one array in {layout_of(model).owner}, but {'/'.join(entry.path)} differs "
+                "from that of the other layer: training moved them apart, and no network there computes this."
+            )
     return {**arrays, **{name: value(dtype) for name, value in constants_of(entries)}}
 
 
@@ -241,7 +319,7 @@ def _describe(
     """Return the shapes of a network's variables by path, their entries, and the units of its shifts."""
     if not isinstance(model, _NETWORKS):
         names = ", ".join(network.__name__ for network in _NETWORKS)
-        raise ConfigError(f"the model is a {type(model).__name__}; the authors' networks are {names}.")
+        raise ConfigError(f"the model is a {type(model).__name__}; networks with known names are {names}.")
     if image_shape is not None and (
         len(image_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in image_shape)
     ):
@@ -261,28 +339,3 @@ def _describe(
     template = traverse_util.flatten_dict(shapes)
     entries = entries_of(model, {path: leaf.shape for path, leaf in template.items()})
     return template, entries, shift_units(sizes, align_corners)
-
-
-def _listing(problems: Mapping[str, list[str]]) -> str:
-    parts = []
-    for kind, items in problems.items():
-        if items:
-            shown = ", ".join([*items[:_SHOWN], "..."] if len(items) > _SHOWN else items)
-            parts.append(f"{len(items)} {kind} ({shown})")
-    return "; ".join(parts)
-
-
-def _remedy(
-    model: nn.Module, entries: list[Entry], given: Mapping[str, Any], problems: Mapping[str, list[str]]
-) -> str:
-    if not any(problems[kind] for kind in ("missing", "unexpected", "of another shape")):
-        return "The checkpoint is damaged or of a diverged run; use another one."
-    if not given:
-        return f"It has none of this network's names in the authors' code, such as {entries[0].name}."
-    misfits = problems["missing"] + problems["unexpected"]
-    # If all misfits are entries in which the variants differ, the checkpoint is of another variant.
-    if misfits and all(name.endswith(_ALLOCATION) for name in misfits):
-        endings = {name.rpartition(".")[2] for name in (*given, *problems["unexpected"])}
-        variant = "selective" if "_ind_ptr" in endings else "gate_only" if "is_open" in endings else "plain"
-        return f"The checkpoint is of a {variant} network, the model has variant={model.variant!r}."
-    return "Build the model with the arguments that the checkpoint was trained with (blocks, classes, ...)."

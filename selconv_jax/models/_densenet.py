@@ -25,6 +25,8 @@ class DenseNet(Network):
         growth: Channels that a layer appends.
         compression: Fraction of the channels that a transition between blocks keeps; 1: no transitions.
         dropout_rate: Dropout before every convolution of the blocks.
+        stem_norm: Batch norm and ReLU follow the stem's convolution, before its pool, as in torchvision's and
+            timm's DenseNets: an extension, for `selconv_jax.interop.torch`; the method's networks have none.
 
     See `Network` for the other attributes.
 
@@ -43,6 +45,7 @@ class DenseNet(Network):
     growth: int = 12
     compression: float = 1.0
     dropout_rate: float = dataclasses.field(default=0.0, kw_only=True)
+    stem_norm: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_whole("growth", self.growth, 1)
@@ -54,7 +57,7 @@ class DenseNet(Network):
         """Map images ``[N, H, W, C]`` to logits ``[N, num_classes]``."""
         # Counted here, as the arrays of a compacted network have fewer channels.
         channels = 2 * self.growth
-        x = self._stem(channels)(images)
+        x = self._stem(channels, norm=self.stem_norm)(images, train)
         for index, layers in enumerate(self.blocks, start=1):
             statistics = batch_statistics(x) if train else None
             for layer in range(1, layers + 1):

@@ -35,18 +35,18 @@ class LayerMaker:
         """Make a layer that is plain in every variant, with a ``size x size`` kernel and without dropout."""
         return self._layer(BatchNormReLUConv, features, size, name, dropout_rate=0.0, **options)
 
-    def gated(self, features: int, size: int, name: str) -> BatchNormReLUConv:
+    def gated(self, features: int, size: int, name: str, **options: Any) -> BatchNormReLUConv:
         """Make a layer that is gate-only where the network is not plain."""
         if self.variant == "plain":
-            return self._layer(BatchNormReLUConv, features, size, name)
-        return self._layer(SelectiveConv, features, size, name, gate_only=True)
+            return self._layer(BatchNormReLUConv, features, size, name, **options)
+        return self._layer(SelectiveConv, features, size, name, gate_only=True, **options)
 
-    def selective(self, features: int, size: int, name: str) -> BatchNormReLUConv:
+    def selective(self, features: int, size: int, name: str, **options: Any) -> BatchNormReLUConv:
         """Make a layer of the network's variant."""
         if self.variant == "plain":
-            return self._layer(BatchNormReLUConv, features, size, name)
-        gate_only = self.variant == "gate_only"
-        return self._layer(SelectiveConv, features, size, name, gate_only=gate_only, capacity=self.capacity)
+            return self._layer(BatchNormReLUConv, features, size, name, **options)
+        options = {"gate_only": self.variant == "gate_only", "capacity": self.capacity, **options}
+        return self._layer(SelectiveConv, features, size, name, **options)
 
     def _layer(
         self, kind: Callable[..., BatchNormReLUConv], features: int, size: int, name: str, **options: Any
@@ -82,6 +82,9 @@ class Network(nn.Module):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
                 raise ConfigError(f"{name} is {value!r}. {nearest(str(value), choices)}")
+        for name in ("stem_norm", "projection"):
+            if not isinstance(value := getattr(self, name, False), bool):
+                raise ConfigError(f"{name} is {value!r}; it must be True or False.")
         check_whole("num_classes", self.num_classes, 1)
         self._check_widths("blocks")
         if hasattr(self, "dropout_rate"):
@@ -103,9 +106,9 @@ class Network(nn.Module):
         return LayerMaker(self.variant, self.capacity, rate, self.dtype, self.param_dtype)
 
     @nn.nowrap
-    def _stem(self, features: int, kernel_size: int | None = None) -> Stem:
+    def _stem(self, features: int, kernel_size: int | None = None, norm: bool = False) -> Stem:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return Stem(features, self.stem, kernel_size, **types, name="stem")
+        return Stem(features, self.stem, kernel_size, norm, **types, name="stem")
 
     @nn.nowrap
     def _classifier(self, zero_bias: bool = False) -> Classifier:

@@ -42,19 +42,21 @@ class Stem(nn.Module):
         kind: ``"cifar"`` (3x3, stride 1; also for Fashion-MNIST), ``"tiny_imagenet"`` (3x3, stride 2) or
             ``"imagenet"`` (7x7, stride 2, then a 3x3 max pool of stride 2).
         kernel_size: Size of the kernel, odd; None: that of ``kind``.
+        norm: Batch norm and ReLU follow the convolution, before the pool: an extension, see `DenseNet`.
         dtype: Type of the computation.
-        param_dtype: Type of the kernel.
+        param_dtype: Type of the parameters.
     """
 
     features: int
     kind: str = "cifar"
     kernel_size: int | None = None
+    norm: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Map images ``[N, H, W, C]`` to ``[N, H', W', features]``."""
+    def __call__(self, images: jax.Array, train: bool | None = None) -> jax.Array:
+        """Map images ``[N, H, W, C]`` to ``[N, H', W', features]``; only ``norm`` needs ``train``."""
         size, stride, pool = STEMS[self.kind]
         size = self.kernel_size or size
         # Padding is symmetric: "SAME" would pad strided windows on one side only.
@@ -68,6 +70,8 @@ class Stem(nn.Module):
             padding=((size // 2, size // 2),) * 2,
             kernel_dilation=(1, 1),
         )
+        if self.norm:
+            x = BatchNormReLU(param_dtype=self.param_dtype, name="norm")(x, train)
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if pool else x
 
 

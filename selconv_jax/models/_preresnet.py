@@ -1,5 +1,6 @@
 """Pre-activation ResNet with bottlenecks, plain or selective."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -21,6 +22,9 @@ class PreResNet(Network):
     Attributes:
         blocks: Bottlenecks per block; 164 layers are ``(18, 18, 18)``.
         width: Channels of the stem; None: 64 on ImageNet's stem, 16 on the others.
+        projection: The shortcut around the first bottleneck of every block is a 1x1 convolution (selective),
+            and the image size halves in that bottleneck instead of in a pool before it, as in timm's
+            ``resnetv2`` networks: an extension, for `selconv_jax.interop.torch`.
 
     See `Network` for the other attributes.
 
@@ -37,6 +41,7 @@ class PreResNet(Network):
 
     blocks: Sequence[int] = (18, 18, 18)
     width: int | None = None
+    projection: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.width is not None:
@@ -49,5 +54,6 @@ class PreResNet(Network):
         width = self.width or (64 if self.stem == "imagenet" else 16)
         widths = [width * 2**index for index in range(len(self.blocks))]
         features = [4 * width for width in widths]
-        x = residual_blocks(self._stem(width)(images), train, self._make, self.blocks, widths, features)
+        x = self._stem(width)(images)
+        x = residual_blocks(x, train, self._make, self.blocks, widths, features, projection=self.projection)
         return self._classifier()(x, train)
