@@ -22,11 +22,12 @@ from selconv_jax.train._evaluation import evaluation_metrics
 from selconv_jax.train._metrics import MetricsLog, channel_counts, read_metrics, sentence
 from selconv_jax.train._network import Program
 from selconv_jax.train._progress import Display, ProgressDisplay
+from selconv_jax.train._rounds import RoundLog
 from selconv_jax.train._signals import StopRequest, stop_request
 from selconv_jax.train._state import TrainState
 from selconv_jax.train._trackers import check_tracker, open_tracker
 from selconv_jax.train._trainer import Trainer
-from selconv_jax.train._workdir import METRICS, check_free, create_workdir
+from selconv_jax.train._workdir import METRICS, ROUNDS, check_free, create_workdir
 
 _REFRESH_SECONDS = 0.5
 _DISPATCHES_BETWEEN_LOOKS = 20  # at the clock, which takes a broadcast to all processes
@@ -140,6 +141,7 @@ class _Run:
         metrics = self.workdir / METRICS
         recorded = [record for record in read_metrics(metrics) if record["epoch"] == epoch + 1]
         speed: float | None = recorded[0].get("images_per_second") if ended and recorded else None
+        self._rounds = RoundLog(self.workdir / ROUNDS, self._note)
         self._log: MetricsLog | None = None
         if is_first():
             tracker = open_tracker(trainer.config, self.workdir, self._note)
@@ -218,8 +220,10 @@ class _Run:
         return program
 
     def _reallocate(self, state: TrainState) -> TrainState:
-        state, _ = self.trainer.reallocate(state)
+        state, report = self.trainer.reallocate(state)
         check_same_state(state.selectivity, f"after step {int(state.step)}")
+        if is_first():
+            self._rounds.write(state, report)
         return state
 
     def _end_epoch(self, state: TrainState, epoch: int, speed: float | None) -> tuple[TrainState, bool]:
