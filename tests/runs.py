@@ -1,7 +1,6 @@
 """Tiny runs on the embedded images, as the tests of the training loop use them."""
 
 import contextlib
-import importlib.util
 import io
 import os
 import signal
@@ -95,10 +94,10 @@ def environment():
     return {**kept, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(CACHE), "COLUMNS": "200"}
 
 
-def run_with_tpu_compiler(*arguments):
-    """Runs a command that needs libtpu to its end; skips the test where there is none to be had."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs libtpu")
+def run_with_compiler(*arguments, packages):
+    """Runs a command that needs the compiler of a chip to its end; skips the test without its packages."""
+    for name in packages:
+        pytest.importorskip(name)
     done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, check=False)
     if "another process holds" in done.stderr:
         pytest.skip("another process holds libtpu")

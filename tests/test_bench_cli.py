@@ -146,10 +146,7 @@ def test_against_torch(tmp_path):
         (["--steps", "-1"], "--steps is -1"),
         (["--dtype", "float16"], "--dtype is 'float16'; it must be one of float32, bfloat16."),
         (["--seed", "-1"], "--seed is -1"),
-        (["--torch", "--topology", "v5e:1x1"], "do not go together"),
-        (["--topology", "tpu"], "--topology is 'tpu'"),
         (["--together", "1"], "--together is 1; it must be at least 2 seeds"),
-        (["--together", "2", "--topology", "v5e:1x1"], "do not go together"),
     ],
 )
 def test_refusals(arguments, said, tmp_path, capsys):

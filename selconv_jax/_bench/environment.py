@@ -12,7 +12,7 @@ from selconv_jax._utils.versions import version_of
 
 __all__ = ["cores", "environment", "load_average"]
 
-_PACKAGES = ("selconv-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "libtpu")
+_PACKAGES = ("selconv-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "libtpu", "jax-cuda13-plugin")
 
 
 def environment() -> dict[str, Any]:

@@ -1,33 +1,21 @@
-"""Benchmark of one network: all cases are compiled and warmed up first, then timed in turns.
-
-Or its training steps are compiled ahead of time for a TPU topology, and nothing is timed.
-"""
+"""Benchmark of one network: all cases are compiled and warmed up first, then timed in turns."""
 
 import dataclasses
-import functools
 import gc
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import jax
 
 from selconv_jax._bench.cases import Case, plan_cases
 from selconv_jax._bench.progress import BenchProgress
 from selconv_jax._bench.settings import BenchSettings, load_torch_baseline
-from selconv_jax._bench.tpu import CompiledProgram, compile_ahead
 from selconv_jax._bench.workbench import Prepared, Workbench
-from selconv_jax.errors import ConfigError
-from selconv_jax.train._distributed.sharding import Placement
 
 __all__ = [
     "Measured",
     "NetworkResult",
     "Round",
-    "TopologyResult",
     "bench_network",
-    "bench_topology",
     "measure",
     "take_rounds",
 ]
@@ -56,16 +44,6 @@ class NetworkResult:
     notes: Sequence[str] = ()  # remarks for the reader, such as omitted cases
 
 
-@dataclasses.dataclass(frozen=True)
-class TopologyResult:
-    """The compiled steps of a network."""
-
-    model: str
-    chips: int  # of the topology, over which a batch is split
-    steps: Sequence[CompiledProgram]  # the plain one first
-    complete: bool  # false if it was stopped early
-
-
 def bench_network(
     model: str, settings: BenchSettings, progress: BenchProgress, should_stop: Callable[[], bool]
 ) -> NetworkResult:
@@ -80,48 +58,6 @@ def bench_network(
         notes.append(baseline.TORCH_NOTE)
     measured, rounds, complete = measure(cases, settings.repeats, settings.seed, progress, should_stop)
     return NetworkResult(model, measured, rounds, complete, notes)
-
-
-def bench_topology(
-    model: str,
-    settings: BenchSettings,
-    devices: Sequence[Any],
-    progress: BenchProgress,
-    should_stop: Callable[[], bool],
-) -> TopologyResult:
-    """Compile the steps of a network ahead of time for the devices of ``settings.topology``.
-
-    Of ``settings.what`` only ``step``, ``frozen`` and ``compact`` apply.
-
-    Raises:
-        ConfigError: The batch does not divide over the chips.
-    """
-    if settings.batch % len(devices):
-        raise ConfigError(
-            f"--batch is {settings.batch}, which does not divide over the {len(devices)} chips of "
-            f"{settings.topology}. Choose a multiple of {len(devices)}."
-        )
-    bench = Workbench(model, settings)
-    placement = Placement.of(devices)
-    steps: list[CompiledProgram] = []
-
-    def lower(network: Any, variables: Any) -> jax.stages.Lowered:
-        state = _shapes(jax.eval_shape(bench.state, variables), placement.replicated)
-        step = jax.jit(bench.step(network, placement), donate_argnums=0, out_shardings=placement.replicated)
-        return step.lower(state, *_shapes(bench.batch, placement.split))
-
-    wanted = bench.step_networks(settings.what)
-    for number, network in enumerate(wanted):
-        if should_stop():
-            return TopologyResult(model, len(devices), steps, False)
-        progress.preparing(number, len(wanted), network.name)
-        lower_it = functools.partial(lower, *network.make())
-        steps.append(compile_ahead(network.name, lower_it, str(settings.topology)))
-    return TopologyResult(model, len(devices), steps, True)
-
-
-def _shapes(tree: Any, sharding: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def measure(

@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 import selconv_jax
-from selconv_jax._bench.tpu import check_topology
 from selconv_jax.errors import ConfigError, nearest
 from selconv_jax.models import create_model, stem_for
 
@@ -43,7 +42,6 @@ class BenchSettings:
     repeats: int = 10  # rounds of measurement
     steps: int = 0  # training steps per call; 0: as training runs do, 1 on CPU, 50 elsewhere
     torch: bool = False  # also measure the same steps in PyTorch
-    topology: str | None = None  # compile for these TPUs, such as "v5e:1x1", and time nothing; None: time
     together: int = 0  # also measure the same steps for this many seeds in one program; 0: do not
     seed: int = 0  # of the order of measurement, the images, the networks and the allocations
 
@@ -72,14 +70,6 @@ class BenchSettings:
                 raise ConfigError(f"{key} cannot be set: the benchmark sets it itself. Leave it out.")
         if self.together < 0 or self.together == 1:
             raise ConfigError(f"--together is {self.together}; it must be at least 2 seeds, or 0 for none.")
-        if self.together and self.topology:
-            raise ConfigError(
-                "--together and --topology do not go together: nothing is timed. Leave one out."
-            )
-        if self.topology is not None:
-            check_topology(self.topology)
-        if self.torch and self.topology:
-            raise ConfigError("--torch and --topology do not go together: nothing is timed. Leave one out.")
         if self.torch:
             _find_torch_baseline()
         for name in self.models:

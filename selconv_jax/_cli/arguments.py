@@ -28,6 +28,8 @@ _COMPILE = {
     "--batch N": "images per step (default: the file's); search: the largest that fits, by doubling and "
     "halving",
     "--capacity SHARE=0.25": "of the channels that may be re-allocated (default: 0.25)",
+    "--compare": "compile the training steps that `selconv bench` times instead: of the plain network, the "
+    "selective one with and without copies, a frozen and a compact one",
     "--output FILE": "a new JSON file for all results",
 }
 
@@ -46,8 +48,6 @@ _BENCH = {
     "CPU, 50 elsewhere)",
     "--together N=0": "also time the steps of N seeds in one program, as `selconv sweep --together` does",
     "--torch": "also time the same steps in PyTorch",
-    "--topology TPU": "compile the steps ahead of time for a TPU topology, such as v5e:1x1, instead of "
-    "timing, and show estimated cycles and memory (needs libtpu)",
     "--seed N=0": "seed of all random numbers (default: 0)",
     "--output DIR": "a new directory for the results (default: runs/bench/MODEL)",
 }
@@ -258,13 +258,13 @@ def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:
 def _add_compile(commands: "argparse._SubParsersAction[_Parser]") -> None:
     compiling = commands.add_parser(
         "compile",
-        help="compile a run ahead of time for a TPU topology",
-        description="Compiles the training step and the evaluation of a run ahead of time for a TPU topology "
-        "(needs libtpu, no TPU), and prints the memory of a chip, collectives, and estimated cycles. Nothing "
-        "is run, no image is read.",
+        help="compile a run ahead of time for GPUs or TPUs",
+        description="Compiles the training step and the evaluation of a run ahead of time for GPUs or TPUs "
+        "that this machine does not have, and prints the memory of a chip, collectives, and kernels and the "
+        "bytes they move (GPU) or estimated cycles (TPU). Nothing is run, no image is read.",
     )
     _add_config(compiling)
-    _add_options(compiling, {"--topology TPU": "such as v5e:1x1, v5e:16x16 or v4:4x4x4"}, required=True)
+    _add_options(compiling, {"--topology CHIPS": "such as h100, a100:8, v5e:1x1 or v4:4x4x4"}, required=True)
     _add_options(compiling, _COMPILE)
 
 

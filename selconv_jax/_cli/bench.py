@@ -16,10 +16,8 @@ from selconv_jax._bench.picture import bar_picture, panels_of
 from selconv_jax._bench.progress import BenchProgress
 from selconv_jax._bench.report import compile_table, describe, gains, memory_table, report_of, time_table
 from selconv_jax._bench.rows import rows_of
-from selconv_jax._bench.run import NetworkResult, TopologyResult, bench_network, bench_topology
+from selconv_jax._bench.run import NetworkResult, bench_network
 from selconv_jax._bench.settings import BenchSettings
-from selconv_jax._bench.tpu import prepare_process, topology_devices
-from selconv_jax._bench.tpu_report import costs_table, cycles_panel, largest_table, topology_report
 from selconv_jax._cli.runs import share_compilations
 from selconv_jax._utils.console import print_line, progress_console
 from selconv_jax._utils.files import write_json
@@ -31,24 +29,15 @@ from selconv_jax.train._workdir import default_workdir
 _REPORT = "bench.json"
 _PICTURE = "bench.png"
 _BUSY = 0.5  # load average
-_PLAIN_OPTIONS = ("batch", "dtype", "share", "repeats", "steps", "torch", "topology", "seed", "together")
+_PLAIN_OPTIONS = ("batch", "dtype", "share", "repeats", "steps", "torch", "seed", "together")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Time or compile the requested cases; print tables, write a JSON file and a picture."""
+    """Time the requested cases; print tables, write a JSON file and a picture."""
     settings = _settings(options)
     output = Path(options.output or default_workdir("-".join(settings.models), "runs/bench"))
     console = progress_console()
-    if settings.topology is None:
-        _create(output)
-        return _measure(settings, output, console)
-    prepare_process()
-    devices = topology_devices(settings.topology)
     _create(output)
-    return _compile(settings, devices, output, console)
-
-
-def _measure(settings: BenchSettings, output: Path, console: Console) -> int:
     cache: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if "compile" in settings.what:
         cache = without_compilation_cache()
@@ -68,36 +57,6 @@ def _measure(settings: BenchSettings, output: Path, console: Console) -> int:
             _write(output, settings, machine, results)
             if stop:
                 break
-    return _end(console, output, stop)
-
-
-def _compile(settings: BenchSettings, devices: Sequence[Any], output: Path, console: Console) -> int:
-    results: list[TopologyResult] = []
-    # Programs for another platform cannot be read back from the compilation cache.
-    with StopRequest() as stop, without_compilation_cache():
-        machine = environment()
-        for model in settings.models:
-            with contextlib.closing(BenchProgress(console, model)) as progress:
-                result = bench_topology(model, settings, devices, progress, lambda: bool(stop))
-            results.append(result)
-            title = f"{model} for {settings.topology} ({describe(settings)})"
-            console.print(largest_table(result, title))
-            console.print(costs_table(result, title))
-            report = report_of(settings, machine, [])
-            report["topology"] = [topology_report(result) for result in results]
-            write_json(output / _REPORT, report)
-            panels = [cycles_panel(result, str(settings.topology)) for result in results if result.steps]
-            if panels:
-                versions = machine["versions"]
-                caption = f"libtpu {versions['libtpu']}, jax {versions['jax']}; compiled only"
-                heading = f"Compiled for {settings.topology}: {describe(settings)}"
-                save_figure(bar_picture(panels, heading, caption), output / _PICTURE)
-            if stop:
-                break
-    return _end(console, output, stop)
-
-
-def _end(console: Console, output: Path, stop: StopRequest) -> int:
     print_line(console, f"all results: {output / _REPORT}")
     if stop:
         print_line(console, "stopped: these are the results so far.")

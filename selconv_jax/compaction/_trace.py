@@ -190,7 +190,8 @@ def _layer_step(
     return _bound(LAYER, layer, path, (x, *(statistics or ())), shape, dtype)
 
 
-def _producer_step(module: Any, path: str, inputs: jax.Array) -> jax.Array:
+def _producer_step(module: Any, path: str, inputs: jax.Array, train: Any = None) -> jax.Array:
+    del train  # only a stem with batch norm needs it
     alone, x = module.clone(parent=None, name=None), jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
     y = jax.eval_shape(lambda x: alone.init_with_output(jax.random.key(0), x)[0], x)
     return _bound(PRODUCER, module, path, (inputs,), y.shape, y.dtype)

@@ -1,4 +1,4 @@
-"""Runs compiled for TPU pods that are not there: messages in a program's text, estimates, refusals."""
+"""Runs compiled for chips that are not there: messages in a program's text, estimates, refusals."""
 
 import dataclasses
 import io
@@ -7,13 +7,14 @@ import json
 import jax
 import pytest
 from rich.console import Console
-from runs import run_with_tpu_compiler, tiny_config
+from runs import run_with_compiler, tiny_config
 
-from selconv_jax._bench import pod
+from selconv_jax._bench import run_ahead
+from selconv_jax._bench.ahead import CompiledProgram, Messages, message_seconds
+from selconv_jax._bench.ahead_report import messages_table, plan_table, scaling_line
+from selconv_jax._bench.chips import chip_of
 from selconv_jax._bench.hlo import message_sizes
-from selconv_jax._bench.pod import PodPlan, compile_for_pod, largest_batch
-from selconv_jax._bench.tpu import CompiledProgram, Messages, chip_of, message_seconds
-from selconv_jax._bench.tpu_report import messages_table, pod_table, scaling_line
+from selconv_jax._bench.run_ahead import RunPlan, compile_run, largest_batch
 from selconv_jax._cli.main import main
 from selconv_jax.data._abstract import abstract_data
 from selconv_jax.data._loading import open_data
@@ -42,6 +43,8 @@ def test_rates_of_chips():
     assert v5e.link_bytes == 200e9
     assert v5e.clock == pytest.approx(1.5e9, rel=0.01)
     assert chip_of("v99:1x1") is None
+    h100 = chip_of("h100:8")
+    assert (h100.memory, h100.link_bytes) == (80 * 10**9, None)
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist_sample", "cifar10", "imagenet2012"])
@@ -71,7 +74,7 @@ def test_data_that_nobody_knows_is_refused(tmp_path):
 def plan():
     """A run compiled for eight devices that are there: this machine's."""
     config = tiny_config(batch_size=128, devices=0)
-    return compile_for_pod(config, "v5e:2x4", jax.devices(), capacity=0.25)
+    return compile_run(config, "v5e:2x4", jax.devices(), capacity=0.25)
 
 
 def test_programs_and_messages_of_a_run(plan):
@@ -90,7 +93,7 @@ def test_programs_and_messages_of_a_run(plan):
 
 def test_per_device_has_one_message_for_the_gradient():
     config = dataclasses.replace(tiny_config(batch_size=128, devices=0), batch_norm="per_device")
-    plan = compile_for_pod(config, "v5e:2x4", jax.devices(), evaluation=False)
+    plan = compile_run(config, "v5e:2x4", jax.devices(), evaluation=False)
     (messages,) = plan.programs[0].messages
     assert messages.kind == "all-reduce"
     assert messages.count <= 2
@@ -105,14 +108,15 @@ def test_tables_and_estimate():
         True,
         [Messages("all-reduce", 2, 3_000_000, 2_900_000)],
         1_500_000,
+        None,
         0.001,
         9.0,
     )
-    evaluation = CompiledProgram("evaluation", gigabyte, False, [], 100_000, 0.0, 3.0)
-    plan = PodPlan("v5e:2x4", 8, 512, 1, 0.25, 2_900_000, 16 * 2**30, 1.5e9, [step, evaluation])
+    evaluation = CompiledProgram("evaluation", gigabyte, False, [], 100_000, None, 0.0, 3.0)
+    plan = RunPlan("v5e:2x4", 8, 512, 1, 0.25, 2_900_000, 16 * 2**30, 1.5e9, [step, evaluation])
     text = io.StringIO()
     console = Console(file=text, width=120)
-    console.print(pod_table(plan, "a run"))
+    console.print(plan_table(plan, "a run"))
     console.print(messages_table(plan))
     rows = [line.split() for line in text.getvalue().splitlines()]
     assert ["training", "step", "1,073.7", "yes", "1,500", "9.0"] in rows
@@ -146,26 +150,26 @@ def test_time_of_messages_by_hand():
 )
 def test_refusals(changes, said):
     with pytest.raises(ConfigError, match=said):
-        compile_for_pod(tiny_config(**changes), "v5e:2x4", jax.devices())
+        compile_run(tiny_config(**changes), "v5e:2x4", jax.devices())
 
 
 def plan_that_fits(most):
     """Stands for the compiler: batches up to a size fit."""
 
-    def compile_for_pod(config, topology, devices, **_):
+    def compile_run(config, topology, devices, **_):
         if config.batch_size > 2 * most:
             raise ConfigError("the training step does not fit in the memory")
         fits = config.batch_size <= most
-        program = CompiledProgram("training step", None, fits, [], 1, 0.0, 1.0)
-        return PodPlan(topology, len(devices), config.batch_size, 1, 0.25, 1, 1, 1.0, [program])
+        program = CompiledProgram("training step", None, fits, [], 1, None, 0.0, 1.0)
+        return RunPlan(topology, len(devices), config.batch_size, 1, 0.25, 1, 1, 1.0, [program])
 
-    return compile_for_pod
+    return compile_run
 
 
 @pytest.mark.parametrize(("most", "found"), [(700, 512), (2000, 1024), (10**6, 1024), (40, 32), (7, None)])
 def test_search_for_the_largest_batch(monkeypatch, most, found):
     """Not above the number of images, 2,000; a compiler that gives up counts as no."""
-    monkeypatch.setattr(pod, "compile_for_pod", plan_that_fits(most))
+    monkeypatch.setattr(run_ahead, "compile_run", plan_that_fits(most))
     result = largest_batch(tiny_config(batch_size=256), "v5e:2x4", jax.devices())
     assert (result and result.batch_size) == found
 
@@ -176,12 +180,14 @@ def test_compiles_for_a_pod(tmp_path):
     file.write_text(
         'batch_size = 64\nbatch_norm = "per_device"\n[model]\noptions = { blocks = [1], growth = 8 }\n'
     )
-    run_with_tpu_compiler("compile", file, "--topology", "v5e:2x4", "--output", tmp_path / "plan.json")
+    run_with_compiler(
+        *("compile", file, "--topology", "v5e:2x4", "--output", tmp_path / "plan.json"), packages=["libtpu"]
+    )
     plan = json.loads((tmp_path / "plan.json").read_text())
     (messages,) = plan["programs"][0]["messages"]
     assert messages["kind"] == "all-reduce"
     assert messages["count"] <= 2
-    assert plan["programs"][0]["cycles"] > 0
+    assert plan["programs"][0]["cost"] > 0
     assert plan["programs"][0]["fits"]
 
 
@@ -191,6 +197,7 @@ def test_compiles_for_a_pod(tmp_path):
         (["--capacity", "2"], "--capacity is 2.0"),
         (["--batch", "most"], "--batch is 'most'; it must be a number of images, or search"),
         (["--output", "."], ". already exists"),
+        (["--compare", "--batch", "search"], "do not go together"),
     ],
 )
 def test_command_lines_that_make_no_sense(tmp_path, monkeypatch, capsys, words, said):
