@@ -18,6 +18,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "configuration_keys",
+    "notebook",
     "public_names",
 ]
 exclude_patterns = ["build"]

@@ -44,7 +44,6 @@ def _resident_bytes():
 def reallocated_run(tmp_path_factory):
     """The directory of a tiny run whose last checkpoint, of step 16, has closed channels and copies."""
     from runs import quiet_console, tiny_config
-
     from selconv_jax.train import train_run
 
     workdir = tmp_path_factory.mktemp("runs") / "reallocated"

@@ -7,8 +7,8 @@ import json
 import jax
 import pytest
 from rich.console import Console
-from runs import ALL_IMAGES, run_with_compiler, tiny_config
 
+from runs import ALL_IMAGES, run_with_compiler, tiny_config
 from selconv_jax._bench import run_ahead
 from selconv_jax._bench.ahead import CompiledProgram, Messages, message_seconds
 from selconv_jax._bench.ahead_report import messages_table, plan_table, scaling_line

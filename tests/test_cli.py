@@ -8,8 +8,8 @@ import subprocess
 import time
 
 import pytest
-from runs import ALL_IMAGES, assert_same_end, command, environment, tiny_config
 
+from runs import ALL_IMAGES, assert_same_end, command, environment, tiny_config
 from selconv_jax._cli.main import main
 from selconv_jax.train._config import dump_config
 from selconv_jax.train._metrics import read_metrics

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import compiled_once
 
 import selconv_jax
+from runs import compiled_once
 from selconv_jax._cli.main import main
 from selconv_jax.train._evaluation import compact_run, evaluate_run
 from selconv_jax.train._run_setup import restore_run

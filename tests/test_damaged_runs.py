@@ -7,8 +7,8 @@ import re
 import shutil
 
 import pytest
-from runs import assert_same_end, compiled_once, quiet_console, tiny_config
 
+from runs import assert_same_end, compiled_once, quiet_console, tiny_config
 from selconv_jax import CheckpointError
 from selconv_jax._cli import runs
 from selconv_jax._cli.main import main

@@ -5,10 +5,10 @@ import json
 import jax
 import numpy as np
 import pytest
-from runs import compiled_once
 from test_export import needs_onnx
 
 import selconv_jax
+from runs import compiled_once
 from selconv_jax import export
 from selconv_jax._cli.main import main
 from selconv_jax.train._run_setup import restore_run

@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-from runs import compiled_once, final_arrays, quiet_console, tiny_config
 
+from runs import compiled_once, final_arrays, quiet_console, tiny_config
 from selconv_jax._cli.main import main
 from selconv_jax._cli.pictures import print_run
 from selconv_jax.train import _loop as loop

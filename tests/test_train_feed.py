@@ -7,8 +7,8 @@ import signal
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import StopAfter, assert_same_end, compiled_once, final_arrays, quiet_console, tiny_config
 
+from runs import StopAfter, assert_same_end, compiled_once, final_arrays, quiet_console, tiny_config
 from selconv_jax import ConfigError
 from selconv_jax.data import Split, StreamedData, load, open_data
 from selconv_jax.data._dataset import DatasetInfo

@@ -10,6 +10,8 @@ import signal
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
+
 from runs import (
     StopAfter,
     assert_same_end,
@@ -19,8 +21,6 @@ from runs import (
     tiny_config,
     whole_config,
 )
-from tensorboardX.proto import event_pb2
-
 from selconv_jax import CheckpointError, ConfigError, DataError
 from selconv_jax.data._loading import load
 from selconv_jax.train import _loop as loop

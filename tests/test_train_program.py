@@ -1,6 +1,7 @@
 """What steps are compiled for changes what they cost, not what they compute."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,12 @@ import optax
 import pytest
 from array_functions import precision
 from flax import traverse_util
-from runs import tiny_config, whole_config
 
 import selconv_jax
+from runs import tiny_config, whole_config
 from selconv_jax.data._loading import open_data
 from selconv_jax.models import DenseNet, PreResNet
+from selconv_jax.train import _network
 from selconv_jax.train._config import OptimizerConfig
 from selconv_jax.train._network import bucket_program, frozen_program
 from selconv_jax.train._optimizer import make_optimizer
@@ -78,6 +80,15 @@ def losses(model, variables, optimizer, compiled=True):
         assert value.dtype == model.dtype
         found.append(float(value))
     return np.array(found), variables
+
+
+def test_a_frozen_allocation_that_cannot_be_compacted_has_room_for_its_copies(monkeypatch):
+    nothing = types.SimpleNamespace(model=types.SimpleNamespace(layouts=(), widths=()))
+    monkeypatch.setattr(_network, "plan_compaction", lambda *args, **options: nothing)
+    model = typed("densenet", "float32")
+    variables = reallocated(model)
+    frozen = frozen_program(model, variables, jax.ShapeDtypeStruct(IMAGES.shape, model.dtype))
+    assert frozen.model.capacity >= selconv_jax.required_capacity(variables) > 0
 
 
 @pytest.mark.slow

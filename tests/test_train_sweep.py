@@ -9,8 +9,8 @@ import signal
 import jax
 import numpy as np
 import pytest
-from runs import TINY, StopAfter, assert_same_end, compiled_once, quiet_console, tiny_config
 
+from runs import TINY, StopAfter, assert_same_end, compiled_once, quiet_console, tiny_config
 from selconv_jax import ConfigError, DataError
 from selconv_jax._cli import sweep as sweep_command
 from selconv_jax.data._loading import open_data

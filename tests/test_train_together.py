@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import StopAfter, assert_same_end, compiled_once, final_arrays, quiet_console, tiny_config
 
+from runs import StopAfter, assert_same_end, compiled_once, final_arrays, quiet_console, tiny_config
 from selconv_jax import ConfigError
 from selconv_jax._cli.main import main
 from selconv_jax.data._loading import open_data

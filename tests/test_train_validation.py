@@ -5,6 +5,7 @@ import signal
 
 import numpy as np
 import pytest
+
 from runs import (
     ALL_IMAGES,
     StopAfter,
@@ -13,7 +14,6 @@ from runs import (
     quiet_console,
     tiny_config,
 )
-
 from selconv_jax import ConfigError, SelconvError
 from selconv_jax._cli.main import main
 from selconv_jax.train import _loop as loop

@@ -137,7 +137,13 @@ def make_parser() -> argparse.ArgumentParser:
         "and draws its learning curves and channel maps.",
     )
     show.add_argument("workdir", metavar="DIR", help="directory of the run")
-    _add_options(show, {"--output DIR": "where the pictures go (default: DIR/pictures)"})
+    _add_options(
+        show,
+        {
+            "--output DIR": "where the pictures go (default: DIR/pictures)",
+            "--html FILE": "write all of it as one page for a browser, FILE.html, instead of pictures",
+        },
+    )
 
     _add_sweep(commands)
     _add_bench(commands)

@@ -1,6 +1,6 @@
 """Tables and pictures of a run, from nothing but the files in its directory."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +9,29 @@ import numpy as np
 from flax import traverse_util
 from rich.console import Console, RenderableType
 
-from selconv_jax.analysis._layer_counts import count_layers
+from selconv_jax._utils.files import write_atomically
+from selconv_jax.analysis._layer_counts import LayerCounts, count_layers
 from selconv_jax.data._catalog import find_known
+from selconv_jax.errors import ConfigError
 from selconv_jax.functional._damage import channel_scores, expected_channel_damage, normalize_damage
 from selconv_jax.report._channel_map import channel_map
 from selconv_jax.report._curves import learning_curves
 from selconv_jax.report._layer_allocation import LayerAllocation
 from selconv_jax.report._overview import allocation_overview
+from selconv_jax.report._page import RoundOfRun, run_page
 from selconv_jax.report._style import save_figure
 from selconv_jax.report._tables import count_table, layer_table, run_table
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 from selconv_jax.train._config import Config
 from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._network import bucket_program, make_network
-from selconv_jax.train._workdir import CHECKPOINTS, METRICS, read_config
+from selconv_jax.train._rounds import read_rounds
+from selconv_jax.train._workdir import CHECKPOINTS, METRICS, ROUNDS, read_config
 from selconv_jax.transforms._capacity import required_capacity
 from selconv_jax.transforms._layer_tree import layer_states
 
 _HEADING = "parameters and multiply-adds"
+_FORMS = ("plain", "selective", "compact")
 
 
 def print_run(workdir: Path, console: Console) -> None:
@@ -43,34 +48,79 @@ def print_run(workdir: Path, console: Console) -> None:
     if layers:
         console.print(layer_table(layers))
     with console.status("counting parameters and multiply-adds"):
-        counts = _run_counts(config, variables)
-    console.print(counts, highlight=False)
+        title, counts = _run_counts(config, variables)
+    table: RenderableType = f"{_HEADING}: {counts}"
+    if not isinstance(counts, str):
+        table = count_table(counts, title, _FORMS if variables.get("selectivity") else ("plain",))
+    console.print(table, highlight=False)
 
 
-def _run_counts(config: Config, variables: Mapping[str, Any]) -> RenderableType:
-    """Count parameters and multiply-adds of a run's network, by layer and in total, or say why not.
+def write_page(workdir: Path, file: Path, console: Console) -> None:
+    """Write the page of a run, see `run_page`.
+
+    Raises:
+        ConfigError: No epoch has ended yet.
+        OSError: The file cannot be written.
+    """
+    config = read_config(workdir)
+    records = read_metrics(workdir / METRICS)
+    if not records:
+        raise ConfigError(f"{workdir}: no epoch has ended yet, so there is nothing to show on a page.")
+    with console.status("making the page"):
+        step, variables = _variables(workdir)
+        layers = _layers(variables)
+        rounds = [
+            RoundOfRun(each.step, *_of_round(each.layers, layers)) for each in read_rounds(workdir / ROUNDS)
+        ]
+        if layers and not rounds:  # of a run without a round so far
+            rounds = [RoundOfRun(step, layers, {layer.name: [] for layer in layers})]
+        _, counts = _run_counts(config, variables)
+        title = f"{workdir.resolve().name}: {_title(config)}"
+        write_atomically(file, run_page(title, _summary(workdir, config), records, rounds, counts))
+    console.print(f"page in {file}", highlight=False, soft_wrap=True)
+
+
+def _of_round(
+    arrays: Mapping[str, Mapping[str, Any]], now: Sequence[LayerAllocation]
+) -> tuple[list[LayerAllocation], dict[str, list[int]]]:
+    """Return the layers after a round, in forward order, and the slots of each that it closed."""
+    features = {layer.name: layer.features for layer in now}
+    names = sorted(arrays, key=_natural)
+    layers = [
+        LayerAllocation(
+            name=name,
+            gate=arrays[name]["gate"],
+            source=arrays[name].get("source"),
+            shift=arrays[name].get("shift"),
+            score=None,
+            features=features.get(name, 0),
+        )
+        for name in names
+    ]
+    return layers, {name: np.flatnonzero(arrays[name]["deallocated"]).tolist() for name in names}
+
+
+def _run_counts(config: Config, variables: Mapping[str, Any]) -> tuple[str, Sequence[LayerCounts] | str]:
+    """Count parameters and multiply-adds of a run's network by layer, or say why not; with a title.
 
     Nothing is compiled, and no image is read: the name of the data set determines the image shape.
     """
     known = find_known(config.data.name)
     if not variables:
-        return f"{_HEADING}: not counted, as there is no checkpoint"
+        return "", "not counted, as there is no checkpoint"
     if known is None:
-        return (
-            f"{_HEADING}: not counted, as the size of the images of {config.data.name} is in none of the "
-            "run's files"
-        )
+        name = config.data.name
+        return "", f"not counted, as the size of the images of {name} is in none of the run's files"
     network = make_network(config.model, known.image_shape, known.num_classes)
     needed = required_capacity(variables) if variables.get("selectivity") else 0.0
     model = bucket_program(network, needed).model
     image = jax.ShapeDtypeStruct((1, *known.image_shape), model.dtype)
     size = "x".join(map(str, known.image_shape))
     title = f"{_HEADING} (in millions) per image of {size}"
-    if not variables.get("selectivity"):
-        return count_table(count_layers(model, variables, image), title, forms=("plain",))
-    copies = f"copies in up to {model.capacity:.1%} of a layer's channels" if model.capacity else "no copies"
-    title += f"; selective: as compiled for {copies}"
-    return count_table(count_layers(model, variables, image), title)
+    if variables.get("selectivity"):
+        copies = f"copies in up to {model.capacity:.1%} of a layer's channels"
+        title += f"; selective: as compiled for {copies if model.capacity else 'no copies'}"
+    return title, count_layers(model, variables, image)
 
 
 def draw_run(workdir: Path, output: Path, console: Console) -> None:
@@ -79,7 +129,7 @@ def draw_run(workdir: Path, output: Path, console: Console) -> None:
     records = read_metrics(workdir / METRICS)
     if not records:
         return
-    title = f"{config.model.name} ({config.model.variant}) on {config.data.name}"
+    title = _title(config)
     console.print("drawing pictures")
     output.mkdir(parents=True, exist_ok=True)
     with console.status("learning curves") as status:
@@ -94,6 +144,10 @@ def draw_run(workdir: Path, output: Path, console: Console) -> None:
             save_figure(picture, output / f"channels_{layer.name.replace('/', '_')}.png")
     what = "learning curves" + (f", allocation and {len(layers)} channel maps" if layers else "")
     console.print(f"pictures in {output}: {what}", highlight=False, soft_wrap=True)
+
+
+def _title(config: Config) -> str:
+    return f"{config.model.name} ({config.model.variant}) on {config.data.name}"
 
 
 def _summary(workdir: Path, config: Config) -> dict[str, str]:

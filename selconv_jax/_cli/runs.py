@@ -12,7 +12,7 @@ import platformdirs
 from rich.console import Console
 
 from selconv_jax._cli.guard import described
-from selconv_jax._cli.pictures import draw_run, print_run
+from selconv_jax._cli.pictures import draw_run, print_run, write_page
 from selconv_jax._utils.console import progress_console, terminal_or_lines
 from selconv_jax.errors import ConfigError
 from selconv_jax.train._config import load_config
@@ -96,17 +96,20 @@ def _print_sizes(compacted: CompactedRun) -> None:
 
 
 def show(options: argparse.Namespace) -> int:
-    """Print the tables of a run and draw its pictures."""
+    """Print the tables of a run and draw its pictures, or write its page."""
     workdir = Path(options.workdir)
-    output = Path(options.output or workdir / "pictures")
+    if options.html is not None and Path(options.html).suffix not in (".html", ".htm"):
+        raise ConfigError(f"--html {options.html}: the page needs a name that ends in .html.")
+    output = Path(options.html or options.output or workdir / "pictures")
     console = terminal_or_lines()
     _print_skipped(skipped_checkpoints(workdir))
     print_run(workdir, console)
     try:
-        draw_run(workdir, output, console)
+        (write_page if options.html else draw_run)(workdir, output, console)
     except OSError as error:
+        what, how = ("page", "file by --html") if options.html else ("pictures", "folder by --output")
         raise ConfigError(
-            f"the pictures cannot be written to {output}: {error.strerror}. Choose a folder by --output."
+            f"the {what} cannot be written to {output}: {error.strerror}. Choose a {how}."
         ) from None
     return 0
 

@@ -202,6 +202,8 @@ class Config:
             with its own batch statistics, for batches that do not fit in memory at once.
         parameter_shards: Number of shards of the kernels and their optimizer state, over devices of one
             process, for networks that do not fit in the memory of one device.
+        tracker: What gets the numbers of each epoch besides ``metrics.jsonl`` and TensorBoard: ``"wandb"``,
+            ``"mlflow"``, or a function as ``"MODULE:FUNCTION"``; none: nothing.
         model: ``[model]``.
         data: ``[data]``.
         allocation: ``[allocation]``.
@@ -220,6 +222,7 @@ class Config:
     batch_norm: Literal["global", "per_device"] = "global"
     micro_batches: int = 1
     parameter_shards: int = 1
+    tracker: str | None = None
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     allocation: AllocationConfig = dataclasses.field(default_factory=AllocationConfig)

@@ -18,6 +18,7 @@ _FREE = (
     "steps_per_dispatch",
     "devices",
     "parameter_shards",
+    "tracker",
     "data.directory",
     "data.workers",
 )

@@ -23,11 +23,13 @@ from selconv_jax.train._evaluation import evaluation_metrics
 from selconv_jax.train._metrics import MetricsLog, channel_counts, read_metrics, sentence
 from selconv_jax.train._network import Program
 from selconv_jax.train._progress import Display, ProgressDisplay
+from selconv_jax.train._rounds import RoundLog
 from selconv_jax.train._seeds.requests import Request, Requests, answered_alone
 from selconv_jax.train._signals import StopRequest, stop_request
 from selconv_jax.train._state import TrainState
+from selconv_jax.train._trackers import check_tracker, open_tracker
 from selconv_jax.train._trainer import Trainer
-from selconv_jax.train._workdir import METRICS, check_free, create_workdir
+from selconv_jax.train._workdir import METRICS, ROUNDS, check_free, create_workdir
 
 _REFRESH_SECONDS = 0.5
 _DISPATCHES_BETWEEN_LOOKS = 20  # at the clock, which takes a broadcast to all processes
@@ -79,6 +81,7 @@ def train_run(config: Config, workdir: Path, console: Console) -> int:
 
 def new_run(config: Config, workdir: Path, context: RunContext) -> Requests[int]:
     """Train as `train_run` does, with the computations left to whoever answers the requests."""
+    on_first(lambda: check_tracker(config.tracker))
     trainer, data = context.prepare(config)
     on_first(lambda: check_free(workdir))
     with run_setup.claimed(workdir, make=True), run_setup.open_store(config, workdir) as store:
@@ -108,6 +111,7 @@ def resume_run(workdir: Path, console: Console, overrides: Sequence[str] = ()) -
 def resumed_run(workdir: Path, context: RunContext, overrides: Sequence[str] = ()) -> Requests[int]:
     """Resume as `resume_run` does, with the computations left to whoever answers the requests."""
     config = run_setup.read_again(workdir, overrides)
+    on_first(lambda: check_tracker(config.tracker))
     trainer, data = run_setup.prepare_again(config, context.prepare)
     with run_setup.claimed(workdir), run_setup.open_store(config, workdir) as store:
         if first_decides(bool(store.steps())):
@@ -143,9 +147,11 @@ class _Run:
         metrics = self.workdir / METRICS
         recorded = [record for record in read_metrics(metrics) if record["epoch"] == epoch + 1]
         speed: float | None = recorded[0].get("images_per_second") if ended and recorded else None
+        self._rounds = RoundLog(self.workdir / ROUNDS, self._note)
         self._log: MetricsLog | None = None
         if is_first():
-            self._log = MetricsLog(metrics, self.workdir / "tensorboard", epoch, self._note)
+            tracker = open_tracker(trainer.config, self.workdir, self._note)
+            self._log = MetricsLog(metrics, self.workdir / "tensorboard", epoch, self._note, tracker)
         self._display = self.context.display(trainer, step)
         self._last_save = time.monotonic()
         self._saved_step = step
@@ -220,8 +226,10 @@ class _Run:
         return program
 
     def _reallocate(self, state: TrainState) -> TrainState:
-        state, _ = self.trainer.reallocate(state)
+        state, report = self.trainer.reallocate(state)
         check_same_state(state.selectivity, f"after step {int(state.step)}")
+        if is_first():
+            self._rounds.write(state, report)
         return state
 
     def _end_epoch(

@@ -18,6 +18,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from selconv_jax._utils.files import write_atomically
 from selconv_jax.errors import DataError
 from selconv_jax.train._state import TrainState
+from selconv_jax.train._trackers import Tracker
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -97,21 +98,29 @@ def sentence(record: Mapping[str, Any], epochs: int) -> str:
 
 
 class MetricsLog:
-    """Writer of the records of a run: its ``metrics.jsonl``, and TensorBoard ``events`` in a folder.
+    """Writer of the records of a run: its ``metrics.jsonl``, TensorBoard ``events`` in a folder, a tracker.
 
     Records after ``epochs_done``, left by an interrupted run that is now resumed from an earlier checkpoint,
     are dropped. ``say`` is called with a message if events cannot be written, which does not stop the run.
     """
 
     def __init__(
-        self, path: Path, events: Path, epochs_done: int = 0, say: Callable[[str], None] = print
+        self,
+        path: Path,
+        events: Path,
+        epochs_done: int = 0,
+        say: Callable[[str], None] = print,
+        tracker: Tracker | None = None,
     ) -> None:
         self._path = path
         self.records = [record for record in read_metrics(path) if record["epoch"] <= epochs_done]
         with self._checked():
             write_atomically(path, "".join(map(_line, self.records)))
         # Events of dropped epochs stay in the older files; TensorBoard no longer shows them.
-        self._events = EventLog(events, say, first=epochs_done + 1 if epochs_done else None)
+        self._trackers: list[Tracker] = [
+            EventLog(events, say, first=epochs_done + 1 if epochs_done else None)
+        ]
+        self._trackers += [tracker] if tracker is not None else []
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add ``epoch``, from 1, and numbers by name, None where not known; on return it is on the disk."""
@@ -125,10 +134,12 @@ class MetricsLog:
             file.flush()
             os.fsync(file.fileno())
         numbers = {name: value for name, value in record.items() if name != "epoch" and value is not None}
-        self._events.write(record["epoch"], numbers)
+        for tracker in self._trackers:
+            tracker.write(record["epoch"], numbers)
 
     def close(self) -> None:
-        self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     @contextlib.contextmanager
     def _checked(self) -> Iterator[None]:

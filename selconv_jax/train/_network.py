@@ -12,6 +12,7 @@ from selconv_jax.compaction import plan_compaction
 from selconv_jax.errors import ConfigError
 from selconv_jax.models import create_model, stem_for
 from selconv_jax.train._config import ModelConfig
+from selconv_jax.transforms._capacity import required_capacity
 
 # Fractions of the channels that a step can be compiled for: few programs, little waste.
 CAPACITIES = (0.0, 0.125, 0.25, 0.5, 1.0)
@@ -68,12 +69,12 @@ def bucket_program(model: Any, needed: float) -> Program:
 def frozen_program(model: Any, variables: Any, example: Any) -> Program:
     """Return the program of one allocation, without anything that the allocation does not use.
 
-    It is a compacted network with the names and shapes of the full one; if no channel is closed and none is
-    a copy, the plain network. ``example`` is a batch as `jax.ShapeDtypeStruct`.
+    It is a compacted network with the names and shapes of the full one; if there is nothing to leave out, or
+    the network cannot be compacted, that of its copies. ``example`` is a batch as `jax.ShapeDtypeStruct`.
     """
     plan = plan_compaction(model.clone(capacity=0.0), variables, example, compare=False)
     if not plan.model.layouts and not plan.model.widths:
-        return bucket_program(model, 0.0)
+        return bucket_program(model, required_capacity(variables))
     reads = sum(layout.reads for _, layout in plan.model.layouts)
     arriving = sum(layout.inputs for _, layout in plan.model.layouts)
     digest = hashlib.sha256(repr((plan.model.layouts, plan.model.widths)).encode()).hexdigest()

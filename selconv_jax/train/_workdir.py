@@ -19,6 +19,7 @@ CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
 CHECKPOINTS = "checkpoints"
+ROUNDS = "rounds"
 _LOCK = ".lock"
 
 
