@@ -46,14 +46,16 @@ class RoundLog:
             found["deallocated"] = report.layers[path].deallocated
             found["reallocated"] = report.layers[path].reallocated
             arrays |= {f"{path}/{name}": leaf for name, leaf in found.items() if leaf is not None}
-        arrays = jax.device_get(arrays)
         try:
+            # Of several processes, the first one might not hold all of a split array.
+            arrays = jax.device_get(arrays)
             self._folder.mkdir(exist_ok=True)
             file = self._folder / f"{int(state.step):09d}.npz"
             write_atomically(file, lambda stream: np.savez_compressed(stream, **arrays))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             self._failed = True
-            self._say(f"no more rounds are recorded: {self._folder} cannot be written: {error.strerror}")
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            self._say(f"no more rounds are recorded: {self._folder} cannot be written: {reason}")
 
 
 def read_rounds(folder: Path) -> list[Round]:
