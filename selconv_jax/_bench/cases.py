@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 from selconv_jax._bench.workbench import PLAIN, Prepared, Workbench
 
-__all__ = ["Case", "plan_cases", "torch_name"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:

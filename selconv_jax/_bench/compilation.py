@@ -9,8 +9,6 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-__all__ = ["Program", "compile_program", "without_compilation_cache"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Program:

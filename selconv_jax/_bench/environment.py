@@ -10,8 +10,6 @@ import jax
 
 from selconv_jax._utils.versions import version_of
 
-__all__ = ["cores", "environment", "load_average"]
-
 _PACKAGES = ("selconv-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "libtpu", "jax-cuda13-plugin")
 
 

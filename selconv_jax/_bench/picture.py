@@ -12,8 +12,6 @@ from selconv_jax._bench.run import NetworkResult
 from selconv_jax.errors import SelconvError
 from selconv_jax.report._style import COPY, INK, MUTED, OWN, heading, new_figure, styled
 
-__all__ = ["Bar", "Panel", "bar_picture", "panels_of"]
-
 _WIDTH = 10.0
 _PER_BAR, _PER_PANEL = 0.27, 0.85  # inches
 # By the first word of a name; from the palette of Okabe and Ito.

@@ -7,8 +7,6 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-__all__ = ["BenchProgress"]
-
 _SECONDS_BETWEEN_LINES = 20.0
 
 

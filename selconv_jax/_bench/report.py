@@ -12,18 +12,6 @@ from selconv_jax._bench.rows import Ratio, rows_of
 from selconv_jax._bench.run import NetworkResult
 from selconv_jax._bench.settings import BenchSettings
 
-__all__ = [
-    "MEGA",
-    "compile_table",
-    "describe",
-    "gains",
-    "memory_table",
-    "new_table",
-    "ratio_text",
-    "report_of",
-    "time_table",
-]
-
 _MEMORY = ("arguments", "outputs", "in_place", "temporary", "total", "peak")
 MEGA = 1e6  # megabytes are 10^6 bytes here
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from selconv_jax._bench.run import NetworkResult, Round
 
-__all__ = ["Ratio", "Row", "Summary", "paired_ratio", "rows_of", "seconds_of", "summarize"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Summary:

@@ -11,15 +11,6 @@ from selconv_jax._bench.progress import BenchProgress
 from selconv_jax._bench.settings import BenchSettings, load_torch_baseline
 from selconv_jax._bench.workbench import Prepared, Workbench
 
-__all__ = [
-    "Measured",
-    "NetworkResult",
-    "Round",
-    "bench_network",
-    "measure",
-    "take_rounds",
-]
-
 # Seconds by case, in the order in which the cases took their turns.
 Round = Mapping[str, float]
 

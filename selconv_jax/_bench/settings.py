@@ -15,8 +15,6 @@ import selconv_jax
 from selconv_jax.errors import ConfigError, nearest
 from selconv_jax.models import create_model, stem_for
 
-__all__ = ["WHAT", "BenchSettings", "load_torch_baseline"]
-
 # The kinds of measurement, in the order of the report.
 WHAT = ("step", "frozen", "compact", "reallocate", "eval", "input", "compile", "memory")
 

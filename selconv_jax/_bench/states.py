@@ -15,8 +15,6 @@ from selconv_jax.functional._allocation import LayerState, fill_slots
 from selconv_jax.functional._groups import group_count
 from selconv_jax.transforms._layer_tree import layer_states, merge_layers
 
-__all__ = ["with_closed", "with_copies", "without_allocation"]
-
 _SHIFT_RANGE = 1.5  # pixels; method, "Re-allocation"
 
 

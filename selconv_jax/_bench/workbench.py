@@ -26,8 +26,6 @@ from selconv_jax.train._state import TrainState, initial_state
 from selconv_jax.train._step import eval_batch, train_step
 from selconv_jax.transforms._reallocation import AllocationRule, reallocate
 
-__all__ = ["PLAIN", "Prepared", "StepNetwork", "Workbench"]
-
 PLAIN = "plain"
 Network = tuple[Any, dict[str, Any]]  # model and variables
 

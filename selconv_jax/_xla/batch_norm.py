@@ -13,16 +13,6 @@ from jax.typing import DTypeLike
 from selconv_jax._xla.materialize import materialize
 from selconv_jax._xla.platforms import target_platform
 
-__all__ = [
-    "Statistics",
-    "batch_norm",
-    "batch_norm_relu",
-    "batch_statistics",
-    "join_statistics",
-    "statistics_dtype",
-    "update_running_statistics",
-]
-
 
 def statistics_dtype(dtype: DTypeLike) -> np.dtype:
     """Return the type that statistics are computed in: float32, or ``dtype`` itself if it is wider."""

@@ -16,8 +16,6 @@ from selconv_jax._xla.platforms import target_platform
 from selconv_jax._xla.vmapped_convolution import convolutions_are_unrolled, unrolled_bilinear
 from selconv_jax.errors import ConfigError, nearest
 
-__all__ = ["PADDINGS", "canonical_padding", "canonical_window", "convolve"]
-
 Padding = str | Sequence[tuple[int, int]]
 
 # Named paddings, as in `flax.linen.Conv`. "CAUSAL" is for one spatial dimension.

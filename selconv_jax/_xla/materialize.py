@@ -6,8 +6,6 @@ from jax import lax
 
 from selconv_jax._xla.platforms import target_platform
 
-__all__ = ["materialize"]
-
 T = TypeVar("T")
 
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 import jax
 
-__all__ = ["target_platform", "tracing_for"]
-
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target_platform", default=None)
 
 

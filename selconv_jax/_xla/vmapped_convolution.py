@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-__all__ = ["convolutions_are_unrolled", "unrolled_bilinear", "unrolled_convolutions"]
-
 Array = jax.Array
 
 _unrolled: contextvars.ContextVar[bool] = contextvars.ContextVar("unrolled_convolutions", default=False)

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 from selconv_jax._utils.arguments import check_whole
 from selconv_jax.functional._groups import kernel_rows
 
-__all__ = ["LayerState", "deallocate", "draw_sources", "fill_slots", "sources_from_uniform"]
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,6 @@ from selconv_jax._utils.arguments import check_whole
 from selconv_jax._xla.batch_norm import statistics_dtype
 from selconv_jax.functional._groups import group_count
 
-__all__ = ["channel_scores", "expected_channel_damage", "normalize_damage"]
-
 
 def expected_channel_damage(
     kernel: jax.Array, scale: jax.Array, bias: jax.Array, gate: jax.Array

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-__all__ = ["group_count", "kernel_rows", "without_rows"]
-
 
 def group_count(channels: int, kernel_shape: Sequence[int]) -> int:
     """Infer the number of groups ``G`` of a convolution from its shapes.

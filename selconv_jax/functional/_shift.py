@@ -14,8 +14,6 @@ from selconv_jax._xla.batch_norm import Statistics, batch_statistics, statistics
 from selconv_jax._xla.materialize import materialize
 from selconv_jax._xla.platforms import target_platform
 
-__all__ = ["channel_shift", "select", "select_with_statistics"]
-
 
 def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
     """Shift each channel spatially by its own displacement.

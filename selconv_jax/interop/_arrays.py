@@ -10,17 +10,6 @@ from numpy.typing import NDArray
 from selconv_jax.errors import ConfigError
 from selconv_jax.interop._names import Entry
 
-__all__ = [
-    "Units",
-    "find_fault",
-    "from_torch",
-    "shift_units",
-    "to_numpy",
-    "to_torch",
-    "torch_shape",
-    "without_allocation",
-]
-
 Array = NDArray[Any]
 Path = tuple[str, ...]
 Units = Mapping[Path, NDArray[np.float64]]  # pixels per unit of shift [2], by the path of the layer

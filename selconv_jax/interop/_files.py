@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from selconv_jax._utils.files import check_target, read_npz, write_atomically
 from selconv_jax.errors import CheckpointError
 
-__all__ = ["check_writable", "read_file", "write_file"]
-
 _WRITABLE = (".npz", ".safetensors")
 # The authors' program names its files last.model and best.model.
 _PICKLES = (".pt", ".pth", ".tar", ".model", ".ckpt", ".bin")

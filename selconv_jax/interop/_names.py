@@ -11,18 +11,6 @@ from numpy.typing import NDArray
 from selconv_jax.errors import ConfigError
 from selconv_jax.models import CondenseNet
 
-__all__ = [
-    "AUTHORS",
-    "DENSENET",
-    "LAYOUTS",
-    "RESNETV2",
-    "Entry",
-    "Layout",
-    "constants_of",
-    "entries_of",
-    "layout_of",
-]
-
 Array = NDArray[np.generic]
 Shape = tuple[int, ...]
 

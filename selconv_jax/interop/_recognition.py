@@ -10,8 +10,6 @@ from selconv_jax.errors import CheckpointError
 from selconv_jax.interop._names import AUTHORS, DENSENET, LAYOUTS, RESNETV2, Layout, Shape, layout_of
 from selconv_jax.models import create_model
 
-__all__ = ["listing", "network_in", "recognize", "remedy", "unknown"]
-
 Problems = Mapping[str, list[str]]  # names by kind
 Shapes = Mapping[str, Shape]  # by name, with prefixes
 

@@ -10,8 +10,6 @@ import numpy as np
 from selconv_jax.errors import CheckpointError
 from selconv_jax.interop._arrays import to_numpy
 
-__all__ = ["Found", "find_network", "shapes_in"]
-
 Path = tuple[str, ...]
 
 # Inserted between the names of modules by DataParallel, torch.compile, FSDP and activation checkpointing.

@@ -12,8 +12,6 @@ from selconv_jax.errors import ConfigError
 from selconv_jax.models._network import LayerMaker, Network
 from selconv_jax.models._parts import append_features, average_pool
 
-__all__ = ["CondenseNet"]
-
 
 class CondenseNet(Network):
     """Densely connected network whose growth increases from block to block, with grouped 3x3 convolutions.

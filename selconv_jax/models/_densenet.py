@@ -11,8 +11,6 @@ from selconv_jax._xla.batch_norm import Statistics, batch_statistics
 from selconv_jax.models._network import LayerMaker, Network
 from selconv_jax.models._parts import append_features, average_pool
 
-__all__ = ["DenseNet"]
-
 
 class DenseNet(Network):
     """DenseNet (bottleneck 4, compression 1) or DenseNet-BC (compression below 1).

@@ -13,8 +13,6 @@ from selconv_jax.errors import ConfigError, nearest
 from selconv_jax.models._parts import STEMS, Classifier, Stem
 from selconv_jax.nn._layers import BatchNormReLUConv, SelectiveConv
 
-__all__ = ["VARIANTS", "LayerMaker", "Network"]
-
 VARIANTS = ("plain", "selective", "gate_only")
 
 # Image sizes that the stems are designed for (experiments, "Stem").

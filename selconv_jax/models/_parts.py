@@ -17,15 +17,6 @@ from selconv_jax.errors import ConfigError
 from selconv_jax.nn._computation import fan_out_normal
 from selconv_jax.nn._layers import BatchNormReLU
 
-__all__ = [
-    "STEMS",
-    "Classifier",
-    "Stem",
-    "append_channels",
-    "append_features",
-    "average_pool",
-]
-
 # Kernel size and stride of the first convolution, and whether a 3x3 max pool of stride 2 follows.
 STEMS = {
     "cifar": (3, 1, False),

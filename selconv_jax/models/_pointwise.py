@@ -12,8 +12,6 @@ from selconv_jax.errors import ConfigError
 from selconv_jax.models._network import Network
 from selconv_jax.models._parts import average_pool
 
-__all__ = ["Pointwise"]
-
 # Largest shift of a new copy, in pixels; method, "Re-allocation".
 _SHIFT_RANGE = 1.5
 

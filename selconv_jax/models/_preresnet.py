@@ -10,8 +10,6 @@ from selconv_jax._utils.arguments import check_whole
 from selconv_jax.models._network import Network
 from selconv_jax.models._residual import residual_blocks
 
-__all__ = ["PreResNet"]
-
 
 class PreResNet(Network):
     """Pre-activation ResNet: 1x1 (selective), 3x3 (gate-only) and 1x1 (selective) around a shortcut.

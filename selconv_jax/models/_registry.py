@@ -13,8 +13,6 @@ from selconv_jax.models._pointwise import Pointwise
 from selconv_jax.models._preresnet import PreResNet
 from selconv_jax.models._resnext import ResNeXt
 
-__all__ = ["MODELS", "create_model", "stem_for"]
-
 # Network class and arguments of each name.
 MODELS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
     "densenet40": (DenseNet, {"blocks": (6, 6, 6), "growth": 12}),

@@ -11,8 +11,6 @@ from selconv_jax._xla.materialize import materialize
 from selconv_jax.models._network import LayerMaker
 from selconv_jax.models._parts import average_pool
 
-__all__ = ["Bottleneck", "residual_blocks"]
-
 
 class Bottleneck(nn.Module):
     """A 1x1, a 3x3 and a 1x1 convolution with a shortcut around them (experiments, "Models").

@@ -9,8 +9,6 @@ from selconv_jax._utils.arguments import check_whole
 from selconv_jax.models._network import Network
 from selconv_jax.models._residual import residual_blocks
 
-__all__ = ["ResNeXt"]
-
 
 class ResNeXt(Network):
     """ResNeXt: 1x1 (selective), grouped 3x3 (plain) and 1x1 (selective) around a shortcut.

@@ -22,22 +22,6 @@ from selconv_jax.errors import ConfigError
 from selconv_jax.functional._groups import without_rows
 from selconv_jax.functional._shift import select, select_with_statistics
 
-__all__ = [
-    "ConvSettings",
-    "NormSettings",
-    "Selected",
-    "apply_convolution",
-    "check_capacity",
-    "check_conv_settings",
-    "check_copies",
-    "check_inputs",
-    "check_norm_settings",
-    "fan_out_normal",
-    "norm_relu",
-    "select_channels",
-    "window_of",
-]
-
 Array = jax.Array
 Initializer = Callable[..., Any]
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import flax.linen as nn
 
-__all__ = ["intercept_calls", "relative_path"]
-
 _Handler = Callable[..., Any]
 
 _handlers: contextvars.ContextVar[tuple[_Handler, ...]] = contextvars.ContextVar("handlers", default=())

@@ -12,8 +12,6 @@ from selconv_jax._xla.batch_norm import Statistics, statistics_dtype
 from selconv_jax.nn import _computation as computation
 from selconv_jax.nn._computation import Initializer, Selected, fan_out_normal, window_of
 
-__all__ = ["BatchNormReLU", "BatchNormReLUConv", "SelectiveConv"]
-
 Array = jax.Array
 
 

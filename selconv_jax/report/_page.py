@@ -14,8 +14,6 @@ from selconv_jax.report._layer_allocation import LayerAllocation
 from selconv_jax.report._page_charts import Line, chart
 from selconv_jax.report._statistics import require_records, series
 
-__all__ = ["RoundOfRun", "run_page"]
-
 _SHOWN = 60  # rounds at most, or the page of a long run gets too large
 
 

@@ -13,8 +13,6 @@ from selconv_jax.train._state import TrainState
 from selconv_jax.transforms._layer_tree import layer_states
 from selconv_jax.transforms._report import Report
 
-__all__ = ["Round", "RoundLog", "read_rounds"]
-
 
 class Round(NamedTuple):
     """The allocation after a round.

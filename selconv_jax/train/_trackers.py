@@ -16,8 +16,6 @@ from flax import traverse_util
 from selconv_jax.errors import ConfigError
 from selconv_jax.train._config import Config
 
-__all__ = ["Tracker", "check_tracker", "open_tracker"]
-
 _EXPERIMENT = "selconv-jax"
 
 
