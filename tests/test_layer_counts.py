@@ -72,11 +72,11 @@ def test_by_hand():
         "classifier/linear": Count(8 * 10 + 10, 8 * 10),
     }
     # A shift has two numbers. One slot for copies among 4 channels, two among 6: interpolated along both
-    # axes, with chosen shifts.
+    # axes.
     shifts = {"block1_layer1/conv1": 2 * 4, "block2_layer1/conv1": 2 * 6}
     copies = {
-        "block1_layer1/conv1": 64 * (8 + 8) + 2 * 4,
-        "block2_layer1/conv1": 2 * (16 * (4 + 4) + 2 * 6),
+        "block1_layer1/conv1": 64 * (8 + 8),
+        "block2_layer1/conv1": 2 * 16 * (4 + 4),
     }
     for path, layer in layers.items():
         assert layer.selective == layer.plain + Count(shifts.get(path, 0), copies.get(path, 0)), path
@@ -172,15 +172,15 @@ def test_a_single_layer_in_one_dimension():
     plain = 2 * 10 * 5 * 4 * 6
     assert counts.path == ""
     assert counts.plain == Count(5 * 4 * 6 + 2 * 4, plain)
-    # Two slots: for each 10 x 10 weights, and one shift out of 4.
-    slot = 2 * 10 * 10 + 4
+    # Two slots: for each 10 x 10 weights.
+    slot = 2 * 10 * 10
     assert counts.selective == Count(5 * 4 * 6 + 3 * 4, plain + 2 * slot)
-    assert counts.compact == Count(5 * 4 * 6 + 2 * 4 + 1, plain + 2 * 10 * 10 + 4)
+    assert counts.compact == Count(5 * 4 * 6 + 2 * 4 + 1, plain + 2 * 10 * 10)
     with tracing_for("tpu"):
         (counts,) = count_layers(layer, variables, signal)
     # There 10 pixels are read from 4 channels and put into 4, as products.
     assert counts.selective.multiply_adds == plain + 2 * (slot + 2 * (2 * 10 * 4))
-    assert counts.compact.multiply_adds == plain + 2 * 10 * 10 + 4 + 2 * (2 * 10 * 4)
+    assert counts.compact.multiply_adds == plain + 2 * 10 * 10 + 2 * (2 * 10 * 4)
 
 
 class Looped(nn.Module):
@@ -210,7 +210,7 @@ def test_stacked_layers_of_another_network():
     stack, head = count_layers(Looped(), variables, image(6, 4))
     assert (stack.path, head.path) == ("stack/conv", "head")
     assert stack.plain == Count(3 * (4 * 4 + 2 * 4), 3 * 36 * 4 * 4)
-    slot = 36 * (6 + 6) + 2 * 4
+    slot = 36 * (6 + 6)
     assert stack.selective == stack.plain + Count(3 * 2 * 4, 3 * 2 * slot)
     assert stack.compact == stack.selective, "stacked layers stay as they are"
     assert head.plain == head.compact == Count(4 * 2 + 2, 36 * 4 * 2)

@@ -71,9 +71,9 @@ def count_layers(
       does not have.
     - *selective*: the same convolution, as closed channels are zero rows of the kernel and save nothing, and
       in each selective layer the ``s = ceil(capacity * C)`` copies that its ``capacity`` provides for, used
-      or not: their interpolation, ``s H W (H + W)`` as its weights are one matrix per axis, and the
-      selection of their shifts, ``2 s C``. On TPU, reading the sources and writing the copies are products
-      too, ``s H W C`` each. Parameters include the shift of every channel.
+      or not: their interpolation, ``s H W (H + W)`` as its weights are one matrix per axis. On TPU, reading
+      the sources and writing the copies are products too, ``s H W C`` each. Parameters include the shift of
+      every channel.
     - *compact*: the network of `plan_compaction`: open channels and actual copies only. A copy costs the
       same as in *selective* if it takes the place of a channel that is not read
       (`LayerLayout.is_in_place`), otherwise only its interpolation, ``H W (H + W)``. Parameters include the

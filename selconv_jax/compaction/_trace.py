@@ -175,10 +175,10 @@ def _layer_step(
     return _bound(LAYER, layer, path, (x, *(statistics or ())), shape, dtype)
 
 
-def _producer_step(module: Any, path: str, inputs: jax.Array, train: Any = None) -> jax.Array:
-    del train  # only a stem with batch norm needs it
+def _producer_step(module: Any, path: str, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     alone, x = module.clone(parent=None, name=None), jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
-    y = jax.eval_shape(lambda x: alone.init_with_output(jax.random.key(0), x)[0], x)
+    # With its other arguments, such as a stem's ``train``: one that the module does not take is an error.
+    y = jax.eval_shape(lambda x: alone.init_with_output(jax.random.key(0), x, *args, **kwargs)[0], x)
     return _bound(PRODUCER, module, path, (inputs,), y.shape, y.dtype)
 
 
