@@ -39,7 +39,7 @@ def commands_of(text):
     blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
     lines = blocks.replace("\\\n", " ").splitlines()
     literals = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    lines += [match.replace("\n", " ") for match in re.findall(r"`(selconv [^`]+)`", literals)]
+    lines += [match.replace("\n", " ") for match in re.findall(r"`(selconv\s[^`]+)`", literals)]
     for line in lines:
         for command in line.split("&&"):
             words = shlex.split(command, comments=True)

@@ -3,8 +3,8 @@
 import signal
 
 import pytest
-from runs import StopAfter, assert_same_end, compiled_once, quiet_console, tiny_config
 
+from runs import StopAfter, assert_same_end, compiled_once, quiet_console, tiny_config
 from selconv_jax import ReallocationSchedule
 from selconv_jax.errors import ConfigError
 from selconv_jax.train import _loop as loop
@@ -43,7 +43,10 @@ def rounds(schedule, steps_per_epoch=10, epochs=6):
 def test_rounds_of_a_run(schedule, expected):
     assert rounds(schedule) == expected
     if schedule.every_steps is None:
-        assert expected == [10 * epoch + 10 for epoch in range(5) if schedule.is_due(epoch, 6)]
+        assert expected == [10 * epoch + 10 for epoch in range(6) if schedule.is_due(epoch, 6)]
+    else:
+        with pytest.raises(ConfigError, match="rounds of this schedule do not follow epochs"):
+            schedule.is_due(0, 6)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,7 @@ def test_rounds_of_a_run(schedule, expected):
         ({"every_steps": 0}, "every_steps is 0"),
         ({"every": 1.5}, "every is 1.5"),
         ({"until": "half"}, "until is 'half'"),
-        ({"every_steps": 5, "every": 2}, "exclude each other"),
+        ({"every_steps": 5, "every": 2}, "every is 2 and every_steps is 5: they exclude each other"),
     ],
 )
 def test_schedules_that_make_no_sense(arguments, said):

@@ -14,7 +14,8 @@ from selconv_jax._xla.batch_norm import Statistics, batch_statistics, join_stati
 from selconv_jax._xla.convolution import canonical_padding, canonical_window, convolve
 from selconv_jax.compaction._places import index_mask, spread_channels, take_channels, take_repeated
 from selconv_jax.functional._groups import without_rows
-from selconv_jax.functional._shift import channel_shift, select, select_with_statistics
+from selconv_jax.functional._select import select, select_with_statistics
+from selconv_jax.functional._shift import channel_shift
 from selconv_jax.nn._computation import Selected, window_of
 from selconv_jax.nn._layers import BatchNormReLUConv
 

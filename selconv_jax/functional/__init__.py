@@ -2,7 +2,8 @@
 
 from selconv_jax.functional._allocation import LayerState, deallocate, draw_sources, fill_slots
 from selconv_jax.functional._damage import channel_scores, expected_channel_damage, normalize_damage
-from selconv_jax.functional._shift import channel_shift, select
+from selconv_jax.functional._select import select
+from selconv_jax.functional._shift import channel_shift
 
 __all__ = [
     "LayerState",

@@ -20,7 +20,7 @@ from selconv_jax._xla.batch_norm import (
 from selconv_jax._xla.convolution import canonical_padding, canonical_window, convolve
 from selconv_jax.errors import ConfigError
 from selconv_jax.functional._groups import without_rows
-from selconv_jax.functional._shift import select, select_with_statistics
+from selconv_jax.functional._select import select, select_with_statistics
 
 Array = jax.Array
 Initializer = Callable[..., Any]

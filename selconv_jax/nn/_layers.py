@@ -38,7 +38,7 @@ class BatchNormReLUConv(nn.Module):
         axis_name: Mapped axis (of ``jax.shard_map``, ``vmap`` or ``pmap``) over which the statistics of the
             batch are computed, as in `flax.linen.BatchNorm`; not needed under ``jit``, where they are those
             of the global batch.
-        train: Mode of the calls that do not give one.
+        train: Default for ``train`` where a call omits it.
         dtype: Type of the computation; None: inferred from the input and parameters. Statistics are
             computed in float32 or wider.
         param_dtype: Type of the parameters.
@@ -167,7 +167,7 @@ class BatchNormReLU(nn.Module):
         momentum: Decay rate of the running statistics: the fraction of them that a step keeps.
         epsilon: Added to the variance.
         axis_name: See `BatchNormReLUConv`.
-        train: Mode of the calls that do not give one.
+        train: Default for ``train`` where a call omits it.
         param_dtype: Type of the parameters.
     """
 
@@ -219,5 +219,7 @@ def _mode(name: str, attribute: bool | None, argument: Any) -> bool:
             "nn.vmap; under jax.jit, make it a static argument."
         )
     if argument is None and attribute is None:
-        raise ValueError(f"{name}: pass train=True or train=False, in the call or as attribute of the layer.")
+        raise ValueError(
+            f"{name}: pass train=True or train=False, in the call or as an attribute of the layer."
+        )
     return bool(attribute if argument is None else argument)

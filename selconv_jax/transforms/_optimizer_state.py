@@ -104,8 +104,9 @@ def reset_rewritten(
     structure: Any = jax.tree.structure(start)
     if structure != jax.tree.structure(opt_state):
         raise ValueError(
-            "the optimizer's state is not one of this optimizer and these parameters: optimizer.init(params) "
-            "has another structure. Pass the optimizer that created it and the 'params' it was created for."
+            "the optimizer's state does not match this optimizer and these parameters: "
+            "optimizer.init(params) has another structure. Pass the optimizer that created it and the 'params' "
+            "it was created for."
         )
 
     # State without a parameter's shape may still hold its entries, flattened or factored. Such state grows

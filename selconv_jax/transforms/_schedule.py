@@ -9,13 +9,15 @@ from selconv_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class ReallocationSchedule:
-    """Re-allocation after the epochs of the first part of a run (method, "Schedule and training").
+    """When rounds of re-allocation happen in a run (method, "Schedule and training").
+
+    They follow epochs, or steps, of its first part, and never its last step.
 
     Attributes:
         until: Fraction of the epochs after which the allocation is frozen, in [0, 1]; 0: no rounds.
         every: Epochs from one round to the next.
         every_steps: Steps from one round to the next, instead of epochs, for runs of few long epochs;
-        None: rounds run at the ends of epochs, as published.
+            None: rounds run at the ends of epochs, as published.
 
     Raises:
         ConfigError: A value is out of bounds.
@@ -36,16 +38,29 @@ class ReallocationSchedule:
         if self.every_steps is not None:
             check_whole("every_steps", self.every_steps, 1, "a whole number of steps, at least 1")
         if self.every_steps is not None and self.every != 1:
-            raise ConfigError("every and every_steps exclude each other: leave one out.")
+            raise ConfigError(
+                f"every is {self.every} and every_steps is {self.every_steps}: they exclude each other."
+            )
 
     def is_due(self, epoch: int, epochs: int) -> bool:
         """Check whether a round follows an epoch, in a schedule by epochs.
 
         Args:
-            epoch: Index of the epoch that has just ended.
+            epoch: Index of the epoch that has just ended, from 0.
             epochs: Number of epochs of the run.
+
+        Returns:
+            True if a round is due; never after the last epoch.
+
+        Raises:
+            ConfigError: The schedule is by steps; see `next_round`.
         """
-        return epoch < self._end(epochs) and (epoch + 1) % self.every == 0
+        if self.every_steps is not None:
+            raise ConfigError(
+                f"every_steps is {self.every_steps}: rounds of this schedule do not follow epochs. Use "
+                "next_round."
+            )
+        return epoch < min(self._end(epochs), epochs - 1) and (epoch + 1) % self.every == 0
 
     def next_round(self, first: int, steps_per_epoch: int, epochs: int) -> int | None:
         """Return the step of the next round. No round follows the last step of a run.
@@ -65,10 +80,10 @@ class ReallocationSchedule:
         """
         steps = steps_per_epoch * epochs
         if self.every_steps is None:
-            ends = ((epoch, (epoch + 1) * steps_per_epoch) for epoch in range(epochs - 1))
+            ends = ((epoch, (epoch + 1) * steps_per_epoch) for epoch in range(epochs))
             due = (end for epoch, end in ends if end >= first and self.is_due(epoch, epochs))
             return next(due, None)
-        candidate = -(-max(first, 1) // self.every_steps) * self.every_steps
+        candidate = math.ceil(max(first, 1) / self.every_steps) * self.every_steps
         return candidate if candidate <= self._end(steps) and candidate < steps else None
 
     def _end(self, count: int) -> float:
