@@ -106,7 +106,7 @@ def test_state_that_cannot_be_told_apart_is_refused(optimizer, round_):
 def test_the_state_of_another_optimizer_is_refused(round_):
     params, report = round_
     state = optax.sgd(0.1).init(params)
-    with pytest.raises(ValueError, match="not one of this optimizer and these parameters"):
+    with pytest.raises(ValueError, match="does not match this optimizer and these parameters"):
         selconv_jax.reset_rewritten(optax.adam(0.1), state, params, report)
 
 

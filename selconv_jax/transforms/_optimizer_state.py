@@ -105,8 +105,8 @@ def reset_rewritten(
     if structure != jax.tree.structure(opt_state):
         raise ValueError(
             "the optimizer's state does not match this optimizer and these parameters: "
-            "optimizer.init(params) has another structure. Pass the optimizer that created it and the 'params' "
-            "it was created for."
+            "optimizer.init(params) has another structure. Pass the optimizer that created it and the "
+            "'params' it was created for."
         )
 
     # State without a parameter's shape may still hold its entries, flattened or factored. Such state grows
