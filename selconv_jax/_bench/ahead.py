@@ -81,8 +81,10 @@ def prepare_process(topology: str) -> None:
     else:
         # Without a GPU nothing can be tried out: autotuning is off.
         flags = f"--xla_gpu_autotune_level=0 --xla_gpu_cuda_data_dir={_cuda_directory(topology)}"
-        environment = {"XLA_FLAGS": f"{flags} {os.environ.get('XLA_FLAGS', '')}", "TF_CPP_MIN_LOG_LEVEL": "1"}
-        os.environ.pop("XLA_FLAGS", None)
+        os.environ["XLA_FLAGS"] = (
+            f"{flags} {os.environ.get('XLA_FLAGS', '')}"  # the later of two flags counts
+        )
+        environment = {"TF_CPP_MIN_LOG_LEVEL": "1"}
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
