@@ -81,9 +81,8 @@ def prepare_process(topology: str) -> None:
     else:
         # Without a GPU nothing can be tried out: autotuning is off.
         flags = f"--xla_gpu_autotune_level=0 --xla_gpu_cuda_data_dir={_cuda_directory(topology)}"
-        os.environ["XLA_FLAGS"] = (
-            f"{flags} {os.environ.get('XLA_FLAGS', '')}"  # the later of two flags counts
-        )
+        # The user's own come last, and so count.
+        os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
         environment = {"TF_CPP_MIN_LOG_LEVEL": "1"}
     for name, value in environment.items():
         os.environ.setdefault(name, value)
