@@ -4,10 +4,10 @@ import functools
 
 import jax
 import numpy as np
-import oracle
 import pytest
 from hypothesis import settings
 
+import oracle
 from selconv_jax import functional
 from selconv_jax.functional import LayerState
 

@@ -6,9 +6,9 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from runs import QUICK
 
 import selconv_jax
+from runs import QUICK
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
 
 SHAPE = (4, 8, 8, 3)

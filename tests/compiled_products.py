@@ -2,6 +2,7 @@
 
 import jax
 from jax import lax
+
 from runs import QUICK
 
 _CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")

@@ -9,6 +9,7 @@ import dataclasses
 
 import numpy as np
 from hypothesis import strategies as st
+
 from oracle import Layer
 
 

@@ -7,8 +7,8 @@ import json
 import jax
 import pytest
 from rich.console import Console
-from runs import run_with_compiler
 
+from runs import run_with_compiler
 from selconv_jax._bench import ahead
 from selconv_jax._bench.ahead import CompiledProgram, prepare_process, topology_devices
 from selconv_jax._bench.ahead_report import largest_table, steps_table

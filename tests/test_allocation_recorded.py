@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded import ALLOCATION_CASES, assert_close, read
 
+from recorded import ALLOCATION_CASES, assert_close, read
 from selconv_jax.functional import (
     LayerState,
     channel_scores,

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from recorded import LAYER_CASES, assert_close, read
-from states import perturbed_variables
 
+from recorded import LAYER_CASES, assert_close, read
 from selconv_jax.interop.torch import state_dict
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
 from selconv_jax.train._config import OptimizerConfig
 from selconv_jax.train._optimizer import make_optimizer
+from states import perturbed_variables
 
 torch = pytest.importorskip("torch")
 

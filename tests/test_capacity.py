@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import AllocationRule, ConfigError, SelectiveConv, with_capacity
 from selconv_jax.analysis import count_multiply_adds
+from states import perturbed_variables
 
 X = jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
 

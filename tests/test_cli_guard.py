@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import command, environment
 
+from runs import command, environment
 from selconv_jax._cli import guard
 from selconv_jax._cli import main as entry
 from selconv_jax._cli.main import main

@@ -14,11 +14,10 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+
 from prepared_sets import examples, images, write_set
 from processes import TESTS, Processes, announcements, cluster_arguments, free_address, script, selconv
 from runs import assert_same_end, final_arrays, quiet_console
-from trajectory import digest
-
 from selconv_jax.errors import CheckpointError, ConfigError
 from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._checkpoints.folders import told
@@ -27,6 +26,7 @@ from selconv_jax.train._distributed import cluster
 from selconv_jax.train._distributed.cluster import Cluster, announced, local_gpus
 from selconv_jax.train._loop import train_run
 from selconv_jax.train._metrics import read_metrics
+from trajectory import digest
 
 CONFIG = """\
 epochs = 4

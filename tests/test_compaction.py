@@ -6,6 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import freeze
+from hypothesis import strategies as st
+
+import selconv_jax
 from compactions import (
     NETWORKS,
     SHAPE,
@@ -16,14 +20,10 @@ from compactions import (
     images,
     quick_jit,
 )
-from flax.core import freeze
-from hypothesis import strategies as st
-from states import perturbed_variables
-
-import selconv_jax
 from selconv_jax import AllocationRule, ConfigError
 from selconv_jax.analysis._counting import count_parameters
 from selconv_jax.models import DenseNet
+from states import perturbed_variables
 
 
 def shapes(tree):

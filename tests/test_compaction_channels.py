@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import pytest
-from compactions import NETWORKS, SHAPE, assert_same_function, close, copy
-from states import perturbed_variables
 
 import selconv_jax
+from compactions import NETWORKS, SHAPE, assert_same_function, close, copy
 from selconv_jax.analysis._counting import count_parameters
 from selconv_jax.compaction._static_conv import LayerLayout
 from selconv_jax.models import DenseNet, PreResNet, ResNeXt
+from states import perturbed_variables
 
 # Channels before the transition: 4 of the stem, 2 of layer 1 (4, 5), 2 of layer 2 (6, 7).
 DENSENET_BC = DenseNet(5, (2, 1), growth=2, compression=0.5)

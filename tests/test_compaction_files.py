@@ -8,12 +8,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compactions import NETWORKS, SHAPE, assert_equal_trees
-from states import perturbed_variables
 
 import selconv_jax
+from compactions import NETWORKS, SHAPE, assert_equal_trees
 from selconv_jax import CheckpointError
 from selconv_jax.models import DenseNet
+from states import perturbed_variables
 
 
 def compacted(model, *inputs, **options):

@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compactions import assert_same_function, close, copy, images, quick_jit
-from states import perturbed_variables
 
 import selconv_jax
+from compactions import assert_same_function, close, copy, images, quick_jit
 from selconv_jax import BatchNormReLUConv, SelectiveConv
+from states import perturbed_variables
 
 SHAPE = (2, 6, 6, 3)
 

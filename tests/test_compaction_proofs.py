@@ -5,14 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compactions import assert_equal_trees, assert_same_function, close, images, quick_jit
-from states import perturbed_variables
 
 import selconv_jax
+from compactions import assert_equal_trees, assert_same_function, close, images, quick_jit
 from selconv_jax import ConfigError, SelectiveConv
 from selconv_jax._xla.batch_norm import Statistics, batch_statistics
 from selconv_jax.compaction import _plan as planning
 from selconv_jax.compaction._static_conv import LayerLayout
+from states import perturbed_variables
 
 SHAPE = (2, 6, 6, 8)
 

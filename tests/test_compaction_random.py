@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from compactions import images, quick_jit
 from flax import linen as nn
-from random_networks import SHAPE, random_network
-from states import perturbed_variables
 
 import selconv_jax
+from compactions import images, quick_jit
+from random_networks import SHAPE, random_network
+from states import perturbed_variables
 
 
 def outputs(model, variables, take):

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import AllocationRule, ConfigError, SelectiveConv, selectivize_model
 from selconv_jax.analysis import count_parameters
+from states import perturbed_variables
 
 X = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
 

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-import tiny_sets
 
+import tiny_sets
 from selconv_jax.data import Split, load
 from selconv_jax.data._catalog import KNOWN
 from selconv_jax.data._preparation.cifar import COARSE_CLASSES, decode_cifar, read_cifar

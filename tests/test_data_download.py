@@ -7,8 +7,8 @@ import threading
 import time
 
 import pytest
-import tiny_sets
 
+import tiny_sets
 from selconv_jax.data import load
 from selconv_jax.data._catalog import KNOWN, Download
 from selconv_jax.data._preparation import download

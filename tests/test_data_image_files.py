@@ -7,9 +7,9 @@ import zipfile
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-import tiny_sets
 from PIL import Image
 
+import tiny_sets
 from selconv_jax.data import load, open_data
 from selconv_jax.data._catalog import KNOWN
 from selconv_jax.data._image_formats import as_color_jpeg, decode_image

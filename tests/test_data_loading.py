@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-import tiny_sets
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
-from prepared_sets import examples, images, write_set
 
+import tiny_sets
+from prepared_sets import examples, images, write_set
 from selconv_jax.data import StreamedData, load, open_data
 from selconv_jax.data import _loading as loading
 from selconv_jax.data._augment import normalize

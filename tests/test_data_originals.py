@@ -7,8 +7,8 @@ import struct
 
 import numpy as np
 import pytest
-import tiny_sets
 
+import tiny_sets
 from selconv_jax.data import Split
 from selconv_jax.data._preparation.cifar import decode_cifar, read_cifar
 from selconv_jax.data._preparation.idx import decode_idx, find_idx_files, read_idx_files

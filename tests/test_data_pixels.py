@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from prepared_sets import write_set
 
+from prepared_sets import write_set
 from selconv_jax.data import load, open_data
 from selconv_jax.data._image_formats import PixelError, as_color_jpeg, decode_image, to_8_bits
 from selconv_jax.errors import DataError

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-import tiny_sets
 
+import tiny_sets
 from selconv_jax._utils.console import console_progress
 from selconv_jax.data import load
 from selconv_jax.data._catalog import KNOWN

@@ -6,8 +6,8 @@ import types
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from prepared_sets import examples, images, write_set
 
+from prepared_sets import examples, images, write_set
 from selconv_jax.data import load, open_data
 from selconv_jax.data._abstract import abstract_data
 from selconv_jax.data._dataset import ImageData

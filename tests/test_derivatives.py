@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import BatchNormReLUConv, SelectiveConv
 from selconv_jax._xla.platforms import tracing_for
 from selconv_jax.compaction._places import take_channels, take_repeated
 from selconv_jax.nn._computation import window_of
+from states import perturbed_variables
 
 LAYERS = {
     "plain 1x1": BatchNormReLUConv(4, (1, 1)),

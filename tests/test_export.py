@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compactions import NETWORKS, SHAPE, assert_equal_trees, quick_jit
 from flax import nnx
-from states import perturbed_variables
 
 import selconv_jax
+from compactions import NETWORKS, SHAPE, assert_equal_trees, quick_jit
 from selconv_jax import CheckpointError, ConfigError, export
 from selconv_jax._xla.platforms import target_platform
 from selconv_jax.data._augment import normalize
 from selconv_jax.models import DenseNet, create_model
+from states import perturbed_variables
 
 # Calls exported functions with a batch each, in a process that cannot import this package.
 FRESH = """

@@ -5,13 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_export import needs_onnx
 
 import selconv_jax
 from runs import compiled_once
 from selconv_jax import export
 from selconv_jax._cli.main import main
 from selconv_jax.train._run_setup import restore_run
+from test_export import needs_onnx
 
 pytestmark = pytest.mark.optimized
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from array_functions import (
     both_precisions,
     channel_scores,
@@ -15,7 +16,6 @@ from array_functions import (
     normalize_damage,
     precision,
 )
-
 from selconv_jax import functional
 from selconv_jax.functional import LayerState
 

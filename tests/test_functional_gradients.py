@@ -2,14 +2,14 @@
 
 import jax
 import numpy as np
-import oracle
 import pytest
-from array_functions import many, precision
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SHAPES, Recipe
 
+import oracle
+from array_functions import many, precision
 from selconv_jax import functional
+from strategies import SHAPES, Recipe
 
 
 def gradients(x, shift, cotangent):

@@ -7,8 +7,11 @@ arithmetic can be held to one; ``oracle.closing_counts`` says where it cannot.
 
 import jax
 import numpy as np
-import oracle
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import oracle
 import strategies
 from array_functions import (
     assert_same_state,
@@ -31,11 +34,8 @@ from array_functions import (
     slack_of,
     state_of,
 )
-from hypothesis import example, given
-from hypothesis import strategies as st
-from strategies import SHAPES, Recipe
-
 from selconv_jax import functional
+from strategies import SHAPES, Recipe
 
 
 @both_precisions

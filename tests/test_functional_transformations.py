@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 import oracle
 from array_functions import (
     assert_same_state,
@@ -22,9 +23,8 @@ from array_functions import (
     slack_of,
     state_of,
 )
-from strategies import Recipe
-
 from selconv_jax import functional
+from strategies import Recipe
 
 
 def test_jit_and_eager_agree():

@@ -3,14 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from states import perturbed_variables
 
+import oracle
 import selconv_jax
 from selconv_jax import AllocationRule, SelectiveConv
 from selconv_jax.functional import deallocate, expected_channel_damage, normalize_damage
 from selconv_jax.functional._groups import group_count, kernel_rows
+from states import perturbed_variables
 
 
 def test_rows_of_a_kernel():

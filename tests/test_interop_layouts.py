@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compactions import assert_same_function, images
-from states import perturbed_variables
-from test_interop_torch import COUNT, WRAPPED
 
 import selconv_jax
+from compactions import assert_same_function, images
 from selconv_jax import CheckpointError, ConfigError
 from selconv_jax.interop.torch import load_network, load_state_dict, state_dict
 from selconv_jax.models import DenseNet, PreResNet
+from states import perturbed_variables
+from test_interop_torch import COUNT, WRAPPED
 
 IMAGES = (2, 33, 40, 3)  # odd, so that pools and strides have to round
 # Names and shapes recorded from torchvision 0.28 (growth 4, blocks (1, 2)) and timm 1.0 (width 8, blocks

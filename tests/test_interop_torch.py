@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded import MODEL_CASES, assert_close, read
-from states import perturbed_variables
-from test_models_recorded import NETWORKS, section
 
+from recorded import MODEL_CASES, assert_close, read
 from selconv_jax import CheckpointError, ConfigError
 from selconv_jax.interop._arrays import shift_units
 from selconv_jax.interop.torch import load_state_dict, save_state_dict, state_dict
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
+from states import perturbed_variables
+from test_models_recorded import NETWORKS, section
 
 pytestmark = pytest.mark.optimized
 

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compactions import NETWORKS
-from compiled_products import compiled_multiply_adds
 
 import selconv_jax
+from compactions import NETWORKS
+from compiled_products import compiled_multiply_adds
 from selconv_jax import SelectiveConv, plan_compaction
 from selconv_jax._xla.platforms import tracing_for
 from selconv_jax.analysis._counting import count_multiply_adds, count_parameters

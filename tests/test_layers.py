@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.errors import ModifyScopeVariableError
-from states import perturbed_variables
 
 from selconv_jax import BatchNormReLUConv, ConfigError, SelectiveConv
 from selconv_jax._xla.platforms import tracing_for
 from selconv_jax.functional import channel_shift, select
+from states import perturbed_variables
 
 
 def variables_of(layer, shape):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax.core import meta
 from jax.sharding import AxisType, PartitionSpec
-from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import AllocationRule, BatchNormReLUConv, SelectiveConv
 from selconv_jax._bench.states import with_copies
 from selconv_jax.nn import batch_statistics
+from states import perturbed_variables
 
 LAYERS = [BatchNormReLUConv(4, (3, 3)), SelectiveConv(4, (3, 3)), SelectiveConv(4, (3, 3), gate_only=True)]
 X = jax.random.normal(jax.random.key(0), (8, 6, 6, 8)) + 1

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from states import perturbed_variables
 
 from selconv_jax import BatchNormReLUConv, ConfigError, SelectiveConv
+from states import perturbed_variables
 
 SIZES = {1: (9,), 2: (7, 6), 3: (4, 5, 3)}
 CASES = {

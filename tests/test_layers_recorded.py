@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded import LAYER_CASES, assert_close, read
 
+from recorded import LAYER_CASES, assert_close, read
 from selconv_jax import SelectiveConv
 
 pytestmark = pytest.mark.optimized

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import AllocationRule, SelectiveConv
+from states import perturbed_variables
 
 AXES = {"params": 0, "batch_stats": 0, "selectivity": 0}
 LENGTH = 3

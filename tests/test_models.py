@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import AllocationRule, ConfigError
@@ -12,6 +11,7 @@ from selconv_jax._xla.platforms import tracing_for
 from selconv_jax.analysis._counting import count_parameters
 from selconv_jax.models import MODELS, CondenseNet, PreResNet, ResNeXt, create_model, stem_for
 from selconv_jax.models._parts import average_pool
+from states import perturbed_variables
 
 SMALL = {
     "preresnet": lambda **more: PreResNet(10, (1, 1), width=4, **more),

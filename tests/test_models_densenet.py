@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import AllocationRule, ConfigError
 from selconv_jax.functional import expected_channel_damage, normalize_damage
 from selconv_jax.models import DenseNet, create_model
+from states import perturbed_variables
 
 
 def shapes(model, size=32, channels=3):

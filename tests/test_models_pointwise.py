@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import QUICK
-from states import perturbed_variables
 
 import selconv_jax
+from runs import QUICK
 from selconv_jax import ConfigError
 from selconv_jax.analysis._counting import count_multiply_adds, count_parameters
 from selconv_jax.models import Pointwise, create_model
 from selconv_jax.train._config import OptimizerConfig
 from selconv_jax.train._optimizer import make_optimizer
+from states import perturbed_variables
 
 IMAGE = (16, 16, 3)
 SMALL = {"blocks": (1, 1), "widths": (6, 8)}

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from recorded import MODEL_CASES, assert_close, read
 
+from recorded import MODEL_CASES, assert_close, read
 from selconv_jax import AllocationRule, functional, layer_states
 from selconv_jax.interop.torch import load_state_dict, state_dict
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt

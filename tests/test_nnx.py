@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 from flax.core import meta
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from recorded import ALLOCATION_CASES, LAYER_CASES, assert_close, read
 
 import selconv_jax
+from recorded import ALLOCATION_CASES, LAYER_CASES, assert_close, read
 from selconv_jax import AllocationRule, ConfigError
 from selconv_jax.nnx import (
     BatchNormReLUConv,

@@ -6,13 +6,13 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import path_aware_map
-from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import AllocationRule
 from selconv_jax.models import DenseNet
 from selconv_jax.train._config import OptimizerConfig
 from selconv_jax.train._optimizer import make_optimizer
+from states import perturbed_variables
 
 
 def is_wide(leaf):

@@ -1,8 +1,9 @@
 """The oracle itself against the recorded cases."""
 
 import numpy as np
-import oracle
 import pytest
+
+import oracle
 from recorded import ALLOCATION_CASES, LAYER_CASES, read
 
 

@@ -1,11 +1,11 @@
 """Reports of a round as text."""
 
 import jax
-from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import AllocationRule
 from selconv_jax.models import DenseNet
+from states import perturbed_variables
 
 
 def test_reports_print_in_a_line_and_in_a_table():

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkpoints import assert_same, files, names, saved, tiny
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.experimental import v1 as ocp
 
+from checkpoints import assert_same, files, names, saved, tiny
 from selconv_jax.errors import CheckpointError
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 

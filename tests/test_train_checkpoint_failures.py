@@ -17,9 +17,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import assert_same, names, saved, tiny
 from orbax.checkpoint.experimental import v1 as ocp
 
+from checkpoints import assert_same, names, saved, tiny
 from selconv_jax.errors import CheckpointError
 from selconv_jax.train._checkpoints.arrays import check_written, is_plain, write_arrays
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from runs import QUICK
 
+from runs import QUICK
 from selconv_jax import SelectiveConv
 from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._gradients import Examples, Mixture, Seen, batch_gradients

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from array_functions import precision
 from flax import traverse_util
 
 import selconv_jax
+from array_functions import precision
 from runs import tiny_config, whole_config
 from selconv_jax.data._loading import open_data
 from selconv_jax.models import DenseNet, PreResNet

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import quiet_console, tiny_config
 
+from runs import quiet_console, tiny_config
 from selconv_jax.errors import ConfigError
 from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._loop import train_run

@@ -11,8 +11,8 @@ import threading
 import time
 
 import pytest
-from runs import TINY, assert_same_end, quiet_console, tiny_config
 
+from runs import TINY, assert_same_end, quiet_console, tiny_config
 from selconv_jax.train._config import dump_config, parse_config
 from selconv_jax.train._loop import train_run
 from selconv_jax.train._sweeps import runs as sweep_runs

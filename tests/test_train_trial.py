@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from runs import quiet_console, tiny_config
 
+from runs import quiet_console, tiny_config
 from selconv_jax.errors import ConfigError
 from selconv_jax.train._config import ModelConfig
 from selconv_jax.train._loop import train_run

@@ -10,13 +10,13 @@ import pytest
 from flax import serialization
 from flax.core import FrozenDict, freeze
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import AllocationRule, BatchNormReLUConv, ConfigError, SelectiveConv
 from selconv_jax.functional import expected_channel_damage
 from selconv_jax.models import DenseNet
 from selconv_jax.transforms import _reallocation as transform
+from states import perturbed_variables
 
 SHAPE = (2, 16, 16, 3)
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import freeze
-from states import perturbed_variables
 
 import selconv_jax
 from selconv_jax import AllocationRule, BatchNormReLUConv, SelectiveConv, selectivize
 from selconv_jax.models import DenseNet
+from states import perturbed_variables
 
 SHAPE = (2, 16, 16, 3)
 

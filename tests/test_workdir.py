@@ -7,8 +7,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from runs import compiled_once, quiet_console, tiny_config
 
+from runs import compiled_once, quiet_console, tiny_config
 from selconv_jax import ConfigError
 from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._loop import train_run

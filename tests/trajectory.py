@@ -15,8 +15,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from runs import CACHE, tiny_config
 
+from runs import CACHE, tiny_config
 from selconv_jax.data._dataset import ImageData, Split
 from selconv_jax.data._loading import open_data
 from selconv_jax.data._stream import StreamedData
