@@ -10,7 +10,7 @@ from rich.console import Console
 
 from runs import run_with_compiler
 from selconv_jax._bench import ahead
-from selconv_jax._bench.ahead import CompiledProgram, prepare_process, topology_devices
+from selconv_jax._bench.ahead import CompiledProgram, prepare_compiler, topology_devices
 from selconv_jax._bench.ahead_report import largest_table, steps_table
 from selconv_jax._bench.hlo import CostedOperation, entry_cycles, entry_kernels
 from selconv_jax.errors import ConfigError
@@ -104,7 +104,7 @@ def test_kernels_of_a_gpu_and_their_bytes():
 )
 def test_names_that_are_none(name):
     with pytest.raises(ConfigError, match=f"--topology is '{name}'.*It must be a GPU .a100, h100, h200"):
-        prepare_process(name)
+        prepare_compiler(name)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_names_that_are_none(name):
 def test_without_the_compiler(monkeypatch, name, said):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=said):
-        prepare_process(name)
+        prepare_compiler(name)
 
 
 @pytest.mark.parametrize(

@@ -72,18 +72,15 @@ class PlainLayer(nn.Module):
         x = functional.relu(self.norm(self.select(x)), inplace=True)
         if self.dropout_rate:
             x = functional.dropout(x, self.dropout_rate, self.training)
-        conv = self.conv
-        return functional.conv2d(
-            x, self.kernel(), None, conv.stride, conv.padding, conv.dilation, conv.groups
-        )
+        return self.convolve(x)
 
     def select(self, x: Tensor) -> Tensor:
         """Return the input as the layer reads it."""
         return x
 
-    def kernel(self) -> Tensor:
-        """Return the kernel ``[O, C / groups, size, size]``."""
-        return self.conv.weight
+    def convolve(self, x: Tensor) -> Tensor:
+        """Convolve, with all of the kernel."""
+        return self.conv(x)
 
 
 class SelectiveLayer(PlainLayer):
@@ -131,6 +128,7 @@ class SelectiveLayer(PlainLayer):
         moved = shifted(x.index_select(1, self.sources), self._bias[self.copies], self._eye)
         return x.index_copy(1, self.copies, moved.to(x.dtype))
 
-    def kernel(self) -> Tensor:
-        """Return the kernel, with zeros for closed channels."""
-        return self.conv.weight * self.is_open[None, :, None, None]
+    def convolve(self, x: Tensor) -> Tensor:
+        """Convolve, with zeros in the kernel for closed channels."""
+        conv, kernel = self.conv, self.conv.weight * self.is_open[None, :, None, None]
+        return functional.conv2d(x, kernel, None, conv.stride, conv.padding, conv.dilation, conv.groups)

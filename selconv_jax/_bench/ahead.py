@@ -64,7 +64,7 @@ class CompiledProgram:
     largest: Sequence[CostedOperation] = ()  # the most costly operations, the most costly first
 
 
-def prepare_process(topology: str) -> None:
+def prepare_compiler(topology: str) -> None:
     """Keep JAX on the CPU, and set up the compiler for the chips; call before JAX uses a device.
 
     Raises:
@@ -124,7 +124,7 @@ def _has_plugin(name: str) -> bool:
 
 
 def topology_devices(name: str) -> list[Any]:
-    """Return the chips of a topology, as devices for ahead-of-time compilation; see `prepare_process`.
+    """Return the chips of a topology, as devices for ahead-of-time compilation; see `prepare_compiler`.
 
     Raises:
         ConfigError: There is no such topology, or another process holds the compiler.

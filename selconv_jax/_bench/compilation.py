@@ -11,8 +11,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled program.
+class TimedProgram:
+    """A compiled program, and what compiling it took.
 
     Attributes:
         run: The compiled function; ``as_text()`` gives its text.
@@ -31,13 +31,13 @@ class Program:
 
 def compile_program(
     lower: Callable[[], jax.stages.Lowered], clock: Callable[[], float] = time.perf_counter
-) -> Program:
+) -> TimedProgram:
     """Compile what ``lower`` returns, such as ``lambda: jax.jit(function).lower(x)``, timing both."""
     start = clock()
     lowered = lower()
     is_lowered = clock()
     compiled = lowered.compile()
-    return Program(compiled, is_lowered - start, clock() - is_lowered, _memory_of(compiled))
+    return TimedProgram(compiled, is_lowered - start, clock() - is_lowered, _memory_of(compiled))
 
 
 def _memory_of(compiled: Any) -> dict[str, int] | None:

@@ -42,7 +42,7 @@ class Row:
     ratio: Ratio | None  # to the base of the case; None: it has none, or the base was not timed
     torch_ratio: Ratio | None  # to the same case in PyTorch; below 1 is faster than PyTorch
     compile: dict[str, float] | None  # seconds of ``tracing`` and ``compiling``; None: unknown
-    memory: dict[str, int] | None  # see `compilation.Program`
+    memory: dict[str, int] | None  # see `compilation.TimedProgram`
     memory_ratio: float | None  # total memory relative to the base
     seconds: Sequence[float]  # all repetitions, in the order of the rounds; empty if it was not timed
 

@@ -17,7 +17,7 @@ Round = Mapping[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A compiled case, the seconds of its ``tracing`` and ``compiling``, and its memory, see `Program`."""
+    """A compiled case, the seconds of its ``tracing`` and ``compiling``, and its memory (`TimedProgram`)."""
 
     case: Case
     compile: dict[str, float] | None = None

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selconv_jax._bench.compilation import Program, compile_program
+from selconv_jax._bench.compilation import TimedProgram, compile_program
 from selconv_jax._bench.settings import BenchSettings
 from selconv_jax._bench.states import with_closed, with_copies, without_allocation
 from selconv_jax.compaction import plan_compaction
@@ -42,7 +42,7 @@ class Prepared:
     """A case that is compiled and warmed up."""
 
     call: Callable[[], object]  # runs it once and blocks until it is done
-    program: Program | None = None  # the compiled program; None: unknown
+    program: TimedProgram | None = None  # the compiled program; None: unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +223,7 @@ class Workbench:
         return _warmed_up(lambda: program.run(next(steps), *arguments), program)
 
 
-def _warmed_up(run: Callable[[], object], program: Program | None = None) -> Prepared:
+def _warmed_up(run: Callable[[], object], program: TimedProgram | None = None) -> Prepared:
     """Make the first call of a case."""
 
     def call() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selconv_jax._bench.ahead import prepare_process, topology_devices
+from selconv_jax._bench.ahead import prepare_compiler, topology_devices
 from selconv_jax._bench.ahead_report import (
     largest_table,
     messages_table,
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     output = Path(options.output) if options.output else None
     if output is not None and output.exists():
         raise ConfigError(f"{output} already exists. Choose another --output: nothing is overwritten.")
-    prepare_process(options.topology)
+    prepare_compiler(options.topology)
     devices = topology_devices(options.topology)
     # Programs for another platform cannot be read back from the compilation cache.
     with without_compilation_cache():

@@ -14,7 +14,8 @@ from selconv_jax.functional._groups import kernel_rows
 class LayerState:
     """State of one layer, with ``C`` input and ``O`` output channels, that re-allocation reads or rewrites.
 
-    ``source`` and ``shift`` are None in a gate-only layer, whose closed channels are never refilled.
+    A slot is what belongs to one input channel: its row of the kernel, its batch norm, gate, source and
+    shift. ``source`` and ``shift`` are None in a gate-only layer, whose closed channels are never refilled.
 
     Layers with ``G`` groups are an extension of the method, which has none. Gates, sources and scores
     ignore the groups and index all ``C`` channels: a slot may copy a channel of any group. Only the kernel

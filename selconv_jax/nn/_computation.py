@@ -1,13 +1,14 @@
 """Computation of the layers on plain arrays, shared by their Linen and NNX modules."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.initializers import variance_scaling
+from flax.typing import Initializer, PrecisionLike
 
 from selconv_jax._utils.arguments import check_number, check_whole
 from selconv_jax._xla.batch_norm import (
@@ -23,7 +24,6 @@ from selconv_jax.functional._groups import without_rows
 from selconv_jax.functional._select import select, select_with_statistics
 
 Array = jax.Array
-Initializer = Callable[..., Any]
 
 # Normal with standard deviation sqrt(2 / (kh * kw * O)); method, "One selective layer".
 fan_out_normal: Initializer = variance_scaling(2.0, "fan_out", "normal")
@@ -45,7 +45,7 @@ class ConvSettings(NormSettings, Protocol):
     kernel_dilation: int | Sequence[int] | None
     feature_group_count: int
     dropout_rate: float
-    precision: Any
+    precision: PrecisionLike
 
 
 class Selected(NamedTuple):
@@ -150,13 +150,13 @@ def select_channels(
     channels = x.shape[-1]
     if not isinstance(source, jax.core.Tracer) and getattr(source, "is_fully_addressable", True):
         check_copies(name, capacity, channels, int(np.count_nonzero(np.asarray(source) >= 0)))
-    slots = math.ceil(capacity * channels)
-    if slots == 0:
+    copy_limit = math.ceil(capacity * channels)
+    if copy_limit == 0:
         # Copies without capacity make the output NaN through the kernel, at no cost per pixel.
         return Selected(x, without_rows(kernel, source >= 0, jnp.nan), statistics)
     if statistics is None:
-        return Selected(select(x, source, shift, slots), kernel, None)
-    x, statistics = select_with_statistics(x, statistics, source, shift, slots, axis_name)
+        return Selected(select(x, source, shift, copy_limit), kernel, None)
+    x, statistics = select_with_statistics(x, statistics, source, shift, copy_limit, axis_name)
     return Selected(x, kernel, statistics)
 
 

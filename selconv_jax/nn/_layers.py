@@ -7,10 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer, PrecisionLike
 
 from selconv_jax._xla.batch_norm import Statistics, statistics_dtype
 from selconv_jax.nn import _computation as computation
-from selconv_jax.nn._computation import Initializer, Selected, fan_out_normal, window_of
+from selconv_jax.nn._computation import Selected, fan_out_normal, window_of
 
 Array = jax.Array
 
@@ -57,9 +58,9 @@ class BatchNormReLUConv(nn.Module):
     epsilon: float = 1e-5
     axis_name: Any = None
     train: bool | None = None
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    precision: Any = None
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
     kernel_init: Initializer = fan_out_normal
 
     def __post_init__(self) -> None:
@@ -119,6 +120,8 @@ class SelectiveConv(BatchNormReLUConv):
     gate-only layer has the gate alone: its closed channels are never refilled. How many channels compete for
     the closed slots is set per round, not per layer: `selconv_jax.AllocationRule.top_k`.
 
+    Attributes are those of `BatchNormReLUConv`, and:
+
     Attributes:
         capacity: Copies that the compiled program provides for, as a fraction of the channels in [0, 1].
             The cost grows with it, the result does not change as long as it suffices; at 0 the program is
@@ -126,6 +129,10 @@ class SelectiveConv(BatchNormReLUConv):
             with more copies raises a `selconv_jax.ConfigError` if its sources are concrete, and computes
             NaN if they are traced.
         gate_only: The layer closes channels and never copies any.
+
+    Raises:
+        ConfigError: ``capacity`` is not a fraction, or too small for concrete sources; and as for
+            `BatchNormReLUConv`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -175,7 +182,7 @@ class BatchNormReLU(nn.Module):
     epsilon: float = 1e-5
     axis_name: Any = None
     train: bool | None = None
-    param_dtype: Any = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     def __post_init__(self) -> None:
         computation.check_norm_settings(self)

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer, PrecisionLike
 
 from selconv_jax._xla.batch_norm import Statistics, statistics_dtype
 from selconv_jax.errors import ConfigError
 from selconv_jax.nn import _computation as computation
-from selconv_jax.nn._computation import Initializer, Selected, fan_out_normal, window_of
+from selconv_jax.nn._computation import Selected, fan_out_normal, window_of
 
 Array = jax.Array
 
@@ -73,9 +74,9 @@ class BatchNormReLUConv(nnx.Module):
         epsilon: float = 1e-5,
         axis_name: Any = None,
         use_running_average: bool = False,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        precision: Any = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
         kernel_init: Initializer = fan_out_normal,
         rngs: nnx.Rngs,
     ) -> None:

@@ -1,7 +1,7 @@
 """Optimizer state of the parameter entries that re-allocation rewrote."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,14 @@ def _names(path: tuple[Any, ...]) -> list[str]:
     return jax.tree_util.keystr(_keys(path), simple=True, separator="/").split("/")
 
 
+class _Parameter(NamedTuple):
+    """What resetting the state of one parameter needs to know of it."""
+
+    rewritten: jax.Array  # bool mask, in the parameter's shape
+    shape: tuple[int, ...]
+    name: str
+
+
 def reset_rewritten(
     optimizer: optax.GradientTransformation, opt_state: Any, params: Mapping[str, Any], report: Report
 ) -> Any:
@@ -91,15 +99,15 @@ def reset_rewritten(
         >>> variables, report = selconv_jax.reallocate(variables, jax.random.key(1))
         >>> opt_state = selconv_jax.reset_rewritten(optimizer, opt_state, variables["params"], report)
     """
-    masks = {
-        _keys(path): (mask, jnp.shape(parameter), "/".join(_names(path)))
+    parameters = {
+        _keys(path): _Parameter(mask, jnp.shape(parameter), "/".join(_names(path)))
         for (path, parameter), mask in zip(
             jax.tree_util.tree_leaves_with_path(params),
             jax.tree.leaves(rewritten_mask(params, report)),
             strict=True,
         )
     }
-    longest = max(map(len, masks))
+    longest = max(map(len, parameters))
     start = optimizer.init(params)
     structure: Any = jax.tree.structure(start)
     if structure != jax.tree.structure(opt_state):
@@ -116,16 +124,16 @@ def reset_rewritten(
     def reset(path: tuple[Any, ...], value: Any, first: Any, longer: Any) -> Any:
         keys = _keys(path)
         ends = (keys[-length:] for length in range(min(longest, len(keys)), 0, -1))
-        owner = next((masks[end] for end in ends if end in masks), (jnp.zeros((), bool), None, ""))
-        mask, shape, name = owner
-        if jnp.shape(value) == shape:
-            return jnp.where(mask, jnp.asarray(first, value.dtype), value)
-        if name or jnp.shape(value) != longer.shape:
+        owner = next((parameters[end] for end in ends if end in parameters), None)
+        if owner and jnp.shape(value) == owner.shape:
+            return jnp.where(owner.rewritten, jnp.asarray(first, value.dtype), value)
+        if owner or jnp.shape(value) != longer.shape:
+            name = owner.name if owner else jax.tree_util.keystr(path)
+            of_owner = f", the parameter {owner.shape}" if owner else ""
             raise ValueError(
-                f"the optimizer's state for {name or jax.tree_util.keystr(path)} has shape "
-                f"{jnp.shape(value)}{f', the parameter {shape}' if name else ''}: it cannot be reset by "
-                "channel. Leave the state as it is, or use an optimizer whose state is shaped like the "
-                "parameters."
+                f"the optimizer's state for {name} has shape {jnp.shape(value)}{of_owner}: it cannot be "
+                "reset by channel. Leave the state as it is, or use an optimizer whose state is shaped like "
+                "the parameters."
             )
         return value
 

@@ -8,9 +8,11 @@ import numpy as np
 
 from selconv_jax.functional import LayerState, expected_channel_damage, normalize_damage
 
-__all__ = ["CRITERIA", "close", "rankings"]
+__all__ = ["CRITERIA", "LIBRARY", "close", "rankings"]
 
 CRITERIA = ("expected channel damage", "batch norm scale", "kernel L1 norm", "random")
+# Of `pruning_library.py`, which removes channels of a convolution's output wherever they are read.
+LIBRARY = ("Torch-Pruning, L1 norm", "Torch-Pruning, batch norm scale")
 
 
 def rankings(states: Mapping[str, LayerState], criterion: str, seed: int) -> dict[str, np.ndarray]:

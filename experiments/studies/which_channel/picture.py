@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from criteria import CRITERIA
+from criteria import CRITERIA, LIBRARY
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selconv_jax.report import save_figure, spread
 from selconv_jax.report._style import INK, new_figure, styled
 
-_COLOURS = dict(zip(CRITERIA, ("#D55E00", "#0072B2", "#009E73", INK), strict=True))
+_ALL = (*CRITERIA, *LIBRARY)
+_COLOURS = dict(zip(_ALL, ("#D55E00", "#0072B2", "#009E73", INK, "#CC79A7", "#E69F00"), strict=True))
 _AXES = {
     "share": "channels closed (%)",
     "parameters": "parameters removed (%)",
@@ -47,7 +48,7 @@ def table(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     keys = list(dict.fromkeys((row["network"], row["share"], row["criterion"]) for row in rows))
-    for network, share, criterion in sorted(keys, key=lambda key: (*key[:2], CRITERIA.index(key[2]))):
+    for network, share, criterion in sorted(keys, key=lambda key: (*key[:2], _ALL.index(key[2]))):
         group = _of(rows, network, criterion, share)
         cells = [
             network,
@@ -76,14 +77,15 @@ def picture(rows: Sequence[Row]) -> Figure:
             _draw(axes, [row for row in rows if row["network"] == network], key)
             axes.set(xlabel=label, title=network)
         panels[0].set_ylabel("test accuracy (%)")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=len(CRITERIA), loc="outside lower center")
+    handles, labels = grid[0, -1].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=(len(labels) + 1) // 2, loc="outside lower center")
     return figure
 
 
 def _draw(axes: Axes, rows: Sequence[Row], key: str) -> None:
     whole = [row for row in rows if not row["share"]]
-    for criterion in CRITERIA:
+    # A library's share is of the channels that convolutions make, not of those that they read.
+    for criterion in CRITERIA if key == "share" else _ALL:
         own = [row for row in rows if row["criterion"] == criterion and row["share"]]
         for suffix, style in (("", "o-"), ("_trained_on", "o")):
             groups = [
@@ -91,7 +93,7 @@ def _draw(axes: Axes, rows: Sequence[Row], key: str) -> None:
                 for share in sorted({row["share"] for row in [*whole, *own]})
             ]
             points = [_point(group, whole, key, suffix) for group in groups if group]
-            if points:
+            if own and points:
                 x, y, deviation = zip(*points, strict=True)
                 label = None if suffix else criterion
                 face = "none" if suffix else _COLOURS[criterion]

@@ -53,10 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in measured(directory, done):
             rows.append(row)
             print(json.dumps(row), flush=True)
-            new = path.with_suffix(".new")
-            new.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-            new.replace(path)
+            write(rows, path)
     return 0
+
+
+def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Replace the results at once, so that an interruption leaves the old ones or the new ones."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def measured(directory: Path, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
