@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import selconv_jax
+from selconv_jax.analysis import count_multiply_adds, count_parameters
+from selconv_jax.models import create_model
 from selconv_jax.transforms._layer_tree import layer_states
 
 STUDY = Path(__file__).resolve().parent.parent / "experiments" / "studies" / "which_channel"
@@ -64,6 +66,36 @@ def test_the_best_channel_of_a_layer_stays():
     gates = CRITERIA["close"](scores, 0.8)
     assert gates["low"].sum() == 1
     assert gates["high"].tolist() == [False, False, False, True]
+
+
+def test_a_library_prunes_the_network_that_was_trained():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch_pruning")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(STUDY)
+        library = runpy.run_path(str(STUDY / "pruning_library.py"))
+    from pytorch_baseline.networks import torch_network  # its folder is added by the script
+
+    image = (16, 16, 3)
+    for name, blocks in (("densenet40", (1, 1)), ("preresnet164", (1, 1))):
+        model = create_model(name, 10, variant="plain", blocks=blocks, stem="tiny_imagenet")
+        variables = jax.jit(model.init, static_argnames="train")(
+            jax.random.key(0), jnp.ones((1, *image)), train=False
+        )
+        network = torch_network(model, 3)
+        for norm in (part for part in network.modules() if isinstance(part, torch.nn.BatchNorm2d)):
+            torch.nn.init.uniform_(norm.weight)  # among equal scales there is none to remove
+        whole = library["sizes"](network, image)
+        assert whole["parameters"] == count_parameters(variables["params"])
+        counts = count_multiply_adds(
+            lambda x, model=model, variables=variables: model.apply(variables, x, train=False),
+            jnp.ones((1, *image)),
+        )
+        assert whole["multiply_adds"] == sum(counts.values())
+        for criterion in library["LIBRARY"]:
+            smaller = library["sizes"](library["prune"](network, criterion, 0.3, image), image)
+            assert smaller["parameters"] < whole["parameters"]
+            assert library["sizes"](network, image) == whole
 
 
 def test_table_of_seeds():

@@ -69,7 +69,7 @@ def picture(rows: Sequence[Row]) -> Figure:
 
     Points are means over the seeds, bars standard deviations; open ones follow after training on.
     """
-    networks = list(dict.fromkeys(row["network"] for row in rows))
+    networks = list(dict.fromkeys(row["network"] for row in rows if not row["share"]))
     figure = new_figure(11.0, 0.6 + 3.3 * len(networks))
     grid = figure.subplots(len(networks), len(_AXES), squeeze=False, sharey="row")
     for network, panels in zip(networks, grid, strict=True):
