@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         train,
         transforms,
     )
+    from selconv_jax._utils.process import restart_for_cpu
     from selconv_jax.compaction import CompactionPlan, compact, load_compact, plan_compaction, save_compact
     from selconv_jax.conversion import selectivize_model
     from selconv_jax.errors import CheckpointError, ConfigError, DataError, SelconvError
@@ -72,6 +73,7 @@ __all__ = [
     "report",
     "required_capacity",
     "reset_rewritten",
+    "restart_for_cpu",
     "rewritten_mask",
     "save_compact",
     "selectivize",

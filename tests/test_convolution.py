@@ -1,5 +1,7 @@
 """The convolution against the compiler's own, value and gradients, in every form its arguments take."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from selconv_jax._xla import convolution
 from selconv_jax._xla.convolution import canonical_padding, convolve
 
 CASES = {
@@ -29,8 +32,10 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("by_products", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_value_and_gradients(name):
+def test_value_and_gradients(name, by_products, monkeypatch):
+    monkeypatch.setattr(convolution, "products_are_faster", lambda shape: by_products)
     size, taps, features, options = CASES[name]
     rank, groups, channels = len(size), options.get("groups", 1), options.get("channels", 4)
     options = {
@@ -106,12 +111,44 @@ def test_trains_on_a_mesh_of_explicit_axes():
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_convolutions_of_several_taps_have_a_forward_mode():
+@pytest.mark.parametrize("by_products", [False, True])
+@pytest.mark.parametrize("features", [2, 4])
+def test_convolutions_of_several_taps_have_a_forward_mode(features, by_products, monkeypatch):
+    monkeypatch.setattr(convolution, "products_are_faster", lambda shape: by_products)
     x = jax.random.normal(jax.random.key(0), (2, 5, 5, 3))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 2))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, features))
+    apply = functools.partial(convolve, strides=(1, 1), padding="SAME", kernel_dilation=(1, 1))
+    y = apply(x, kernel)
+    # Linear in each argument, so it is its own tangent.
+    for tangent in (
+        jax.jvp(lambda x: apply(x, kernel), (x,), (x,))[1],
+        jax.jvp(lambda kernel: apply(x, kernel), (kernel,), (kernel,))[1],
+        jax.jvp(apply, (x, kernel), (x, kernel))[1] / 2,
+    ):
+        np.testing.assert_allclose(tangent, y, rtol=1e-5, atol=1e-5)
 
-    def apply(x):
-        return convolve(x, kernel, strides=(1, 1), padding="SAME", kernel_dilation=(1, 1))
 
-    y, tangent = jax.jvp(apply, (x,), (x,))  # linear, so it is its own tangent
-    np.testing.assert_allclose(tangent, y, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("features", [2, 4])
+def test_second_derivatives_of_products_are_those_of_the_convolution(features, monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, features))
+    apply = functools.partial(convolve, strides=(1, 1), padding="SAME", kernel_dilation=(1, 1))
+
+    def product(x, kernel):
+        gradients = jax.grad(lambda *at: jnp.sum(apply(*at) ** 3), argnums=(0, 1))
+        return jax.grad(lambda *at: sum(map(jnp.sum, gradients(*at))), argnums=(0, 1))(x, kernel)
+
+    results = []
+    for by_products in (False, True):
+        monkeypatch.setattr(convolution, "products_are_faster", lambda shape, which=by_products: which)
+        results.append(product(x, kernel))
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-2)
+
+
+def test_no_gradient_of_an_input_that_has_none():
+    """The tangent of a constant input is not convolved."""
+    x, kernel = jnp.ones((1, 4, 4, 24)), jnp.ones((3, 3, 24, 4))
+    apply = functools.partial(convolve, strides=(1, 1), padding="SAME", kernel_dilation=(1, 1))
+    text = str(jax.make_jaxpr(jax.grad(lambda kernel: jnp.sum(apply(x, kernel))))(kernel))
+    assert text.count("conv_general_dilated[") == 1

@@ -20,6 +20,7 @@ from states import perturbed_variables
 LAYERS = {
     "plain 1x1": BatchNormReLUConv(4, (1, 1)),
     "1x1": SelectiveConv(4, (1, 1), capacity=0.75),
+    "3x3": BatchNormReLUConv(24, (3, 3)),
     "3x3, groups": SelectiveConv(16, (3, 3), feature_group_count=2),
     "1-D, strides": SelectiveConv(4, (3,), strides=2, padding="CIRCULAR", capacity=0.75),
 }

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from selconv_jax._xla import convolution
 from selconv_jax._xla.convolution import convolve
 from selconv_jax._xla.vmapped_convolution import unrolled_convolutions
 
@@ -42,9 +43,11 @@ def gradients(options):
     return jax.value_and_grad(loss, argnums=(0, 1))
 
 
+@pytest.mark.parametrize("by_products", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_each_member_as_alone(name, shared):
+def test_each_member_as_alone(name, shared, by_products, monkeypatch):
+    monkeypatch.setattr(convolution, "products_are_faster", lambda shape: by_products)
     image, kernel_shape, options = CASES[name]
     x = jax.random.normal(jax.random.key(0), image if shared else (MEMBERS, *image))
     kernels = jax.random.normal(jax.random.key(1), (MEMBERS, *kernel_shape))

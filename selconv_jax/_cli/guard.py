@@ -1,4 +1,4 @@
-"""The process of a command: memory that is kept, flushed output, errors in one line, quiet interruption."""
+"""The process of a command: flushed output, errors in one line, quiet interruption."""
 
 import contextlib
 import io
@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 
 from selconv_jax._utils.console import discard
 from selconv_jax.errors import SelconvError
@@ -17,11 +17,6 @@ DEBUG = "SELCONV_DEBUG"
 # Silences the C++ logs of XLA and the TPU compiler: pages on processor features when a program comes from the
 # cache, warnings of missing TPUs. Errors arrive as exceptions; fatal messages are written all the same.
 _QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
-
-# A step on CPU allocates its whole working memory as one block and frees it at its end. By default the C
-# library returns such blocks to the system, which has to map and clear every page again in the next step,
-# about a quarter of a step's time. These settings make it keep the memory, in huge pages.
-TUNABLES = f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**40}"
 
 _LETTERS = 300  # of a foreign message; some contain whole specifications
 
@@ -57,26 +52,6 @@ def prepare_process(*, debug: bool) -> None:
         os.environ.setdefault(name, value)
     threading.excepthook = lambda failure: _say(f"error in {failure.thread}: {described(failure.exc_value)}")
     sys.unraisablehook = lambda failure: None
-
-
-def restart_command(
-    environ: Mapping[str, str], arguments: Sequence[str], platform: str = sys.platform
-) -> tuple[list[str], dict[str, str]] | None:
-    """Return command line and environment that restart this process with `TUNABLES`; None if not needed.
-
-    The C library reads its settings before the program starts, so they cannot be changed from within. If
-    ``GLIBC_TUNABLES`` is set already, even empty, that stays. ``arguments`` are as in `sys.orig_argv`.
-    """
-    if platform != "linux" or "GLIBC_TUNABLES" in environ or not sys.executable:
-        return None
-    return [sys.executable, *arguments[1:]], {**environ, "GLIBC_TUNABLES": TUNABLES}
-
-
-def keep_memory() -> None:
-    """Restart the process if `restart_command` says so, else return."""
-    if restart := restart_command(os.environ, sys.orig_argv):
-        command, environ = restart
-        os.execve(command[0], command, environ)
 
 
 def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:

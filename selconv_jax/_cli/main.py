@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     # Imported only now that Ctrl-C is handled.
     from selconv_jax._cli.arguments import make_parser
-    from selconv_jax._cli.guard import guarded, keep_memory, prepare_process
+    from selconv_jax._cli.guard import guarded, prepare_process
+    from selconv_jax._utils.process import restart_for_cpu
 
     parser = make_parser()
     # argparse takes no positional arguments after an option into a list, so overrides are collected here.
@@ -64,7 +65,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     if arguments is None:
         prepare_process(debug=options.debug)
         if options.command in _COMPUTING:
-            keep_memory()
+            restart_for_cpu()
     return guarded(lambda: _run(options), keeps_results=options.command in _KEEPING)
 
 

@@ -11,6 +11,12 @@ from jax import lax
 from jax.sharding import AxisType
 
 from selconv_jax._utils.arguments import is_whole
+from selconv_jax._xla.kernel_gradient import (
+    Bilinear,
+    convolve_by_products,
+    products_are_faster,
+    with_kernel_derivative,
+)
 from selconv_jax._xla.materialize import materialize
 from selconv_jax._xla.platforms import target_platform
 from selconv_jax._xla.vmapped_convolution import convolutions_are_unrolled, unrolled_bilinear
@@ -127,18 +133,34 @@ def _convolution(
 ) -> jax.Array:
     rank = kernel.ndim - 2
     spatial = "DHW"[-rank:] if rank <= 3 else "".join(map(str, range(rank)))
-    convolution = functools.partial(
+    padding = window.padding
+    if isinstance(padding, str):
+        sizes = zip(kernel.shape[:-2], window.kernel_dilation, strict=True)
+        extents = [1 + (size - 1) * step for size, step in sizes]
+        padding = lax.padtype_to_pads(x.shape[1:-1], extents, window.strides, padding)
+    convolution: Bilinear = functools.partial(
         lax.conv_general_dilated,
         window_strides=window.strides,
-        padding=window.padding,
+        padding=padding,
         rhs_dilation=window.kernel_dilation,
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
         feature_group_count=groups,
         precision=precision,
     )
-    return (
-        unrolled_bilinear(convolution, x, kernel) if convolutions_are_unrolled() else convolution(x, kernel)
-    )
+    by_products: Bilinear | None = None
+    unit = all(stride == 1 for stride in window.strides)
+    if groups == 1 and unit and _is_matrix(x) and products_are_faster(kernel.shape):
+        by_products = functools.partial(
+            convolve_by_products,
+            padding=padding,
+            kernel_dilation=window.kernel_dilation,
+            precision=precision,
+        )
+    if convolutions_are_unrolled():
+        return unrolled_bilinear(convolution, x, kernel, by_products)
+    if by_products is None:
+        return convolution(x, kernel)
+    return with_kernel_derivative(convolution, by_products, x, kernel)
 
 
 def canonical_window(value: int | Sequence[int] | None, rank: int, name: str) -> tuple[int, ...]:

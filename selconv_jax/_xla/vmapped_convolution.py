@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from selconv_jax._xla.kernel_gradient import Bilinear
+
 Array = jax.Array
 
 _unrolled: contextvars.ContextVar[bool] = contextvars.ContextVar("unrolled_convolutions", default=False)
@@ -39,13 +41,14 @@ def unrolled_convolutions() -> Iterator[None]:
         _unrolled.reset(token)
 
 
-def unrolled_bilinear(function: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
+def unrolled_bilinear(function: Bilinear, x: Array, y: Array, function_of_y: Bilinear | None = None) -> Array:
     """Call a bilinear function; `jax.vmap` of it or its gradient calls it once per member of the batch.
 
     Args:
         function: Linear in each argument.
         x: Its first argument.
         y: Its second argument.
+        function_of_y: The same function in another formulation, from which the gradient by ``y`` is made.
 
     Returns:
         ``function(x, y)``.
@@ -67,7 +70,7 @@ def unrolled_bilinear(function: Callable[[Array, Array], Array], x: Array, y: Ar
             return result
 
         def of_y(change: Array, x: Array) -> Array:
-            (result,) = jax.linear_transpose(lambda y: function(x, y), like_y)(change)
+            (result,) = jax.linear_transpose(lambda y: (function_of_y or function)(x, y), like_y)(change)
             return result
 
         return _each(of_x)(change, y), _each(of_y)(change, x)

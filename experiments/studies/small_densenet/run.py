@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selconv_jax._cli.guard import keep_memory
+from selconv_jax import restart_for_cpu
 from selconv_jax._cli.main import main as selconv
 
 STUDY = Path(__file__).resolve().parent
@@ -53,5 +53,5 @@ def best_threshold(report: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
 
 
 if __name__ == "__main__":
-    keep_memory()
+    restart_for_cpu()
     sys.exit(main())

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from criteria import CRITERIA, close, rankings
 from flax import traverse_util
 
-from selconv_jax import layer_states, selectivize
-from selconv_jax._cli.guard import keep_memory
+from selconv_jax import layer_states, restart_for_cpu, selectivize
 from selconv_jax._cli.main import main as selconv
 from selconv_jax.analysis import count_multiply_adds, count_parameters
 from selconv_jax.compaction import CompactionPlan
@@ -149,5 +148,5 @@ def accuracies(trainer: Trainer, state: TrainState, suffix: str) -> dict[str, fl
 
 
 if __name__ == "__main__":
-    keep_memory()
+    restart_for_cpu()
     sys.exit(main())
