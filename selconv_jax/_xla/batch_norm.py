@@ -191,10 +191,10 @@ def _batch_norm_relu_jvp(
 def _each_image(one: jax.Array, other: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Broadcast two tangents ``[C]`` against ``x`` ``[N, ..., C]``, so that their transposes are fast sums.
 
-    On a GPU these sum over the pixels of each image and then over the images, which keeps all cores busy. The
-    compiler splits a single sum over everything into too few parts.
+    Except on a TPU these sum over the pixels of each image and then over the images. Of a single sum over
+    everything the compiler for GPUs makes too few parts, and that of jaxlib 0.10 for CPU a slow window.
     """
-    if target_platform() != "gpu":
+    if target_platform() == "tpu":
         return lax.expand_dims(one, _leading(x)), lax.expand_dims(other, _leading(x))
     both = jnp.broadcast_to(jnp.stack((one, other)), (x.shape[0], 2, x.shape[-1]))
     one, other = lax.optimization_barrier((both[:, 0], both[:, 1]))

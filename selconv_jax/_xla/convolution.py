@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 
 from selconv_jax._utils.arguments import is_whole
 from selconv_jax._xla.kernel_gradient import (
@@ -18,7 +17,7 @@ from selconv_jax._xla.kernel_gradient import (
     with_kernel_derivative,
 )
 from selconv_jax._xla.materialize import materialize
-from selconv_jax._xla.platforms import target_platform
+from selconv_jax._xla.platforms import joins_axes, target_platform
 from selconv_jax._xla.vmapped_convolution import convolutions_are_unrolled, unrolled_bilinear
 from selconv_jax.errors import ConfigError, nearest
 
@@ -68,7 +67,8 @@ def convolve(
         if any(stride != 1 for stride in strides):
             x = x[(slice(None), *(slice(None, None, stride) for stride in strides))]
         kernel = kernel.reshape(kernel.shape[-2:])
-        if not _is_matrix(x):
+        # With more axes the CPU compiler transposes the cotangent to compute the kernel's gradient.
+        if not joins_axes(x):
             return jnp.dot(x, kernel, precision=precision)
         rows = materialize(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
         return materialize(jnp.dot(rows, kernel, precision=precision)).reshape(
@@ -110,16 +110,6 @@ def _pad(x: jax.Array, padding: Padding, reach: Sequence[int]) -> tuple[jax.Arra
     return jnp.pad(x, [(0, 0), *margins, (0, 0)], mode=mode), "VALID"
 
 
-def _is_matrix(x: jax.Array) -> bool:
-    """Check whether to flatten pixels to the rows of one matrix: on CPU, without axes of an explicit mesh.
-
-    With more axes the CPU compiler transposes the cotangent to compute the kernel's gradient. Axes of an
-    explicit mesh cannot be joined.
-    """
-    explicit = any(kind == AxisType.Explicit for kind in jax.typeof(x).sharding.mesh.axis_types)
-    return target_platform() == "cpu" and not explicit
-
-
 class _Window(NamedTuple):
     """Window arguments of a convolution; hashable."""
 
@@ -149,7 +139,7 @@ def _convolution(
     )
     by_products: Bilinear | None = None
     unit = all(stride == 1 for stride in window.strides)
-    if groups == 1 and unit and _is_matrix(x) and products_are_faster(kernel.shape):
+    if groups == 1 and unit and joins_axes(x) and products_are_faster(kernel.shape):
         by_products = functools.partial(
             convolve_by_products,
             padding=padding,

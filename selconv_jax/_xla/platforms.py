@@ -5,6 +5,7 @@ import contextvars
 from collections.abc import Iterator
 
 import jax
+from jax.sharding import AxisType
 
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target_platform", default=None)
 
@@ -37,3 +38,9 @@ def tracing_for(platform: str) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+def joins_axes(x: jax.Array) -> bool:
+    """Check whether to flatten axes of ``x``: on CPU, unless they belong to an explicit mesh."""
+    explicit = any(kind == AxisType.Explicit for kind in jax.typeof(x).sharding.mesh.axis_types)
+    return target_platform() == "cpu" and not explicit

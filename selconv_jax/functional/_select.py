@@ -10,7 +10,7 @@ from jax import lax
 from selconv_jax._utils.arguments import check_whole
 from selconv_jax._xla.batch_norm import Statistics, batch_statistics
 from selconv_jax._xla.materialize import materialize
-from selconv_jax._xla.platforms import target_platform
+from selconv_jax._xla.platforms import joins_axes, target_platform
 from selconv_jax.functional._shift import channel_shift
 
 
@@ -181,12 +181,34 @@ def _write_jvp(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> tup
 
 def _take_columns(x: jax.Array, index: jax.Array) -> jax.Array:
     """Gather channels of ``x`` as columns of a matrix, which is faster on CPU."""
-    return materialize(jnp.take(_rows(x), index, axis=1, mode="clip")).reshape(*x.shape[:-1], index.shape[0])
+    if _is_flat(x):
+        taken = jnp.take(x.reshape(-1), _places(x, index), mode="clip")
+    else:
+        taken = jnp.take(_rows(x), index, axis=1, mode="clip")
+    return materialize(taken).reshape(*x.shape[:-1], index.shape[0])
 
 
 def _add_columns(x: jax.Array, changes: jax.Array, index: jax.Array) -> jax.Array:
     """Add ``changes`` to channels of ``x``; the transpose of `_take_columns`."""
-    return _rows(x).at[:, index].add(materialize(_rows(changes)), mode="clip").reshape(x.shape)
+    changes = materialize(_rows(changes))
+    if _is_flat(x):
+        return x.reshape(-1).at[_places(x, index)].add(changes, mode="clip").reshape(x.shape)
+    return _rows(x).at[:, index].add(changes, mode="clip").reshape(x.shape)
+
+
+def _is_flat(x: jax.Array) -> bool:
+    """Check whether to gather single numbers of ``x``.
+
+    The CPU compiler gathers columns in the order of the columns and so reads the whole array for each. An
+    array that is spread over devices would be collected.
+    """
+    return jax.device_count() == 1 and joins_axes(x) and x.size < 2**31
+
+
+def _places(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Compute the places of columns in the flat ``x``: int32 ``[rows, len(index)]``."""
+    rows, channels = math.prod(x.shape[:-1]), x.shape[-1]
+    return jnp.arange(rows, dtype=jnp.int32)[:, None] * channels + jnp.clip(index, 0, channels - 1)
 
 
 def _rows(x: jax.Array) -> jax.Array:
