@@ -52,6 +52,18 @@ def test_versions_of_the_compiler(version, monkeypatch):
     assert process._drops_barriers() == version.startswith("0.10")
 
 
+def test_a_compiler_of_unknown_version_is_taken_for_a_new_one(monkeypatch):
+    monkeypatch.undo()
+
+    def missing(name):
+        raise process.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(process.importlib.metadata, "version", missing)
+    assert not process._drops_barriers()
+    monkeypatch.setattr(process.importlib.metadata, "version", lambda name: "unknown")
+    assert not process._drops_barriers()
+
+
 def test_a_value_behind_a_barrier_is_computed_once():
     """With the settings, whatever the version of the compiler."""
     code = (

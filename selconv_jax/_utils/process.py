@@ -24,8 +24,8 @@ def restart_for_cpu() -> None:
     lost, and its command line is run anew. With ``GLIBC_TUNABLES`` the C library keeps the memory of a step
     for the next, in huge pages (Linux); with a flag in ``XLA_FLAGS`` the compiler of jaxlib 0.10 does not
     recompute values that it was told to keep (where there is no accelerator). Where you have set them, they
-    stay. The program's own commands do the same. Nothing happens in an interactive
-    session, or if the program is read from standard input.
+    stay. The program's own commands do the same. Nothing happens in an interactive session, or if the
+    program is read from standard input.
 
     Example:
         >>> import selconv_jax
@@ -59,8 +59,11 @@ def restart_command(
 
 
 def _drops_barriers() -> bool:
-    version = importlib.metadata.version("jaxlib").split(".")
-    return tuple(map(int, version[:2])) < _BARRIERS_KEPT_FROM
+    try:
+        major, minor, *_ = importlib.metadata.version("jaxlib").split(".")
+        return (int(major), int(minor)) < _BARRIERS_KEPT_FROM
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # a build of one's own
+        return False
 
 
 def _may_have_accelerator(environ: Mapping[str, str]) -> bool:
