@@ -180,7 +180,7 @@ def _write_jvp(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> tup
 
 
 def _take_columns(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Gather channels of ``x`` as columns of a matrix, which is faster on CPU."""
+    """Gather channels of ``x``."""
     if _is_flat(x):
         taken = jnp.take(x.reshape(-1), _places(x, index), mode="clip")
     else:

@@ -9,7 +9,6 @@ After `run.py`, and in an environment with ``torch`` and ``torch-pruning``. The 
 import argparse
 import copy
 import functools
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 import torch_pruning
 from criteria import LIBRARY
-from run import EPOCHS_ON, RATE_ON, RESULTS, SHARES, TRAINED_ON, write
+from run import EPOCHS_ON, RATE_ON, RESULTS, SHARES, TRAINED_ON, collect
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,7 +29,7 @@ from selconv_jax.data._augment import augment, normalize
 from selconv_jax.interop.torch import state_dict
 from selconv_jax.train import Trainer, TrainState
 from selconv_jax.train._run_setup import prepare_again, restore_run
-from selconv_jax.train._workdir import CONFIG, read_config
+from selconv_jax.train._workdir import read_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pytorch_baseline.networks import torch_network
@@ -48,13 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(
             f"{path} does not exist. Let run.py, beside this file, make it first, or pass --workdir."
         )
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    done = {(row["network"], row["seed"], row["criterion"], row["share"]) for row in rows}
-    for directory in sorted(file.parent for file in (options.workdir / "trained").rglob(CONFIG)):
-        for row in pruned(directory, done):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-            write(rows, path)
+    collect(options.workdir, pruned)
 
 
 def pruned(directory: Path, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:

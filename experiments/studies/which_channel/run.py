@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from flax import traverse_util
 
 from selconv_jax import layer_states, restart_for_cpu, selectivize
 from selconv_jax._cli.main import main as selconv
+from selconv_jax._utils.files import write_json
 from selconv_jax.analysis import count_multiply_adds, count_parameters
 from selconv_jax.compaction import CompactionPlan
 from selconv_jax.train import Trainer, TrainState
@@ -35,6 +36,8 @@ TRAINED_ON = (0.3, 0.5)
 EPOCHS_ON, RATE_ON = 2, 0.01
 RESULTS = "results.json"
 
+Measure = Callable[[Path, set[tuple[Any, ...]]], Iterator[dict[str, Any]]]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train the missing networks, then measure; return the exit code of the training."""
@@ -45,22 +48,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trained = options.workdir / "trained"
     if code := selconv(["sweep", *files, "--seeds", SEEDS, "--workdir", str(trained), *rest]):
         return code
-    path = options.workdir / RESULTS
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    done = {(row["network"], row["seed"], row["criterion"], row["share"]) for row in rows}
-    for directory in sorted(file.parent for file in trained.rglob(CONFIG)):
-        for row in measured(directory, done):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-            write(rows, path)
+    collect(options.workdir, measured)
     return 0
 
 
-def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Replace the results at once, so that an interruption leaves the old ones or the new ones."""
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    new.replace(path)
+def collect(workdir: Path, measure: Measure) -> None:
+    """Add what is missing of every trained network to the results; after each, they are written whole.
+
+    Args:
+        workdir: Of the study.
+        measure: From the directory of a run, and the network, seed, criterion and fraction of the existing
+            results, to the missing ones.
+    """
+    path = workdir / RESULTS
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    done = {(row["network"], row["seed"], row["criterion"], row["share"]) for row in rows}
+    for directory in sorted(file.parent for file in (workdir / "trained").rglob(CONFIG)):
+        for row in measure(directory, done):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            write_json(path, rows)
 
 
 def measured(directory: Path, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
