@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from selconv_jax import BatchNormReLUConv, SelectiveConv
 from selconv_jax._bench.states import with_copies
@@ -43,8 +44,21 @@ def test_the_variance_does_not_cancel_far_from_zero(offset):
     np.testing.assert_allclose(batch_statistics(jnp.asarray(x)).var, expected, rtol=1e-3)
 
 
-def test_the_variance_of_a_constant_channel_is_zero():
-    assert batch_statistics(jnp.full((4, 8, 8, 1), 0.1, jnp.float32)).var == 0
+@pytest.mark.parametrize("value", [0.1, 1e30])
+def test_the_variance_of_a_constant_channel_is_zero(value):
+    assert batch_statistics(jnp.full((4, 8, 8, 1), value, jnp.float32)).var == 0
+
+
+def test_devices_exchange_their_statistics_once():
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
+    x = 100 + jax.random.normal(jax.random.key(0), (8, 3, 3, 2), jnp.float64)
+    sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
+    compiled = jax.jit(batch_statistics).lower(sharded).compile()
+    text = compiled.as_text()
+    # A sum over the devices would be of the means, and have to end before that of the deviations begins.
+    assert "all-gather" in text
+    assert "all-reduce" not in text
+    chex.assert_trees_all_close(compiled(sharded), batch_statistics(x), rtol=1e-12)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])

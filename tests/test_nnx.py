@@ -1,5 +1,7 @@
 """Selective layers as Flax NNX modules: recorded numbers, transformations, rounds, optimizers, the bridge."""
 
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -280,6 +282,12 @@ def test_split_merge_and_sharding_annotations():
     other = nnx.merge(graph, params, statistics, allocation)
     x = jax.random.normal(jax.random.key(1), (2, 6, 6, 8))
     np.testing.assert_array_equal(other(x), layer(x))
+
+
+def test_both_layers_take_the_same_arguments():
+    plain, selective = (inspect.signature(layer.__init__).parameters for layer in (BatchNormReLUConv, SelectiveConv))
+    assert {name: selective[name] for name in plain} == dict(plain)
+    assert selective.keys() - plain.keys() == {"capacity", "gate_only"}
 
 
 def test_bad_arguments_are_named():

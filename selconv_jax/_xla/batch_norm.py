@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,10 +76,29 @@ def _local_statistics(x: jax.Array) -> Statistics:
     # it would fix their layout and so transpose those of copies: two more kernels for each layer.
     sums = sums if target_platform() == "gpu" else lax.optimization_barrier(sums)
     offset, square = (total / count for total in sums)
-    of_image = jnp.squeeze(pivot, pixels) + offset
-    mean = jnp.mean(of_image, axis=0)
     within = jnp.maximum(square - jnp.square(offset), 0)
-    return Statistics(mean, jnp.mean(within + jnp.square(of_image - mean[None]), axis=0))
+    return _join_images(Statistics(jnp.squeeze(pivot, pixels) + offset, within))
+
+
+def _join_images(each: Statistics) -> Statistics:
+    """Compute the statistics of a batch ``[C]`` from those of its images ``[N, C]``.
+
+    Sets of images are joined pair by pair: number, mean, and sum of variances about the mean. Each device of
+    a sharded batch so joins its own, and a single exchange of the results follows. The variance about a
+    mean that is computed before would take two, one after the other.
+    """
+    zero = np.zeros((), each.mean.dtype)
+
+    def join(one: Sequence[jax.Array], other: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        number = one[0] + other[0]
+        share = other[0] / jnp.maximum(number, 1)
+        difference = other[1] - one[1]
+        mean = one[1] + difference * share
+        # In this order an empty set adds 0 to the total even if the square of the difference overflows.
+        return number, mean, one[2] + other[2] + difference * (difference * (one[0] * share))
+
+    _, mean, total = lax.reduce((jnp.ones_like(each.mean), *each), (zero, zero, zero), join, (0,))
+    return Statistics(mean, total / len(each.mean))
 
 
 @_local_statistics.defjvp

@@ -160,11 +160,26 @@ class SelectiveConv(BatchNormReLUConv):
     gate-only layer has the gate alone.
 
     Args:
-        *args: See `BatchNormReLUConv`, also for ``options``.
+        in_features: Number of input channels ``C``.
+        out_features: Number of output channels ``O``.
+        kernel_size: One size per spatial dimension; an integer means one dimension.
         capacity: Copies that the compiled program provides for, as a fraction of the channels in [0, 1], see
             `selconv_jax.nn.SelectiveConv`; an attribute that may be set between rounds.
         gate_only: The layer closes channels and never copies any.
-        **options: Likewise.
+        strides: See `BatchNormReLUConv`, also for the arguments below.
+        padding: Likewise.
+        kernel_dilation: Likewise.
+        feature_group_count: Likewise.
+        dropout_rate: Likewise.
+        momentum: Likewise.
+        epsilon: Likewise.
+        axis_name: Likewise.
+        use_running_average: Likewise.
+        dtype: Likewise.
+        param_dtype: Likewise.
+        precision: Likewise.
+        kernel_init: Likewise.
+        rngs: Likewise.
 
     Raises:
         ConfigError: An argument is out of bounds.
@@ -178,9 +193,49 @@ class SelectiveConv(BatchNormReLUConv):
         ((2, 6, 6, 8), [-1, -1, -1, -1])
     """
 
-    def __init__(self, *args: Any, capacity: float = 1.0, gate_only: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        *,
+        capacity: float = 1.0,
+        gate_only: bool = False,
+        strides: int | Sequence[int] | None = 1,
+        padding: str | int | Sequence[int | tuple[int, int]] = "SAME",
+        kernel_dilation: int | Sequence[int] | None = 1,
+        feature_group_count: int = 1,
+        dropout_rate: float = 0.0,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        axis_name: Any = None,
+        use_running_average: bool = False,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = fan_out_normal,
+        rngs: nnx.Rngs,
+    ) -> None:
         computation.check_capacity(capacity)
-        super().__init__(*args, **options)
+        super().__init__(
+            in_features,
+            out_features,
+            kernel_size,
+            strides=strides,
+            padding=padding,
+            kernel_dilation=kernel_dilation,
+            feature_group_count=feature_group_count,
+            dropout_rate=dropout_rate,
+            momentum=momentum,
+            epsilon=epsilon,
+            axis_name=axis_name,
+            use_running_average=use_running_average,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            rngs=rngs,
+        )
         self.capacity = capacity
         self.gate_only = gate_only
         self.gate = Selectivity(jnp.ones(self.in_features, bool))
