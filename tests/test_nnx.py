@@ -285,7 +285,9 @@ def test_split_merge_and_sharding_annotations():
 
 
 def test_both_layers_take_the_same_arguments():
-    plain, selective = (inspect.signature(layer.__init__).parameters for layer in (BatchNormReLUConv, SelectiveConv))
+    plain, selective = (
+        inspect.signature(layer.__init__).parameters for layer in (BatchNormReLUConv, SelectiveConv)
+    )
     assert {name: selective[name] for name in plain} == dict(plain)
     assert selective.keys() - plain.keys() == {"capacity", "gate_only"}
 

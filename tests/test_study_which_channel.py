@@ -17,7 +17,7 @@ STUDY = Path(__file__).resolve().parent.parent / "experiments" / "studies" / "wh
 CRITERIA = runpy.run_path(str(STUDY / "criteria.py"))
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(STUDY)  # as for a script that is run
-    PICTURE = runpy.run_path(str(STUDY / "picture.py"))
+    SUMMARY = runpy.run_path(str(STUDY / "summary.py"))
 
 
 def layer():
@@ -99,11 +99,23 @@ def test_a_library_prunes_the_network_that_was_trained():
 
 
 def test_table_of_seeds():
-    sizes = {"network": "n", "parameters": 10, "multiply_adds": 100}
+    sizes = {"network": "n", "parameters": 10, "multiply_adds": 1e6}
+    accuracies = {"expected channel damage": (0.5, 0.8), "random": (0.4, 0.6)}
     rows = [
-        {**sizes, "seed": seed, "criterion": "random", "share": 0.3, "test_accuracy": accuracy}
-        for seed, accuracy in ((0, 0.5), (1, 0.7))
+        {**sizes, "seed": seed, "criterion": criterion, "share": share, "test_accuracy": accuracy - share}
+        for criterion, values in accuracies.items()
+        for seed, accuracy in enumerate(values)
+        for share in (0.0, 0.3)
+        if share or criterion != "random"
     ]
-    rows[0]["test_accuracy_trained_on"] = 0.8
-    line = PICTURE["table"](rows).splitlines()[-1]
-    assert line == "| n | 30% | random | 2 | 60.00 ± 14.14 | 80.00 | 10 | 100 |"
+    rows[-1]["test_accuracy_trained_on"] = 0.75
+    text = SUMMARY["table"]({"criteria": rows, "environments": [], "trained": []})
+    assert "test accuracy 65.0 ± 21.2%; parameters and multiply-adds 10; 1.00 M" in text
+    lines = text.splitlines()
+    assert "| 30% | 35.0 ± 21.2 | 20.0 ± 14.1 |" in lines
+    assert "| 30%, trained on | - | 75.0 |" in lines
+    # Student's t for one degree of freedom is 12.7, and the standard error of 10 and 20 is 5.
+    assert "| 30% | +15.0 (-48.5 to +78.5) |" in lines
+    assert "| 30% | 10; 1.00 M | 10; 1.00 M |" in lines
+    figure = SUMMARY["picture"](rows)
+    assert [axes.get_xlabel() for axes in figure.axes] == list(SUMMARY["_AXES"].values())

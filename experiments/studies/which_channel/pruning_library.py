@@ -11,6 +11,7 @@ import copy
 import functools
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pytorch_baseline.networks import torch_network
 
 BATCH = 500  # of an evaluation
+VERSIONS = {"torch": torch.__version__, "torch-pruning": metadata.version("torch-pruning")}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,6 +75,7 @@ def pruned(directory: Path, done: set[tuple[Any, ...]]) -> Iterator[dict[str, An
             "seed": plain.seed,
             "criterion": criterion,
             "share": share,
+            "versions": VERSIONS,
             **sizes(smaller, data.info.image_shape),
             **accuracies(smaller, data, ""),
         }

@@ -2,8 +2,8 @@
 
     python experiments/studies/which_channel/run.py [--workdir DIR] [OPTION of `selconv sweep` ...]
 
-Started again after an interruption, it resumes. ``results.json`` in the directory has every number; then
-`picture.py` beside this file draws them.
+Started again after an interruption, it resumes. ``results.json`` in the directory has every number;
+`summary.py` beside this file makes table and picture of them.
 """
 
 import argparse
