@@ -31,6 +31,19 @@ def _quickly_compiled(request):
     jax.config.update("jax_disable_most_optimizations", quickly)
 
 
+@pytest.fixture(scope="module", params=[1, 8])
+def device_count(request):
+    """Number of devices that formulations are chosen by: most users have one, this suite has eight."""
+    if request.param == jax.device_count():
+        yield
+        return
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: request.param)
+        yield
+    jax.clear_caches()
+
+
 def _resident_bytes():
     """Memory of this process, as Linux tells it."""
     try:

@@ -94,6 +94,13 @@ def test_all_modes_agree(name, train, platform):
         assert_modes_agree(loss_of(layer, variables, train), variables["params"], x)
 
 
+@pytest.mark.usefixtures("device_count")
+@pytest.mark.parametrize("name", ["1x1", "1-D, strides"])
+def test_all_modes_agree_on_any_number_of_devices(name):
+    layer, variables, x = case(name)
+    assert_modes_agree(loss_of(layer, variables, True), variables["params"], x)
+
+
 def test_all_modes_agree_in_a_compact_layer():
     layer, variables, x = case("1x1")
     small, small_variables = selconv_jax.compact(layer, variables, x)

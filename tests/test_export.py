@@ -68,6 +68,7 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.usefixtures("device_count")
 def test_stablehlo_runs_without_this_package(tmp_path):
     inputs, expected = {}, {}
     for network, images in ((DenseNet(5, (1, 1), growth=4), batch(3)), (NETWORKS["preresnet"], batch(5))):
@@ -82,6 +83,7 @@ def test_stablehlo_runs_without_this_package(tmp_path):
     assert_close(export.load_stablehlo(path)(inputs[path][:1]), expected[path][:1])
 
 
+@pytest.mark.usefixtures("device_count")
 def test_stablehlo_has_the_formulation_of_each_platform(tmp_path):
     seen = []
 
@@ -94,6 +96,7 @@ def test_stablehlo_has_the_formulation_of_each_platform(tmp_path):
     np.testing.assert_array_equal(export.load_stablehlo(tmp_path / "file")(np.ones(2, np.float32)), [1, 1])
 
 
+@pytest.mark.usefixtures("device_count")
 def test_normalization_inside(tmp_path):
     layer = selconv_jax.SelectiveConv(4, (3, 3), capacity=1.0)
     function = evaluation(layer, perturbed_variables(layer, SHAPE, seed=0, closed=0.4, copies=0.3))
@@ -105,6 +108,7 @@ def test_normalization_inside(tmp_path):
     assert_close(export.load_stablehlo(path)(pixels), function(by_hand.astype(np.float32)))
 
 
+@pytest.mark.usefixtures("device_count")
 def test_nnx_module(tmp_path):
     layer = selconv_jax.nnx.SelectiveConv(3, 4, (3, 3), rngs=nnx.Rngs(0))
     layer.eval()

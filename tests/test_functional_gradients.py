@@ -80,6 +80,7 @@ def test_gradient_of_whole_and_clamped_pixels(amount, expected):
     assert grad_shift.item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.usefixtures("device_count")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_of_select(shape):
     recipe = Recipe(shape, 0, copies=0.6, closed=0.2)

@@ -38,6 +38,7 @@ from selconv_jax import functional
 from strategies import SHAPES, Recipe
 
 
+@pytest.mark.usefixtures("device_count")
 @both_precisions
 @many(max_examples=40)
 @given(recipe=strategies.recipes())
@@ -59,6 +60,7 @@ def test_shift_and_select(dtype, recipe):
     np.testing.assert_allclose(selected, expected_selected, rtol=0, atol=limit)
 
 
+@pytest.mark.usefixtures("device_count")
 def test_select_does_not_depend_on_spare_slots():
     recipe = Recipe("1-D", 0)
     x, source, shift = recipe.image(), recipe.layer().source, recipe.shifts()

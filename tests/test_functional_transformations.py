@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import oracle
 from array_functions import (
@@ -27,6 +28,7 @@ from selconv_jax import functional
 from strategies import Recipe
 
 
+@pytest.mark.usefixtures("device_count")
 def test_jit_and_eager_agree():
     recipe = Recipe("1-D", 3, copies=0.6, closed=0.5)
     state = jax.tree.map(jnp.asarray, state_of(recipe.layer(), np.float32))
@@ -67,6 +69,7 @@ def whole_round(state, key):
     return drawn, functional.fill_slots(closed, drawn, state.shift + 1)
 
 
+@pytest.mark.usefixtures("device_count")
 def test_vmap_over_layers_is_a_loop_over_layers():
     layers = [Recipe("1-D", seed).layer() for seed in range(6)]
     assert min(oracle.margin(normalized_of(layer, np.float32), 0.2) for layer in layers) > 1e-4

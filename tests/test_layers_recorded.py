@@ -13,6 +13,7 @@ pytestmark = pytest.mark.optimized
 PARAMS = ("kernel", "scale", "bias", "shift")
 
 
+@pytest.mark.usefixtures("device_count")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", LAYER_CASES)
 def test_recorded_layer(name, dtype):

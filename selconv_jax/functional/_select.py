@@ -200,15 +200,17 @@ def _is_flat(x: jax.Array) -> bool:
     """Check whether to gather single numbers of ``x``.
 
     The CPU compiler gathers columns in the order of the columns and so reads the whole array for each. An
-    array that is spread over devices would be collected.
+    array that is spread over devices would be collected, and one of symbolic size has no largest index.
     """
-    return jax.device_count() == 1 and joins_axes(x) and x.size < 2**31
+    known = all(isinstance(size, int) for size in x.shape)
+    return jax.device_count() == 1 and joins_axes(x) and known and x.size < 2**31
 
 
 def _places(x: jax.Array, index: jax.Array) -> jax.Array:
     """Compute the places of columns in the flat ``x``: int32 ``[rows, len(index)]``."""
     rows, channels = math.prod(x.shape[:-1]), x.shape[-1]
-    return jnp.arange(rows, dtype=jnp.int32)[:, None] * channels + jnp.clip(index, 0, channels - 1)
+    column = jnp.clip(index, 0, channels - 1).astype(jnp.int32)
+    return jnp.arange(rows, dtype=jnp.int32)[:, None] * channels + column[None, :]
 
 
 def _rows(x: jax.Array) -> jax.Array:
