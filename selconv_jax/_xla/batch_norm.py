@@ -14,6 +14,9 @@ from jax.typing import DTypeLike
 from selconv_jax._xla.materialize import materialize
 from selconv_jax._xla.platforms import target_platform
 
+# So many that gathering the statistics of 256 devices takes about as long as the latency of a sum over them.
+_FEW_CHANNELS = 256
+
 
 def statistics_dtype(dtype: DTypeLike) -> np.dtype:
     """Return the type that statistics are computed in: float32, or ``dtype`` itself if it is wider."""
@@ -83,10 +86,14 @@ def _local_statistics(x: jax.Array) -> Statistics:
 def _join_images(each: Statistics) -> Statistics:
     """Compute the statistics of a batch ``[C]`` from those of its images ``[N, C]``.
 
-    Sets of images are joined pair by pair: number, mean, and sum of variances about the mean. Each device of
-    a sharded batch so joins its own, and a single exchange of the results follows. The variance about a
-    mean that is computed before would take two, one after the other.
+    Of few channels, sets of images are joined pair by pair: number, mean, and sum of variances about the
+    mean. Each device of a sharded batch so joins its own, and the devices exchange the results at once. The
+    variance about a mean that is computed before takes two exchanges, one after the other. They carry
+    fewer bytes, as what is gathered at once grows with the number of devices.
     """
+    if each.mean.shape[1] > _FEW_CHANNELS:
+        mean = jnp.mean(each.mean, axis=0)
+        return Statistics(mean, jnp.mean(each.var + jnp.square(each.mean - mean[None]), axis=0))
     zero = np.zeros((), each.mean.dtype)
 
     def join(one: Sequence[jax.Array], other: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
