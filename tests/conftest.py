@@ -62,3 +62,48 @@ def reallocated_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "reallocated"
     assert train_run(tiny_config(allocation={"threshold": 0.6}), workdir, quiet_console()[0]) == 0
     return workdir
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The directory of an unbroken tiny run with all that a run does, and what it printed.
+
+    Of each module its own, as it is compared bit for bit with runs that are compiled as the module's are.
+    """
+    from runs import quiet_console, whole_config
+    from selconv_jax.train import train_run
+
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    console, text = quiet_console()
+    assert train_run(whole_config(), workdir, console) == 0
+    return workdir, text.getvalue()
+
+
+@pytest.fixture
+def cluster_config(tmp_path):
+    """The file of a tiny configuration for several processes: 20 steps on any number of devices."""
+    file = tmp_path / "tiny.toml"
+    file.write_text(
+        """\
+epochs = 4
+batch_size = 400
+eval_batch_size = 500
+[model]
+name = "densenet40"
+options = { blocks = [1], growth = 4 }
+[allocation]
+threshold = 0.4
+compile_frozen = false
+"""
+    )
+    return file
+
+
+@pytest.fixture(scope="session")
+def small_densenet():
+    """A DenseNet of one layer, and its variables as after training, with closed channels and copies."""
+    from selconv_jax.models import DenseNet
+    from states import perturbed_variables
+
+    model = DenseNet(num_classes=3, blocks=(1,), growth=2)
+    return model, perturbed_variables(model, (1, 8, 8, 3), seed=0, closed=0.2, copies=0.5)

@@ -1,8 +1,6 @@
 """The authors' state dicts: read, written, refused."""
 
-import os
 import re
-import sys
 
 import chex
 import flax.linen as nn
@@ -14,7 +12,7 @@ import pytest
 from recorded import MODEL_CASES, assert_close, read
 from selconv_jax import CheckpointError, ConfigError
 from selconv_jax.interop._arrays import shift_units
-from selconv_jax.interop.torch import load_state_dict, save_state_dict, state_dict
+from selconv_jax.interop.torch import load_state_dict, state_dict
 from selconv_jax.models import CondenseNet, DenseNet, PreResNet, ResNeXt
 from states import perturbed_variables
 from test_models_recorded import NETWORKS, section
@@ -27,23 +25,19 @@ COUNT = "num_batches_tracked"
 ALLOCATION = ("is_open", "_ind_ptr", "_bias", "_eye")
 
 
-def small(**arguments):
-    return DenseNet(num_classes=3, blocks=(1,), growth=2, **arguments)
+@pytest.fixture(scope="module")
+def model(small_densenet):
+    return small_densenet[0]
 
 
 @pytest.fixture(scope="module")
-def model():
-    return small()
-
-
-@pytest.fixture(scope="module")
-def variables(model):
-    return perturbed_variables(model, (1, *IMAGE), seed=0, closed=0.2, copies=0.5)
+def variables(small_densenet):
+    return small_densenet[1]
 
 
 @pytest.fixture
-def arrays(model, variables):
-    return state_dict(model, variables)
+def arrays(small_densenet):
+    return state_dict(*small_densenet)
 
 
 def test_all_networks_are_recorded():
@@ -123,8 +117,8 @@ def test_constants_may_be_missing_and_counts_are_dropped(model, variables, array
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_types_are_those_of_init(dtype, arrays):
-    model = small(param_dtype=dtype)
+def test_types_are_those_of_init(dtype, model, arrays):
+    model = model.clone(param_dtype=dtype)
     loaded = load_state_dict(model, arrays)
     wanted = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.ones((1, *IMAGE), dtype), train=False))
     assert jax.tree.map(lambda leaf: leaf.dtype, loaded) == jax.tree.map(lambda leaf: leaf.dtype, wanted)
@@ -188,7 +182,7 @@ def test_two_networks_that_differ_are_told_apart_by_nobody(given, said, model, a
         load_state_dict(model, given(arrays, other))
 
 
-def test_a_verdict_on_the_variant_needs_known_names(arrays):
+def test_a_verdict_on_the_variant_needs_known_names(model, arrays):
     """That of another network, or of nothing, is none."""
     torchvision = {
         "features.conv0.weight": np.ones((8, 3, 7, 7)),
@@ -202,13 +196,13 @@ def test_a_verdict_on_the_variant_needs_known_names(arrays):
     ):
         for variant in ("plain", "selective"):
             with pytest.raises(CheckpointError) as error:
-                load_state_dict(small(variant=variant), given)
+                load_state_dict(model.clone(variant=variant), given)
             assert remedy in str(error.value)
             assert "The checkpoint is of" not in str(error.value)
     plain = {key: value for key, value in arrays.items() if key.rpartition(".")[2] not in ALLOCATION}
     for given, variant, found in ((plain, "selective", "plain"), (arrays, "plain", "selective")):
         with pytest.raises(CheckpointError, match=f"The checkpoint is of a {found} network, the model has"):
-            load_state_dict(small(variant=variant), {"net": under("module.", given)})
+            load_state_dict(model.clone(variant=variant), {"net": under("module.", given)})
 
 
 # Units of shifts.
@@ -287,14 +281,14 @@ def test_missing_unexpected_and_misshaped_entries_are_listed(model, arrays):
     )
 
 
-def test_long_lists_are_cut_and_counted(arrays):
+def test_long_lists_are_cut_and_counted(model, arrays):
     with pytest.raises(CheckpointError) as error:
-        load_state_dict(small(variant="plain"), arrays)
+        load_state_dict(model.clone(variant="plain"), arrays)
     message = str(error.value)
     assert "5 unexpected (" in message  # a shift, a source, a constant and two gates
     assert "The checkpoint is of a selective network, the model has variant='plain'." in message
     with pytest.raises(CheckpointError, match=r"\d\d missing \(([^,]+, ){5}\.\.\.\)"):
-        load_state_dict(small(), {"classifier.bias": arrays["classifier.bias"]})
+        load_state_dict(model, {"classifier.bias": arrays["classifier.bias"]})
 
 
 @pytest.mark.parametrize(
@@ -319,14 +313,14 @@ def test_impossible_values(name, value, message, model, arrays):
         load_state_dict(model, arrays)
 
 
-def test_variables_of_another_network(variables):
+def test_variables_of_another_network(model, variables):
     with pytest.raises(
         ConfigError, match=r"2 of another shape \(params/classifier/linear/bias: \[3\]"
     ) as error:
-        state_dict(small(variant="gate_only").clone(num_classes=4), variables)
+        state_dict(model.clone(variant="gate_only", num_classes=4), variables)
     assert "2 unexpected (params/block1_layer1/conv1/shift" in str(error.value)
     with pytest.raises(ConfigError, match=r"missing \(batch_stats/"):
-        state_dict(small(), {"params": variables["params"]})
+        state_dict(model, {"params": variables["params"]})
 
 
 def test_other_collections_are_left_out(model, variables, arrays):
@@ -345,138 +339,3 @@ def test_networks_the_authors_do_not_have(arrays):
 
     with pytest.raises(ConfigError, match="Longer has a variable params/head/"):
         load_state_dict(Longer(num_classes=3), arrays)
-
-
-# Files.
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_files_there_and_back(suffix, tmp_path, model, variables, arrays):
-    pytest.importorskip("safetensors")
-    path = tmp_path / f"weights{suffix}"
-    path.write_text("what was there before")
-    with pytest.raises(CheckpointError, match="there is a file already"):
-        save_state_dict(path, model, variables)
-    save_state_dict(path, model, variables, overwrite=True)
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    chex.assert_trees_all_equal(load_state_dict(model, str(path)), variables, strict=True)
-    with pytest.raises(CheckpointError, match=re.escape(f"{path} does not fit DenseNet: 1 of another")):
-        load_state_dict(model.clone(num_classes=3, growth=2, stem="imagenet"), path)
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-@pytest.mark.parametrize("damage", ["empty", "cut", "other"])
-def test_damaged_files(suffix, damage, tmp_path, model, variables):
-    pytest.importorskip("safetensors")
-    path = tmp_path / f"weights{suffix}"
-    save_state_dict(path, model, variables)
-    content = path.read_bytes()
-    path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "other": b"weights" * 99}[damage])
-    with pytest.raises(CheckpointError, match=f"{re.escape(str(path))}: not a whole {suffix[1:]} file"):
-        load_state_dict(model, path)
-
-
-def test_npz_files_of_other_things(tmp_path, model):
-    with (tmp_path / "array.npz").open("wb") as file:
-        np.save(file, np.ones(3))
-    np.savez(tmp_path / "objects.npz", weights=np.array([{}], object))
-    for name in ("array.npz", "objects.npz"):
-        with pytest.raises(CheckpointError, match="not a whole npz file of plain arrays"):
-            load_state_dict(model, tmp_path / name)
-
-
-def test_missing_and_unknown_files(tmp_path, model, variables):
-    with pytest.raises(CheckpointError, match=r"weights\.npz: there is no such file"):
-        load_state_dict(model, tmp_path / "weights.npz")
-    with pytest.raises(CheckpointError, match=r"the suffix '\.h5' names no known kind .* \.npz, .*\.pth"):
-        load_state_dict(model, tmp_path / "weights.h5")
-    with pytest.raises(CheckpointError, match=r"the suffix '\.pt' .* use one of \.npz, \.safetensors\."):
-        save_state_dict(tmp_path / "weights.pt", model, variables)
-    with pytest.raises(CheckpointError, match="there is no folder"):
-        save_state_dict(tmp_path / "none" / "weights.npz", model, variables)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, model, variables, monkeypatch):
-    def fail(file, **arrays):
-        file.write(b"half of it")
-        raise OSError("disk full")
-
-    path = tmp_path / "weights.npz"
-    path.write_text("what was there before")
-    monkeypatch.setattr(np, "savez", fail)
-    with pytest.raises(CheckpointError, match=r"cannot be written \(disk full\)"):
-        save_state_dict(path, model, variables, overwrite=True)
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [
-        (path.name, "what was there before")
-    ]
-
-
-def test_packages_that_are_not_installed(tmp_path, model, variables, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    monkeypatch.setitem(sys.modules, "torch", None)
-    for name, remedy in {
-        "weights.safetensors": "pip install 'selconv-jax[interop]'",
-        "best.model": "pip install torch. Or convert .* numpy.savez('best.npz'",
-    }.items():
-        (tmp_path / name).write_bytes(b"content")
-        with pytest.raises(CheckpointError, match=re.escape(remedy).replace(r"\.\*", ".*")):
-            load_state_dict(model, tmp_path / name)
-    with pytest.raises(CheckpointError, match=r"selconv-jax\[interop\]"):
-        save_state_dict(tmp_path / "new.safetensors", model, variables)
-    assert not (tmp_path / "new.safetensors").exists()
-
-
-# With PyTorch.
-
-
-@pytest.fixture
-def torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture
-def tensors(torch, arrays):
-    return {key: torch.from_numpy(value) for key, value in arrays.items()}
-
-
-def test_tensors_are_arrays(torch, model, variables, tensors):
-    chex.assert_trees_all_equal(load_state_dict(model, tensors), variables, strict=True)
-    narrow = {key: value.bfloat16() if value.is_floating_point() else value for key, value in tensors.items()}
-    loaded = load_state_dict(model, narrow)
-    wanted = narrow["classifier.weight"].float().numpy().T
-    np.testing.assert_array_equal(loaded["params"]["classifier"]["linear"]["kernel"], wanted)
-
-
-@pytest.mark.parametrize(
-    "name", ["weights.pt", "weights.pth", "checkpoint.tar", "best.model", "last.ckpt", "pytorch_model.bin"]
-)
-@pytest.mark.parametrize("zipped", [True, False])
-def test_pytorch_files(name, zipped, tmp_path, torch, model, variables, tensors):
-    content = {"state_dict": tensors, "epoch": 3} if name.endswith(".tar") else tensors
-    torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
-    chex.assert_trees_all_equal(load_state_dict(model, tmp_path / name), variables, strict=True)
-
-
-class RunsCode:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_pickles_that_would_run_code_are_refused(tmp_path, torch, model, tensors):
-    trap = tmp_path / "trap"
-    torch.save({**tensors, "more": RunsCode(trap)}, tmp_path / "unsafe.pt")
-    with pytest.raises(CheckpointError, match=r"unsafe\.pt: refused, .* than tensors \((posix|nt)\.mkdir\)"):
-        load_state_dict(model, tmp_path / "unsafe.pt")
-    assert not trap.exists()
-
-
-def test_pytorch_files_of_other_things(tmp_path, torch, model):
-    torch.save([1, 2], tmp_path / "list.pt")
-    (tmp_path / "damaged.pt").write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="holds a list, not a state dict"):
-        load_state_dict(model, tmp_path / "list.pt")
-    with pytest.raises(CheckpointError, match=r"damaged\.pt: "):
-        load_state_dict(model, tmp_path / "damaged.pt")

@@ -1,29 +1,18 @@
-"""The training loop: what a run leaves, goes on from, refuses and survives."""
+"""The training loop: what a run leaves, refuses and survives."""
 
 import dataclasses
 import errno
 import fcntl
 import json
-import re
-import signal
 
 import jax
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from runs import (
-    StopAfter,
-    assert_same_end,
-    compiled_once,
-    final_arrays,
-    quiet_console,
-    tiny_config,
-    whole_config,
-)
+from runs import compiled_once, final_arrays, quiet_console, tiny_config, whole_config
 from selconv_jax import CheckpointError, ConfigError, DataError
 from selconv_jax.data._loading import load
-from selconv_jax.train import _loop as loop
 from selconv_jax.train import _trainer as trainer
 from selconv_jax.train._evaluation import evaluate_run
 from selconv_jax.train._loop import NonFiniteLossError, resume_run, train_run
@@ -41,17 +30,8 @@ def shared_programs():
         yield
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """An unbroken tiny run."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    console, text = quiet_console()
-    assert train_run(whole_config(), workdir, console) == 0
-    return workdir, text.getvalue()
-
-
-def test_what_a_run_leaves(finished):
-    workdir, text = finished
+def test_what_a_run_leaves(whole_run):
+    workdir, text = whole_run
     assert {path.name for path in workdir.iterdir()} >= {
         "checkpoints",
         "config.toml",
@@ -89,8 +69,8 @@ def test_what_a_run_leaves(finished):
     assert final_arrays(workdir)[0] == 16
 
 
-def test_tensorboard_holds_the_same_numbers(finished):
-    workdir, _ = finished
+def test_tensorboard_holds_the_same_numbers(whole_run):
+    workdir, _ = whole_run
     (file,) = (workdir / "tensorboard").iterdir()
     found = {}
     raw = file.read_bytes()
@@ -106,8 +86,8 @@ def test_tensorboard_holds_the_same_numbers(finished):
                 assert found[key, record["epoch"]] == pytest.approx(value, rel=1e-6)
 
 
-def test_evaluation_repeats_the_recorded_numbers(finished):
-    workdir, _ = finished
+def test_evaluation_repeats_the_recorded_numbers(whole_run):
+    workdir, _ = whole_run
     records = read_metrics(workdir / "metrics.jsonl")
     step, metrics = evaluate_run(workdir)
     assert step == 16
@@ -116,115 +96,6 @@ def test_evaluation_repeats_the_recorded_numbers(finished):
     assert find_checkpoint(workdir, "best").step == 16, "nothing is chosen by the test images"
     with pytest.raises(ConfigError, match="'newest' is none of last, best"):
         find_checkpoint(workdir, "newest")
-
-
-@pytest.mark.parametrize(
-    "questions", [12, *(pytest.param(number, marks=pytest.mark.slow) for number in (0, 1, 3, 5, 6, 9, 20))]
-)
-def test_stopped_and_resumed_run_equals_an_unbroken_one(finished, tmp_path, monkeypatch, questions):
-    """Stops in the middle of an epoch, at its end, during evaluation."""
-    workdir = tmp_path / "broken"
-    console, text = quiet_console()
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "stop_request", lambda: StopAfter(questions))
-        assert train_run(whole_config(), workdir, console) == 128 + signal.SIGTERM
-    step = int(re.search(r"stopped after step (\d+) of 16; resume with `selconv resume", text.getvalue())[1])
-    assert step < 16
-    if step > 0:
-        assert final_arrays(workdir)[0] == step
-    assert resume_run(workdir, console) == 0
-    assert_same_end(workdir, finished[0])
-    assert_same_metrics(workdir, finished[0])
-
-
-@pytest.fixture(scope="module")
-def rounds_within_epochs(tmp_path_factory):
-    """A run whose allocation is frozen within an epoch: its configuration and directory."""
-    config = tiny_config(epochs=3, allocation={"every_steps": 5, "until": 0.5, "compile_frozen": True})
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    console, text = quiet_console()
-    assert train_run(config, workdir, console) == 0
-    assert "for the frozen allocation" in text.getvalue()
-    return config, workdir
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("questions", [9, 10, 11])
-def test_resumed_after_the_last_round_within_an_epoch(rounds_within_epochs, tmp_path, monkeypatch, questions):
-    """From there on the steps are compiled for the frozen allocation, whoever makes them."""
-    config, whole = rounds_within_epochs
-    console, _ = quiet_console()
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "stop_request", lambda: StopAfter(questions))
-        assert train_run(config, tmp_path / "broken", console) == 128 + signal.SIGTERM
-    assert 4 < final_arrays(tmp_path / "broken")[0] < 8
-    assert resume_run(tmp_path / "broken", console) == 0
-    assert_same_end(tmp_path / "broken", whole)
-    assert_same_metrics(tmp_path / "broken", whole)
-
-
-@pytest.mark.slow
-def test_resuming_again_and_again(finished, tmp_path, monkeypatch):
-    workdir = tmp_path / "broken"
-    console, _ = quiet_console()
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "stop_request", lambda: StopAfter(2))
-        code = train_run(whole_config(), workdir, console)
-        attempts = 0
-        while code != 0 and attempts < 40:
-            patch.setattr(loop, "stop_request", lambda: StopAfter(6))
-            code, attempts = resume_run(workdir, console), attempts + 1
-    assert code == 0
-    assert attempts > 2
-    assert_same_end(workdir, finished[0])
-    assert_same_metrics(workdir, finished[0])
-
-
-def test_resuming_before_the_first_checkpoint_starts_anew(finished, tmp_path, monkeypatch):
-    workdir = tmp_path / "early"
-    console, text = quiet_console()
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "initial_state", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train_run(whole_config(), workdir, console)
-    assert resume_run(workdir, console) == 0
-    assert "there is no checkpoint yet" in text.getvalue()
-    assert_same_end(workdir, finished[0])
-
-
-def test_a_directory_of_any_name(finished, tmp_path, monkeypatch):
-    """As sweeps name folders; Orbax takes the name for a pattern."""
-    workdir = tmp_path / "lr=[0.1] a\\b*"
-    console, _ = quiet_console()
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "stop_request", lambda: StopAfter(14))
-        assert train_run(whole_config(), workdir, console) != 0
-    assert resume_run(workdir, console) == 0
-    assert_same_end(workdir, finished[0])
-    assert evaluate_run(workdir) == evaluate_run(finished[0])
-
-
-def test_resuming_a_complete_run_changes_nothing(finished):
-    workdir, _ = finished
-    before = read_metrics(workdir / "metrics.jsonl")
-    console, _ = quiet_console()
-    assert resume_run(workdir, console) == 0
-    assert read_metrics(workdir / "metrics.jsonl") == before
-
-
-def test_damaged_checkpoint_falls_back_and_says_so(finished, tmp_path, monkeypatch):
-    workdir = tmp_path / "damaged"
-    console, text = quiet_console()
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "stop_request", lambda: StopAfter(14))
-        assert train_run(whole_config(), workdir, console) != 0
-    newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
-    victim = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
-    victim.write_bytes(victim.read_bytes()[:-7])
-    assert resume_run(workdir, console) == 0
-    assert f"skipped: {newest} is damaged" in text.getvalue()
-    assert_same_end(workdir, finished[0])
-    assert_same_metrics(workdir, finished[0])
 
 
 @pytest.fixture(scope="module")
@@ -338,8 +209,8 @@ def test_refused_before_anything_is_written(tmp_path, changes, error, message):
     assert not workdir.exists()
 
 
-def test_a_directory_with_a_run_is_never_overwritten(finished, tmp_path):
-    workdir, _ = finished
+def test_a_directory_with_a_run_is_never_overwritten(whole_run, tmp_path):
+    workdir, _ = whole_run
     console, _ = quiet_console()
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=r"already holds a run. Go on with it by `selconv resume"):
@@ -359,20 +230,20 @@ def test_what_a_process_left_that_never_began_is_in_nobodys_way(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.toml", "environment.json"]
 
 
-def test_two_processes_do_not_share_a_run(finished):
-    workdir, _ = finished
+def test_two_processes_do_not_share_a_run(whole_run):
+    workdir, _ = whole_run
     console, _ = quiet_console()
     with lock(workdir), pytest.raises(ConfigError, match="another process is working on"):
         resume_run(workdir, console)
 
 
-def test_a_file_system_without_locks(finished, monkeypatch):
+def test_a_file_system_without_locks(whole_run, monkeypatch):
     def refuse(file, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(ConfigError, match=r"cannot lock files .No locks available."):
-        resume_run(finished[0], quiet_console()[0])
+        resume_run(whole_run[0], quiet_console()[0])
 
 
 def test_disk_full_is_an_error_and_keeps_what_is_there(tmp_path, monkeypatch):
@@ -413,12 +284,3 @@ def test_slots_grow_with_the_copies():
         selectivity = {"block1_layer1": {**layers, "conv1": {**layers["conv1"], "source": source}}}
         program = tested.program(dataclasses.replace(state, selectivity=selectivity), 0)
         assert program.model.capacity == bucket
-
-
-def strip_speed(record):
-    return {key: value for key, value in record.items() if key != "images_per_second"}
-
-
-def assert_same_metrics(workdir, other):
-    one, two = (read_metrics(path / "metrics.jsonl") for path in (workdir, other))
-    assert [strip_speed(record) for record in one] == [strip_speed(record) for record in two]
