@@ -100,7 +100,7 @@ def test_saved_by_two_stopped_and_gone_on_with_by_one(cluster_config, tmp_path):
     workdir, unbroken = tmp_path / "run", tmp_path / "unbroken"
     words = ["train", cluster_config, "--workdir", workdir]
     with selconv(2, tmp_path / "first", *words, launcher="Slurm") as run:
-        run.wait_for_text(0, "epoch 1/4")
+        run.wait_for_text(0, "epoch 1/4  train loss")
         run.started[1].send_signal(signal.SIGTERM)
         assert run.wait(60) == [128 + signal.SIGTERM] * 2, run.outputs()
         step = int(re.search(r"stopped after step (\d+) of 20; resume with `selconv resume", run.text(0))[1])
@@ -133,7 +133,7 @@ def test_saved_by_four_gone_on_with_by_two_and_one_and_four(cluster_config, tmp_
             if seen is None:
                 assert run.wait(300) == [0] * count, run.outputs()
             else:
-                run.wait_for_text(0, f"epoch {seen}/12")
+                run.wait_for_text(0, f"epoch {seen}/12  train loss")
                 run.started[-1].send_signal(signal.SIGTERM)
                 assert run.wait(60) == [128 + signal.SIGTERM] * count, run.outputs()
     for one, other in records_of_both(workdir, unbroken):

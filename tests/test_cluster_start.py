@@ -84,7 +84,7 @@ def test_a_checkpoint_of_another_network(cluster_config, tmp_path):
     file.write_text(
         file.read_text().replace("growth = 4", "growth = 8").replace("devices = 1", "devices = 0")
     )
-    assert_both_refuse([["resume", workdir]] * 2, tmp_path / "output", "is a checkpoint of another model")
+    assert_both_refuse([["resume", workdir]] * 2, tmp_path / "output", "configuration has been changed since")
     np.testing.assert_equal(final_arrays(workdir), before)
 
 
