@@ -84,8 +84,8 @@ def test_programs_and_messages_of_a_run(plan):
     assert step.fits
     assert step.memory["total"] > plan.gradient_bytes > 0
     by_kind = {messages.kind: messages for messages in step.messages}
-    # Statistics of batch norm in every layer, the gradient, and counts.
-    assert set(by_kind) == {"all-reduce"}
+    # Gradients and counts are summed, the statistics of every layer gathered.
+    assert set(by_kind) == {"all-reduce", "all-gather"}
     assert by_kind["all-reduce"].bytes > plan.gradient_bytes
     assert sum(messages.bytes for messages in evaluation.messages) < 100
     assert step.message_seconds > 0

@@ -179,3 +179,20 @@ def test_ordinary_module_becomes_selective():
     selective.model = selective.model.clone(capacity=0.0)
     with pytest.raises(ConfigError, match="provides for 0 copies"):
         selective(X)
+
+
+def test_converted_module_can_be_compacted():
+    rngs = nnx.Rngs(0)
+    convs = [nnx.Conv(c, 8, (3, 3), use_bias=False, rngs=rngs) for c in (3, 8)]
+    plain = nnx.Sequential(convs[0], nnx.BatchNorm(8, rngs=rngs), nnx.relu, convs[1])
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
+    selective, _ = selectivize_module(plain, x)
+    report = reallocate(selective, jax.random.key(0), AllocationRule(threshold=0.3, top_k=0))
+    assert report.deallocated > 0
+    small = compact(selective, x)
+    before, after = (count_parameters(nnx.to_pure_dict(nnx.state(m, nnx.Param))) for m in (selective, small))
+    # Of each closed channel: its kernel in the layer before, its own, scale, bias and shift.
+    assert before - after >= report.deallocated * (27 + 72 + 2)
+    for module in (selective, small):
+        module.eval()
+    np.testing.assert_allclose(small(x), selective(x), rtol=1e-4, atol=1e-5)

@@ -36,16 +36,21 @@ class LinenModule(nnx.Module):
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         """Call the model; in training mode, update its running statistics."""
-        own = {collection: leaves["network"] for collection, leaves in linen_variables(self).items()}
-        variables = own | nnx.to_pure_dict(nnx.state(self._rest))
+        variables = self.variables()
         if self.use_running_average:
             return self.model.apply(variables, *inputs, train=False, **options)
         keys = {} if self._dropout is None else {"dropout": self._dropout()}
         y, changed = self.model.apply(
             variables, *inputs, train=True, mutable=["batch_stats"], rngs=keys, **options
         )
-        update_module(self, {name: {"network": leaves} for name, leaves in (own | dict(changed)).items()})
+        new = variables | dict(changed)
+        update_module(self, {name: {"network": leaves} for name, leaves in new.items() if name in _TYPES})
         return y
+
+    def variables(self) -> dict[str, Any]:
+        """Collect the variables of the Linen model, by collection."""
+        own = {collection: leaves["network"] for collection, leaves in linen_variables(self).items()}
+        return own | nnx.to_pure_dict(nnx.state(self._rest))
 
 
 def compact(
@@ -75,7 +80,7 @@ def compact(
         >>> small.network["kernel"].shape
         (3, 3, 6, 4)
     """
-    model, variables = to_linen(module)
+    model, variables = _linen_form(module)
     small, small_variables = compaction.compact(model, variables, *inputs, multiple=multiple, **options)
     return LinenModule(small, small_variables, rngs)
 
@@ -110,5 +115,10 @@ def selectivize_module(
         >>> result.converted
         {'layers/2': 'layers/0'}
     """
-    result = conversion.selectivize_model(*to_linen(module), *inputs, **options)
+    result = conversion.selectivize_model(*_linen_form(module), *inputs, **options)
     return LinenModule(result.model, result.variables, rngs), result
+
+
+def _linen_form(module: nnx.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the Linen model of a module and its variables; those inside of a `LinenModule` as they are."""
+    return (module.model, module.variables()) if isinstance(module, LinenModule) else to_linen(module)
