@@ -141,6 +141,39 @@ def test_dropout_is_that_of_the_layer():
     assert (first != second).any()
 
 
+@pytest.mark.parametrize("is_compact", [False, True], ids=["whole", "compact"])
+def test_dropout_has_its_own_mode(is_compact):
+    class Separate(nn.Module):
+        @nn.compact
+        def __call__(self, x, train, deterministic=True):
+            x = nn.relu(nn.BatchNorm(not train)(nn.Conv(12, (1, 1), name="stem")(x)))
+            x = nn.Conv(6, (3, 3), use_bias=False)(nn.Dropout(0.5)(x, deterministic=deterministic))
+            return x.mean((1, 2))
+
+    model = Separate()
+    variables = trained(model)
+    result = selectivize_model(model, variables, X, deterministic=False)
+    assert result.converted == {"Conv_0": "BatchNorm_0"}
+    selective, new = result.model, result.variables
+    if is_compact:
+        new["selectivity"]["Conv_0"]["gate"] = jnp.arange(12) < 8
+        kernel = variables["params"]["Conv_0"]["kernel"].at[:, :, 8:].set(0.0)
+        variables["params"]["Conv_0"]["kernel"] = kernel
+        selective, new = selconv_jax.compact(selective, new, X, deterministic=False)
+        assert new["params"]["Conv_0"]["kernel"].shape == (3, 3, 8, 6)
+
+    def outputs(model, variables, **modes):
+        apply = partial(model.apply, variables, X, mutable=["batch_stats"], **modes)
+        return [apply(rngs={"dropout": jax.random.key(key)})[0] for key in range(2)]
+
+    for train in (True, False):
+        first, second = outputs(selective, new, train=train, deterministic=False)
+        assert (first != second).any()
+        first, _ = outputs(selective, new, train=train, deterministic=True)
+        expected, _ = outputs(model, variables, train=train, deterministic=True)
+        np.testing.assert_allclose(first, expected, rtol=1e-4, atol=1e-5)
+
+
 @jax.custom_vjp
 def straight_through(x):
     """A ReLU whose gradient is that of the identity."""
@@ -173,6 +206,8 @@ class Odd(nn.Module):
         y = {"straight": straight_through, "relu6": nn.relu6, "gelu": nn.gelu, "nothing": lambda y: y}.get(
             self.what, nn.relu
         )(y)
+        if self.what == "key":
+            y = nn.Dropout(0.5)(y, deterministic=not train, rng=jax.random.key(0))
         if self.what == "pool":
             y = nn.max_pool(y, (2, 2))
         z = conv(y)
@@ -195,6 +230,7 @@ class Odd(nn.Module):
         ("straight", "conv: its input is not the ReLU of a batch norm"),
         ("gelu", "conv: its input is not the ReLU of a batch norm"),
         ("nothing", "conv: its input is not the ReLU of a batch norm"),
+        ("key", "conv: its input is not the ReLU of a batch norm"),
         ("pool", "conv: its input is not the ReLU of a batch norm"),
         ("shared", "conv: the output of BatchNorm_0 is read elsewhere, too"),
         ("twice", "conv: it, or its batch norm, is called more than once"),

@@ -130,13 +130,15 @@ def test_dropout_needs_and_uses_its_key():
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 6))
     variables = layer.init(jax.random.key(0), x, train=False)
 
-    def output(seed):
+    def output(seed, **modes):
         rngs = {"dropout": jax.random.key(seed)}
-        return layer.apply(variables, x, train=True, rngs=rngs, mutable="batch_stats")[0]
+        return layer.apply(variables, x, rngs=rngs, mutable="batch_stats", **modes)[0]
 
-    outputs = [output(seed) for seed in (0, 0, 1)]
-    np.testing.assert_array_equal(outputs[0], outputs[1])
-    assert np.abs(outputs[0] - outputs[2]).max() > 0
+    for modes in ({"train": True}, {"train": False, "deterministic": False}):
+        outputs = [output(seed, **modes) for seed in (0, 0, 1)]
+        np.testing.assert_array_equal(outputs[0], outputs[1])
+        assert np.abs(outputs[0] - outputs[2]).max() > 0
+    np.testing.assert_array_equal(*(output(seed, train=True, deterministic=True) for seed in (0, 1)))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

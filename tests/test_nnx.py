@@ -169,6 +169,8 @@ def test_modes_and_dropout():
     assert (layer(x) != layer(x)).any()
     assert (layer.mean[...] != mean).all()
     np.testing.assert_array_equal(layer(x, use_running_average=True), layer(x, True))
+    np.testing.assert_array_equal(layer(x, deterministic=True), layer(x, deterministic=True))
+    assert (layer(x, True, deterministic=False) != layer(x, True, deterministic=False)).any()
 
 
 def test_trains_and_reallocates(module):

@@ -108,11 +108,10 @@ class NetworkCall:
     def run(self, model: Compact, variables: Any, inputs: tuple[Any, ...], train: bool | None) -> Any:
         """Call a network in one of ``modes``; return the output, and in training the changed collections."""
         apply: Callable[..., Any] = functools.partial(model.apply, **self.options)
-        key = jax.random.key(0)
+        rngs = dict.fromkeys(("params", "dropout"), jax.random.key(0))
         if not train:
             flag = {} if train is None else {"train": False}
-            return apply(variables, *inputs, rngs={"params": key}, **flag), {}
-        rngs = {"params": key, "dropout": key}
+            return apply(variables, *inputs, rngs=rngs, **flag), {}
         return apply(variables, *inputs, train=True, mutable=DenyList(("intermediates",)), rngs=rngs)
 
 

@@ -137,7 +137,13 @@ class StaticConv(BatchNormReLUConv):
     layout: LayerLayout | None = None
 
     @nn.compact
-    def __call__(self, x: Array, train: bool | None = None, statistics: Statistics | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        train: bool | None = None,
+        statistics: Statistics | None = None,
+        deterministic: bool | None = None,
+    ) -> Array:
         """Apply the layer to ``[N, *S, layout.inputs]``, see `BatchNormReLUConv.__call__`."""
         layout = self._layout
         if x.shape[-1] != layout.inputs:
@@ -154,7 +160,7 @@ class StaticConv(BatchNormReLUConv):
         axis_name = None if self.is_initializing() else self.axis_name
         arrange = _in_place if layout.is_in_place else _gathered
         x, statistics = arrange(x, layout, shift, statistics if is_training else None, axis_name)
-        return super().__call__(x, train, statistics)
+        return super().__call__(x, train, statistics, deterministic)
 
     @property
     def _layout(self) -> LayerLayout:
@@ -211,6 +217,7 @@ def call_static(
     x: Array,
     train: bool | None = None,
     statistics: Statistics | None = None,
+    deterministic: bool | None = None,
 ) -> Array:
     """Call a bound layer with a fixed allocation, with its variables in the same scope."""
     if layout.outputs == 0:
@@ -218,7 +225,7 @@ def call_static(
     fields = dataclasses.fields(BatchNormReLUConv)
     arguments: dict[str, Any] = {field.name: getattr(layer, field.name) for field in fields}
     arguments |= {"features": layout.outputs, "feature_group_count": layout.groups, "parent": layer.scope}
-    return StaticConv(**arguments, layout=layout)(x, train, statistics)
+    return StaticConv(**arguments, layout=layout)(x, train, statistics, deterministic)
 
 
 def output_shape(layer: BatchNormReLUConv, x: Any) -> tuple[int, ...]:

@@ -159,8 +159,9 @@ def _layer_step(
     x: jax.Array,
     train: bool | None = None,
     statistics: Any = None,
+    deterministic: bool | None = None,
 ) -> jax.Array:
-    del train
+    del train, deterministic
     dtype = canonicalize_dtype(x, np.zeros((), layer.param_dtype), dtype=layer.dtype)
     shape = (*output_shape(layer, x)[:-1], features)
     if type(layer) is not StaticConv and features:

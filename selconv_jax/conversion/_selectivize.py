@@ -66,9 +66,10 @@ class Selectivized(nn.Module):
         """Call the network with its layers replaced."""
         root = tuple(filter(None, relative_path(self, ()).split("/")))
         norms = {norm for norm, *_ in self.layers}
-        dropouts = {dropout for _, _, dropout, _ in self.layers}
-        layers = {conv: (norm, dict(settings)) for norm, conv, _, settings in self.layers}
+        dropouts = {dropout for _, _, dropout, _ in self.layers if dropout is not None}
+        layers = {conv: (norm, dropout, dict(settings)) for norm, conv, dropout, settings in self.layers}
         seen: dict[str, tuple[jax.Array, bool]] = {}
+        deterministic: dict[str, bool] = {}
 
         def swap(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if type(module) not in (nn.BatchNorm, nn.Dropout, nn.Conv):
@@ -80,10 +81,11 @@ class Selectivized(nn.Module):
                 seen[path] = _norm_call(module, *args, **kwargs)
                 return seen[path][0]
             if path in dropouts:
-                return args[0] if args else kwargs["inputs"]
+                x, deterministic[path] = _dropout_call(module, *args, **kwargs)
+                return x
             if path not in layers:
                 return call(*args, **kwargs)
-            norm, settings = layers[path]
+            norm, dropout, settings = layers[path]
             x, train = seen.pop(norm)
             return SelectiveConv(
                 **settings,
@@ -92,7 +94,7 @@ class Selectivized(nn.Module):
                 kernel_init=module.kernel_init,
                 name=module.name,
                 parent=module.scope,
-            )(x, train)
+            )(x, train, deterministic=None if dropout is None else deterministic.pop(dropout))
 
         with intercept_calls(swap, first=True):
             return self.plain(*args, **kwargs)
@@ -181,6 +183,14 @@ def _norm_call(
     del mask  # calls with a mask are no part of a layer
     frozen = nn.merge_param("use_running_average", module.use_running_average, use_running_average)
     return x, not frozen
+
+
+def _dropout_call(
+    module: Any, inputs: jax.Array, deterministic: bool | None = None, rng: Any = None
+) -> tuple[jax.Array, bool]:
+    """Return the input of a dropout and whether it would leave it as it is."""
+    del rng  # the layer draws its own
+    return inputs, nn.merge_param("deterministic", module.deterministic, deterministic)
 
 
 def _renamed(variables: Mapping[str, Any], triples: Mapping[str, Triple], gate_only: bool) -> dict[str, Any]:

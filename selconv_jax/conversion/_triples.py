@@ -69,7 +69,9 @@ def find_triples(
     calls: Counter[str] = Counter()
 
     def step(module: Any, run: Callable[..., Any], x: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if type(module) not in _KINDS or not isinstance(x, jax.Array) or kwargs.get("mask") is not None:
+        # More arguments than the input and mode: a mask or a random key, which no layer takes.
+        more = len(args) > 1 or any(kwargs.get(name) is not None for name in ("mask", "rng"))
+        if type(module) not in _KINDS or not isinstance(x, jax.Array) or more:
             return run(*([] if x is None else [x]), *args, **kwargs)
         path = relative_path(module, ())
         calls[path] += 1

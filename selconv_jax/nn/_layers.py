@@ -68,7 +68,13 @@ class BatchNormReLUConv(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Array, train: bool | None = None, statistics: Statistics | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        train: bool | None = None,
+        statistics: Statistics | None = None,
+        deterministic: bool | None = None,
+    ) -> Array:
         """Apply the layer.
 
         Args:
@@ -80,6 +86,7 @@ class BatchNormReLUConv(nn.Module):
                 `batch_statistics`, joined by `join_statistics`. In a dense network, where many layers read
                 the same channels, they are then computed once. The result is the same, gradients included.
                 Ignored unless ``train``.
+            deterministic: Compute without dropout; None: unless ``train``.
 
         Returns:
             ``[N, *S', features]``.
@@ -100,7 +107,7 @@ class BatchNormReLUConv(nn.Module):
         x, kernel, statistics = self._select(Selected(x, kernel, statistics if train else None))
         x = _norm_relu(self, x, train, statistics)
         if self.dropout_rate > 0:
-            x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
+            x = nn.Dropout(self.dropout_rate)(x, not train if deterministic is None else deterministic)
         return computation.apply_convolution(self, x, kernel)
 
     @nn.nowrap

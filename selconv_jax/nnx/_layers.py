@@ -112,15 +112,21 @@ class BatchNormReLUConv(nnx.Module):
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs) if dropout_rate > 0 else None
 
     def __call__(
-        self, x: Array, use_running_average: bool | None = None, *, statistics: Statistics | None = None
+        self,
+        x: Array,
+        use_running_average: bool | None = None,
+        *,
+        statistics: Statistics | None = None,
+        deterministic: bool | None = None,
     ) -> Array:
         """Apply the layer.
 
         Args:
             x: ``[N, *S, C]`` floating.
-            use_running_average: Normalize with the running statistics, and without dropout. Otherwise
-                normalize with those of the batch, and update the running ones. None: the attribute.
+            use_running_average: Normalize with the running statistics. Otherwise normalize with those of
+                the batch, and update the running ones. None: the attribute.
             statistics: Statistics of ``x`` if they are known, see `selconv_jax.nn.BatchNormReLUConv`.
+            deterministic: Compute without dropout; None: if with the running statistics.
 
         Returns:
             ``[N, *S', O]``.
@@ -142,7 +148,7 @@ class BatchNormReLUConv(nnx.Module):
         if train:
             self.mean[...], self.var[...] = new
         if self.dropout is not None:
-            x = self.dropout(x, deterministic=not train)
+            x = self.dropout(x, deterministic=not train if deterministic is None else deterministic)
         return computation.apply_convolution(self, x, kernel)
 
     def _select(self, inputs: Selected) -> Selected:

@@ -136,9 +136,9 @@ def _norm(self: Any, x: Any, use_running_average: bool | None = None, *, mask: A
     return self._linen(x, frozen, mask=mask)
 
 
-def _selective(self: Any, x: Any, use_running_average: bool | None = None, *, statistics: Any = None) -> Any:
+def _selective(self: Any, x: Any, use_running_average: bool | None = None, **options: Any) -> Any:
     frozen = self.use_running_average if use_running_average is None else use_running_average
-    return self._linen(x, not frozen, statistics)
+    return self._linen(x, not frozen, **options)
 
 
 _LINEN = {
