@@ -9,12 +9,14 @@ import pytest
 from flax import nnx
 from flax.errors import ScopeParamShapeError
 
+import selconv_jax
 from selconv_jax import AllocationRule, ConfigError
 from selconv_jax.analysis import count_layers, count_parameters
 from selconv_jax.nnx import (
     LinenModule,
     SelectiveConv,
     compact,
+    fit_capacity,
     linen_variables,
     reallocate,
     selectivize_module,
@@ -181,12 +183,47 @@ def test_ordinary_module_becomes_selective():
         selective(X)
 
 
-def test_converted_module_can_be_compacted():
+def converted_module(x):
     rngs = nnx.Rngs(0)
     convs = [nnx.Conv(c, 8, (3, 3), use_bias=False, rngs=rngs) for c in (3, 8)]
     plain = nnx.Sequential(convs[0], nnx.BatchNorm(8, rngs=rngs), nnx.relu, convs[1])
+    return selectivize_module(plain, x)[0]
+
+
+def test_capacity_fits_layers_inside_of_linen_models():
     x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
-    selective, _ = selectivize_module(plain, x)
+    bridge = nnx.bridge.ToNNX(selconv_jax.SelectiveConv(4, (1, 1), train=False), rngs=nnx.Rngs(0))
+    converted = converted_module(x)
+    own = SelectiveConv(8, 8, (1, 1), rngs=nnx.Rngs(0))
+    module = nnx.Sequential(converted, own, bridge.lazy_init(jnp.ones((1, 6, 6, 8))))
+    assert reallocate(module, jax.random.key(0), AllocationRule(threshold=0.3)).copies > 2
+    expected = module(x)
+    for _ in range(2):
+        fit_capacity(module)
+        copies = [int((state.source >= 0).sum()) for state in selconv_jax.layer_states(module).values()]
+        fitted = (converted.model.capacities[0][1], own.capacity, bridge.to_nnx__module.capacities[0][1])
+        assert [8 * capacity for capacity in fitted] == copies
+    np.testing.assert_allclose(module(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_linen_models_inside_of_a_module_are_compacted():
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
+    module = nnx.Sequential(converted_module(x), SelectiveConv(8, 8, (1, 1), rngs=nnx.Rngs(0)))
+    module(x)
+    report = reallocate(module, jax.random.key(0), AllocationRule(threshold=0.3, top_k=0))
+    assert all(layer.deallocated.any() for layer in report.layers.values())
+    small = compact(module, x)
+    params = small.network["layers"]
+    assert params["0"]["network"]["layers"]["0"]["kernel"].shape[-1] < 8
+    assert params["1"]["kernel"].shape[2] < 8
+    for each in (module, small):
+        each.eval()
+    np.testing.assert_allclose(small(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_converted_module_can_be_compacted():
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
+    selective = converted_module(x)
     report = reallocate(selective, jax.random.key(0), AllocationRule(threshold=0.3, top_k=0))
     assert report.deallocated > 0
     small = compact(selective, x)

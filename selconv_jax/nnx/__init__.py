@@ -1,8 +1,9 @@
 """Selective layers as Flax NNX modules, and the transforms of modules that have them."""
 
+from selconv_jax.nnx._conversion import compact, selectivize_module
 from selconv_jax.nnx._layers import BatchNormReLUConv, SelectiveConv, Selectivity
 from selconv_jax.nnx._linen import to_linen
-from selconv_jax.nnx._linen_module import LinenModule, compact, selectivize_module
+from selconv_jax.nnx._linen_module import LinenModule
 from selconv_jax.nnx._transforms import fit_capacity, reallocate, reset_rewritten, selectivize
 from selconv_jax.nnx._variables import linen_variables, update_module
 

@@ -12,6 +12,7 @@ from jax import lax
 
 from selconv_jax import nn as linen
 from selconv_jax.nnx._layers import BatchNormReLUConv, SelectiveConv
+from selconv_jax.nnx._linen_module import LinenModule
 from selconv_jax.nnx._variables import collection_of, linen_variables
 
 _Path = tuple[Any, ...]
@@ -22,9 +23,9 @@ _REST = "nnx"  # collection of the variables that no other collection takes, suc
 def to_linen(module: nnx.Module) -> tuple[nn.Module, dict[str, Any]]:
     """Convert an NNX module to a Linen model that computes the same.
 
-    Its selective and plain layers, convolutions and dropouts become those of Linen, with the same names. So
-    what `selconv_jax.compact`, `selconv_jax.analysis.count_layers` and Flax's own tables know of Linen models
-    they know of the module.
+    Its selective and plain layers, convolutions and dropouts become those of Linen, with the same names, and
+    a `LinenModule` becomes its model. So what `selconv_jax.compact`, `selconv_jax.analysis.count_layers` and
+    Flax's own tables know of Linen models they know of the module.
 
     Args:
         module: The module; its ``__call__`` is converted. It is not changed.
@@ -52,9 +53,18 @@ def to_linen(module: nnx.Module) -> tuple[nn.Module, dict[str, Any]]:
     }
     if rest:
         variables[_REST] = traverse_util.unflatten_dict(rest)
-    layers = tuple((path, layer) for path, part in nnx.iter_modules(module) if (layer := _linen_layer(part)))
+    layers = tuple(
+        (path, _Unbound(layer)) for path, part in nnx.iter_modules(module) if (layer := _linen_layer(part))
+    )
     places = tuple((path, collection_of(leaf) or _REST) for path, leaf in flat)
     return _Converted(nnx.graphdef(module), places, layers), variables
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unbound:
+    """A Linen module that Flax does not see, as it would bind it to a scope of the attribute's name."""
+
+    module: nn.Module
 
 
 class _Converted(nn.Module):
@@ -63,18 +73,22 @@ class _Converted(nn.Module):
     Attributes:
         graph: The module without its variables.
         places: Path and collection of every variable.
-        layers: Path and Linen form of the layers that are converted.
+        layers: Path and Linen form of the layers, and of the `LinenModule`s, that are converted.
     """
 
     graph: nnx.GraphDef[Any]
     places: tuple[tuple[_Path, str], ...]
-    layers: tuple[tuple[_Path, nn.Module], ...]
+    layers: tuple[tuple[_Path, _Unbound], ...]
 
     @nn.compact
     def __call__(self, *inputs: Any, train: bool, **options: Any) -> Any:
         """Call the module in training or evaluation mode."""
         layers = dict(self.layers)
-        own = [(path, collection) for path, collection in self.places if path[:-1] not in layers]
+        own = [
+            (path, collection)
+            for path, collection in self.places
+            if not any(path[:length] in layers for length in range(len(path)))
+        ]
         # Converted layers read their variables themselves; a compacted network may lack some.
         state = {path: jnp.zeros(()) for path, _ in self.places} | {
             path: _inner(self.scope, path[:-1]).get_variable(collection, str(path[-1]))
@@ -83,7 +97,8 @@ class _Converted(nn.Module):
         module: nnx.Module = nnx.merge(self.graph, nnx.from_flat_state(state.items()))
         for path, part in nnx.iter_modules(module):
             if path in layers:
-                object.__setattr__(part, "_linen", layers[path].clone(parent=_inner(self.scope, path)))
+                scope = _inner(self.scope, (*path, "network") if isinstance(part, LinenModule) else path)
+                object.__setattr__(part, "_linen", layers[path].module.clone(parent=scope))
                 part.__class__ = _FORWARDING[type(part)]
         if train:
             module.train()
@@ -106,7 +121,9 @@ def _inner(scope: Any, path: _Path) -> Any:
 
 
 def _linen_layer(part: nnx.Module) -> nn.Module | None:
-    """Return the Linen form of a layer; None: it stays what it is."""
+    """Return the Linen form of a layer or `LinenModule`; None: it stays what it is."""
+    if type(part) is LinenModule:
+        return None if part.has_other_variables else part.model
     if type(part) is nnx.Dropout:
         return nn.Dropout(part.rate, part.broadcast_dims, rng_collection=part.rng_collection)
     kind: Any = _LINEN.get(type(part))
@@ -141,6 +158,10 @@ def _selective(self: Any, x: Any, use_running_average: bool | None = None, **opt
     return self._linen(x, not frozen, **options)
 
 
+def _model(self: Any, *inputs: Any, **options: Any) -> Any:
+    return self._linen(*inputs, train=not self.use_running_average, **options)
+
+
 _LINEN = {
     SelectiveConv: linen.SelectiveConv,
     BatchNormReLUConv: linen.BatchNormReLUConv,
@@ -163,6 +184,7 @@ _CALLS: dict[type[nnx.Module], Any] = {
     nnx.Linear: _unary,
     nnx.BatchNorm: _norm,
     nnx.Dropout: _dropout,
+    LinenModule: _model,
 }
 # The layers' classes with calls of their Linen forms.
 _FORWARDING = {kind: type(kind.__name__, (kind,), {"__call__": call}) for kind, call in _CALLS.items()}

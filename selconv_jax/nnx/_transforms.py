@@ -6,9 +6,10 @@ import jax
 from flax import nnx
 
 from selconv_jax.nnx._layers import SelectiveConv
+from selconv_jax.nnx._linen_module import LinenModule
 from selconv_jax.nnx._variables import linen_variables, update_module
 from selconv_jax.transforms import _optimizer_state, _reallocation, _selectivize
-from selconv_jax.transforms._capacity import fitted_capacities
+from selconv_jax.transforms._capacity import fitted_capacities, with_capacity
 from selconv_jax.transforms._reallocation import AllocationRule
 from selconv_jax.transforms._report import Report
 
@@ -84,7 +85,7 @@ def fit_capacity(module: nnx.Module, steps: int = 8) -> None:
     """Let every selective layer of a module provide for just the copies that it has, in place.
 
     See `selconv_jax.with_capacity`. Call it after each round; what ``nnx.jit`` has compiled for other
-    capacities is compiled anew.
+    capacities is compiled anew. Layers inside of a `LinenModule` or ``nnx.bridge.ToNNX`` are included.
 
     Args:
         module: The module.
@@ -97,3 +98,7 @@ def fit_capacity(module: nnx.Module, steps: int = 8) -> None:
     for path, part in nnx.iter_modules(module):
         if isinstance(part, SelectiveConv):
             part.capacity = capacities.get("/".join(map(str, path)), part.capacity)
+        elif isinstance(part, LinenModule) and "selectivity" in part.variables():
+            part.model = with_capacity(part.model, part.variables(), steps)
+        elif isinstance(part, nnx.bridge.ToNNX) and "selectivity" in linen_variables(part):
+            part.to_nnx__module = with_capacity(part.to_nnx__module, linen_variables(part), steps)
