@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import selconv_jax
 from selconv_jax import AllocationRule, ConfigError, SelectiveConv, selectivize_model
@@ -239,7 +240,7 @@ class Odd(nn.Module):
 def test_what_no_layer_computes_is_left_and_said(what, reason):
     model = Odd(what)
     variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), X)
-    with pytest.raises(ConfigError, match="no layer of Odd can become selective") as caught:
+    with pytest.raises(ConfigError, match="no layer of the network can become selective") as caught:
         selectivize_model(model, variables, X)
     assert reason in str(caught.value)
 
@@ -289,6 +290,28 @@ def test_mode_by_another_argument():
         np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"capacity": 1.5}, r"capacity is 1\.5; it must be a fraction"),
+        ({"model": nnx.Linear(3, 4, rngs=nnx.Rngs(0))}, r"a Linear; .*\(Linen\) module\. For NNX modules"),
+        ({"x": jnp.ones((1, 8, 8, 4))}, r"does not run as model\.apply\(variables, \*inputs, train=False\)"),
+        ({"options": {"depth": 3}}, r"does not run as .*unexpected keyword argument 'depth'"),
+        ({"boxed": True}, r"Unbox them with flax\.linen\.meta\.unbox"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_are_refused(change, message):
+    given = {"model": Network(), "x": X, "options": {}, "capacity": 1.0} | change
+    variables = trained(Network())
+    if "boxed" in change:
+        variables["params"]["stem"]["bias"] = nn.Partitioned(jnp.zeros(8), ("model",))
+    with pytest.raises(ConfigError, match=message):
+        selectivize_model(
+            given["model"], variables, given["x"], capacity=given["capacity"], **given["options"]
+        )
+
+
 def test_layers_that_are_selective_already_stay():
     class Mixed(nn.Module):
         @nn.compact
@@ -299,3 +322,5 @@ def test_layers_that_are_selective_already_stay():
     model = Mixed()
     result = selectivize_model(model, trained(model), X)
     assert sorted(selconv_jax.layer_states(result.variables)) == ["Conv_0", "ours"]
+    with pytest.raises(ConfigError, match="Its selective layers need no conversion"):
+        selectivize_model(result.model, result.variables, X)

@@ -312,6 +312,8 @@ def test_bad_arguments_are_named():
 def test_variables_of_another_module_are_refused(module):
     variables = linen_variables(module)
     del variables["params"]["head"]
+    with pytest.raises(ConfigError, match="module is a dict; it must be a Flax NNX module"):
+        linen_variables({})
     with pytest.raises(ValueError, match="only the module has 'params/head/bias'"):
         update_module(module, variables)
     strange = linen_variables(module)

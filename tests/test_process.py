@@ -94,6 +94,17 @@ def test_a_program_from_standard_input_goes_on():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="settings of Linux")
+@pytest.mark.parametrize(
+    ("package", "missing"),
+    [("data", "PIL"), ("report", "matplotlib"), ("train", "msgspec")],
+)
+def test_parts_that_need_an_extra_name_it(package, missing):
+    code = f"import sys; sys.modules[{missing!r}] = None\nfrom selconv_jax.{package} import *"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert f"the package {missing} is not installed; it comes with the extra `train`: pip install" in last
+
+
 def test_a_command_runs_once_after_the_restart(tmp_path):
     environ = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     command = [sys.executable, "-m", "selconv_jax", "eval", str(tmp_path / "nothing")]

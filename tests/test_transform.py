@@ -293,6 +293,16 @@ def test_allocation_out_of_bounds(change, message):
         AllocationRule(**change)
 
 
+def test_arguments_of_other_types(variables):
+    key = jax.random.key(0)
+    with pytest.raises(ConfigError, match=r"allocation is a float; .*AllocationRule\(threshold="):
+        selconv_jax.reallocate(variables, key, 0.1)
+    with pytest.raises(ConfigError, match=r"key is a int; it must be a PRNG key"):
+        selconv_jax.reallocate(variables, 0)
+    with pytest.raises(ConfigError, match=r"variables is a SelectiveConv; .* nested dictionary"):
+        selconv_jax.reallocate(selconv_jax.SelectiveConv(4, (1, 1)), key)
+
+
 def test_no_selective_layer():
     layer = BatchNormReLUConv(features=4, kernel_size=(1, 1))
     variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 16)), train=False)

@@ -1,7 +1,10 @@
 """Variables of a model, whichever of Flax's two kinds of modules it is made of."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
+
+from selconv_jax.errors import ConfigError
 
 
 def is_nnx_module(model: Any) -> bool:
@@ -11,9 +14,14 @@ def is_nnx_module(model: Any) -> bool:
 
 
 def as_variables(model: Any) -> Any:
-    """Return the variables of an NNX module as nested dictionaries, and anything else as it is."""
-    if not is_nnx_module(model):
+    """Return the variables of an NNX module as nested dictionaries, and such dictionaries as they are."""
+    if isinstance(model, Mapping):
         return model
+    if not is_nnx_module(model):
+        raise ConfigError(
+            f"variables is a {type(model).__name__}; it must be the nested dictionary that model.init "
+            "returned, or an NNX module."
+        )
     from selconv_jax.nnx._variables import linen_variables
 
     return linen_variables(model)

@@ -11,6 +11,7 @@ import jax
 from flax.core.scope import DenyList
 from flax.linen.dtypes import promote_dtype
 
+from selconv_jax._utils.modules import is_nnx_module
 from selconv_jax.compaction._static_conv import LayerLayout, call_static
 from selconv_jax.errors import ConfigError
 from selconv_jax.models._parts import Stem
@@ -113,6 +114,26 @@ class NetworkCall:
             flag = {} if train is None else {"train": False}
             return apply(variables, *inputs, rngs=rngs, **flag), {}
         return apply(variables, *inputs, train=True, mutable=DenyList(("intermediates",)), rngs=rngs)
+
+
+def check_network(model: Any, variables: Any) -> None:
+    """Raise a `ConfigError` unless a model is a Linen module whose variables are not boxed."""
+    if not isinstance(model, nn.Module):
+        nnx = " For NNX modules, selconv_jax.nnx has this function." if is_nnx_module(model) else ""
+        raise ConfigError(f"model is a {type(model).__name__}; it must be a Flax (Linen) module.{nnx}")
+    boxes = jax.tree.leaves(variables, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
+    if any(isinstance(leaf, nn.meta.AxisMetadata) for leaf in boxes):
+        raise ConfigError("the variables hold partitioned parameters. Unbox them with flax.linen.meta.unbox.")
+
+
+def failed_call(method: str | None, call: NetworkCall, train: bool | None, error: Exception) -> ConfigError:
+    """Return the error of a network that does not run as a `NetworkCall` calls it."""
+    arguments = ", *inputs" if call.inputs else ""
+    arguments += "" if train is None else f", train={train}"
+    return ConfigError(
+        f"the network does not run as model.{method or 'apply'}(variables{arguments}): "
+        f"{' '.join(str(error).split())}"
+    )
 
 
 def network_call(

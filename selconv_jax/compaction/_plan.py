@@ -14,7 +14,7 @@ from flax.core import FrozenDict, freeze, unfreeze
 
 from selconv_jax.compaction._flow import Flow, channel_flow
 from selconv_jax.compaction._liveness import Kept, host_allocations, needed_channels, reduction
-from selconv_jax.compaction._network import Compact, NetworkCall, network_call
+from selconv_jax.compaction._network import Compact, NetworkCall, check_network, failed_call, network_call
 from selconv_jax.compaction._places import Place
 from selconv_jax.compaction._trace import Trace, coarsest_step, trace_network
 from selconv_jax.compaction._verification import joins_the_same, random_case, same_numbers
@@ -237,15 +237,11 @@ def plan_compaction(
 
 def _checked(model: Any, variables: Mapping[str, Any], multiple: Any) -> int:
     """Check the arguments; return ``multiple`` as an int."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}; it must be a Flax (Linen) module.")
+    check_network(model, variables)
     if isinstance(model, Compact):
         raise ConfigError("the model is already compacted; compact the network that it was made from.")
     if not isinstance(multiple, int | np.integer) or isinstance(multiple, bool) or multiple < 1:
         raise ConfigError(f"multiple is {multiple!r}; it must be a whole number of at least 1, such as 8.")
-    boxes = jax.tree.leaves(variables, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
-    if any(isinstance(leaf, nn.meta.AxisMetadata) for leaf in boxes):
-        raise ConfigError("the variables hold partitioned parameters. Unbox them with flax.linen.meta.unbox.")
     return int(multiple)
 
 
@@ -266,12 +262,7 @@ def _traces(whole: Compact, shapes: Any, call: NetworkCall) -> tuple[NetworkCall
                     return _traces(
                         whole, shapes, dataclasses.replace(call, modes=(None,), may_lack_train=False)
                     )
-                arguments = ", *inputs" if call.inputs else ""
-                arguments += "" if train is None else f", train={train}"
-                raise ConfigError(
-                    f"the network does not run as model.{whole.method or 'apply'}(variables"
-                    f"{arguments}): {' '.join(str(error).split())}"
-                ) from error
+                raise failed_call(whole.method, call, train, error) from error
             return call, []
     return dataclasses.replace(call, modes=tuple(traces)), list(traces.values())
 

@@ -11,9 +11,10 @@ import numpy as np
 from flax import traverse_util
 from flax.core import unfreeze
 
-from selconv_jax.compaction._network import network_call
+from selconv_jax.compaction._network import check_network, failed_call, network_call
 from selconv_jax.conversion._triples import Triple, find_triples
 from selconv_jax.errors import ConfigError
+from selconv_jax.nn import _computation as computation
 from selconv_jax.nn._interception import intercept_calls, relative_path
 from selconv_jax.nn._layers import SelectiveConv
 
@@ -130,7 +131,8 @@ def selectivize_model(
         The network, its variables, and what was converted and what was not.
 
     Raises:
-        ConfigError: The network does not run on the inputs, or no layer of it can be converted.
+        ConfigError: The network does not run on the inputs, no layer of it can be converted, or an argument
+            is out of bounds.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, selconv_jax
@@ -148,6 +150,8 @@ def selectivize_model(
           Conv_1 (normalized by BatchNorm_0)
           Conv_0 is left: its input is not the ReLU of a batch norm
     """
+    check_network(model, variables)
+    computation.check_capacity(capacity)
     call, _ = network_call(model, variables, inputs, None, options)
     variables = unfreeze(dict(variables))
     shapes = jax.eval_shape(lambda tree: tree, variables)
@@ -156,17 +160,18 @@ def selectivize_model(
     for train in call.modes:
         try:
             triples, rest = find_triples(model, shapes, call, train)
-        except TypeError:
-            if not (train and call.may_lack_train):
-                raise
-            continue
+        except Exception as error:  # the network's own code may raise anything
+            if train and call.may_lack_train and isinstance(error, TypeError):
+                continue
+            raise failed_call(None, call, train, error) from error
         found |= triples
         left |= rest
     found = {path: triple for path, triple in found.items() if path not in left}
     if not found:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in left.items()) or "it has no nn.Conv"
+        note = " Its selective layers need no conversion." if variables.get("selectivity") else ""
         raise ConfigError(
-            f"no layer of {type(model).__name__} can become selective: {textwrap.shorten(reasons, 300)}."
+            f"no layer of the network can become selective: {textwrap.shorten(reasons, 300)}.{note}"
         )
     layers = tuple(
         (triple.norm, path, triple.dropout, tuple(triple.settings.items())) for path, triple in found.items()

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
+from selconv_jax.errors import ConfigError
 from selconv_jax.nnx._layers import Selectivity
 
 
@@ -19,6 +20,9 @@ def linen_variables(module: nnx.Module) -> dict[str, Any]:
         ``{"params": ..., "batch_stats": ..., "selectivity": ...}``, nested by attribute name and, in lists,
         by the index as a string. Variables of other kinds, such as random number generators, are left out.
 
+    Raises:
+        ConfigError: It is no NNX module.
+
     Example:
         >>> import selconv_jax
         >>> from flax import nnx
@@ -28,6 +32,11 @@ def linen_variables(module: nnx.Module) -> dict[str, Any]:
         >>> selconv_jax.required_capacity(linen_variables(layer))
         0.0
     """
+    if not isinstance(module, nnx.Module):
+        raise ConfigError(
+            f"module is a {type(module).__name__}; it must be a Flax NNX module. For Linen models there are "
+            "selconv_jax.reallocate, selconv_jax.compact and others."
+        )
     flat = {
         (collection, *map(str, path)): variable[...]
         for path, variable in nnx.to_flat_state(nnx.state(module))

@@ -37,4 +37,4 @@ __all__ = [
     "train_run",
 ]
 
-__getattr__, __dir__ = lazy_exports(__name__, __file__)
+__getattr__, __dir__ = lazy_exports(__name__, __file__, extra="train")

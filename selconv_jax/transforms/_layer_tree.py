@@ -53,7 +53,8 @@ def layer_states(variables: Any) -> dict[str, LayerState]:
     if not paths:
         raise ValueError(
             "no selective layer found: looked for 'gate' in variables['selectivity'], among the "
-            f"collections {sorted(variables)}. Use selconv_jax.SelectiveConv and pass all its variables."
+            f"collections {sorted(variables)}. Use selconv_jax.SelectiveConv, in NNX "
+            "selconv_jax.nnx.SelectiveConv, and pass all its variables."
         )
     for path in paths:
         if any("/" in part for part in path):

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from selconv_jax._utils.arguments import check_number, check_whole
 from selconv_jax._utils.modules import is_nnx_module
+from selconv_jax.errors import ConfigError
 from selconv_jax.functional._allocation import LayerState, deallocate, fill_slots, sources_from_uniform
 from selconv_jax.functional._damage import channel_scores, expected_channel_damage, normalize_damage
 from selconv_jax.functional._groups import group_count
@@ -103,6 +104,7 @@ def reallocate(variables: Any, key: jax.Array, allocation: AllocationRule | None
         The new variables, with the structure, shapes, dtypes and shardings of the old ones, and a `Report`.
 
     Raises:
+        ConfigError: An argument is of another type.
         ValueError: There is no selective layer, an array of one is missing, the shapes of its arrays are
             inconsistent, or the variables are replicas, as from `flax.jax_utils.replicate`, each of which
             would draw for itself. (Traced replicas, whose values cannot be compared, all draw the same.)
@@ -120,7 +122,14 @@ def reallocate(variables: Any, key: jax.Array, allocation: AllocationRule | None
         from selconv_jax.nnx import _transforms  # of an outer ring, which NNX users alone load
 
         return _transforms.reallocate(variables, key, allocation)
-    allocation = allocation or AllocationRule()
+    allocation = AllocationRule() if allocation is None else allocation
+    if not isinstance(allocation, AllocationRule):
+        raise ConfigError(
+            f"allocation is a {type(allocation).__name__}; it must be an AllocationRule, such as "
+            "selconv_jax.AllocationRule(threshold=1e-3)."
+        )
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise ConfigError(f"key is a {type(key).__name__}; it must be a PRNG key, such as jax.random.key(0).")
     states = layer_states(variables)
     numbers = _Numbers(allocation.threshold, allocation.shift_range)
     limit = allocation.max_copies
