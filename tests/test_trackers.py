@@ -52,10 +52,15 @@ def tracker_of(monkeypatch):
         ("wandbb", r"tracker is 'wandbb'; it must be \"wandb\", \"mlflow\", or a function"),
         ("nowhere:start", r"there is no module nowhere here: put it on PYTHONPATH"),
         ("nowhere.inner:start", r"there is no module nowhere.inner here"),
-        (":start", r"there is no module  here"),
+        (":start", r"tracker is ':start'; it must be"),
+        ("os:start", r"the module os has no function 'start'"),
+        ("os:sep", r"the module os has no function 'sep'"),
+        ("unimportable:start", r"importing unimportable fails \(RuntimeError: not today\)"),
     ],
 )
-def test_trackers_that_do_not_exist_are_refused_before_anything_is_made(tmp_path, name, said):
+def test_trackers_that_do_not_exist_are_refused_before_anything_is_made(tmp_path, monkeypatch, name, said):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "unimportable.py").write_text("raise RuntimeError('not today')\n")
     with pytest.raises(ConfigError, match=said):
         train_run(tiny_config(tracker=name), tmp_path / "run", quiet_console()[0])
     assert not (tmp_path / "run").exists()

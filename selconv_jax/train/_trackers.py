@@ -30,11 +30,11 @@ class Tracker(Protocol):
 
 
 def check_tracker(name: str | None) -> None:
-    """Raise a `ConfigError` if there is no such tracker, or its package is not installed."""
+    """Raise a `ConfigError` if there is no such tracker or function, or its package is not installed."""
     if name is None:
         return
     module, _, function = name.partition(":")
-    if not function and name not in _KNOWN:
+    if not (module and function) and name not in _KNOWN:
         known = ", ".join(f'"{tracker}"' for tracker in _KNOWN)
         raise ConfigError(f'tracker is {name!r}; it must be {known}, or a function as "MODULE:FUNCTION".')
     try:
@@ -47,6 +47,15 @@ def check_tracker(name: str | None) -> None:
             f"tracker is {name!r}, but there is no module {module} here: "
             f"{'put it on PYTHONPATH' if function else remedy}."
         )
+    if not function:
+        return
+    try:
+        is_function = callable(getattr(importlib.import_module(module), function, None))
+    except Exception as error:  # the user's own code may raise anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ConfigError(f"tracker is {name!r}, but importing {module} fails ({reason}).") from error
+    if not is_function:
+        raise ConfigError(f"tracker is {name!r}, but the module {module} has no function {function!r}.")
 
 
 def open_tracker(config: Config, workdir: Path, say: Callable[[str], None]) -> Tracker | None:
