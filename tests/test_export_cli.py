@@ -87,6 +87,12 @@ def test_safetensors(workdir, capsys):
     assert notes["step"] == 16
     assert notes["model"]["name"] == "densenet40"
     assert "block1_layer1/conv1" in notes["layouts"]
+    arguments = ["export", str(workdir), "--format", "safetensors", "--compact", "--multiple", "8"]
+    assert main([*arguments, "--output", str(workdir / "eights.safetensors")]) == 0
+    eights = export.load_safetensors(workdir / "eights.safetensors")["params"]
+    widths = {layer["conv1"]["scale"].size for layer in eights.values() if "conv1" in layer}
+    assert widths
+    assert all(width % 8 == 0 for width in widths)
 
 
 @needs_onnx
@@ -111,6 +117,9 @@ def test_bad_input(workdir, tmp_path, capsys, monkeypatch):
     assert "no format 'onx'. Did you mean 'onnx'?" in refusal(capsys, workdir, "--format", "onx")
     assert "--normalize is for functions" in refusal(
         capsys, workdir, "--format", "safetensors", "--normalize"
+    )
+    assert "--multiple is for the compacted network" in refusal(
+        capsys, workdir, "--format", "stablehlo", "--multiple", "8"
     )
     assert "does not hold a run" in refusal(capsys, tmp_path, "--format", "stablehlo")
     missing = tmp_path / "missing" / "file"

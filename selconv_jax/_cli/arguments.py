@@ -9,14 +9,17 @@ import selconv_jax
 from selconv_jax._cli.guard import DEBUG
 from selconv_jax.errors import nearest
 
+_MULTIPLE = "round widths up to a multiple of N by keeping idle channels (default: 1)"
+
 # Flags, and options as NAME METAVAR or NAME METAVAR=DEFAULT.
 _COMPACT = {
-    "--multiple N=1": "round widths up to a multiple of N by keeping idle channels (default: 1)",
+    "--multiple N=1": _MULTIPLE,
     "--output FILE": "the file (default: DIR/compact.npz)",
 }
 
 _EXPORT = {
     "--compact": "without closed and unused channels",
+    "--multiple N=1": f"with --compact: {_MULTIPLE}",
     "--normalize": "take uint8 images and normalize them",
     "--output FILE": "the file (default: DIR/network.FORMAT or DIR/compact.FORMAT)",
     "--overwrite": "replace an existing file",

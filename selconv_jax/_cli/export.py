@@ -93,6 +93,8 @@ def run(options: argparse.Namespace) -> int:
             "--normalize is for functions, but a safetensors file has the variables alone. Leave it out, or "
             "take another format."
         )
+    if options.multiple != 1 and not options.compact:
+        raise ConfigError("--multiple is for the compacted network. Add --compact, or leave it out.")
     check_packages(form)
     workdir = Path(options.workdir)
     checkpoint = find_checkpoint(workdir, options.checkpoint)
@@ -130,7 +132,7 @@ def _networks(
     if options.compact:
         image = jax.ShapeDtypeStruct((1, *info.image_shape), trainer.model.dtype)
         # They are compared below.
-        plan = plan_compaction(model, variables, image, compare=False)
+        plan = plan_compaction(model, variables, image, multiple=options.multiple, compare=False)
         small = jax.device_get(plan.take(variables))
         networks["compact"] = _Network(plan.model, small, info, options.normalize)
     notes = {
