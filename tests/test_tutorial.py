@@ -61,9 +61,10 @@ def test_tutorial(monkeypatch, tmp_path):
                 (names["model"], names["variables"]),
             )
         )
+        classified = names["classify"](names["pixels"])
     assert sum(value is not None for value in values) == 4  # pictures
     plain, selective = names["unchanged"][-1][0], names["history"][-1][0]
     assert selective > plain + 0.1
     assert count_parameters(names["small_variables"]["params"]) < count_parameters(names["trained"]["params"])
     np.testing.assert_allclose(small, model, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(names["logits"], names["classify"](names["pixels"]), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(names["logits"], classified, rtol=1e-3, atol=1e-4)
