@@ -142,6 +142,25 @@ def test_dropout_is_that_of_the_layer():
     assert (first != second).any()
 
 
+def test_dropout_that_is_called_in_training_only():
+    class Sometimes(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.relu(nn.BatchNorm(not train)(nn.Conv(12, (1, 1), name="stem")(x)))
+            if train:
+                x = nn.Dropout(0.5, deterministic=False)(x)
+            return nn.Conv(6, (3, 3), use_bias=False)(x)
+
+    model = Sometimes()
+    variables = trained(model)
+    selective, new, *_ = selectivize_model(model, variables, X)
+    expected = model.apply(variables, X, train=False)
+    np.testing.assert_allclose(selective.apply(new, X, train=False), expected, rtol=1e-4, atol=1e-5)
+    apply = partial(selective.apply, new, X, train=True, mutable=["batch_stats"])
+    first, second = (apply(rngs={"dropout": jax.random.key(key)})[0] for key in range(2))
+    assert (first != second).any()
+
+
 @pytest.mark.parametrize("is_compact", [False, True], ids=["whole", "compact"])
 def test_dropout_has_its_own_mode(is_compact):
     class Separate(nn.Module):

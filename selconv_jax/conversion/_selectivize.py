@@ -88,6 +88,8 @@ class Selectivized(nn.Module):
                 return call(*args, **kwargs)
             norm, dropout, settings = layers[path]
             x, train = seen.pop(norm)
+            # A network may call its dropout in training only.
+            without_dropout = dropout is None or deterministic.pop(dropout, True)
             return SelectiveConv(
                 **settings,
                 capacity=self.capacity,
@@ -95,7 +97,7 @@ class Selectivized(nn.Module):
                 kernel_init=module.kernel_init,
                 name=module.name,
                 parent=module.scope,
-            )(x, train, deterministic=None if dropout is None else deterministic.pop(dropout))
+            )(x, train, deterministic=without_dropout)
 
         with intercept_calls(swap, first=True):
             return self.plain(*args, **kwargs)
