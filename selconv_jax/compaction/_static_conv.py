@@ -211,21 +211,14 @@ def _gathered(
     return jax.tree.map(lambda values: take_channels(values, layout.order), (x, statistics))
 
 
-def call_static(
-    layer: BatchNormReLUConv,
-    layout: LayerLayout,
-    x: Array,
-    train: bool | None = None,
-    statistics: Statistics | None = None,
-    deterministic: bool | None = None,
-) -> Array:
+def call_static(layer: BatchNormReLUConv, layout: LayerLayout, x: Array, *args: Any, **kwargs: Any) -> Array:
     """Call a bound layer with a fixed allocation, with its variables in the same scope."""
     if layout.outputs == 0:
         return jnp.zeros((*output_shape(layer, x)[:-1], 0), _promoted(layer, x).dtype)
     fields = dataclasses.fields(BatchNormReLUConv)
     arguments: dict[str, Any] = {field.name: getattr(layer, field.name) for field in fields}
     arguments |= {"features": layout.outputs, "feature_group_count": layout.groups, "parent": layer.scope}
-    return StaticConv(**arguments, layout=layout)(x, train, statistics, deterministic)
+    return StaticConv(**arguments, layout=layout)(x, *args, **kwargs)
 
 
 def output_shape(layer: BatchNormReLUConv, x: Any) -> tuple[int, ...]:
