@@ -1,11 +1,14 @@
 """What compaction removes, worked out by hand on small networks."""
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import selconv_jax
 from compactions import NETWORKS, SHAPE, assert_same_function, close, copy
+from selconv_jax import ConfigError
 from selconv_jax.analysis._counting import count_parameters
 from selconv_jax.compaction._static_conv import LayerLayout
 from selconv_jax.models import DenseNet, PreResNet, ResNeXt
@@ -137,3 +140,49 @@ def test_the_stem_says_how_large_the_example_is():
             layer["source"][:] = -1
         layouts, _ = layouts_of(model, {**variables, "selectivity": gates})
         assert layouts["block1_layer1/conv2"].groups == 1
+
+
+class Supervised(nn.Module):
+    """A network whose training mode needs an argument, and reads channels that its evaluation does not."""
+
+    @nn.compact
+    def __call__(self, x, key, train, labels=None):
+        x = x + jax.random.normal(key, x.shape)
+        x = selconv_jax.SelectiveConv(6, (1, 1), name="layer")(nn.Conv(4, (1, 1), name="stem")(x), train)
+        logits = selconv_jax.SelectiveConv(3, (1, 1), name="head")(x, train).mean((1, 2))
+        return (logits, ((x.mean((1, 2, 3)) - labels) ** 2).mean()) if train else logits
+
+
+def test_training_with_arguments_of_its_own():
+    model, key, x, labels = Supervised(), jax.random.key(1), jnp.ones((2, 4, 4, 3)), jnp.ones(2)
+    variables = model.init(key, x, key, train=False)
+    variables["selectivity"]["head"]["gate"] = jnp.arange(6) < 2
+    with pytest.warns(
+        UserWarning, match="cannot be traced with train=True, .* arguments of training by name"
+    ):
+        small, small_variables = selconv_jax.compact(model, variables, x, key)
+    expected = model.apply(variables, x, key, train=False)
+    np.testing.assert_allclose(small.apply(small_variables, x, key, train=False), expected, rtol=1e-5)
+    assert small_variables["params"]["layer"]["kernel"].shape[-1] == 2
+    small, small_variables = selconv_jax.compact(model, variables, x, key, labels=labels)
+    assert small_variables["params"]["layer"]["kernel"].shape[-1] == 6
+    losses = [
+        network.apply(values, x, key, train=True, labels=labels, mutable=["batch_stats"])[0][1]
+        for network, values in ((model, variables), (small, small_variables))
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_inputs_of_another_number_of_channels():
+    model, x = nn.Sequential([nn.Conv(4, (1, 1)), SelectiveLast()]), jnp.ones((1, 3, 3, 2))
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(
+        ConfigError, match=r"layer 'layers_0' takes a kernel of shape \(1, 1, 3, 4\), but it has"
+    ):
+        selconv_jax.compact(model, variables, jnp.ones((1, 3, 3, 3)))
+
+
+class SelectiveLast(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return selconv_jax.SelectiveConv(2, (1, 1))(x, False)

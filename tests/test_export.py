@@ -131,8 +131,12 @@ def test_safetensors_there_and_back(tmp_path):
     with safetensors.safe_open(path, "np") as file:
         assert file.metadata() == {"step": "3"}
         assert "params/block1_layer1/conv1/kernel" in set(file.keys())
-    with pytest.raises(ValueError, match="contains '/'"):
+    with pytest.raises(ValueError, match=r"\('params', 'a/b'\): rename it"):
         export.save_safetensors(tmp_path / "other.safetensors", {"params": {"a/b": jnp.ones(1)}})
+    with pytest.raises(ValueError, match=r"rngs/noise is a .*, not an array of numbers; leave it out"):
+        export.save_safetensors(tmp_path / "other.safetensors", {"rngs": {"noise": jax.random.key(0)}})
+    with pytest.raises(ConfigError, match=r"metadata is \{'step': 3\}; names and values must be strings"):
+        export.save_safetensors(tmp_path / "other.safetensors", {}, metadata={"step": 3})
 
 
 def test_nothing_is_overwritten_unasked(tmp_path):

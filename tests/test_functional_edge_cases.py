@@ -212,6 +212,20 @@ def test_what_is_not_a_number_stays_so():
     np.testing.assert_array_equal(expected_channel_damage(hidden, ones, ones, closed)[:, 1], 0)
 
 
+def test_arguments_that_do_not_fit():
+    x, source, shift = jnp.ones((1, 3, 3, 4)), jnp.full(4, -1), jnp.zeros((4, 2))
+    with pytest.raises(ValueError, match=r"source has shape \(1,\), but the input has 4 channels"):
+        functional.select(x, source[:1], shift)
+    with pytest.raises(ValueError, match=r"shift has shape \(1, 2\)"):
+        functional.select(x, source, shift[:1])
+    with pytest.raises(ValueError, match="source has dtype float32; it must be integer"):
+        functional.select(x, source.astype(jnp.float32), shift)
+    with pytest.raises(ValueError, match="x has dtype int32; it must be floating"):
+        functional.channel_shift(x.astype(jnp.int32), shift)
+    with pytest.raises(ValueError, match="groups is 3, which does not divide 4 channels"):
+        functional.deallocate(jnp.ones((3, 4)), jnp.ones(4, bool), None, 0.1, groups=3)
+
+
 def test_a_score_that_is_not_a_number_is_no_candidate():
     gate = np.array([True, True, True, False])
     scores = np.array([np.nan, 0.5, 0.3, 0.0], np.float32)

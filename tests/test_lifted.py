@@ -1,5 +1,7 @@
 """Selective layers under nn.remat, nn.scan and nn.vmap, and the transforms of stacked layers."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -201,3 +203,65 @@ def test_under_remat():
 def test_traced_train_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"train is traced.*static_argnums=\(2,\) for nn.remat"):
         nn.remat(SelectiveConv)(4, (3, 3)).init(jax.random.key(0), jnp.ones(SHAPE), False)
+
+
+JitBlock = nn.jit(Block, static_argnums=(2,))
+
+
+class Jitted(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        for index in range(2):
+            x = nn.Conv(12, (1, 1), name=f"pointwise{index}")(x)
+            x = JitBlock(name=f"block{index}")(x, train)[0]
+        return x.mean(axis=(1, 2))
+
+
+class JittedInSetup(nn.Module):
+    def setup(self):
+        self.pointwise0, self.pointwise1 = (nn.Conv(12, (1, 1)) for _ in range(2))
+        self.block0, self.block1 = JitBlock(), JitBlock()
+
+    def __call__(self, x, train):
+        x = self.block0(self.pointwise0(x), train)[0]
+        return self.block1(self.pointwise1(x), train)[0].mean(axis=(1, 2))
+
+
+WHOLE = nn.jit(Jitted, static_argnums=(2,), static_argnames=("train",))
+NETWORKS = (Jitted, JittedInSetup, WHOLE)
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=["compact", "setup", "whole"])
+def test_programs_that_nn_jit_keeps_do_not_outlive_what_they_were_traced_for(network):
+    model, x = network(), jax.random.normal(jax.random.key(0), SHAPE)
+    before = perturbed_variables(model, SHAPE, seed=2)
+    # Blocks with equal attributes and different numbers of copies.
+    source = jnp.full(12, -1)
+    sources = {f"block{index}": source.at[: 4 * index + 1].set(11) for index in range(2)}
+    selectivity = {
+        name: {"conv": {**before["selectivity"][name]["conv"], "source": source}}
+        for name, source in sources.items()
+    }
+    after = {**before, "selectivity": selectivity}
+    expected = {key: model.apply(variables, x, False) for key, variables in (("0", before), ("1", after))}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def apply(model, variables):
+        return model.apply(variables, x, False)
+
+    for variables, key in ((before, "0"), (after, "1")):
+        with_few = selconv_jax.with_capacity(model, variables)
+        np.testing.assert_allclose(apply(with_few, variables), expected[key], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(apply(model, variables), expected[key], rtol=1e-4, atol=1e-4)
+    assert np.abs(expected["1"] - expected["0"]).max() > 1e-2
+    closed, _ = selconv_jax.reallocate(after, jax.random.key(1), AllocationRule(threshold=0.3, top_k=0))
+    counts = []
+    for _ in range(2):
+        small, small_variables = selconv_jax.compact(model, closed, x)
+        np.testing.assert_allclose(
+            small.apply(small_variables, x, False), apply(model, closed), rtol=1e-4, atol=1e-4
+        )
+        counts.append(selconv_jax.analysis.count_layers(model, closed, x))
+    assert counts[0] == counts[1]
+    paths = [layer.path for layer in counts[0]]
+    assert paths == ["pointwise0", "block0/conv", "pointwise1", "block1/conv"]

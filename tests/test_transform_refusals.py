@@ -42,8 +42,50 @@ def test_arguments_of_other_types(variables):
         selconv_jax.reallocate(variables, key, 0.1)
     with pytest.raises(ConfigError, match=r"key is a int; it must be a PRNG key"):
         selconv_jax.reallocate(variables, 0)
+    with pytest.raises(
+        ConfigError, match=r"key is an array of shape \(\) and dtype int32; it must be a PRNG"
+    ):
+        selconv_jax.reallocate(variables, jnp.array(3))
+    with pytest.raises(ConfigError, match=r"key is an array of shape \(2,\) and dtype key"):
+        selconv_jax.reallocate(variables, jax.random.split(key))
     with pytest.raises(ConfigError, match=r"variables is a SelectiveConv; .* nested dictionary"):
         selconv_jax.reallocate(selconv_jax.SelectiveConv(4, (1, 1)), key)
+
+
+def test_shapes_and_traced_sources_are_refused(variables):
+    shapes = jax.eval_shape(lambda: variables)
+    with pytest.raises(ConfigError, match="the variables are shapes; pass their values"):
+        selconv_jax.reallocate(shapes, jax.random.key(0))
+    with pytest.raises(ConfigError, match="sources are traced or shapes, but their values decide"):
+        selconv_jax.required_capacity(shapes)
+    with pytest.raises(ConfigError, match=r"Call this outside of jax\.jit"):
+        jax.jit(lambda variables: selconv_jax.with_capacity(DenseNet(10), variables) and 0)(variables)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("gate", jnp.ones(4, jnp.uint8), "gate has dtype uint8; it must be bool"),
+        ("gate", jnp.ones(4, jnp.float32), "gate has dtype float32; it must be bool"),
+        ("source", -jnp.ones(4), "source has dtype float32; it must be integer"),
+    ],
+)
+def test_allocations_of_other_types(field, value, message):
+    """An integer 1 would close its channel: the complement of 1 is not 0."""
+    layer, x = SelectiveConv(2, (1, 1)), jnp.ones((1, 3, 3, 4))
+    variables = layer.init(jax.random.key(0), x, train=False)
+    changed = {**variables, "selectivity": {**variables["selectivity"], field: value}}
+    with pytest.raises(ValueError, match=message):
+        layer.apply(changed, x, train=False)
+    with pytest.raises(ValueError, match=message):
+        selconv_jax.reallocate(changed, jax.random.key(0))
+
+
+def test_keys_that_are_no_strings():
+    layer = SelectiveConv(2, (1, 1)).init(jax.random.key(0), jnp.ones((1, 3, 3, 4)), train=False)
+    listed = {collection: {"layers": {0: values}} for collection, values in layer.items()}
+    with pytest.raises(ValueError, match=r"\('layers', 0\): keys of variables must be strings"):
+        selconv_jax.reallocate(listed, jax.random.key(0))
 
 
 def test_no_selective_layer():

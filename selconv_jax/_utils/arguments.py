@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from selconv_jax.errors import ConfigError
@@ -57,6 +58,20 @@ def check_number(name: str, value: Any, is_valid: Callable[[Any], Any], requirem
         valid = False
     if not valid:
         raise ConfigError(f"{name} is {_shown(value)}; it must be {requirement}.")
+
+
+def check_dtype(name: str, array: Any, kind: Any, requirement: str) -> None:
+    """Raise a ValueError unless the dtype of an array is of a kind, such as ``np.floating``.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np
+        >>> check_dtype("gate", jnp.ones(4, jnp.int8), np.bool_, "bool")
+        Traceback (most recent call last):
+        ...
+        ValueError: gate has dtype int8; it must be bool.
+    """
+    if not jnp.issubdtype(array.dtype, kind):
+        raise ValueError(f"{name} has dtype {array.dtype}; it must be {requirement}.")
 
 
 def _shown(value: Any) -> str:

@@ -16,7 +16,7 @@ from selconv_jax.analysis._counting import count_multiply_adds, count_parameters
 from selconv_jax.compaction import plan_compaction
 from selconv_jax.compaction._network import Compact, NetworkCall, network_call, path_parts
 from selconv_jax.nn._computation import check_copies
-from selconv_jax.nn._interception import relative_path
+from selconv_jax.nn._interception import own_programs, relative_path
 from selconv_jax.nn._layers import SelectiveConv
 
 Variables = Mapping[str, Any]
@@ -161,10 +161,11 @@ def _products(
         if isinstance(module, SelectiveConv) and context.method_name == "__call__":
             if copies is None and module.capacity:
                 return module.clone(capacity=0.0, parent=module.scope)(*args, **kwargs)
-            check_copies(path, module.capacity, args[0].shape[-1], (copies or {}).get(path, 0))
+            x = args[0] if args else kwargs["x"]
+            check_copies(path, module.capacity, x.shape[-1], (copies or {}).get(path, 0))
         order.setdefault(path)
         paths.append(path)
-        with jax.named_scope(f"{_MARK}{len(paths) - 1}"):
+        with jax.named_scope(f"{_MARK}{len(paths) - 1}"), own_programs(module):
             return function(*args, **kwargs)
 
     def run(variables: Any, *inputs: Any) -> Any:

@@ -15,7 +15,7 @@ from selconv_jax._utils.modules import is_nnx_module
 from selconv_jax.compaction._static_conv import LayerLayout, call_static
 from selconv_jax.errors import ConfigError
 from selconv_jax.models._parts import Stem
-from selconv_jax.nn._interception import intercept_calls, relative_path
+from selconv_jax.nn._interception import intercept_calls, own_programs, relative_path
 from selconv_jax.nn._layers import BatchNormReLUConv, SelectiveConv
 
 
@@ -65,7 +65,7 @@ class Compact(nn.Module):
                 return module.clone(features=width, parent=module.scope)(*args, **kwargs)
             return call(*args, **kwargs)
 
-        with intercept_calls(swap):
+        with intercept_calls(swap), own_programs(self):
             return getattr(self.network, self.method or "__call__")(*args, **kwargs)
 
     @property

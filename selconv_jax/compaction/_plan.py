@@ -252,7 +252,14 @@ def _traces(whole: Compact, shapes: Any, call: NetworkCall) -> tuple[NetworkCall
         try:
             traces[train] = trace_network(whole, shapes, call, train)
         except Exception as error:
-            if train:  # its training mode needs other arguments, such as more random keys
+            if train:
+                reason = " ".join(str(error).split())
+                _warn(
+                    whole.network,
+                    "it cannot be traced with train=True, so what training alone computes may differ; pass "
+                    f"the arguments of training by name ({reason})",
+                    stacklevel=5,
+                )
                 continue
             try:
                 run = functools.partial(call.run, whole, train=train)
@@ -279,8 +286,8 @@ def _is_proved(
     return joins_the_same(small, traces, flow, kept)
 
 
-def _warn(model: nn.Module, what: str) -> None:
-    warnings.warn(f"compacting {type(model).__name__}: {what}.", stacklevel=4)
+def _warn(model: nn.Module, what: str, stacklevel: int = 4) -> None:
+    warnings.warn(f"compacting {type(model).__name__}: {what}.", stacklevel=stacklevel)
 
 
 def _without_fixed(flow: Flow) -> Flow:

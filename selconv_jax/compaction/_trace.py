@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from flax.core import unfreeze
+from flax.core import meta, unfreeze
 from flax.linen.dtypes import canonicalize_dtype
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive  # type: ignore[attr-defined]
 from jax.interpreters import batching
@@ -165,21 +165,27 @@ def _layer_step(
     dtype = canonicalize_dtype(x, np.zeros((), layer.param_dtype), dtype=layer.dtype)
     shape = (*output_shape(layer, x)[:-1], features)
     if type(layer) is not StaticConv and features:
-        kernel = (layer.variables.get("params") or {}).get("kernel")
         expected = (*window_of(layer), x.shape[-1] // layer.feature_group_count, features)
-        if kernel is None or kernel.shape != expected:
-            found = "there is none" if kernel is None else f"it has shape {kernel.shape}"
-            raise ValueError(
-                f"layer {path!r} takes a kernel of shape {expected}, but {found}. Pass the variables of this "
-                "model and inputs of the shape that it was initialized with."
-            )
+        _check_kernel(path, (layer.variables.get("params") or {}).get("kernel"), expected)
     return _bound(LAYER, layer, path, (x, *(statistics or ())), shape, dtype)
+
+
+def _check_kernel(path: str, kernel: jax.Array | None, expected: tuple[int, ...]) -> None:
+    if kernel is None or kernel.shape != expected:
+        found = "there is none" if kernel is None else f"it has shape {kernel.shape}"
+        raise ValueError(
+            f"layer {path!r} takes a kernel of shape {expected}, but {found}. Pass the variables of this "
+            "model and inputs of the shape that it was initialized with."
+        )
 
 
 def _producer_step(module: Any, path: str, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     alone, x = module.clone(parent=None, name=None), jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
     # With its other arguments, such as a stem's ``train``: one that the module does not take is an error.
-    y = jax.eval_shape(lambda x: alone.init_with_output(jax.random.key(0), x, *args, **kwargs)[0], x)
+    y, expected = jax.eval_shape(lambda x: alone.init_with_output(jax.random.key(0), x, *args, **kwargs), x)
+    kernel = (module.variables.get("params") or {}).get("kernel")
+    if kernel is not None:
+        _check_kernel(path, kernel, meta.unbox(expected["params"]["kernel"]).shape)
     return _bound(PRODUCER, module, path, (inputs,), y.shape, y.dtype)
 
 

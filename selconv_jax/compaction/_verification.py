@@ -170,6 +170,8 @@ def _variable(path: tuple[str, ...], leaf: Any, is_layers: bool, rng: np.random.
 
 
 def _normal(leaf: Any, rng: np.random.Generator) -> Any:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.key(0), leaf.shape)
     if jnp.issubdtype(leaf.dtype, jnp.floating):
         return rng.normal(size=leaf.shape).astype(leaf.dtype)
     return rng.integers(2, size=leaf.shape).astype(leaf.dtype)

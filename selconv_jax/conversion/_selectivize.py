@@ -15,7 +15,7 @@ from selconv_jax.compaction._network import check_network, failed_call, network_
 from selconv_jax.conversion._triples import Triple, find_triples
 from selconv_jax.errors import ConfigError
 from selconv_jax.nn import _computation as computation
-from selconv_jax.nn._interception import intercept_calls, relative_path
+from selconv_jax.nn._interception import intercept_calls, own_programs, relative_path
 from selconv_jax.nn._layers import SelectiveConv
 
 
@@ -99,7 +99,7 @@ class Selectivized(nn.Module):
                 parent=module.scope,
             )(x, train, deterministic=without_dropout)
 
-        with intercept_calls(swap, first=True):
+        with intercept_calls(swap, first=True), own_programs(self):
             return self.plain(*args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""What the formats share: optional packages, inputs with a batch of any size, writing and reading."""
+"""What the formats share: optional packages, inputs with a batch of any size but 0, writing and reading."""
 
 import importlib.util
 from collections.abc import Callable
@@ -44,7 +44,10 @@ def symbolic_batch(inputs: tuple[Any, ...]) -> list[jax.ShapeDtypeStruct]:
     Raises:
         ConfigError: There is no input, or one has no axes.
     """
-    shapes = jax.eval_shape(lambda *arrays: arrays, *inputs)
+    try:
+        shapes = jax.eval_shape(lambda *arrays: arrays, *inputs)
+    except TypeError:
+        shapes = ()
     if not shapes or not all(getattr(shape, "ndim", 0) for shape in shapes):
         raise ConfigError(
             "the inputs must be arrays, or jax.ShapeDtypeStruct, whose first axis is the batch."

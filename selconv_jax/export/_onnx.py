@@ -27,7 +27,7 @@ def save_onnx(
     output_names: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a function atomically as an ONNX model for a batch of any size.
+    """Write a function atomically as an ONNX model for a batch of any size but 0.
 
     Images stay ``[N, H, W, C]``. A network that computes in bfloat16 is best exported in float32
     (``model.clone(dtype=jnp.float32)``): onnxruntime has few operators for it.

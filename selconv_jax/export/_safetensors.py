@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import unfreeze
 
 from selconv_jax._utils.files import check_target
 from selconv_jax._utils.modules import as_variables
+from selconv_jax.errors import ConfigError
 from selconv_jax.export._files import import_package, read, write
 
 
@@ -32,8 +34,9 @@ def save_safetensors(
 
     Raises:
         CheckpointError: The file already exists or cannot be written.
-        ConfigError: The package safetensors is missing.
-        ValueError: The name of a module or variable contains ``/``.
+        ConfigError: The package safetensors is missing, or ``metadata`` holds more than texts.
+        ValueError: The name of a module or variable is no string or contains ``/``, or a variable is not an
+            array of numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax, tempfile
@@ -51,8 +54,14 @@ def save_safetensors(
     package = import_package("safetensors", "safetensors.flax")
     plain = unfreeze(dict(nn.meta.unbox(as_variables(variables))))
     flat = traverse_util.flatten_dict(plain)
-    if any("/" in part for name in flat for part in name):
-        raise ValueError("the name of a module or variable contains '/'; rename it.")
+    for name, value in flat.items():
+        if not all(isinstance(part, str) and "/" not in part for part in name):
+            raise ValueError(f"{name}: rename it; names of modules and variables are strings without '/'.")
+        if not hasattr(value, "dtype") or jnp.issubdtype(value.dtype, jax.dtypes.extended):
+            kind = type(value).__name__
+            raise ValueError(f"{'/'.join(name)} is a {kind}, not an array of numbers; leave it out.")
+    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+        raise ConfigError(f"metadata is {metadata!r}; names and values must be strings.")
     arrays = {"/".join(name): jnp.asarray(value) for name, value in flat.items()}
     write(path, package.save(arrays, None if metadata is None else dict(metadata)))
 

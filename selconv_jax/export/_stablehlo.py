@@ -20,7 +20,7 @@ _PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
 def save_stablehlo(
     path: str | os.PathLike[str], function: Callable[..., Any], *inputs: Any, overwrite: bool = False
 ) -> None:
-    """Write a function atomically as StableHLO, for a batch of any size on CPU, CUDA and TPU.
+    """Write a function atomically as StableHLO, for a batch of any size but 0 on CPU, CUDA and TPU.
 
     `jax.export.deserialize` reads the file in any process that has JAX, in the next six months of its
     versions at least; this package is not needed. The layers are traced for each platform, so the file has

@@ -72,6 +72,9 @@ def deallocate(
         The new gate and source: closed channels have gate false and source -1. Channels that were
         closed before stay closed. A layer that had an open channel keeps one, and so does each of its groups.
 
+    Raises:
+        ValueError: ``groups`` does not divide the number of channels.
+
     Example:
         >>> import jax.numpy as jnp
         >>> normalized = jnp.array([[0.70, 0.02, 0.28], [0.90, 0.03, 0.07]])
@@ -80,6 +83,8 @@ def deallocate(
         >>> gate.tolist(), source.tolist()
         ([True, False, True], [-1, -1, -1])
     """
+    if groups < 1 or gate.shape[0] % groups:
+        raise ValueError(f"groups is {groups}, which does not divide {gate.shape[0]} channels.")
     # A stable sort: of channels with equal damage the one with the lower index is closed first.
     order = jnp.argsort(jnp.max(normalized, axis=0), stable=True)
     largest = jnp.max(jnp.cumsum(normalized[:, order], axis=1), axis=0)

@@ -5,13 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from selconv_jax._utils.arguments import check_whole
+from selconv_jax._utils.arguments import check_dtype, check_whole
 from selconv_jax._xla.batch_norm import Statistics, batch_statistics
 from selconv_jax._xla.materialize import materialize
 from selconv_jax._xla.platforms import joins_axes, target_platform
-from selconv_jax.functional._shift import channel_shift
+from selconv_jax.functional._shift import channel_shift, check_shifted
 
 
 def select(x: jax.Array, source: jax.Array, shift: jax.Array, copy_limit: int | None = None) -> jax.Array:
@@ -35,6 +36,7 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, copy_limit: int | 
 
     Raises:
         ConfigError: ``copy_limit`` is not a whole number of at least 0.
+        ValueError: ``x`` is not floating, ``source`` not integer, or a shape does not match ``x``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -42,6 +44,10 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, copy_limit: int | 
         >>> select(x, jnp.array([-1, 0]), jnp.array([[0.0], [1.0]]))[0].tolist()
         [[1.0, 2.0], [2.0, 2.0]]
     """
+    check_dtype("source", source, np.integer, "integer")
+    check_shifted(x, shift)
+    if source.shape != x.shape[-1:]:
+        raise ValueError(f"source has shape {source.shape}, but the input has {x.shape[-1]} channels.")
     copy_limit = _bound(copy_limit, x)
     if copy_limit == 0:
         return _fill_channels(x, source >= 0, jnp.nan)

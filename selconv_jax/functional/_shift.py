@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from selconv_jax._utils.arguments import check_dtype
 from selconv_jax._xla.batch_norm import statistics_dtype
 
 
@@ -29,7 +31,7 @@ def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
         ``[N, *S, C]`` in the dtype of ``x``.
 
     Raises:
-        ValueError: The shape of ``shift`` does not match ``x``.
+        ValueError: ``x`` is not floating, or the shape of ``shift`` does not match it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -37,12 +39,7 @@ def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
         >>> channel_shift(x, jnp.array([[0.5]]))[0, :, 0].tolist()
         [0.5, 1.5, 2.5, 3.0]
     """
-    expected = (x.shape[-1], x.ndim - 2)
-    if shift.shape != expected:
-        raise ValueError(
-            f"shift has shape {shift.shape}; an input of shape {x.shape} needs {expected}: "
-            "one row per channel, one column per spatial dimension."
-        )
+    check_shifted(x, shift)
     # Channels are a batch axis: each is multiplied by its own matrix. The weights are fractions, which
     # an accelerator would round to 8 bits without full precision.
     product = functools.partial(lax.dot_general, precision=lax.Precision.HIGHEST)
@@ -59,6 +56,17 @@ def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
             order.insert(1, order.pop(at))
             y = product(matrix, jnp.moveaxis(y, at, 1), (((2,), (1,)), ((0,), (0,))))
     return jnp.transpose(y, [order.index(axis) for axis in range(x.ndim)])
+
+
+def check_shifted(x: jax.Array, shift: jax.Array) -> None:
+    """Raise a ValueError unless ``x`` can be shifted by ``shift``, see `channel_shift`."""
+    check_dtype("x", x, np.floating, "floating, as interpolation weights are fractions")
+    expected = (x.shape[-1], x.ndim - 2)
+    if shift.shape != expected:
+        raise ValueError(
+            f"shift has shape {shift.shape}; an input of shape {x.shape} needs {expected}: "
+            "one row per channel, one column per spatial dimension."
+        )
 
 
 def _interpolation_matrices(shift: jax.Array, sizes: Sequence[int], dtype: jnp.dtype) -> list[jax.Array]:

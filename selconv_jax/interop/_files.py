@@ -36,7 +36,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
         try:
             return read_npz(path)
         except ValueError as error:
-            raise CheckpointError(f"{path}: not a whole npz file of plain arrays ({error}).") from error
+            raise CheckpointError(f"{path}: not a whole npz file of plain arrays.") from error
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
 

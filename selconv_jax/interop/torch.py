@@ -17,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 from numpy.typing import NDArray
 
+from selconv_jax._utils.arguments import is_whole
 from selconv_jax.errors import CheckpointError, ConfigError
 from selconv_jax.interop._arrays import (
     Units,
@@ -157,6 +158,11 @@ def _read(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, 
     """Return a checkpoint's name in messages, and its content."""
     if isinstance(checkpoint, Mapping):
         return "the state dict", checkpoint
+    if not isinstance(checkpoint, str | os.PathLike):
+        raise ConfigError(
+            f"checkpoint is a {type(checkpoint).__name__}; it must be a path or a state dict, such as "
+            "network.state_dict()."
+        )
     return os.fspath(checkpoint), read_file(Path(checkpoint))
 
 
@@ -321,7 +327,7 @@ def _describe(
         names = ", ".join(network.__name__ for network in _NETWORKS)
         raise ConfigError(f"the model is a {type(model).__name__}; networks with known names are {names}.")
     if image_shape is not None and (
-        len(image_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in image_shape)
+        len(image_shape) != 3 or not all(is_whole(size) and size > 0 for size in image_shape)
     ):
         raise ConfigError(f"image_shape is {image_shape!r}; it must be (H, W, C), all whole and at least 1.")
     if image_shape is None and align_corners:

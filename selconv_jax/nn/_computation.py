@@ -10,7 +10,7 @@ import numpy as np
 from flax.linen.initializers import variance_scaling
 from flax.typing import Initializer, PrecisionLike
 
-from selconv_jax._utils.arguments import check_number, check_whole
+from selconv_jax._utils.arguments import check_dtype, check_number, check_whole
 from selconv_jax._xla.batch_norm import (
     Statistics,
     batch_norm,
@@ -142,11 +142,15 @@ def select_channels(
 
     Raises:
         ConfigError: The sources are concrete, and more than the capacity provides for.
+        ValueError: The gate is not boolean, or the sources are not integers.
     """
     x, kernel, statistics = inputs
+    # The complement of an integer 1 is -2, which would close the channel.
+    check_dtype(f"{name}: gate", gate, np.bool_, "bool")
     kernel = without_rows(kernel, ~gate)
     if source is None or shift is None:
         return Selected(x, kernel, statistics)
+    check_dtype(f"{name}: source", source, np.integer, "integer")
     channels = x.shape[-1]
     if not isinstance(source, jax.core.Tracer) and getattr(source, "is_fully_addressable", True):
         check_copies(name, capacity, channels, int(np.count_nonzero(np.asarray(source) >= 0)))

@@ -3,10 +3,12 @@
 import contextlib
 import contextvars
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
+from flax.core import freeze
 
 _Handler = Callable[..., Any]
 
@@ -43,7 +45,36 @@ def _interceptor(
     if context.method_name == "__call__":
         for handle in reversed(_handlers.get()):
             call = functools.partial(handle, context.module, call)
-    return call(*args, **kwargs)
+    with own_programs(context.module):
+        return call(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def own_programs(module: nn.Module) -> Iterator[None]:
+    """Have ``nn.jit`` trace anew all that the module calls inside the context.
+
+    It keeps programs by the attributes of a module, so that one traced here would serve calls that are not
+    intercepted, or a module of another path, and the reverse.
+    """
+    scope: Any = module.scope
+    if scope is None:
+        yield
+        return
+    flags = scope.flags
+    scope.flags = freeze({**flags, "selconv_jax": _Unequal()})  # flags are compared too, and inherited
+    try:
+        yield
+    finally:
+        scope.flags = flags
+
+
+class _Unequal:
+    """Value that is never the same twice."""
+
+    _hashes = itertools.count()
+
+    def __hash__(self) -> int:
+        return next(self._hashes)
 
 
 def relative_path(module: nn.Module, root: tuple[str, ...]) -> str:

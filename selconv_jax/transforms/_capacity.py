@@ -6,9 +6,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from selconv_jax._utils.arguments import check_whole
-from selconv_jax.nn._interception import intercept_calls, relative_path
+from selconv_jax.errors import ConfigError
+from selconv_jax.nn._interception import intercept_calls, own_programs, relative_path
 from selconv_jax.nn._layers import SelectiveConv
 from selconv_jax.transforms._layer_tree import layer_states
 
@@ -22,6 +24,10 @@ def required_capacity(variables: Any) -> float:
     Returns:
         A fraction in [0, 1], see `SelectiveConv`.
 
+    Raises:
+        ConfigError: The sources are traced, or shapes.
+        ValueError: See `with_capacity`.
+
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax
         >>> layer = selconv_jax.SelectiveConv(features=2, kernel_size=(1, 1))
@@ -29,8 +35,7 @@ def required_capacity(variables: Any) -> float:
         >>> selconv_jax.required_capacity(variables)
         0.0
     """
-    sources = jax.device_get([state.source for state in layer_states(variables).values()])
-    return max((_fraction(source) for source in sources if source is not None), default=0.0)
+    return max((_fraction(source) for source in _sources(variables).values()), default=0.0)
 
 
 class FittedCapacity(nn.Module):
@@ -61,7 +66,7 @@ class FittedCapacity(nn.Module):
                 return call(*args, **kwargs)
             return module.clone(capacity=capacity, parent=module.scope)(*args, **kwargs)
 
-        with intercept_calls(swap, first=True):
+        with intercept_calls(swap, first=True), own_programs(self):
             return self.model(*args, **kwargs)
 
 
@@ -82,6 +87,7 @@ def with_capacity(model: nn.Module, variables: Any, steps: int = 8) -> FittedCap
         compiled step are.
 
     Raises:
+        ConfigError: The sources are traced, or shapes.
         ValueError: There is no selective layer, or its arrays are inconsistent.
 
     Example:
@@ -102,12 +108,20 @@ def with_capacity(model: nn.Module, variables: Any, steps: int = 8) -> FittedCap
 def fitted_capacities(variables: Any, steps: int) -> dict[str, float]:
     """Return the smallest sufficient capacity of each selective layer, in multiples of ``1 / steps``."""
     check_whole("steps", steps, 1)
-    sources = jax.device_get({name: state.source for name, state in layer_states(variables).items()})
     return {
-        name: math.ceil(steps * _fraction(source)) / steps
-        for name, source in sources.items()
-        if source is not None
+        name: math.ceil(steps * _fraction(source)) / steps for name, source in _sources(variables).items()
     }
+
+
+def _sources(variables: Any) -> dict[str, np.ndarray]:
+    """Return the sources of the selective layers that are not gate-only, by path."""
+    sources = {name: state.source for name, state in layer_states(variables).items()}
+    if any(isinstance(source, jax.core.Tracer | jax.ShapeDtypeStruct) for source in sources.values()):
+        raise ConfigError(
+            "the sources are traced or shapes, but their values decide what is compiled. Call this outside "
+            "of jax.jit, with arrays."
+        )
+    return {name: source for name, source in jax.device_get(sources).items() if source is not None}
 
 
 def _fraction(source: Any) -> float:

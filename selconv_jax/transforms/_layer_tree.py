@@ -1,13 +1,16 @@
 """Selective layers in a model's variables: finding, checking and replacing them."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from flax.core import FrozenDict, meta, unfreeze
 
+from selconv_jax._utils.arguments import check_dtype
 from selconv_jax._utils.modules import as_variables
 from selconv_jax.functional._allocation import LayerState
 from selconv_jax.functional._groups import group_count
@@ -42,7 +45,8 @@ def layer_states(variables: Any) -> dict[str, LayerState]:
         `LayerState` by the path of the layer, parts joined by ``/`` (``""`` for a model that is one layer).
 
     Raises:
-        ValueError: There is no selective layer, or its arrays are missing or inconsistent in shape.
+        ValueError: There is no selective layer, or its arrays are missing, inconsistent in shape, or of the
+            wrong type (gates are boolean, sources integers).
     """
     variables = as_variables(variables)
     flat = {
@@ -57,6 +61,11 @@ def layer_states(variables: Any) -> dict[str, LayerState]:
             "selconv_jax.nnx.SelectiveConv, and pass all its variables."
         )
     for path in paths:
+        if not all(isinstance(part, str) for part in path):
+            raise ValueError(
+                f"selective layer {path}: keys of variables must be strings. Pass an NNX module itself, not "
+                "its state."
+            )
         if any("/" in part for part in path):
             raise ValueError(f"selective layer {path}: rename the module, its name must not contain '/'.")
     return {"/".join(path): _layer_state(path, flat) for path in paths}
@@ -117,7 +126,7 @@ def refuse_replicas(states: Mapping[str, LayerState]) -> None:
 def _replaced(tree: Any, new: Mapping[Path, Any], path: Path) -> Any:
     """Replace the leaves at some paths of a tree; types of mappings, empty ones and boxes are kept."""
     if isinstance(tree, Mapping):
-        kind = FrozenDict if isinstance(tree, FrozenDict) else dict
+        kind = next((kind for kind in (FrozenDict, OrderedDict) if isinstance(tree, kind)), dict)
         return kind({key: _replaced(child, new, (*path, key)) for key, child in tree.items()})
     if path in new and isinstance(tree, meta.AxisMetadata):
         return tree.replace_boxed(new[path])
@@ -145,6 +154,9 @@ def _layer_state(path: Path, flat: dict[str, dict[Path, Any]]) -> LayerState:
             "(params), or, if it is gate-only, neither."
         )
     state = LayerState(**fields)
+    check_dtype(f"selective layer {name!r}: gate", state.gate, np.bool_, "bool; convert it (gate != 0)")
+    if state.source is not None:
+        check_dtype(f"selective layer {name!r}: source", state.source, np.integer, "integer")
     _check_shapes(name, state)
     return state
 

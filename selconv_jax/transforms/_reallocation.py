@@ -128,9 +128,12 @@ def reallocate(variables: Any, key: jax.Array, allocation: AllocationRule | None
             f"allocation is a {type(allocation).__name__}; it must be an AllocationRule, such as "
             "selconv_jax.AllocationRule(threshold=1e-3)."
         )
-    if not isinstance(key, jax.Array | np.ndarray):
-        raise ConfigError(f"key is a {type(key).__name__}; it must be a PRNG key, such as jax.random.key(0).")
+    _check_key(key)
     states = layer_states(variables)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(states)):
+        raise ConfigError(
+            "the variables are shapes; pass their values. For the shapes of the result use jax.eval_shape."
+        )
     numbers = _Numbers(allocation.threshold, allocation.shift_range)
     limit = allocation.max_copies
     allocation = dataclasses.replace(  # what is compiled for; hashable
@@ -146,6 +149,17 @@ def reallocate(variables: Any, key: jax.Array, allocation: AllocationRule | None
         refuse_replicas(states)
         new_states, layers = _compiled(states, allocation)(states, key, numbers)
     return merge_layers(variables, new_states), Report(layers)
+
+
+def _check_key(key: Any) -> None:
+    """Raise a `ConfigError` unless a value is one PRNG key."""
+    found = f"a {type(key).__name__}"
+    if isinstance(key, jax.Array | np.ndarray):
+        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if key.ndim == (0 if is_typed else 1) and (is_typed or key.dtype == np.uint32):
+            return
+        found = f"an array of shape {key.shape} and dtype {key.dtype}"
+    raise ConfigError(f"key is {found}; it must be a PRNG key, such as jax.random.key(0).")
 
 
 class _Numbers(NamedTuple):
