@@ -16,11 +16,13 @@ from selconv_jax._cli import sweep as sweep_command
 from selconv_jax.data._loading import open_data
 from selconv_jax.train import _loop as loop
 from selconv_jax.train._config import dump_config, parse_config
+from selconv_jax.train._config_changes import with_changes
 from selconv_jax.train._loop import NonFiniteLossError, train_run
 from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._sweeps.configurations import check_sweep, plan_sweep, split_values
 from selconv_jax.train._sweeps.runs import run_sweep
 from selconv_jax.train._trainer import Trainer
+from selconv_jax.train._workdir import read_config
 
 pytestmark = pytest.mark.optimized
 
@@ -166,6 +168,22 @@ def test_malformed_values(text):
         ),
         ({"vary": ["epochs=1,2", "epochs=3,4"]}, "epochs is varied, and varied or set once more"),
         ({"vary": ["epochs=1,1"]}, "two runs would share the directory"),
+        (
+            {"vary": ["optimizer.learning_rate=0.1,0.2,1e-1"]},
+            r"learning_rate=1e-1 and .*learning_rate=0\.1 are the same configuration",
+        ),
+        (
+            {"vary": ["model.options={blocks=[1]},{blocks=[2]}"], "overrides": ["model.options.growth=7"]},
+            r"model\.options\.growth is a part of model\.options, and both are varied or set",
+        ),
+        (
+            {"vary": ["model.options.growth=2,4", "model.options={blocks=[1]},{blocks=[2]}"]},
+            r"model\.options\.growth is a part of model\.options",
+        ),
+        (
+            {"vary": ["model.options.growth=2,4"], "overrides": ["model.options={blocks=[1]}"]},
+            r"model\.options\.growth is a part of model\.options",
+        ),
         ({"vary": ["epoch=1,2"]}, r"tiny\.toml: unknown configuration key 'epoch'. Did you mean 'epochs'"),
         ({"vary": ["model.variant=plane"]}, r"tiny\.toml: .*model\.variant"),
     ],
@@ -281,3 +299,25 @@ def test_run_of_another_configuration_is_refused_by_name(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"tiny/seed0 holds a run of another configuration: ") as caught:
         check_sweep([run])
     assert "epochs is 9 there and 1 here; batch_size is 25 there and 50 here. Choose" in str(caught.value)
+
+
+def test_keys_that_do_not_change_the_result_may_change(tiny, tmp_path, monkeypatch):
+    """As when a run is resumed."""
+    (started,) = plan_sweep([tiny], tmp_path / "sweep", seeds=[0])
+    started.workdir.mkdir(parents=True)
+    (started.workdir / "config.toml").write_text(dump_config(started.config))
+    changes = ['description="a \\"b\\" = c"', "eval_batch_size=25", "checkpoint_minutes=2.5"]
+    overrides = [*changes, f"data.directory={tmp_path}"]
+    (run,) = plan_sweep([tiny], tmp_path / "sweep", seeds=[0], overrides=overrides)
+    check_sweep([run])
+    resumed_with = []
+
+    def resumed(workdir, context, overrides):
+        resumed_with.append(with_changes(read_config(workdir), overrides))
+        yield from ()
+        return 0
+
+    monkeypatch.setattr("selconv_jax.train._sweeps.one_run.resumed_run", resumed)
+    assert run_sweep([run], quiet_console()[0]).code == 0
+    assert resumed_with == [run.config]
+    assert run.config.description == 'a "b" = c'

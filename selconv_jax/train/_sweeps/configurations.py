@@ -15,13 +15,16 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import tomli_w
 from flax import traverse_util
 
 from selconv_jax.data._loading import open_data
 from selconv_jax.errors import ConfigError, SelconvError
 from selconv_jax.train._config import Config, load_config
+from selconv_jax.train._config_changes import origin_of
 from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._trainer import Trainer
 from selconv_jax.train._workdir import CONFIG, METRICS, read_config
@@ -61,6 +64,16 @@ class SweepRun:
     def is_complete(self) -> bool:
         """True if the last epoch has been recorded."""
         return self.epochs_done == self.config.epochs
+
+    @property
+    def free_overrides(self) -> list[str]:
+        """Overrides with all keys that do not change the result, as a run is resumed with."""
+        determining = _flat(origin_of(self.config))
+        free = {k: v for k, v in _flat(dataclasses.asdict(self.config)).items() if k not in determining}
+        return [
+            f"{key}=none" if value is None else key + tomli_w.dumps({"": value}).strip().removeprefix('""')
+            for key, value in free.items()
+        ]
 
     @property
     def log(self) -> Path:
@@ -103,6 +116,7 @@ def plan_sweep(
     grid = [split_values(text) for text in vary]
     _check_keys([key for key, _ in grid], overrides)
     runs = []
+    same: dict[tuple[Path, str], str] = {}
     for file, name in zip(files, _names(files), strict=True):
         for values in itertools.product(*(values for _, values in grid)):
             point = [f"{key}={value}" for (key, _), value in zip(grid, values, strict=True)]
@@ -114,6 +128,10 @@ def plan_sweep(
                     config = load_config(file, [*overrides, *point, f"seed={seed}"])
                 except ConfigError as error:
                     raise ConfigError(f"{file}: {error}") from None
+                if (other := same.setdefault((file, repr(config)), configuration)) != configuration:
+                    raise ConfigError(
+                        f"{configuration} and {other} are the same configuration. Name every value once."
+                    )
                 runs.append(SweepRun(configuration, config, directory / f"seed{seed}"))
     _check_directories(runs)
     return runs
@@ -146,9 +164,11 @@ def check_sweep(runs: Sequence[SweepRun], jobs: int = 1, *, together: bool = Fal
     if together:
         _check_together(jobs)
     for run in runs:
-        if run.has_started and (there := read_config(run.workdir)) != run.config:
+        # Keys that do not change the result may have changed, as when a run is resumed.
+        there = origin_of(read_config(run.workdir) if run.has_started else run.config)
+        if there != (here := origin_of(run.config)):
             raise ConfigError(
-                f"{run.workdir} holds a run of another configuration: {_difference(there, run.config)}. "
+                f"{run.workdir} holds a run of another configuration: {_difference(there, here)}. "
                 "Choose another --workdir, or remove that run."
             )
     checked = set()
@@ -210,6 +230,12 @@ def _check_keys(varied: Sequence[str], overrides: Sequence[str]) -> None:
             raise ConfigError("seed cannot be set in a sweep: use --seeds.")
         if key in varied and keys.count(key) > 1:
             raise ConfigError(f"{key} is varied, and varied or set once more. Name it once.")
+        parts = [other for other in keys if other.startswith(f"{key}.")]
+        if parts and (key in varied or parts[0] in varied):
+            raise ConfigError(
+                f"{parts[0]} is a part of {key}, and both are varied or set. Name it within {key} alone, or "
+                f"name only parts of {key}."
+            )
 
 
 def _check_directories(runs: Sequence[SweepRun]) -> None:
@@ -227,10 +253,14 @@ def _check_directories(runs: Sequence[SweepRun]) -> None:
                 )
 
 
-def _difference(there: Config, here: Config) -> str:
+def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """Describe the first keys with different values, without a final full stop."""
-    configs = map(dataclasses.asdict, (there, here))
-    old, new = (traverse_util.flatten_dict(config, sep=".") for config in configs)
+    old, new = _flat(there), _flat(here)
     keys = [key for key in {**new, **old} if old.get(key) != new.get(key)]
     parts = [f"{key} is {old.get(key)!r} there and {new.get(key)!r} here" for key in keys[:3]]
     return "; ".join(parts) + ("; and more" if len(keys) > 3 else "")
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = traverse_util.flatten_dict(dict(tree), sep=".")
+    return flat

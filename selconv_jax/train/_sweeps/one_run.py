@@ -38,7 +38,7 @@ def run_of_sweep(run: SweepRun, context: RunContext) -> Requests[tuple[int, str]
     """Train or resume as `make_run` does, with the computations left to whoever answers the requests."""
     try:
         if run.has_started:
-            return (yield from resumed_run(run.workdir, context)), ""
+            return (yield from resumed_run(run.workdir, context, run.free_overrides)), ""
         return (yield from new_run(run.config, run.workdir, context)), ""
     except SelconvError as error:
         return 1, one_line(error)
