@@ -115,15 +115,16 @@ def test_failed_seeds_are_marked():
     assert "failed: seeds 0, 4" in " ".join(text.split())
 
 
-BETTER = ConfigurationResults("better [x]", {seed: run(0.5, 0.75 + seed / 32) for seed in (0, 4, 5)})
+EQUAL = ConfigurationResults("equal", {seed: run(0.5, 0.75 + seed / 32) for seed in (0, 4, 5)})
+BETTER = ConfigurationResults("better [x]", {0: run(0.5, 0.75), 4: run(0.5, 0.875 - 1 / 1024)})
 WORSE = ConfigurationResults("worse", {0: run(0.625), 4: run(0.75 - 1 / 1024)})
 
 
 def test_differences_are_paired_by_seed():
-    differences = number_differences(BETTER, PLAIN)
+    differences = number_differences(EQUAL, PLAIN)
     # Errors 0.25, 0.125 against 0.375, 0.25.
-    assert differences["test_error"] == PairedDifference(-0.125, 0.0, (-0.125, -0.125), 2)
-    assert differences["test_error"].excludes_zero
+    assert differences["test_error"] == PairedDifference(-0.125, 0.0, None, 2)
+    assert number_differences(BETTER, PLAIN)["test_error"].excludes_zero
     assert differences["deallocated"].mean == -2.0  # of one epoch less
     one = ConfigurationResults("one", {0: [{"epoch": 1, "test_accuracy": 0.5}]})
     assert {"test_accuracy", "test_error"} <= set(number_differences(PLAIN, one))
@@ -132,19 +133,30 @@ def test_differences_are_paired_by_seed():
 
 
 def test_difference_table_marks_what_is_larger_than_chance():
-    text = text_of(difference_table([PLAIN, BETTER, WORSE, SELECTIVE]))
+    text = text_of(difference_table([PLAIN, BETTER, WORSE, SELECTIVE, EQUAL]))
     assert max(map(len, text.splitlines())) <= 80
     rows = {line.split("  ")[0].strip(): line.split() for line in text.splitlines()}
-    assert rows["better [x]"][2:] == ["-12.50", "0.00", "-12.50", "to", "-12.50", "*", "2"]
+    # Differences -1/8 and -1/8 + 1/1024.
+    assert rows["better [x]"][2:] == ["-12.45", "0.05", "-13.07", "to", "-11.83", "*", "2"]
     # Differences 0 and 1/1024: mean and standard error 0.049 points, t of one degree of freedom 12.706.
     assert rows["worse"][1:] == ["+0.05", "0.05", "-0.57", "to", "+0.67", "2"]
     assert rows["selective [x]"][2:] == ["-12.50", "-", "-", "1"]  # of one seed nothing is claimed
+    assert rows["equal"][1:] == ["-12.50", "0.00", "-", "2"]
     assert "minus that of plain" in text
     assert "* The interval excludes 0." in " ".join(text.split())
     text = " ".join(text_of(difference_table([PLAIN, WORSE])).split())
     assert "no difference is larger than chance explains" in text
     text = " ".join(text_of(difference_table([PLAIN, SELECTIVE])).split())
     assert "Of a single pair nothing can be said" in text
+
+
+def test_difference_table_says_why_there_is_no_interval():
+    text = " ".join(text_of(difference_table([PLAIN, EQUAL])).split())
+    assert "paired by seed. Where all pairs differ by the same, there is no interval" in text
+    other = ConfigurationResults("other", {7: run(0.5)})
+    text = " ".join(text_of(difference_table([PLAIN, other])).split())
+    assert "There are no pairs: no seed is common." in text
+    assert "single pair" not in text
 
 
 def test_picture_marks_what_is_larger_than_chance():

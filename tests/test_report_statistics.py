@@ -75,8 +75,12 @@ def test_nothing_is_claimed_of_one_pair_or_of_no_difference():
     assert single == PairedDifference(mean=4.0, std_error=None, interval=None, count=1)
     assert not single.excludes_zero
     same = paired_difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
-    assert same.interval == (0.0, 0.0)
-    assert not same.excludes_zero
+    assert same == PairedDifference(mean=0.0, std_error=0.0, interval=None, count=2)
+    # Nor of equal differences, as few test images make them; the second ones are rounded.
+    for values, baseline in (((0.25, 0.5), (0.375, 0.625)), ((0.10, 0.11), (0.11, 0.12))):
+        equal = paired_difference(dict(enumerate(values)), dict(enumerate(baseline)))
+        assert (equal.std_error, equal.interval, equal.excludes_zero) == (0.0, None, False)
+        assert equal.mean == pytest.approx(values[0] - baseline[0])
     # An end at 0 does not exclude it.
     assert not PairedDifference(mean=1.0, std_error=0.5, interval=(0.0, 2.0), count=3).excludes_zero
 

@@ -157,33 +157,46 @@ def number_differences(
 def difference_table(configurations: Sequence[ConfigurationResults]) -> Table:
     """Tabulate the differences of the test errors to that of the first configuration, in 80 characters.
 
-    A difference whose interval excludes 0 has a star; a single pair has no standard error and interval.
+    A difference whose interval excludes 0 has a star; a single pair has no standard error and interval, and
+    equal differences have no interval.
     """
     first, *others = configurations
     table = _table("configuration", ["difference", "standard\nerror", "95% interval", "", "pairs"])
     differences = [number_differences(other, first).get("test_error") for other in others]
     for other, difference in zip(others, differences, strict=True):
         table.add_row(Text(other.name), *_cells(difference))
-    known = [difference for difference in differences if difference is not None]
-    note = "Of a single pair nothing can be said."
-    if any(difference.excludes_zero for difference in known):
-        note = f"{MARK} The interval excludes 0. Of 20 comparisons without any effect, one does."
-    elif any(difference.interval for difference in known):
-        note = "No interval excludes 0: no difference is larger than chance explains."
+    note = _note([difference for difference in differences if difference is not None])
     text = f"Test error minus that of {first.name}, in percentage points, paired by seed. {note}"
     table.caption = Text(text, "table.caption")
     return table
+
+
+def _note(differences: Sequence[PairedDifference]) -> str:
+    """Say what the intervals tell, and why there is none."""
+    notes = []
+    if any(difference.excludes_zero for difference in differences):
+        notes = [f"{MARK} The interval excludes 0. Of 20 comparisons without any effect, one does."]
+    elif any(difference.interval for difference in differences):
+        notes = ["No interval excludes 0: no difference is larger than chance explains."]
+    elif not differences:
+        notes = ["There are no pairs: no seed is common."]
+    elif all(difference.count == 1 for difference in differences):
+        notes = ["Of a single pair nothing can be said."]
+    if any(difference.std_error == 0 for difference in differences):
+        notes.append("Where all pairs differ by the same, there is no interval: chance cannot be estimated.")
+    return " ".join(notes)
 
 
 def _cells(difference: PairedDifference | None) -> tuple[str, ...]:
     if difference is None:
         return "-", "-", "-", "", "0"
     mean, count = f"{100 * difference.mean:+.2f}", str(difference.count)
-    if difference.interval is None or difference.std_error is None:
-        return mean, "-", "-", "", count
+    error = "-" if difference.std_error is None else f"{100 * difference.std_error:.2f}"
+    if difference.interval is None:
+        return mean, error, "-", "", count
     low, high = (100 * end for end in difference.interval)
     mark = MARK if difference.excludes_zero else ""
-    return mean, f"{100 * difference.std_error:.2f}", f"{low:+.2f} to {high:+.2f}", mark, count
+    return mean, error, f"{low:+.2f} to {high:+.2f}", mark, count
 
 
 def _table(first: str, headings: Sequence[str]) -> Table:

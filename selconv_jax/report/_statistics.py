@@ -18,6 +18,7 @@ from scipy.special import stdtrit
 from selconv_jax.errors import SelconvError
 
 CONFIDENCE = 0.95
+_ROUNDING = 1e-12  # of equal differences, relative to the numbers
 
 
 def require_records(records: Sequence[Mapping[str, Any]]) -> None:
@@ -84,9 +85,9 @@ class PairedDifference:
     Attributes:
         mean: Mean of the differences.
         std_error: Its standard error: the standard deviation of the differences (divisor n - 1) divided by
-            the square root of n; None for a single pair.
-        interval: Lower and upper end of Student's t-interval of the mean; None for a single pair, which
-            supports no claim.
+            the square root of n; 0 if they are equal, except for rounding; None for a single pair.
+        interval: Lower and upper end of Student's t-interval of the mean; None for a single pair and for
+            equal differences, as few test images make them: they support no claim.
         count: Number n of pairs.
     """
 
@@ -149,8 +150,9 @@ def paired_difference(
         if not math.isfinite(difference):
             raise SelconvError(f"seed {seed} has {values[seed]} and {baseline[seed]}; both must be finite.")
     sample = spread(differences)
-    if sample.std is None:
-        return PairedDifference(sample.mean, None, None, 1)
+    largest = max(abs(value) for seed in seeds for value in (values[seed], baseline[seed]))
+    if sample.std is None or sample.std <= _ROUNDING * largest:
+        return PairedDifference(sample.mean, None if sample.std is None else 0.0, None, sample.count)
     error = sample.std / math.sqrt(sample.count)
     reach = float(stdtrit(sample.count - 1, (1 + confidence) / 2)) * error
     return PairedDifference(sample.mean, error, (sample.mean - reach, sample.mean + reach), sample.count)
