@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import re
 import signal
@@ -13,6 +14,7 @@ import pytest
 from runs import TINY, StopAfter, assert_same_end, compiled_once, quiet_console, tiny_config
 from selconv_jax import ConfigError, DataError
 from selconv_jax._cli import sweep as sweep_command
+from selconv_jax._cli.main import main
 from selconv_jax.data._loading import open_data
 from selconv_jax.train import _loop as loop
 from selconv_jax.train._config import dump_config, parse_config
@@ -20,7 +22,7 @@ from selconv_jax.train._config_changes import with_changes
 from selconv_jax.train._loop import NonFiniteLossError, train_run
 from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._sweeps.configurations import check_sweep, plan_sweep, split_values
-from selconv_jax.train._sweeps.runs import run_sweep
+from selconv_jax.train._sweeps.runs import SweepEnd, run_sweep
 from selconv_jax.train._trainer import Trainer
 from selconv_jax.train._workdir import read_config
 
@@ -321,3 +323,35 @@ def test_keys_that_do_not_change_the_result_may_change(tiny, tmp_path, monkeypat
     assert run_sweep([run], quiet_console()[0]).code == 0
     assert resumed_with == [run.config]
     assert run.config.description == 'a "b" = c'
+
+
+def test_results_of_runs_that_a_sweep_leaves_out_are_kept(tiny, tmp_path, monkeypatch, capsys):
+    """More runs may be added; a picture that does not fit the report is removed."""
+    monkeypatch.setattr(sweep_command, "run_sweep", lambda runs, *_, **__: SweepEnd(1, {runs[0].name: "x"}))
+    report, picture = tmp_path / "sweep.json", tmp_path / "sweep.png"
+
+    def sweep(seeds, rates):
+        vary = f"optimizer.learning_rate={rates}"
+        arguments = ["sweep", str(tiny), "--seeds", seeds, "--vary", vary, "--workdir", str(tmp_path)]
+        assert main(arguments) == 1
+        return capsys.readouterr().err
+
+    assert sweep("0", "0.1,0.2") == ""
+    written = json.loads(report.read_text())
+    for part in written["configurations"]:
+        part["runs"][0]["epochs"] = [{"epoch": 1}]
+    report.write_text(json.dumps(written))
+    picture.touch()
+    before = report.read_text()
+    error = sweep("0,1", "0.1")
+    assert error.count("\n") == 1
+    assert "runs that this sweep leaves out: tiny/optimizer.learning_rate=0.2, seed 0. Add" in error
+    assert "learning_rate=0.1, seed 0; tiny" in sweep("1", "0.1,0.2")
+    assert (report.read_text(), picture.exists()) == (before, True)
+    assert sweep("0,1", "0.1,0.2,0.3") == ""
+    assert not picture.exists()
+    # Runs without an epoch have no results.
+    assert sweep("0", "0.1") == ""
+    assert len(json.loads(report.read_text())["configurations"]) == 1
+    report.write_text("[]")
+    assert "sweep.json is not the report of a sweep. Move it away" in sweep("0", "0.1")

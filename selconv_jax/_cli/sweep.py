@@ -34,6 +34,7 @@ from selconv_jax.train._workdir import ENVIRONMENT, METRICS
 
 _REPORT = "sweep.json"
 _PICTURE = "sweep.png"
+_SHOWN = 3
 
 
 def run(options: argparse.Namespace) -> int:
@@ -48,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
     files, own = _files([word for word in options.words if word not in overrides])
     seeds = _seeds("--seeds", options.seeds)
     runs = plan_sweep(files, workdir, seeds=seeds, own_seeds=own, vary=options.vary, overrides=overrides)
+    with _written(workdir):
+        _check_report(workdir / _REPORT, runs)
     check_sweep(runs, options.jobs, together=options.together)
     with _written(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -78,12 +81,40 @@ def _compare(runs: Sequence[SweepRun], end: SweepEnd, workdir: Path, console: Co
         console.print(comparison_table(results))
         if len(comparable) > 1:
             console.print(difference_table(comparable))
-    if comparable or not stopped:
-        _write_report(workdir / _REPORT, by_configuration, results, names, end.failures)
-        print_line(console, f"all results: {workdir / _REPORT}")
+    if stopped and not comparable:
+        return
+    _check_report(workdir / _REPORT, runs)  # again, as another sweep may have written one
+    _write_report(workdir / _REPORT, by_configuration, results, names, end.failures)
+    print_line(console, f"all results: {workdir / _REPORT}")
+    (workdir / _PICTURE).unlink(missing_ok=True)  # of other results
     if comparable and not stopped:
         save_figure(comparison_picture(comparable, title), workdir / _PICTURE)
         print_line(console, f"picture: {workdir / _PICTURE}")
+
+
+def _check_report(path: Path, runs: Sequence[SweepRun]) -> None:
+    """Refuse to replace a report with epochs of runs that are not in this sweep."""
+    if not path.exists():
+        return
+    try:
+        parts = json.loads(path.read_text(encoding="utf-8"))["configurations"]
+        epochs = {
+            run["directory"]: (f"{part['configuration']}, seed {run['seed']}", run["epochs"])
+            for part in parts
+            for run in part["runs"]
+        }
+    except (ValueError, LookupError, TypeError):
+        raise ConfigError(
+            f"{path} is not the report of a sweep. Move it away, or choose another --workdir."
+        ) from None
+    here = {run.workdir.relative_to(path.parent).as_posix() for run in runs}
+    lost = [name for directory, (name, made) in epochs.items() if made and directory not in here]
+    if lost:
+        more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        raise ConfigError(
+            f"{path} has results of runs that this sweep leaves out: {'; '.join(lost[:_SHOWN])}{more}. Add "
+            "their files, values and seeds, or choose another --workdir."
+        )
 
 
 @contextlib.contextmanager
