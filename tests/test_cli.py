@@ -214,6 +214,11 @@ def test_data_list_says_what_is_there(tmp_path, capsys):
     [
         (["tran"], 2, "there is no command 'tran'. Did you mean 'train'?"),
         (["data", "lst"], 2, "Did you mean 'list'?"),
+        (
+            ["compact", "run", "--multiple", "invalid choice: 'x'"],
+            2,
+            "argument --multiple: invalid int value",
+        ),
         ([], 2, "COMMAND"),
         (["sweep"], 2, "CONFIG|KEY=VALUE"),
         (["sweep", "epochs=2"], 1, "a sweep needs at least one configuration file"),

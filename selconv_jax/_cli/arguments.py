@@ -3,7 +3,7 @@
 import argparse
 import re
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import selconv_jax
 from selconv_jax._cli.guard import DEBUG
@@ -66,12 +66,11 @@ _BENCH = {
 class _Parser(argparse.ArgumentParser):
     """A parser that suggests the closest command for a misspelled one."""
 
-    def error(self, message: str) -> NoReturn:
-        if "invalid choice: '" in message:
-            name = message.split("invalid choice: '")[1].split("'")[0]
-            commands = next(each for each in self._actions if isinstance(each, argparse._SubParsersAction))
-            message = f"there is no command {name!r}. {nearest(name, commands.choices)}"
-        super().error(message)
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        commands = action.choices if isinstance(action, argparse._SubParsersAction) else None
+        if commands is not None and value not in commands:
+            self.error(f"there is no command {value!r}. {nearest(value, commands)}")
+        super()._check_value(action, value)
 
 
 def _add_options(parser: Any, options: Mapping[str, str], **more: Any) -> None:
