@@ -106,6 +106,7 @@ def test_caption_counts_the_rounds_that_were_taken(tmp_path, monkeypatch):
     captions, asked = [], itertools.count()
     monkeypatch.setattr(bench_command, "bar_picture", lambda *texts: captions.append(texts[-1]))
     monkeypatch.setattr(bench_command, "save_figure", lambda figure, path: None)
+    monkeypatch.setattr(bench_command, "load_average", lambda: None)
     # Asked once for each program that is compiled and each that is timed.
     monkeypatch.setattr(StopRequest, "__bool__", lambda self: next(asked) >= 7)
     output = tmp_path / "out"
@@ -114,6 +115,7 @@ def test_caption_counts_the_rounds_that_were_taken(tmp_path, monkeypatch):
     counts = sorted({case["summary"]["count"] for case in network["cases"]})
     assert counts[-1] < 9
     assert captions[0].startswith(f"medians and quartiles of {' to '.join(map(str, counts))} round")
+    assert captions[0].endswith("before, not known after")
 
 
 @pytest.mark.slow
@@ -153,6 +155,21 @@ def test_refusals(arguments, said, tmp_path, capsys):
     assert bench(*arguments, "--output", tmp_path / "out") == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_leaves_no_empty_directory(tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise ConfigError("the images are too small.")
+
+    monkeypatch.setattr(bench_command, "bench_network", fail)
+    assert bench(*TINY, "--output", tmp_path / "out") == 1
+    assert "too small" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert bench(*TINY, "--output", tmp_path) == 1
+    assert tmp_path.is_dir()  # as it was there before
+    (tmp_path / "file").touch()
+    assert bench(*TINY, "--output", tmp_path / "file") == 1
+    assert "Choose another --output" in capsys.readouterr().err
 
 
 def test_torch_that_is_not_installed(monkeypatch):

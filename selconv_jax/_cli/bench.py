@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,13 @@ def run(options: argparse.Namespace) -> int:
     settings = _settings(options)
     output = Path(options.output or default_workdir("-".join(settings.models), "runs/bench"))
     console = progress_console()
-    _create(output)
     cache: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if "compile" in settings.what:
         cache = without_compilation_cache()
     else:
         share_compilations()
     results: list[NetworkResult] = []
-    with StopRequest() as stop, cache:
+    with _created(output), StopRequest() as stop, cache:
         machine = environment()
         _warn_if_busy(console, machine, settings)
         for model in settings.models:
@@ -84,10 +83,12 @@ def _write(
     panels = [panel for result in results for panel in panels_of(result)]
     if panels:
         versions = machine["versions"]
+        loads = [machine[key] for key in ("load_average", "load_average_after")]
+        before, after = ("not known" if load is None else f"{load:.1f}" for load in loads)
         caption = (
             f"medians and quartiles of {_rounds(results)}; {machine['processor']}, {machine['cores']} "
             f"cores, {machine['device']}; jax {versions['jax']}, torch {versions['torch']}; load average "
-            f"{machine['load_average']:.1f} before, {machine['load_average_after']:.1f} after"
+            f"{before} before, {after} after"
         )
         save_figure(bar_picture(panels, f"Benchmark: {describe(settings)}", caption), output / _PICTURE)
 
@@ -100,17 +101,28 @@ def _rounds(results: Sequence[NetworkResult]) -> str:
     return f"{count} round{'' if many == 1 else 's'}"
 
 
-def _create(output: Path) -> None:
+@contextlib.contextmanager
+def _created(output: Path) -> Iterator[None]:
+    """Create a new directory; remove it on exit if nothing has been written."""
+    is_new = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
         content = sorted(entry.name for entry in output.iterdir())
     except OSError as error:
-        raise ConfigError(f"the directory {output} cannot be written: {error.strerror}.") from None
+        raise ConfigError(
+            f"the directory {output} cannot be written: {error.strerror}. Choose another --output."
+        ) from None
     if content:
         raise ConfigError(
             f"{output} is not empty (it holds {content[0]!r}). Choose another --output: a benchmark never "
             "overwrites files."
         )
+    try:
+        yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):
+                output.rmdir()
 
 
 def _warn_if_busy(console: Console, machine: Mapping[str, Any], settings: BenchSettings) -> None:
