@@ -196,7 +196,9 @@ def test_compiles_for_a_pod(tmp_path):
     [
         (["--capacity", "2"], "--capacity is 2.0"),
         (["--batch", "most"], "--batch is 'most'; it must be a number of images, or search"),
-        (["--output", "."], ". already exists"),
+        (["--output", "."], ". is a folder. Choose the name of a file."),
+        (["--output", "run.toml"], "run.toml: there is a file already"),
+        (["--output", "nowhere/plan.json"], "there is no folder nowhere; make it first"),
         (["--compare", "--batch", "search"], "do not go together"),
     ],
 )

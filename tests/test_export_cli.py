@@ -124,9 +124,9 @@ def test_bad_input(workdir, tmp_path, capsys, monkeypatch):
     assert "does not hold a run" in refusal(capsys, tmp_path, "--format", "stablehlo")
     missing = tmp_path / "missing" / "file"
     assert "there is no folder" in refusal(capsys, workdir, "--format", "stablehlo", "--output", missing)
-    assert "cannot be written" in refusal(
-        capsys, workdir, "--format", "stablehlo", "--output", tmp_path, "--overwrite"
-    )
+    for more in ((), ("--overwrite",)):
+        error = refusal(capsys, workdir, "--format", "stablehlo", "--output", tmp_path, *more)
+        assert f"{tmp_path} is a folder. Choose the name of a file." in error
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     error = refusal(capsys, workdir, "--format", "onnx")
     assert "the package jax2onnx: pip install 'selconv-jax[onnx]'" in error

@@ -18,7 +18,7 @@ from selconv_jax._bench.compilation import without_compilation_cache
 from selconv_jax._bench.environment import environment
 from selconv_jax._bench.run_ahead import compile_run, compile_steps, largest_batch
 from selconv_jax._utils.console import print_line, terminal_or_lines
-from selconv_jax._utils.files import write_json
+from selconv_jax._utils.files import check_target, write_json
 from selconv_jax.errors import ConfigError
 from selconv_jax.train._config import Config, load_config
 
@@ -35,8 +35,8 @@ def run(options: argparse.Namespace) -> int:
             raise ConfigError(f"--batch is {options.batch!r}; it must be a number of images, or search.")
         config = dataclasses.replace(config, batch_size=int(options.batch))
     output = Path(options.output) if options.output else None
-    if output is not None and output.exists():
-        raise ConfigError(f"{output} already exists. Choose another --output: nothing is overwritten.")
+    if output is not None:
+        check_target(output)
     prepare_compiler(options.topology)
     devices = topology_devices(options.topology)
     # Programs for another platform cannot be read back from the compilation cache.

@@ -100,11 +100,11 @@ def run(options: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(workdir, options.checkpoint)
     refuse_skipped(checkpoint.step, checkpoint.skipped)
     output = Path(options.output or workdir / f"{'compact' if options.compact else 'network'}.{form}")
+    check_target(output, overwrite=True)
     if output.exists() and not options.overwrite:
         raise CheckpointError(
             f"{output}: there is a file already. Add --overwrite or choose another --output."
         )
-    check_target(output, overwrite=True)
     share_compilations()
     networks, notes = _networks(workdir, checkpoint.step, options)
     columns = _write(networks, output, form, notes)

@@ -39,11 +39,21 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def check_target(path: Path, *, overwrite: bool = False) -> None:
-    """Raise a `CheckpointError` if the file already exists or its folder does not."""
+    """Raise a `CheckpointError` if the file already exists, is a folder, or its folder does not exist."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder. Choose the name of a file.")
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path}: there is a file already. Choose another name or remove it first.")
+    check_folder(path.parent)
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: there is no folder {path.parent}; make it first.")
+
+
+def check_folder(path: Path) -> None:
+    """Raise a `CheckpointError` if a folder cannot be made, as it or one above it is a file."""
+    for each in (path, *path.parents):
+        if each.exists() and not each.is_dir():
+            raise CheckpointError(f"{each} is a file, not a folder. Choose another name, or remove it first.")
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
