@@ -43,6 +43,54 @@ def test_what_is_not_ours_is_one_line(debug, monkeypatch, capsys):
     assert captured.out == ""
 
 
+def test_an_error_without_a_message_says_where_it_is(capsys):
+    assert guard.guarded(fail(AssertionError()), keeps_results=False) == 1
+    assert re.match(
+        r"selconv: error: AssertionError: line \d+ of .*test_cli_guard\.py ", capsys.readouterr().err
+    )
+    assert guard.described(AssertionError()) == "AssertionError: no reason given"
+
+
+def test_platforms_that_jax_does_not_have(monkeypatch, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    for devices, said in (
+        (fail(AssertionError()), "JAX has no device for JAX_PLATFORMS=cuda. Unset it, or install the extra"),
+        (lambda: [], "AssertionError: line"),
+    ):
+        monkeypatch.setattr("jax.devices", devices)
+        assert guard.guarded(fail(AssertionError()), keeps_results=False) == 1
+        assert f"selconv: error: {said}" in capsys.readouterr().err
+    done = subprocess.run(
+        command("models"), env=environment() | {"JAX_PLATFORMS": "nosuch"}, capture_output=True, text=True
+    )
+    (line,) = done.stderr.splitlines()
+    assert "no device for JAX_PLATFORMS=nosuch (RuntimeError: Unable to initialize backend 'nosuch'" in line
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    """Both of compiled programs and of Matplotlib."""
+    (tmp_path / "file").touch()
+    program = (
+        "from selconv_jax._cli.guard import prepare_process\n"
+        "prepare_process(debug=False)\n"
+        "import jax, matplotlib\n"
+        "from selconv_jax._cli.runs import share_compilations\n"
+        "share_compilations()\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+        "jax.jit(lambda x: 2 * x)(1.0)\n"
+        "matplotlib.get_cachedir()\n"
+    )
+    for given in ({}, {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "file")}):
+        env = environment() | {"XDG_CACHE_HOME": str(tmp_path / "file")}
+        del env["JAX_COMPILATION_CACHE_DIR"]
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=env | given, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0
+        (line,) = done.stderr.splitlines()
+        assert re.match(r"selconv: compiled programs are not kept, as .*file.* cannot be written \(", line)
+
+
 def test_a_long_message_is_cut(capsys):
     assert guard.guarded(fail(ValueError("x" * 5000)), keeps_results=True) == 1
     assert len(capsys.readouterr().err) < 450

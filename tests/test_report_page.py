@@ -118,7 +118,17 @@ def test_show_writes_the_page(run, tmp_path, capsys):
     assert main(["show", str(run), "--html", str(tmp_path / "run.png")]) == 1
     assert "the page needs a name that ends in .html" in capsys.readouterr().err
     assert main(["show", str(run), "--html", str(tmp_path / "nowhere" / "run.html")]) == 1
-    assert "the page cannot be written to" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err
+    (tmp_path / "folder.html").mkdir()
+    for option, path in (
+        ("--html", "folder.html"),
+        ("--html", "run.html/run.html"),
+        ("--output", "run.html/pictures"),
+    ):
+        assert main(["show", str(run), option, str(tmp_path / path)]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""  # refused before the tables are made
+        assert re.search(r"folder\.html is a folder|run\.html is a file, not a folder", captured.err)
 
 
 def test_rounds_that_cannot_be_written_end_nothing(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import sys
 import threading
@@ -50,6 +51,7 @@ def prepare_process(*, debug: bool) -> None:
         del os.environ["TF_CPP_MIN_LOG_LEVEL"]
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # as of a cache folder that cannot be written
     threading.excepthook = lambda failure: _say(f"error in {failure.thread}: {described(failure.exc_value)}")
     sys.unraisablehook = lambda failure: None
 
@@ -82,6 +84,8 @@ def guarded(action: Callable[[], int], *, keeps_results: bool) -> int:
         if missing and not missing.startswith("selconv_jax"):
             needed = "commands need the extra `train`: pip install 'selconv-jax[train]'."
             _say(f"error: the package {missing} is not installed; {needed}")
+        elif problem := _no_device():
+            _say(f"error: {problem}")
         else:
             _say(f"error: {described(error)} (`--debug` or {DEBUG}=1 shows where it comes from)")
     finally:
@@ -101,7 +105,25 @@ def described(error: BaseException | None) -> str:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if len(line) > _LETTERS:
         line = line[:_LETTERS] + "..."
-    return f"{type(error).__name__}{': ' if line else ''}{line}"
+    if not line and error is not None and (frames := traceback.extract_tb(error.__traceback__)):
+        line = f"line {frames[-1].lineno} of {frames[-1].filename}"
+    return f"{type(error).__name__}: {line or 'no reason given'}"
+
+
+def _no_device() -> str:
+    """Say that JAX finds no device for JAX_PLATFORMS, if so: what fails then may be anything."""
+    asked, jax = os.environ.get("JAX_PLATFORMS"), sys.modules.get("jax")
+    if not asked or jax is None:
+        return ""
+    try:
+        jax.devices()
+    except Exception as error:
+        reason = f" ({described(error).partition(' (set JAX')[0]})" if str(error) else ""
+        return (
+            f"JAX has no device for JAX_PLATFORMS={asked}{reason}. Unset it, or install the extra `cuda` or "
+            "`tpu`: pip install 'selconv-jax[cuda]'."
+        )
+    return ""
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

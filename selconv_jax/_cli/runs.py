@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+import tempfile
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -14,6 +16,7 @@ from rich.console import Console
 from selconv_jax._cli.guard import described
 from selconv_jax._cli.pictures import draw_run, print_run, write_page
 from selconv_jax._utils.console import progress_console, terminal_or_lines
+from selconv_jax._utils.files import check_folder, check_target
 from selconv_jax.errors import ConfigError
 from selconv_jax.train._config import load_config
 from selconv_jax.train._distributed.agreement import exchange, is_first, on_first, together
@@ -101,6 +104,10 @@ def show(options: argparse.Namespace) -> int:
     if options.html is not None and Path(options.html).suffix not in (".html", ".htm"):
         raise ConfigError(f"--html {options.html}: the page needs a name that ends in .html.")
     output = Path(options.html or options.output or workdir / "pictures")
+    if options.html:
+        check_target(output, overwrite=True)
+    else:
+        check_folder(output)
     console = terminal_or_lines()
     _print_skipped(skipped_checkpoints(workdir))
     print_run(workdir, console)
@@ -144,3 +151,13 @@ def share_compilations() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         folder = platformdirs.user_cache_path("selconv_jax") / "compiled"
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+    folder = Path(jax.config.jax_compilation_cache_dir)
+    if "://" in jax.config.jax_compilation_cache_dir:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+        problem = f"compiled programs are not kept, as {folder} cannot be written ({error.strerror})"
+        print(f"selconv: {problem}. Set JAX_COMPILATION_CACHE_DIR to another folder.", file=sys.stderr)
