@@ -23,6 +23,17 @@ class Network(nn.Module):
         return SelectiveConv(4, (3, 3), name="last")(x, train)
 
 
+class InParts(nn.Module):
+    def setup(self):
+        self.body = SelectiveConv(8, (3, 3))
+
+    def features(self, x, train):
+        return self.body(x, train)
+
+    def __call__(self, x, train):
+        return self.features(x, train).mean((1, 2))
+
+
 @pytest.fixture(scope="module")
 def rounds():
     """The variables before and after a round."""
@@ -72,6 +83,27 @@ def test_compacted_afterwards(rounds):
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+def test_other_methods_of_the_network_run_with_the_capacities():
+    plain = InParts()
+    variables = perturbed_variables(plain, X.shape, seed=0)
+    model = with_capacity(plain, variables)
+    counts, full = (
+        sum(
+            count_multiply_adds(
+                lambda x, each=each: each.apply(variables, x, False, method="features"), X
+            ).values()
+        )
+        for each in (model, plain)
+    )
+    assert counts == 2 * 6 * 6 * 9 * 8 * 8 < full
+    y, _ = model.apply(variables, X, True, method="features", mutable=["batch_stats"])
+    expected, _ = plain.apply(variables, X, True, method="features", mutable=["batch_stats"])
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    assert model.bind(variables).features(X, False).shape == y.shape
+    with pytest.raises(AttributeError, match='"FittedCapacity" object has no attribute "logits"'):
+        model.apply(variables, X, False, method="logits")
 
 
 def test_nnx_layers_get_their_own():

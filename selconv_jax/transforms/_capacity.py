@@ -1,6 +1,7 @@
 """Capacities of selective layers that fit the copies they have."""
 
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,22 @@ class FittedCapacity(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network."""
+        return self._run("__call__", *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a method of the network, for ``apply(..., method=name)``."""
+        if not callable(getattr(type(vars(self).get("model")), name, None)):
+            return super().__getattr__(name)
+
+        def method(self: FittedCapacity, *args: Any, **kwargs: Any) -> Any:
+            if self.scope is None:
+                return getattr(self.model, name)(*args, **kwargs)
+            return self._run(name, *args, **kwargs)
+
+        return types.MethodType(method, self)
+
+    def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the network with the capacities of its layers."""
         capacities = dict(self.capacities)
         root = tuple(filter(None, relative_path(self, ()).split("/")))
 
@@ -67,7 +84,7 @@ class FittedCapacity(nn.Module):
             return module.clone(capacity=capacity, parent=module.scope)(*args, **kwargs)
 
         with intercept_calls(swap, first=True), own_programs(self):
-            return self.model(*args, **kwargs)
+            return getattr(self.model, method)(*args, **kwargs)
 
 
 def with_capacity(model: nn.Module, variables: Any, steps: int = 8) -> FittedCapacity:
