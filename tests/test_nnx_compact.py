@@ -183,6 +183,43 @@ def test_ordinary_module_becomes_selective():
         selective(X)
 
 
+class Noisy(nnx.Module):
+    """Network that counts its calls and draws noise in both modes."""
+
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(3, 8, (1, 1), rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.conv = nnx.Conv(8, 4, (3, 3), use_bias=False, rngs=rngs)
+        self.count = nnx.Variable(jnp.zeros((), jnp.int32))
+        self.rngs = rngs
+
+    def __call__(self, x):
+        self.count[...] += 1
+        x = self.stem(x) + 0.5 * jax.random.normal(self.rngs.noise(), (1, 8, 8, 8))
+        return self.conv(nnx.relu(self.norm(x)))
+
+
+@pytest.mark.parametrize("change", ["convert", "compact"])
+def test_other_variables_change_as_in_the_module(change):
+    plain = Noisy(nnx.Rngs(0, noise=1))
+    new = compact(plain, X) if change == "compact" else selectivize_module(plain, X)[0]
+    for mode in ("train", "eval"):
+        getattr(plain, mode)()
+        getattr(new, mode)()
+        for _ in range(2):
+            y = nnx.jit(lambda module: module(X))(new)
+            np.testing.assert_allclose(y, plain(X), atol=1e-3)  # the running variance is unbiased
+    assert new.variables()["nnx"]["count"] == plain.count[...] == 4
+    means = new.variables()["batch_stats"]["norm" if change == "compact" else "conv"]["mean"]
+    np.testing.assert_allclose(means, plain.norm.mean[...], rtol=1e-4, atol=1e-7)
+
+
+def test_evaluation_writes_nothing_that_is_only_read(module):
+    small = compact(module, X)
+    small.eval()
+    np.testing.assert_allclose(jax.jit(lambda x: small(x))(X), module(X), rtol=1e-5, atol=1e-6)
+
+
 def converted_module(x):
     rngs = nnx.Rngs(0)
     convs = [nnx.Conv(c, 8, (3, 3), use_bias=False, rngs=rngs) for c in (3, 8)]

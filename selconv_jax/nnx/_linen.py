@@ -33,7 +33,8 @@ def to_linen(module: nnx.Module) -> tuple[nn.Module, dict[str, Any]]:
     Returns:
         The model, called as ``model.apply(variables, *inputs, train=...)``, where ``train`` stands for
         ``module.train()`` and ``module.eval()``, and its variables: those of `linen_variables`, sharing the
-        module's arrays, and a collection ``nnx`` if there are others.
+        module's arrays, and a collection ``nnx`` if there are others. What the module changes in a call,
+        such as counters of random numbers, changes where its collection is mutable.
 
     Example:
         >>> import jax.numpy as jnp
@@ -46,11 +47,7 @@ def to_linen(module: nnx.Module) -> tuple[nn.Module, dict[str, Any]]:
     """
     variables = linen_variables(module)
     flat = nnx.to_flat_state(nnx.state(module))
-    rest = {  # leaves may also be arrays without a variable around them
-        tuple(map(str, path)): leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-        for path, leaf in flat
-        if not collection_of(leaf)
-    }
+    rest = {tuple(map(str, path)): _value(leaf) for path, leaf in flat if not collection_of(leaf)}
     if rest:
         variables[_REST] = traverse_util.unflatten_dict(rest)
     layers = tuple(
@@ -105,14 +102,16 @@ class _Converted(nn.Module):
         else:
             module.eval()
         y = module(*inputs, **options)
-        if train and self.is_mutable_collection("batch_stats"):
-            new = dict(nnx.to_flat_state(nnx.state(module, nnx.BatchStat)))
-            for path, collection in own:
-                if collection == "batch_stats":
-                    _inner(self.scope, path[:-1]).put_variable(
-                        collection, str(path[-1]), new[path].get_value()
-                    )
+        new = {path: _value(leaf) for path, leaf in nnx.to_flat_state(nnx.state(module))}
+        for path, collection in own:
+            if new[path] is not state[path] and self.is_mutable_collection(collection):
+                _inner(self.scope, path[:-1]).put_variable(collection, str(path[-1]), new[path])
         return y
+
+
+def _value(leaf: Any) -> Any:
+    """Return the value of a variable; leaves may also be arrays without a variable around them."""
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
 def _inner(scope: Any, path: _Path) -> Any:

@@ -6,7 +6,7 @@ import flax.linen as nn
 from flax import nnx, traverse_util
 
 from selconv_jax.nnx._layers import Selectivity
-from selconv_jax.nnx._variables import linen_variables, update_module
+from selconv_jax.nnx._variables import linen_variables
 
 _TYPES = {"params": nnx.Param, "batch_stats": nnx.BatchStat, "selectivity": Selectivity}
 
@@ -33,16 +33,18 @@ class LinenModule(nnx.Module):
         self.use_running_average = False
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """Call the model; in training mode, update its running statistics."""
-        variables = self.variables()
-        if self.use_running_average:
-            return self.model.apply(variables, *inputs, train=False, **options)
-        keys = {} if self._dropout is None else {"dropout": self._dropout()}
-        y, changed = self.model.apply(
-            variables, *inputs, train=True, mutable=["batch_stats"], rngs=keys, **options
+        """Call the model; update what it changes: running statistics in training, and other variables."""
+        variables, train = self.variables(), not self.use_running_average
+        keys = {} if not train or self._dropout is None else {"dropout": self._dropout()}
+        mutable = [name for name in variables if name not in ("params", "selectivity")]
+        y, changed = self.model.apply(variables, *inputs, train=train, mutable=mutable, rngs=keys, **options)
+        old, new, known, rest = map(
+            traverse_util.flatten_dict, (variables, changed, self.network, self._rest)
         )
-        new = variables | dict(changed)
-        update_module(self, {name: {"network": leaves} for name, leaves in new.items() if name in _TYPES})
+        for path, value in new.items():
+            # In evaluation, under `jax.jit` too, what is only read must not be written.
+            if value is not old[path]:
+                (known[path[1:]] if path[0] in _TYPES else rest[path]).set_value(value)
         return y
 
     @property
