@@ -26,10 +26,10 @@ class Block(nn.Module):
     def __call__(self, x, train):
         y = nn.relu(nn.BatchNorm(not train, momentum=0.8, epsilon=1e-3)(x))
         y = nn.Conv(self.features, (3, 3), use_bias=False)(y)
-        y = jnp.maximum(nn.BatchNorm(not train)(y), 0)
+        y = jnp.maximum(nn.BatchNorm(not train)(x=y), 0)
         if self.dropout:
             y = nn.Dropout(self.dropout)(y, deterministic=not train)
-        y = nn.Conv(self.features, (1, 1), strides=2, padding="VALID", use_bias=False)(y)
+        y = nn.Conv(self.features, (1, 1), strides=2, padding="VALID", use_bias=False)(inputs=y)
         return nn.Conv(self.features, (1, 1), strides=2)(x) + y
 
 
@@ -210,18 +210,20 @@ class Odd(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        norm = nn.BatchNorm(
-            not train, **{"axis": {"axis": 1}, "scale": {"use_scale": False}}.get(self.what, {})
-        )
+        settings = {"axis": {"axis": 1}, "scale": {"use_scale": False}, "slash": {"name": "n/m"}}
+        dtype = jnp.bfloat16 if self.what == "narrow" else None
+        norm = nn.BatchNorm(not train, dtype=dtype, **settings.get(self.what, {}))
         conv = nn.Conv(
             3,
-            (3, 3),
+            3 if self.what == "axes" else (3, 3),
             use_bias=self.what == "bias",
-            dtype=jnp.float32 if self.what == "dtype" else None,
+            dtype=jnp.float32 if self.what == "dtype" else dtype,
             padding=1,
             input_dilation=2 if self.what == "dilation" else 1,
             name="conv",
         )
+        if self.what == "weights":
+            conv = nn.WeightNorm(conv, variable_filter={"kernel"})
         y = norm(x)
         y = {"straight": straight_through, "relu6": nn.relu6, "gelu": nn.gelu, "nothing": lambda y: y}.get(
             self.what, nn.relu
@@ -230,11 +232,15 @@ class Odd(nn.Module):
             y = nn.Dropout(0.5)(y, deterministic=not train, rng=jax.random.key(0))
         if self.what == "pool":
             y = nn.max_pool(y, (2, 2))
+        if self.what == "sown":
+            self.sow("intermediates", "activations", y)
         z = conv(y)
         if self.what == "shared":
             z = z + y
         if self.what == "twice":
             z = conv(nn.relu(norm(z)))
+        if self.what == "read":
+            z = z * norm.variables["params"]["scale"].sum()
         return z
 
 
@@ -253,6 +259,10 @@ class Odd(nn.Module):
         ("key", "conv: its input is not the ReLU of a batch norm"),
         ("pool", "conv: its input is not the ReLU of a batch norm"),
         ("shared", "conv: the output of BatchNorm_0 is read elsewhere, too"),
+        ("sown", "conv: the output of BatchNorm_0 is read elsewhere, too"),
+        ("slash", "conv: rename it or its batch norm: no name on their paths may contain '/'"),
+        ("axes", "conv: its input has 4 axes; a layer takes"),
+        ("weights", "conv: its parameters, or its batch norm's, are computed from others"),
         ("twice", "conv: it, or its batch norm, is called more than once"),
     ],
 )
@@ -262,6 +272,48 @@ def test_what_no_layer_computes_is_left_and_said(what, reason):
     with pytest.raises(ConfigError, match="no layer of the network can become selective") as caught:
         selectivize_model(model, variables, X)
     assert reason in str(caught.value)
+
+
+def test_input_of_a_wider_type_than_the_computation_is_left():
+    model = Odd("narrow")
+
+    def convert(x):
+        variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), x)
+        variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), variables)
+        return selectivize_model(model, variables, x).converted
+
+    with jax.numpy_dtype_promotion("standard"):
+        assert convert(X.astype(jnp.bfloat16)) == {"conv": "BatchNorm_0"}
+        with pytest.raises(ConfigError, match="normalizes in the float32 of its input; a layer would in bf"):
+            convert(X)
+
+
+def test_network_that_does_not_run_converted_is_refused():
+    model = Odd("read")
+    with pytest.raises(ConfigError, match=r"does not run with selective layers, .* The error is KeyError"):
+        selectivize_model(model, trained(model), X)
+
+
+def test_other_methods_are_refused_by_name():
+    class InParts(nn.Module):
+        def setup(self):
+            self.norm = nn.BatchNorm()
+            self.conv = nn.Conv(4, (3, 3), use_bias=False)
+
+        def features(self, x, train):
+            return nn.relu(self.norm(x, not train))
+
+        def __call__(self, x, train):
+            return self.conv(self.features(x, train))
+
+    model = InParts()
+    result = selectivize_model(model, trained(model), X)
+    with pytest.raises(
+        AttributeError, match="'features' is a method of the plain network; only its __call__"
+    ):
+        result.model.apply(result.variables, X, False, method="features")
+    with pytest.raises(AttributeError, match='has no attribute "depth"'):
+        result.model.depth  # noqa: B018
 
 
 def test_stacked_layers_are_left_and_said():

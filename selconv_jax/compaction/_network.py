@@ -106,14 +106,27 @@ class NetworkCall:
     may_lack_train: bool = False  # the network has ``**kwargs`` instead, which may not accept ``train``
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def run(self, model: Compact, variables: Any, inputs: tuple[Any, ...], train: bool | None) -> Any:
-        """Call a network in one of ``modes``; return the output, and in training the changed collections."""
-        apply: Callable[..., Any] = functools.partial(model.apply, **self.options)
+    def run(
+        self,
+        model: nn.Module,
+        variables: Any,
+        inputs: tuple[Any, ...],
+        train: bool | None,
+        is_recorded: bool = False,
+    ) -> Any:
+        """Call a network in one of ``modes``; return the output, and in training the changed collections.
+
+        With ``is_recorded``, return in all modes all that the call stores, intermediates included.
+        """
+        flag = {} if train is None else {"train": train}
         rngs = dict.fromkeys(("params", "dropout"), jax.random.key(0))
-        if not train:
-            flag = {} if train is None else {"train": False}
-            return apply(variables, *inputs, rngs=rngs, **flag), {}
-        return apply(variables, *inputs, train=True, mutable=DenyList(("intermediates",)), rngs=rngs)
+        apply: Callable[..., Any] = functools.partial(model.apply, **self.options)
+        apply = functools.partial(apply, variables, *inputs, **flag, rngs=rngs)
+        if is_recorded:
+            # What a call only reads stays immutable, so that missing variables are errors.
+            read = ("params", "selectivity") if train else ("params", "selectivity", "batch_stats")
+            return apply(mutable=DenyList(read))
+        return apply(mutable=DenyList(("intermediates",))) if train else (apply(), {})
 
 
 def check_network(model: Any, variables: Any) -> None:

@@ -1,5 +1,6 @@
 """Selective networks from trained networks of batch norm, ReLU and convolution."""
 
+import functools
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 from flax import traverse_util
 from flax.core import unfreeze
 
-from selconv_jax.compaction._network import check_network, failed_call, network_call
+from selconv_jax.compaction._network import NetworkCall, check_network, failed_call, network_call
 from selconv_jax.conversion._triples import Triple, find_triples
 from selconv_jax.errors import ConfigError
 from selconv_jax.nn import _computation as computation
@@ -62,6 +63,15 @@ class Selectivized(nn.Module):
     def setup(self) -> None:
         """Share the network's scope, so that this wrapper does not appear in the names of variables."""
         nn.share_scope(self, self.plain)
+
+    def __getattr__(self, name: str) -> Any:
+        """Say that the network's other methods, which may return what is inside of a layer, are left out."""
+        if callable(getattr(type(vars(self).get("plain")), name, None)):
+            raise AttributeError(
+                f"{name!r} is a method of the plain network; only its __call__ was converted. Call the plain "
+                f"network from a module whose __call__ calls {name!r}, and convert that."
+            )
+        return super().__getattr__(name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network with its layers replaced."""
@@ -133,8 +143,8 @@ def selectivize_model(
         The network, its variables, and what was converted and what was not.
 
     Raises:
-        ConfigError: The network does not run on the inputs, no layer of it can be converted, or an argument
-            is out of bounds.
+        ConfigError: The network does not run on the inputs, as it is or converted, no layer of it can be
+            converted, or an argument is out of bounds.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, selconv_jax
@@ -180,7 +190,23 @@ def selectivize_model(
     )
     selective = Selectivized(model, layers, capacity, gate_only)
     new = _renamed(variables, found, gate_only)
+    _check_runs(selective, new, call)
     return Conversion(selective, new, {path: triple.norm for path, triple in found.items()}, left)
+
+
+def _check_runs(selective: Selectivized, variables: Mapping[str, Any], call: NetworkCall) -> None:
+    """Raise a `ConfigError` unless a converted network runs in the modes of the plain one."""
+    for train in call.modes:
+        try:
+            jax.eval_shape(functools.partial(call.run, selective, train=train), variables, call.inputs)
+        except Exception as error:
+            if train and call.may_lack_train and isinstance(error, TypeError):
+                continue
+            raise ConfigError(
+                "the network does not run with selective layers, such as where other code reads or maps "
+                "their variables. Write them as selconv_jax.SelectiveConv. The error is "
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
 
 
 def _norm_call(

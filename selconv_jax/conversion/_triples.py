@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,9 +15,11 @@ from jax.interpreters import batching
 
 from selconv_jax.compaction._network import NetworkCall
 from selconv_jax.compaction._trace import inner_programs
-from selconv_jax.nn._interception import intercept_calls, relative_path
+from selconv_jax.nn._computation import window_of
+from selconv_jax.nn._interception import intercept_calls, scope_path
 
-# A batch norm, dropout or convolution as one opaque operation; its parameter is the module's path.
+# A batch norm, dropout or convolution as one opaque operation. Operands are the input and variables,
+# parameters the module's path and the type of the output.
 _NORM, _DROPOUT, _CONV = (Primitive(f"selconv_{name}") for name in ("norm", "dropout", "conv"))
 _STACKED = Primitive("selconv_stacked_module")  # one of them under ``nn.vmap``
 # Operations of operations that run them once, with the variables of the whole program.
@@ -26,11 +28,14 @@ _KINDS = {nn.BatchNorm: _NORM, nn.Dropout: _DROPOUT, nn.Conv: _CONV}
 
 
 def _stack(arguments: Any, axes: Any, *, shape: tuple[int, ...], **names: Any) -> tuple[Any, int]:
-    return _STACKED.bind(*arguments, shape=(arguments[0].shape[axes[0]], *shape), **names), 0
+    size = next(
+        argument.shape[axis] for argument, axis in zip(arguments, axes, strict=True) if isinstance(axis, int)
+    )
+    return _STACKED.bind(*arguments, shape=(size, *shape), **names), 0
 
 
 for _step in (*_KINDS.values(), _STACKED):
-    _step.def_abstract_eval(lambda _, *, shape, dtype, path: jax.core.ShapedArray(shape, dtype))
+    _step.def_abstract_eval(lambda *_, shape, dtype, path: jax.core.ShapedArray(shape, dtype))
     batching.primitive_batchers[_step] = _stack
 
 
@@ -67,40 +72,53 @@ def find_triples(
     """
     modules: dict[str, nn.Module] = {}
     calls: Counter[str] = Counter()
+    left: dict[str, str] = {}
+    slashed: set[str] = set()  # paths of which a name contains the separator
 
-    def step(module: Any, run: Callable[..., Any], x: Any = None, *args: Any, **kwargs: Any) -> Any:
-        # More arguments than the input and mode: a mask or a random key, which no layer takes.
-        more = len(args) > 1 or any(kwargs.get(name) is not None for name in ("mask", "rng"))
-        if type(module) not in _KINDS or not isinstance(x, jax.Array) or more:
-            return run(*([] if x is None else [x]), *args, **kwargs)
-        path = relative_path(module, ())
+    def step(module: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        kind = type(module)
+        if kind not in _KINDS:
+            return run(*args, **kwargs)
+        names = scope_path(module)
+        path = "/".join(names)
         calls[path] += 1
         # Its name and parent do not survive the trace.
         modules[path] = module.clone(parent=None, name=None)
+        if kind is nn.Conv:
+            left[path] = "it is in a loop, or under nn.scan or nn.vmap"
+        if any("/" in name for name in names):
+            slashed.add(path)
+        x, *more = args or (kwargs.pop("x" if kind is nn.BatchNorm else "inputs", None),)
+        # More arguments than the input and mode: a mask or a random key, which no layer takes.
+        is_more = len(more) > 1 or any(kwargs.get(name) is not None for name in ("mask", "rng"))
+        if is_more or not isinstance(x, jax.Array | np.ndarray):
+            return run(*([] if x is None else [x]), *more, **kwargs)
+        read = jax.tree.leaves([module.variables.get(name) for name in ("params", "batch_stats")])
         # Called beside the operation, for its variables and the type of its output.
-        y = x if type(module) is nn.Dropout else run(jnp.zeros_like(x), *args, **kwargs)
-        return _KINDS[type(module)].bind(x, path=path, shape=y.shape, dtype=y.dtype)
+        y = x if kind is nn.Dropout else run(jnp.zeros_like(x), *more, **kwargs)
+        return _KINDS[kind].bind(x, *read, path=path, shape=y.shape, dtype=y.dtype)
 
     def run(variables: Any, inputs: Any) -> Any:
         with intercept_calls(step):
-            return call.run(model, variables, inputs, train)[0]  # type: ignore[arg-type]
+            return call.run(model, variables, inputs, train, is_recorded=True)
 
     program = jax.make_jaxpr(run)(variables, call.inputs).jaxpr
     found: dict[str, Triple] = {}
-    left: dict[str, str] = {}
-    for path in modules:
-        if type(modules[path]) is nn.Conv:
-            left[path] = "it is in a loop, or under nn.scan or nn.vmap"
-    programs = [program]
+    # With their arguments that are arguments of the whole program.
+    programs = [(program, set(program.invars))]
     while programs:
-        inner = programs.pop()
+        inner, given = programs.pop()
         for equation in inner.eqns:
             if equation.primitive.name in _TRANSPARENT:
-                programs.extend(inner_programs(equation))
+                for body in inner_programs(equation):
+                    pairs = zip(equation.invars, body.invars, strict=True)
+                    programs.append((body, {own for outer, own in pairs if _is_in(outer, given)}))
             if equation.primitive is not _CONV:
                 continue
             path = equation.params["path"]
-            triple = _triple(inner, equation, modules, calls)
+            triple = _triple(inner, equation, modules, calls, given)
+            if isinstance(triple, Triple) and slashed & {path, triple.norm}:
+                triple = "rename it or its batch norm: no name on their paths may contain '/'"
             if isinstance(triple, Triple):
                 found[path] = triple
                 del left[path]
@@ -109,8 +127,14 @@ def find_triples(
     return found, left
 
 
-def _triple(program: Jaxpr, conv: Any, modules: Mapping[str, Any], calls: Mapping[str, int]) -> Triple | str:
-    """Return the triple of a convolution, or why it is none."""
+def _triple(
+    program: Jaxpr,
+    conv: Any,
+    modules: Mapping[str, Any],
+    calls: Mapping[str, int],
+    given: Collection[Any],
+) -> Triple | str:
+    """Return the triple of a convolution, or why it is none; ``given`` are the variables of the network."""
     makers: dict[Any, Any] = {
         variable: equation for equation in program.eqns for variable in equation.outvars
     }
@@ -139,6 +163,16 @@ def _triple(program: Jaxpr, conv: Any, modules: Mapping[str, Any], calls: Mappin
         return f"the output of {norm} is read elsewhere, too"
     if calls[path] > 1 or calls[norm] > 1:
         return "it, or its batch norm, is called more than once"
+    if not all(_is_in(variable, given) for step in (maker, conv) for variable in step.invars[1:]):
+        return (
+            "its parameters, or its batch norm's, are computed from others (nn.WeightNorm, nn.map_variables)"
+        )
+    rank, window = len(conv.invars[0].aval.shape), window_of(modules[path])
+    if rank != len(window) + 2:
+        return f"its input has {rank} axes; a layer takes one of the batch, {len(window)} and the channels"
+    dtype, own = maker.invars[0].aval.dtype, modules[norm].dtype
+    if own is not None and dtype != own and dtype.itemsize >= np.dtype(own).itemsize:
+        return f"its batch norm normalizes in the {dtype} of its input; a layer would in {np.dtype(own)}"
     layer = _settings(modules[norm], modules[path], modules.get(dropout or ""))
     return layer if isinstance(layer, str) else Triple(norm, path, dropout, layer)
 
@@ -176,6 +210,11 @@ def _settings(norm: nn.BatchNorm, conv: nn.Conv, dropout: nn.Dropout | None) -> 
             return "its dropout has broadcast_dims or another rng_collection"
         settings["dropout_rate"] = dropout.rate
     return settings
+
+
+def _is_in(atom: Any, variables: Collection[Any]) -> bool:
+    """Check whether an operand is one of some variables; constants are none."""
+    return not isinstance(atom, Literal) and atom in variables
 
 
 def _is_relu(equation: Any) -> bool:

@@ -78,7 +78,12 @@ class _Unequal:
 
 
 def relative_path(module: nn.Module, root: tuple[str, ...]) -> str:
-    """Return the path of a module's variables below ``root``, parts joined by ``/``.
+    """Return the path of a module's variables below ``root``, parts joined by ``/``."""
+    return "/".join(scope_path(module)[len(root) :])
+
+
+def scope_path(module: nn.Module) -> tuple[str, ...]:
+    """Return the path of a module's variables.
 
     The module's own path cannot be used: it includes modules that share the scope of others, such as compact
     networks, which the scopes above it do not.
@@ -88,4 +93,4 @@ def relative_path(module: nn.Module, root: tuple[str, ...]) -> str:
     while scope.parent is not None:
         parts.insert(0, scope.name)
         scope = scope.parent
-    return "/".join((*scope.path, *parts)[len(root) :])
+    return (*scope.path, *parts)
