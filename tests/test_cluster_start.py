@@ -57,7 +57,7 @@ def test_different_configurations_are_refused(cluster_config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "said"),
-    [(None, r"process 1: .*toy.*there/1"), (2, "do not have the same images: .*digest of 100 images")],
+    [(None, r"process 1: .*toy.*there/1"), (2, "do not have the same images: .*of 100 images of each split")],
     ids=["none", "others"],
 )
 def test_images_that_one_machine_lacks(tmp_path, seed, said):

@@ -1,10 +1,12 @@
 """Runs of which one file is damaged: a clear line, and never another evaluation than the one asked for."""
 
 import errno
+import json
 import os
 import random
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +14,11 @@ from runs import assert_same_end, compiled_once, quiet_console, tiny_config
 from selconv_jax import CheckpointError
 from selconv_jax._cli import runs
 from selconv_jax._cli.main import main
+from selconv_jax.report._comparison import run_numbers
 from selconv_jax.train._evaluation import compact_run, evaluate_run
-from selconv_jax.train._loop import train_run
+from selconv_jax.train._loop import resume_run, train_run
 from selconv_jax.train._metrics import read_metrics
+from selconv_jax.train._workdir import read_environment
 
 pytestmark = pytest.mark.optimized
 
@@ -203,7 +207,7 @@ def test_pictures_that_cannot_be_written(finished, tmp_path, monkeypatch, capsys
     (tmp_path / "file").touch()
     code, _, error = outcome(["show", finished, "--output", tmp_path / "file" / "pictures"], capsys)
     assert code == 1
-    assert "file/pictures: Not a directory. Choose a folder by --output." in error
+    assert f"{tmp_path / 'file'} is a file, not a folder. Choose another name" in error
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -211,3 +215,51 @@ def test_pictures_that_cannot_be_written(finished, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(runs, "draw_run", full)
     assert main(["resume", str(finished)]) == 0, "the run is complete"
     assert f"No space left on device. Draw them later by `selconv show {finished}`" in capsys.readouterr().err
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_other_images_than_the_run_began_with_are_refused(copied, capsys):
+    path = copied / "environment.json"
+    environment = json.loads(path.read_text(encoding="utf-8"))
+    assert environment["images"]["training images"] == "200"
+    environment["images"]["training images"] = "96"
+    path.write_text(json.dumps(environment), encoding="utf-8")
+    for command in ("resume", "eval"):
+        code, _, error = outcome([command, copied], capsys)
+        assert code == 1
+        assert "is not the data set that the run in" in error
+        assert "(training images: 96 then, 200 now)" in error
+        assert "data.directory=FOLDER" in error
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_no_result_depends_on_the_record_of_the_environment(content, copied, capsys):
+    (copied / "environment.json").unlink()
+    if content is not None:
+        (copied / "environment.json").write_text(content, encoding="utf-8")
+    assert read_environment(copied) is None
+    assert outcome(["eval", copied], capsys)[0] == 0
+
+
+def test_resuming_a_complete_run_changes_nothing(copied, capsys):
+    before = (copied / "metrics.jsonl").read_bytes()
+    console, text = quiet_console()
+    assert resume_run(copied, console) == 0
+    assert "complete already" in text.getvalue()
+    assert (copied / "metrics.jsonl").read_bytes() == before
+
+
+def test_missing_records_are_noticed(copied):
+    path = copied / "metrics.jsonl"
+    last = path.read_text(encoding="utf-8").splitlines()[-1]
+    path.write_text(last + "\n", encoding="utf-8")
+    console, text = quiet_console()
+    assert resume_run(copied, console) == 0
+    assert "metrics.jsonl lacks the records of epochs 1" in " ".join(text.getvalue().split())
+    numbers = run_numbers(read_metrics(path))
+    assert numbers["test_accuracy"] is not None
+    assert (numbers["deallocated"], numbers["best_epoch"]) == (None, None)

@@ -1,6 +1,7 @@
 """Streaming: what a batch holds, whoever reads it and from wherever reading starts."""
 
 import dataclasses
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +31,14 @@ class Differing:
     def __getitem__(self, index):
         generator = np.random.default_rng(index)
         return generator.integers(0, 256, (20 + index, 40 - index, 3), dtype=np.uint8), index % 4
+
+
+class SignalsBlocked(Differing):
+    """Images that show whether the process of their reader was started with signals blocked."""
+
+    def __getitem__(self, index):
+        blocked = {signal.SIGINT, signal.SIGTERM} <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        return np.full((8, 8, 3), blocked, np.uint8), 0
 
 
 def order(seed=0, count=30):
@@ -81,6 +90,13 @@ def test_other_numbers_of_workers_give_the_same_batches():
     expected = batches(reader)
     for workers in (1, 2):
         assert_same(batches(reader, workers=workers), expected)
+
+
+def test_workers_are_started_with_signals_blocked():
+    """Ctrl-C that kills a worker while it starts would leave the program waiting for ever."""
+    found = batches(ImageReader(SignalsBlocked(), INFO), workers=2)
+    assert all(images.all() for images, _ in found)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -210,3 +210,9 @@ def test_an_option_of_a_network_outside_its_place(tree, key):
     """`selconv bench` takes it as such."""
     with pytest.raises(ConfigError, match=rf"Did you mean 'model\.options\.{key}'\?"):
         parse_config(tree)
+
+
+def test_a_byte_order_mark_at_the_beginning(tmp_path):
+    path = tmp_path / "marked.toml"
+    path.write_bytes(b"\xef\xbb\xbfepochs = 7\n")
+    assert load_config(path).epochs == 7

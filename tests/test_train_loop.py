@@ -226,7 +226,7 @@ def test_a_directory_with_a_run_is_never_overwritten(whole_run, tmp_path):
 def test_what_a_process_left_that_never_began_is_in_nobodys_way(tmp_path):
     (tmp_path / "environment.json").write_text("{")
     (tmp_path / ".config.toml.new").write_text("epo")
-    create_workdir(tmp_path, tiny_config())
+    create_workdir(tmp_path, tiny_config(), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.toml", "environment.json"]
 
 

@@ -41,7 +41,7 @@ def test_the_configuration_is_that_of_the_run_that_holds_the_directory(tmp_path)
         with pytest.raises(ConfigError, match="another process is working on"):
             train_run(tiny_config(seed=2), workdir, quiet_console()[0])
         assert [path.name for path in workdir.iterdir()] == [".lock"]
-        create_workdir(workdir, tiny_config(seed=1))
+        create_workdir(workdir, tiny_config(seed=1), {})
         with pytest.raises(ConfigError, match="already holds a run"):
             train_run(tiny_config(seed=2), workdir, quiet_console()[0])
     assert read_config(workdir).seed == 1
@@ -52,7 +52,7 @@ def test_one_that_came_between_is_noticed(tmp_path, monkeypatch):
 
     def late(workdir, **options):
         with claimed(workdir, **options):
-            create_workdir(workdir, tiny_config(seed=1))
+            create_workdir(workdir, tiny_config(seed=1), {})
         return claimed(workdir, **options)
 
     monkeypatch.setattr(run_setup, "claimed", late)
@@ -101,6 +101,18 @@ def test_a_free_directory_without_a_run_goes(tmp_path, monkeypatch):
     (tmp_path / "runs").touch()
     with pytest.raises(ConfigError, match="runs/tiny cannot be written"), free_workdir("tiny.toml"):
         pass
+
+
+def test_links_to_folders_that_do_not_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to("/nonexistent/disk")
+    with pytest.raises(ConfigError, match="runs is a link to a folder"), free_workdir("tiny.toml"):
+        pass
+    (tmp_path / "runs").unlink()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tiny").symlink_to("/nonexistent/disk")
+    with free_workdir("tiny.toml") as workdir:
+        assert workdir == Path("runs/tiny-2")
 
 
 def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):

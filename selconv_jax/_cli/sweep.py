@@ -30,7 +30,7 @@ from selconv_jax.report._style import save_figure
 from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._sweeps.configurations import SweepRun, check_sweep, plan_sweep
 from selconv_jax.train._sweeps.runs import SweepEnd, run_sweep, share_devices
-from selconv_jax.train._workdir import ENVIRONMENT, METRICS
+from selconv_jax.train._workdir import METRICS, read_environment
 
 _REPORT = "sweep.json"
 _PICTURE = "sweep.png"
@@ -208,13 +208,12 @@ def _differences_report(results: Sequence[ConfigurationResults]) -> list[dict[st
 
 def _run_report(run: SweepRun, workdir: Path, failures: Mapping[str, str]) -> dict[str, Any]:
     records = read_metrics(run.workdir / METRICS)
-    environment = run.workdir / ENVIRONMENT
     return {
         "seed": run.config.seed,
         "directory": run.workdir.relative_to(workdir).as_posix(),
         "complete": run.is_complete,
         "error": failures.get(run.name),
-        "environment": json.loads(environment.read_text()) if environment.is_file() else None,
+        "environment": read_environment(run.workdir),
         "numbers": run_numbers(records) if run.is_complete else None,
         "epochs": records,
     }

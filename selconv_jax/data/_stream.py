@@ -7,11 +7,13 @@ the position in the data, and a resumed run reads the same batches as an uninter
 
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from multiprocessing import resource_tracker
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +28,7 @@ NO_IMAGE = -1
 
 _MOST_THREADS = 16
 _BATCHES_PER_WORKER = 2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class ImageSource(Protocol):
@@ -173,21 +176,39 @@ def stream_batches(
     if workers:
         if not absl.flags.FLAGS.is_parsed():
             absl.flags.FLAGS.mark_as_parsed()  # grain reads a flag, whose default will do
+        resource_tracker.ensure_running()  # the thread that starts it unblocks signals
         pipeline = pipeline.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BATCHES_PER_WORKER),
             worker_init_fn=_live_and_die_with_the_parent,
         )
-    with contextlib.closing(iter(pipeline)) as iterator:
-        for images, labels in iterator:
+    with contextlib.ExitStack() as stack:
+        with _signals_blocked():  # threads start, and these start the worker processes
+            iterator = stack.enter_context(contextlib.closing(iter(pipeline)))
+            first = next(iterator)
+        for images, labels in itertools.chain((first,), iterator):
             # Workers send arrays in shared memory, which is reused while a JAX array may still refer to it.
             yield (np.array(images), np.array(labels)) if workers else (images, labels)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Block signals, which threads and processes that are started inside inherit.
+
+    Ctrl-C reaches every process of the terminal. A worker that died of it before it could ignore it would
+    leave the thread that starts it waiting for ever.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _live_and_die_with_the_parent(worker: int, workers: int) -> None:
     """Ignore signals, which the training process handles for all, and exit when it ends."""
     del worker, workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a worker
 

@@ -43,7 +43,7 @@ class LinenModule(nnx.Module):
         )
         for path, value in new.items():
             # In evaluation, under `jax.jit` too, what is only read must not be written.
-            if value is not old[path]:
+            if path in old and value is not old[path]:
                 (known[path[1:]] if path[0] in _TYPES else rest[path]).set_value(value)
         return y
 

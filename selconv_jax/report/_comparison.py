@@ -76,7 +76,7 @@ def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]
     Accuracies and errors are fractions in [0, 1], of the last epoch; ``best_epoch`` is that of the highest
     validation accuracy, and ``best_test_accuracy`` the test accuracy of that epoch. Channels ``deallocated``
     and ``reallocated`` are those of all rounds; ``images_per_second`` is the median of the epochs. A number
-    that the run does not have is None.
+    that the run does not have, or that needs an epoch whose record is missing, is None.
 
     Example:
         >>> run_numbers([{"epoch": 1, "test_accuracy": 0.75}])["test_error"]
@@ -92,7 +92,8 @@ def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]
         values = series(records, key)
         return None if np.isnan(values).all() else float(reduce(values))
 
-    accuracy, best = last("test_accuracy"), best_index(records)
+    accuracy, is_whole = last("test_accuracy"), _is_whole(records)
+    best = best_index(records) if is_whole else None
     return {
         "test_accuracy": accuracy,
         "test_error": None if accuracy is None else 1 - accuracy,
@@ -101,13 +102,18 @@ def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]
         "validation_accuracy": last("validation_accuracy"),
         "best_test_accuracy": None if best is None else float(records[best]["test_accuracy"]),
         "best_epoch": None if best is None else float(records[best]["epoch"]),
-        "deallocated": over_epochs("deallocated", np.nansum),
-        "reallocated": over_epochs("reallocated", np.nansum),
+        "deallocated": over_epochs("deallocated", np.nansum) if is_whole else None,
+        "reallocated": over_epochs("reallocated", np.nansum) if is_whole else None,
         "copies": last("copies"),
         "open_channels": last("open_channels"),
         "channels": last("channels"),
         "images_per_second": over_epochs("images_per_second", np.nanmedian),
     }
+
+
+def _is_whole(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Check whether there is a record of every epoch up to the last."""
+    return [record["epoch"] for record in records] == list(range(1, len(records) + 1))
 
 
 def comparison_table(configurations: Sequence[ConfigurationResults]) -> Table:

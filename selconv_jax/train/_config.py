@@ -260,14 +260,14 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     text = ""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
         tree = tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file {os.fspath(path)}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{os.fspath(path)} is not a TOML file: {error}.{hint(text, error)}") from None
     except OSError as error:
-        raise ConfigError(f"{os.fspath(path)} cannot be read: {error.strerror}.") from None
+        raise ConfigError(f"{os.fspath(path) or '.'} cannot be read: {error.strerror}.") from None
     return _overridden(tree, overrides)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from selconv_jax._utils.console import print_line
 from selconv_jax.data._dataset import DatasetInfo, ImageData
 from selconv_jax.data._stream import StreamedData
-from selconv_jax.errors import SelconvError
+from selconv_jax.errors import CheckpointError, SelconvError
 from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 from selconv_jax.train._config import Config
@@ -86,7 +86,7 @@ def new_run(config: Config, workdir: Path, context: RunContext) -> Requests[int]
     on_first(lambda: check_free(workdir))
     with run_setup.claimed(workdir, make=True), run_setup.open_store(config, workdir) as store:
         # Only after claiming it: another job may have been about to create its run here.
-        on_first(lambda: create_workdir(workdir, config))
+        on_first(lambda: create_workdir(workdir, config, run_setup.image_facts(data)))
         context.say(f"run in {workdir}")
         return (yield from _Run(trainer, data.info, workdir, store, context).go_on(trainer.initial_state()))
 
@@ -113,6 +113,7 @@ def resumed_run(workdir: Path, context: RunContext, overrides: Sequence[str] = (
     config = run_setup.read_again(workdir, overrides)
     on_first(lambda: check_tracker(config.tracker))
     trainer, data = run_setup.prepare_again(config, context.prepare)
+    run_setup.require_images(workdir, data)
     with run_setup.claimed(workdir), run_setup.open_store(config, workdir) as store:
         if first_decides(bool(store.steps())):
             restored = run_setup.restore(store, trainer)
@@ -138,6 +139,11 @@ class _Run:
 
     def go_on(self, state: TrainState) -> Requests[int]:
         trainer, step = self.trainer, int(state.step)
+        if step > trainer.steps:
+            raise CheckpointError(
+                f"the checkpoint in {self.workdir} is of step {step}, but the run has {trainer.steps} steps: "
+                "it was made with other data or settings. Train anew in another --workdir."
+            )
         for note in trainer.notes:
             self._note(note)
         # A checkpoint at the end of an epoch was taken before the epoch's record and re-allocation.
@@ -145,7 +151,13 @@ class _Run:
         epoch = step // trainer.steps_per_epoch - ended
         # The speed is known from the epoch's record only: resuming does not repeat its steps.
         metrics = self.workdir / METRICS
-        recorded = [record for record in read_metrics(metrics) if record["epoch"] == epoch + 1]
+        records = read_metrics(metrics)
+        recorded = [record for record in records if record["epoch"] == epoch + 1]
+        if lost := sorted({*range(1, epoch + 1)} - {record["epoch"] for record in records}):
+            self._note(f"{metrics} lacks the records of epochs {', '.join(map(str, lost))}")
+        if first_decides(bool(recorded) and step == trainer.steps):
+            self.context.say("complete already")
+            return 0
         speed: float | None = recorded[0].get("images_per_second") if ended and recorded else None
         self._rounds = RoundLog(self.workdir / ROUNDS, self._note)
         self._log: MetricsLog | None = None

@@ -22,7 +22,7 @@ from selconv_jax.train._config_changes import origin_of, with_changes
 from selconv_jax.train._distributed.agreement import exchange, on_first, require_same, software, together
 from selconv_jax.train._state import TrainState
 from selconv_jax.train._trainer import Trainer
-from selconv_jax.train._workdir import CHECKPOINTS, lock, lock_mark, read_config
+from selconv_jax.train._workdir import CHECKPOINTS, lock, lock_mark, read_config, read_environment
 
 _SAMPLED_IMAGES = 100
 _SHARING_SECONDS = 10.0  # for a network file system to show a file that another machine has written
@@ -36,11 +36,13 @@ def prepare(config: Config) -> tuple[Trainer, ImageData | StreamedData]:
         return Trainer(config, data), data
 
     trainer, data = together(of_this_process)
-    facts = [str(data.info), *(f"{len(split)} {key} images" for key, split in _splits(data).items())]
-    if jax.process_count() > 1:
-        facts.append(together(lambda: _sample_digest(data)))
+    facts = together(lambda: image_facts(data)) if jax.process_count() > 1 else {}
     settings = dataclasses.replace(config, data=dataclasses.replace(config.data, directory=None))
-    same = {"software": software(), "configuration": dump_config(settings), "images": "\n".join(facts)}
+    same = {
+        "software": software(),
+        "configuration": dump_config(settings),
+        "images": "\n".join(map(": ".join, facts.items())),
+    }
     require_same(same)
     return trainer, data
 
@@ -93,6 +95,35 @@ def _await_mark(workdir: Path, mark: str) -> None:
         time.sleep(0.1)
 
 
+def image_facts(data: ImageData | StreamedData) -> dict[str, str]:
+    """Describe a data set by what must not change during a run: its facts, and a sample of its images."""
+    sizes = {f"{key} images": str(len(split)) for key, split in _splits(data).items()}
+    # Mean and standard deviation are computed, and so may differ in their last digits.
+    info = {**dataclasses.asdict(data.info), "mean": None, "std": None}
+    description = hashlib.sha256(repr(info).encode()).hexdigest()[:12]
+    return {"data set": data.info.name, **sizes, "description": description, "sample": _sample_digest(data)}
+
+
+def require_images(workdir: Path, data: ImageData | StreamedData) -> None:
+    """Check on every process that the images are those that a run began with, if that is recorded."""
+    together(lambda: _check_images(workdir, data))
+
+
+def _check_images(workdir: Path, data: ImageData | StreamedData) -> None:
+    began = (read_environment(workdir) or {}).get("images")
+    if not isinstance(began, dict):
+        return
+    now = image_facts(data)
+    changed = [
+        f"{key}: {began.get(key)} then, {now.get(key)} now" for key in now if began.get(key) != now[key]
+    ]
+    if changed:
+        raise DataError(
+            f"{data.info.name} is not the data set that the run in {workdir} began with ({changed[0]}). Give "
+            "the folder of that one, data.directory=FOLDER, or train anew in another --workdir."
+        )
+
+
 def _splits(data: ImageData | StreamedData) -> dict[str, ImageSource]:
     splits: dict[str, ImageSource] = {"training": data.train, "test": data.test}
     return splits if data.validation is None else {**splits, "validation": data.validation}
@@ -105,7 +136,7 @@ def _sample_digest(data: ImageData | StreamedData) -> str:
         for place in np.linspace(0, len(split) - 1, min(_SAMPLED_IMAGES, len(split)), dtype=int):
             image, label = split[int(place)]
             digest.update(np.ascontiguousarray(image).tobytes() + str(int(label)).encode())
-    return f"digest of {_SAMPLED_IMAGES} images of each split: {digest.hexdigest()[:12]}"
+    return f"{digest.hexdigest()[:12]}, of {_SAMPLED_IMAGES} images of each split"
 
 
 def open_store(config: Config, workdir: Path) -> CheckpointStore:
@@ -131,6 +162,7 @@ def restore_run(
     """
     config = read_again(workdir, overrides)
     trainer, data = prepare_again(_on_present_devices(config))
+    require_images(workdir, data)
     with open_store(config, workdir) as store:
         restored = restore(store, trainer, step)
     if step is None:

@@ -6,11 +6,13 @@ import json
 import os
 import platform
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from selconv_jax._utils.files import write_atomically, write_json
 from selconv_jax._utils.versions import version_of
 from selconv_jax.errors import ConfigError
 from selconv_jax.train._config import Config, dump_config, load_config
@@ -27,7 +29,7 @@ def default_workdir(config_path: str | os.PathLike[str], parent: str | os.PathLi
     """Return the first free directory ``runs/NAME``, ``runs/NAME-2``, ... for a configuration file."""
     base = Path(parent) / Path(config_path).stem
     candidate, number = base, 1
-    while candidate.exists():
+    while os.path.lexists(candidate):  # a link to a folder that does not exist is not free
         number += 1
         candidate = base.with_name(f"{base.name}-{number}")
     return candidate
@@ -41,6 +43,11 @@ def free_workdir(config_path: str | os.PathLike[str]) -> Iterator[Path]:
         with _writable(workdir), contextlib.suppress(FileExistsError):
             workdir.mkdir(parents=True)
             break
+        if not os.path.lexists(workdir):  # else another process has just made it
+            raise ConfigError(
+                f"{workdir} cannot be made: {workdir.parent} is a link to a folder that does not exist. "
+                "Choose a --workdir."
+            )
     try:
         yield workdir
     finally:
@@ -52,10 +59,10 @@ def free_workdir(config_path: str | os.PathLike[str]) -> Iterator[Path]:
 def check_free(workdir: Path) -> None:
     """Check that a directory, missing or empty, can become that of a new run."""
     # Leftovers of a process that was killed before its run began do no harm.
-    unfinished = {ENVIRONMENT, f".{CONFIG}.new", _LOCK}
     with _writable(workdir):
         try:
-            content = sorted({entry.name for entry in workdir.iterdir()} - unfinished)
+            names = {entry.name for entry in workdir.iterdir()} - {ENVIRONMENT, _LOCK}
+            content = sorted(name for name in names if not (name.startswith(".") and name.endswith(".new")))
         except FileNotFoundError:
             return
     if CONFIG in content:
@@ -70,15 +77,13 @@ def check_free(workdir: Path) -> None:
         )
 
 
-def create_workdir(workdir: Path, config: Config) -> None:
-    """Write the resolved configuration and the environment of a new run into its locked directory."""
+def create_workdir(workdir: Path, config: Config, images: Mapping[str, str]) -> None:
+    """Write configuration, environment and facts of the images of a new run into its locked directory."""
     check_free(workdir)
     with _writable(workdir):
-        (workdir / ENVIRONMENT).write_text(json.dumps(_environment(config), indent=2) + "\n")
-        # Last and atomically: a directory with a configuration is a run that can be resumed.
-        temporary = workdir / f".{CONFIG}.new"
-        temporary.write_text(dump_config(config), encoding="utf-8")
-        temporary.replace(workdir / CONFIG)
+        write_json(workdir / ENVIRONMENT, {**_environment(config), "images": dict(images)})
+        # Last: a directory with a configuration is a run that can be resumed.
+        write_atomically(workdir / CONFIG, dump_config(config))
 
 
 @contextlib.contextmanager
@@ -89,6 +94,15 @@ def _writable(workdir: Path) -> Iterator[None]:
         raise ConfigError(
             f"the work directory {workdir} cannot be written: {error.strerror}. Choose another --workdir."
         ) from None
+
+
+def read_environment(workdir: Path) -> dict[str, Any] | None:
+    """Read where and with what a run began; None if that is missing or damaged: no result depends on it."""
+    try:
+        found = json.loads((workdir / ENVIRONMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def read_config(workdir: Path) -> Config:

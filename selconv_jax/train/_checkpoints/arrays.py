@@ -153,6 +153,11 @@ def check_leaves(folder: Path, leaves: Mapping[str, str], template: PyTree) -> N
     shown = differences[:_SHOWN_LEAVES]
     if len(differences) > len(shown):
         shown.append(f"... and {len(differences) - len(shown)} more")
+    if all(name.split("/")[-1] == "key" for name in names if expected.get(name) != leaves.get(name)):
+        raise CheckpointError(
+            f"{folder} has random keys of another kind ({differences[0]}). Set jax_default_prng_impl "
+            "(JAX_DEFAULT_PRNG_IMPL) to what it was when the run began."
+        )
     raise CheckpointError(
         f"{folder} is a checkpoint of another model: {len(differences)} of {len(names)} leaves "
         "are missing, extra, or of another dtype or shape:\n  " + "\n  ".join(shown) + "\n"
