@@ -81,6 +81,8 @@ def create_workdir(workdir: Path, config: Config, images: Mapping[str, str]) -> 
     """Write configuration, environment and facts of the images of a new run into its locked directory."""
     check_free(workdir)
     with _writable(workdir):
+        for left in workdir.glob(".*.new"):
+            left.unlink()
         write_json(workdir / ENVIRONMENT, {**_environment(config), "images": dict(images)})
         # Last: a directory with a configuration is a run that can be resumed.
         write_atomically(workdir / CONFIG, dump_config(config))
