@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import tomli_w
 from flax import traverse_util
 
 from selconv_jax.errors import CheckpointError, ConfigError
@@ -36,6 +37,18 @@ def with_changes(config: Config, overrides: Sequence[str]) -> Config:
             f"{free}. Start another run by `selconv train`."
         )
     return changed
+
+
+def free_overrides(config: Config) -> list[str]:
+    """List the keys that do not change the result of a run, with their values, as overrides."""
+    flat = _flat(dataclasses.asdict(config))
+    return [
+        f"{key}=none"
+        if flat[key] is None
+        else key + tomli_w.dumps({"": flat[key]}).strip().removeprefix('""')
+        for key in _FREE
+        if key in _free(config)
+    ]
 
 
 def origin_of(config: Config) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tomli_w
 from flax import traverse_util
 
 from selconv_jax.data._loading import open_data
@@ -64,16 +63,6 @@ class SweepRun:
     def is_complete(self) -> bool:
         """True if the last epoch has been recorded."""
         return self.epochs_done == self.config.epochs
-
-    @property
-    def free_overrides(self) -> list[str]:
-        """Overrides with all keys that do not change the result, as a run is resumed with."""
-        determining = _flat(origin_of(self.config))
-        free = {k: v for k, v in _flat(dataclasses.asdict(self.config)).items() if k not in determining}
-        return [
-            f"{key}=none" if value is None else key + tomli_w.dumps({"": value}).strip().removeprefix('""')
-            for key, value in free.items()
-        ]
 
     @property
     def log(self) -> Path:
@@ -255,12 +244,7 @@ def _check_directories(runs: Sequence[SweepRun]) -> None:
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """Describe the first keys with different values, without a final full stop."""
-    old, new = _flat(there), _flat(here)
+    old, new = (traverse_util.flatten_dict(dict(origin), sep=".") for origin in (there, here))
     keys = [key for key in {**new, **old} if old.get(key) != new.get(key)]
     parts = [f"{key} is {old.get(key)!r} there and {new.get(key)!r} here" for key in keys[:3]]
     return "; ".join(parts) + ("; and more" if len(keys) > 3 else "")
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = traverse_util.flatten_dict(dict(tree), sep=".")
-    return flat

@@ -19,6 +19,7 @@ from rich.console import Console
 from selconv_jax._utils.console import progress_console
 from selconv_jax.errors import SelconvError
 from selconv_jax.train._config import parse_config
+from selconv_jax.train._config_changes import free_overrides
 from selconv_jax.train._loop import RunContext, new_run, resumed_run
 from selconv_jax.train._seeds.requests import Requests, answered_alone
 from selconv_jax.train._sweeps.configurations import SweepRun
@@ -38,7 +39,7 @@ def run_of_sweep(run: SweepRun, context: RunContext) -> Requests[tuple[int, str]
     """Train or resume as `make_run` does, with the computations left to whoever answers the requests."""
     try:
         if run.has_started:
-            return (yield from resumed_run(run.workdir, context, run.free_overrides)), ""
+            return (yield from resumed_run(run.workdir, context, free_overrides(run.config))), ""
         return (yield from new_run(run.config, run.workdir, context)), ""
     except SelconvError as error:
         return 1, one_line(error)
