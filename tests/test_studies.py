@@ -98,6 +98,43 @@ def test_table(made):
     assert "jax 1.2.3" in text
 
 
+def test_other_runs_of_the_results_are_kept(tmp_path):
+    """Of another machine: a seed that is repeated is replaced, one that was not complete is added."""
+    study, runs = write_study(tmp_path)
+    assert REPORT["main"]([str(study), str(runs)]) == 0
+    config = configuration("2_selective", epochs=2)
+    for seed, accuracy in ((0, 0.8), (7, 0.66)):
+        directory = tmp_path / f"more/seed{seed}"
+        write_run(directory, dataclasses.replace(config, seed=seed), accuracy, copies=60)
+        environment = json.loads((directory / "environment.json").read_text())
+        environment |= {"device": "faster", "images": {"sample": "abc"}}
+        (directory / "environment.json").write_text(json.dumps(environment))
+    assert REPORT["main"]([str(study), str(tmp_path / "more"), "--keep"]) == 0
+    results = json.loads((study / "results.json").read_text())
+    plain, selective = results["results"]
+    assert [run["seed"] for run in plain["runs"]] == [0, 1, 2]
+    accuracies = {run["seed"]: run["metrics"]["test_accuracy"][-1] for run in selective["runs"]}
+    assert accuracies == {0: 0.8, 1: 0.7, 2: 0.62, 7: 0.66}
+    devices = [results["environments"][run["environment"]]["device"] for run in selective["runs"]]
+    assert devices == ["faster", "cpu", "cpu", "faster"]
+    assert results["unfinished"] == []
+    assert len(results["environments"]) == 2
+    assert (study / "table.md").read_text().count("Machine:") == 2
+
+
+def test_runs_of_other_settings_are_not_kept(tmp_path, capsys):
+    study, runs = write_study(tmp_path)
+    assert REPORT["main"]([str(study), str(runs)]) == 0
+    before = (study / "results.json").read_text()
+    for file in study.glob("*.toml"):
+        file.write_text(file.read_text().replace("epochs = 2", "epochs = 1"))
+    config = configuration("2_selective", epochs=1)
+    write_run(tmp_path / "more/seed9", dataclasses.replace(config, seed=9), 0.5, epochs=1, copies=60)
+    assert REPORT["main"]([str(study), str(tmp_path / "more"), "--keep"]) == 1
+    assert "2_selective on fashion_mnist" in capsys.readouterr().err
+    assert (study / "results.json").read_text() == before
+
+
 def test_results_hold_every_epoch_of_every_run(made):
     results = json.loads((made / "results.json").read_text())
     plain, selective = results["results"]

@@ -1,6 +1,7 @@
 """Summarize the runs of a study as ``results.json``, ``table.md`` and ``accuracy.png`` in its folder.
 
     python experiments/studies/report.py STUDY RUNS [RUNS ...]    collect the runs below these directories
+    python experiments/studies/report.py STUDY RUNS --keep        and keep the others of results.json
     python experiments/studies/report.py STUDY                    table and picture again, from results.json
 
 A study is a folder of configurations, in the order of their names but for ``plain``, which comes first. The
@@ -95,6 +96,59 @@ def collect(study: Path, directories: Sequence[Path]) -> dict[str, Any]:
     }
 
 
+def merge(earlier: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """Add the runs of earlier results that are not among new ones, as of another machine.
+
+    Args:
+        earlier: Results of the same study; a run of equal configuration, images and seed is replaced.
+        results: The new results.
+
+    Returns:
+        Both, in the form of `collect`.
+
+    Raises:
+        DataError: Runs of a configuration differ in more than their seed.
+    """
+    rows = {(row["data"], row["configuration"]): row | {"runs": [*row["runs"]]} for row in results["results"]}
+    environments = [*results["environments"]]
+    for row in earlier["results"]:
+        merged = rows.setdefault((row["data"], row["configuration"]), row | {"runs": []})
+        if not _agree(row["settings"], merged["settings"]):
+            raise DataError(
+                f"the runs of {row['configuration']} on {row['data']} in {RESULTS} have other settings: they "
+                "cannot be averaged. Collect the new ones without --keep."
+            )
+        for run in row["runs"]:
+            if run["seed"] in {other["seed"] for other in merged["runs"]}:
+                continue
+            environment = earlier["environments"][run["environment"]]
+            if environment not in environments:
+                environments.append(environment)
+            merged["runs"].append(run | {"environment": environments.index(environment)})
+        merged["runs"].sort(key=lambda run: run["seed"])
+    complete = {
+        f"{stem}, {data}, seed {run['seed']}" for (data, stem), row in rows.items() for run in row["runs"]
+    }
+    unfinished = {*earlier["unfinished"], *results["unfinished"]} - complete
+
+    def place(key: tuple[str, str]) -> tuple[int, bool, str]:
+        return _place(key[0]), key[1] != results["baseline"], key[1]
+
+    return {
+        **results,
+        "environments": environments,
+        "unfinished": sorted(unfinished),
+        "results": [rows[key] for key in sorted(rows, key=place)],
+    }
+
+
+def _agree(first: Any, second: Any) -> bool:
+    """Compare settings by the keys that both have: versions of the program add some."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return all(_agree(value, second[key]) for key, value in first.items() if key in second)
+    return bool(first == second)
+
+
 def _place(data: str) -> int:
     return list(KNOWN).index(data) if data in KNOWN else len(KNOWN)
 
@@ -109,7 +163,8 @@ def _configuration(
         if _settings(other) != _settings(config):
             raise DataError(f"{first} and {workdir} differ in more than their seed: they cannot be averaged.")
         environment = json.loads((workdir / ENVIRONMENT).read_text(encoding="utf-8"))
-        environment.pop("seed", None)
+        for key in ("seed", "images"):  # of the run, not of the machine
+            environment.pop(key, None)
         if environment not in environments:
             environments.append(environment)
         records = read_metrics(workdir / METRICS)
@@ -188,7 +243,8 @@ def table(results: dict[str, Any]) -> str:
         "Copies and closed channels: at the end, mean over the seeds, of all channels that the layers read. "
         "Multiply-adds are those of the convolutions for an image; the interpolation of shifts is not in "
         "them. Minutes are wall time with compilation, beside whatever else the machine did.",
-        *(f"Machine: {_machine(environment)}." for environment in results["environments"]),
+        # Machines that differ only in what is not shown are one line.
+        *dict.fromkeys(f"Machine: {_machine(environment)}." for environment in results["environments"]),
     ]
     hours = [run["hours"] for row in results["results"] for run in row["runs"]]
     if None not in hours:
@@ -250,11 +306,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Turns the runs of a study into numbers, table and picture.")
     parser.add_argument("study", type=Path, help="folder of the study's configurations")
     parser.add_argument("runs", type=Path, nargs="*", help="directories of its runs; none: results.json")
+    parser.add_argument("--keep", action="store_true", help="keep the other runs of results.json")
     options = parser.parse_args(words)
     try:
         file = options.study / RESULTS
         if options.runs:
             results = collect(options.study, options.runs)
+            if options.keep and file.is_file():
+                results = merge(json.loads(file.read_text(encoding="utf-8")), results)
             file.write_text(_json(results), encoding="utf-8")
         elif not file.is_file():
             raise DataError(f"there is no {file}: name the directories of the study's runs.")
