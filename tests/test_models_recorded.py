@@ -1,6 +1,7 @@
 """The networks against recorded trainings: logits, losses, momentum, re-allocation, in float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -40,20 +41,26 @@ def section(case, name):
 
 def given_round(variables, after, allocation):
     """De-allocates and re-allocates every layer with the sources and shifts that ``after`` came to."""
-    states = {}
-    for path, state in layer_states(variables).items():
-        wanted = layer_states(after)[path]
-        gate, source = functional.deallocate(damage_of(state), state.gate, state.source, allocation.threshold)
-        state = dataclasses.replace(state, gate=gate, source=source)
-        if source is not None:
-            scores = functional.channel_scores(damage_of(state), source, allocation.max_copies)
-            # Nothing was a copy before the only round, so the new sources are what was drawn.
-            drawn = jnp.where(~gate & wanted.gate, wanted.source, -1)
+    states, wanted = layer_states(variables), layer_states(after)
+    for path, state in states.items():
+        states[path], drawn, scores = given_slots(state, wanted[path], allocation)
+        if drawn is not None:
             candidates = np.argsort(-np.asarray(scores), kind="stable")[: allocation.top_k]
             assert set(np.asarray(drawn)[np.asarray(drawn) >= 0]) <= set(candidates)
-            state = functional.fill_slots(state, drawn, wanted.shift)
-        states[path] = state
     return merge_layers(variables, states)
+
+
+@functools.partial(jax.jit, static_argnames="allocation")
+def given_slots(state, wanted, allocation):
+    """The round of one layer, what it drew and the scores that it had to draw by."""
+    gate, source = functional.deallocate(damage_of(state), state.gate, state.source, allocation.threshold)
+    state = dataclasses.replace(state, gate=gate, source=source)
+    if source is None:
+        return state, None, None
+    scores = functional.channel_scores(damage_of(state), source, allocation.max_copies)
+    # Nothing was a copy before the only round, so the new sources are what was drawn.
+    drawn = jnp.where(~gate & wanted.gate, wanted.source, -1)
+    return functional.fill_slots(state, drawn, wanted.shift), drawn, scores
 
 
 def is_ours(name):
