@@ -23,7 +23,7 @@ from selconv_jax.train._config import load_config
 from selconv_jax.train._distributed import cluster
 from selconv_jax.train._loop import train_run
 from selconv_jax.train._metrics import read_metrics
-from trajectory import digest
+from trajectory import TEST_IMAGES, digest
 
 
 def assert_agree(one, other):
@@ -40,7 +40,7 @@ def assert_agree(one, other):
     ],
 )
 def test_devices_and_processes_agree(tmp_path, count, extent):
-    """30 steps with a round in the middle: one device, eight, and so many processes with one device each."""
+    """Two epochs with a round in between: one device, eight, and so many processes with one device each."""
     with Processes(
         [[sys.executable, TESTS / "trajectory.py", tmp_path, count, extent]], tmp_path / "alone"
     ) as run:
@@ -57,7 +57,7 @@ def test_devices_and_processes_agree(tmp_path, count, extent):
     results = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(count)]
     for name, result in results[0].items():
         assert len({json.dumps(other[name]) for other in results}) == 1, "bit for bit"
-        assert result["evaluated"][2] == 500, "every image once, also of a ragged last batch"
+        assert result["evaluated"][2] == TEST_IMAGES[extent], "every image once, also of a ragged last batch"
     assert_agree(results[0]["global"], alone["one"])
     assert_agree(results[0]["per_device"], alone["per_device"])
     if extent == "whole":

@@ -2,7 +2,7 @@
 
 A script: FOLDER DEVICES EXTENT [--coordinator HOST:PORT --process I --processes N]. Each process writes
 FOLDER/I.json; one that is alone writes what so many with a device each must agree with. EXTENT is "whole",
-or "part" for fewer trajectories.
+or "part" for fewer and shorter trajectories.
 """
 
 import contextlib
@@ -26,13 +26,16 @@ from selconv_jax.train._distributed.cluster import Cluster, join
 from selconv_jax.train._gradients import Seen, accumulated_gradients
 from selconv_jax.train._trainer import Trainer
 
-STEPS_PER_EPOCH = 15
+# By extent.
+STEPS_PER_EPOCH = {"whole": 15, "part": 5}
+TEST_IMAGES = {"whole": 500, "part": 100}
 
 
-def trajectory(devices, batch_norm, between=lambda state: None, streamed=False):
-    """Mean loss and accuracy of the epoch so far after each of 30 steps, with a round in the middle.
+def trajectory(extent, devices, batch_norm, between=lambda state: None, streamed=False):
+    """Mean loss and accuracy of the epoch so far after each step of two epochs, with a round in between.
 
     Args:
+        extent: How long it is.
         devices: Their number; 0: all.
         batch_norm: Its scope.
         between: Is given the state after the round.
@@ -51,16 +54,18 @@ def trajectory(devices, batch_norm, between=lambda state: None, streamed=False):
     )
     data = open_data(config.data.name)
     train, test = (Split(split.images[::2], split.labels[::2]) for split in (data.train, data.test))
-    train = Split(train.images[:480], train.labels[:480])
+    steps_per_epoch = STEPS_PER_EPOCH[extent]
+    train = Split(train.images[: 32 * steps_per_epoch], train.labels[: 32 * steps_per_epoch])
+    test = Split(test.images[: TEST_IMAGES[extent]], test.labels[: TEST_IMAGES[extent]])
     data = (StreamedData if streamed else ImageData)(data.info, train, test)
     trainer = Trainer(dataclasses.replace(config, batch_norm=batch_norm), data)
     trainer.model = trainer.model.clone(dtype=jnp.float64, param_dtype=jnp.float64)
-    assert trainer.steps_per_epoch == STEPS_PER_EPOCH
+    assert trainer.steps_per_epoch == steps_per_epoch
     state, seen = trainer.initial_state(), []
     for epoch in range(2):
         program = trainer.program(state, epoch)
         with contextlib.closing(trainer.batches(state, epoch)) as batches:
-            for _ in range(STEPS_PER_EPOCH):
+            for _ in range(steps_per_epoch):
                 state, numbers = trainer.run_steps(state, batches, program, 1)
                 seen.append(np.asarray(numbers).tolist())
         if epoch == 0:
@@ -70,6 +75,11 @@ def trajectory(devices, batch_norm, between=lambda state: None, streamed=False):
     totals = trainer.evaluate(state)
     evaluated = [float(totals.loss), int(totals.correct), int(totals.count)]
     return {"seen": seen, "evaluated": evaluated, "digest": digest(state)}
+
+
+def check_selectivity(state):
+    """Every process has come to the same allocation."""
+    check_same_state(state.selectivity, "then")
 
 
 def digest(state):
@@ -111,12 +121,15 @@ def simulated(count):
 
 def references(devices, extent):
     """What one process finds with one device, with eight, and with so many that normalize for themselves."""
-    found = {"one": trajectory(1, "global"), "per_device": trajectory(devices, "per_device")}
+    found = {
+        "one": trajectory(extent, 1, "global"),
+        "per_device": trajectory(extent, devices, "per_device"),
+    }
     if extent == "part":
         return found
-    found["eight"] = trajectory(8, "global")
+    found["eight"] = trajectory(extent, 8, "global")
     step_module.batch_gradients = simulated(devices)
-    return {**found, "simulated": trajectory(1, "per_device")}
+    return {**found, "simulated": trajectory(extent, 1, "per_device")}
 
 
 def main(folder, devices, extent, *cluster):
@@ -131,11 +144,11 @@ def main(folder, devices, extent, *cluster):
     else:
         with join(Cluster(address, int(process), int(processes))):
             result = {
-                "global": trajectory(0, "global", lambda state: check_same_state(state.selectivity, "then")),
-                "per_device": trajectory(0, "per_device"),
+                "global": trajectory(extent, 0, "global", check_selectivity),
+                "per_device": trajectory(extent, 0, "per_device"),
             }
             if extent == "whole":
-                result["streamed"] = trajectory(0, "global", streamed=True)
+                result["streamed"] = trajectory(extent, 0, "global", streamed=True)
     Path(folder, f"{process}.json").write_text(json.dumps(result))
 
 
