@@ -119,7 +119,7 @@ print(f"plain network: {accuracy(plain, trained):.1%} of the test images")
 # ## Make it selective
 #
 # `selconv_jax.selectivize_model` traces the network. Every convolution whose input is the ReLU of a batch
-# norm becomes a selective layer. The result computes what the plain network computes.
+# norm becomes a selective layer. The result computes the same function.
 
 # %% Conversion
 result = selconv_jax.selectivize_model(plain, trained, images[:1])
@@ -146,11 +146,11 @@ print(f"\naccuracy before {accuracy(model, variables):.1%}, after {accuracy(mode
 # What changed the output is the closing alone: the kernel rows of a new copy start at zero, so filling the
 # slots changes nothing at first. Training then finds out what the copies are good for.
 #
-# ## Train on, with rounds
+# ## Train further, with rounds
 #
-# The same network, once trained on as it is, for comparison, and once with a round after every epoch of the
-# first half. Same images, same order, same learning rates, and the same number of weights, but for two
-# numbers per channel: the shift.
+# The same network is trained further, once unchanged, for comparison, and once with a round after every
+# epoch of the first half. Same images, same order, same learning rates, and the same number of weights,
+# apart from two numbers per channel: the shift.
 
 # %% Test accuracy after every epoch, with and without rounds, and the channels that the rounds changed
 LONGER = 12
@@ -178,13 +178,13 @@ figure
 # %% [markdown]
 # Without rounds, more training brings little: the network has learned what single pixels tell. With them,
 # it gets copies that look elsewhere. This is one run of a small sample; the
-# [study of this network](results.md) has five seeds, the whole data sets, and the controls, which say that
+# [study of this network](results.md) has five seeds, the whole data sets, and the controls, which show that
 # it is the shifts that help, and not the choice of the channels.
 #
 # ## Look at the channels
 #
-# `selconv_jax.layer_states` finds the layers with their arrays. The damage scores that the rounds go by are
-# three functions on them.
+# `selconv_jax.layer_states` finds the layers with their arrays. The damage scores that the rounds go by
+# come from three functions of them.
 
 
 # %% What the slots of every layer read
@@ -212,7 +212,7 @@ selconv_jax.report.channel_map(most, "after training")
 #
 # A round with `top_k=0` only closes. After it the network is trained a little more, so that the others make
 # up for what is gone; then `selconv_jax.compact` removes the closed channels from the layers that read them
-# and, where nothing else reads them, from those that make them.
+# and, where nothing else reads them, from those that compute them.
 
 # %% A smaller network
 closing = selconv_jax.AllocationRule(threshold=0.2, top_k=0)
