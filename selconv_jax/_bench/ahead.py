@@ -1,8 +1,8 @@
 """Programs compiled ahead of time for chips that this machine does not have.
 
 The compilers are the real ones, of the package libtpu and of JAX's CUDA plugin; nothing is run. What they
-tell is of use to compare programs with each other: estimated cycles of a TPU chip; kernels of a GPU, and the
-bytes that these read and write. Programs are traced as on the chip, see `_xla.platforms`.
+report is useful for comparing programs with each other: estimated cycles of a TPU chip; kernels of a GPU, and
+the bytes that these read and write. Programs are traced as on the chip, see `_xla.platforms`.
 """
 
 import dataclasses

@@ -74,7 +74,7 @@ class BenchSettings:
             self.model(name, "selective")
 
     def model(self, name: str, variant: str) -> nn.Module:
-        """Create one of ``models`` for the images and 10 classes, without room for copies."""
+        """Create one of ``models`` for the images and 10 classes, with capacity for no copies."""
         arguments = {"stem": stem_for(self.image), "dtype": jnp.dtype(self.dtype), **self.options}
         return create_model(name, _CLASSES, variant=variant, capacity=0.0, **arguments)
 

@@ -21,11 +21,11 @@ def restart_for_cpu() -> None:
     """Restart the interpreter with settings that make training on CPU faster, unless it has them.
 
     Call it at the start of a program, before anything is computed or opened: what the process has done is
-    lost, and its command line is run anew. With ``GLIBC_TUNABLES`` the C library keeps the memory of a step
-    for the next, in huge pages (Linux); with a flag in ``XLA_FLAGS`` the compiler of jaxlib 0.10 does not
-    recompute values that it was told to keep (where there is no accelerator). Where you have set them, they
-    stay. The program's own commands do the same. Nothing happens in an interactive session, or if the
-    program is read from standard input.
+    lost, and its command line is rerun. With ``GLIBC_TUNABLES`` the C library keeps the memory of a step for
+    the next, in huge pages (Linux); with a flag in ``XLA_FLAGS`` the compiler of jaxlib 0.10 does not
+    recompute values that it was told to keep (where there is no accelerator). Settings that you have made
+    yourself are kept. The ``selconv`` commands do the same. Nothing happens in an interactive session, or if
+    the program is read from standard input.
 
     Example:
         >>> import selconv_jax

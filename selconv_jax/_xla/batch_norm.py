@@ -75,7 +75,7 @@ def _local_statistics(x: jax.Array) -> Statistics:
         pixels,
     )
     count = math.prod(x.shape[1:-1])
-    # The barrier keeps the sums from being computed anew in what reads them. On a GPU, where they are not,
+    # The barrier keeps the sums from being recomputed in what reads them. On a GPU, where they are not,
     # it would fix their layout and so transpose those of copies: two more kernels for each layer.
     sums = sums if target_platform() == "gpu" else lax.optimization_barrier(sums)
     offset, square = (total / count for total in sums)

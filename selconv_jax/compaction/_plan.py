@@ -195,7 +195,7 @@ def plan_compaction(
     compare: bool = True,
     **options: Any,
 ) -> CompactionPlan:
-    """Plan the compaction of `compact`, for code that keeps the variables of the whole network.
+    """Plan what `compact` does, for code that keeps the variables of the whole network.
 
     Arguments and errors are those of `compact`, but all variables except gates and sources may be shapes. If
     no channel is closed, copied or unused, the plan's model takes the variables unchanged. With

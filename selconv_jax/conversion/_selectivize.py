@@ -27,7 +27,7 @@ class Conversion(NamedTuple):
         model: The network, called like the plain one.
         variables: Its variables. A converted layer has all of its own under the name of the convolution.
         converted: Path of the batch norm of each converted convolution, by the path of the convolution.
-        left: Why each other convolution was left as it is, by its path.
+        left: By path, why each remaining convolution was left unchanged.
     """
 
     model: nn.Module
@@ -65,7 +65,7 @@ class Selectivized(nn.Module):
         nn.share_scope(self, self.plain)
 
     def __getattr__(self, name: str) -> Any:
-        """Say that the network's other methods, which may return what is inside of a layer, are left out."""
+        """Say that the network's other methods, which may return what is inside a layer, are left out."""
         if callable(getattr(type(vars(self).get("plain")), name, None)):
             raise AttributeError(
                 f"{name!r} is a method of the plain network; only its __call__ was converted. Call the plain "
@@ -121,11 +121,11 @@ def selectivize_model(
     gate_only: bool = False,
     **options: Any,
 ) -> Conversion:
-    """Convert a trained network of ordinary Flax layers to a selective network, which computes the same.
+    """Convert a trained network of ordinary Flax layers to a selective one that computes the same function.
 
     The network is traced. Every ``nn.Conv(..., use_bias=False)`` whose input is the ReLU of an
     ``nn.BatchNorm``, with or without an ``nn.Dropout`` between them, becomes a `SelectiveConv`, if nothing
-    else reads what is in between. The network can then be re-allocated, trained on and compacted.
+    else reads what is in between. The network can then be re-allocated, trained further and compacted.
 
     In training, the running variance takes the unbiased estimate from then on (method, "One selective layer",
     step 2), where ``nn.BatchNorm`` takes the biased one.

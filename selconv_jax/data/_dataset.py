@@ -86,7 +86,7 @@ class Split:
         labels: int32 ``[N]``, counted from 0.
 
     Raises:
-        DataError: If a dtype or shape differs from these, or the lengths of the two.
+        DataError: A dtype or shape differs from these, or the two lengths differ.
 
     Example:
         >>> split = Split(np.zeros((5, 8, 8, 1), np.uint8), np.zeros(5, np.int32))

@@ -12,7 +12,7 @@ _IDENTITIES = ("optimization_barrier", "stop_gradient")
 
 
 def inlined(function: Callable[..., Any], shapes: Sequence[jax.ShapeDtypeStruct]) -> Callable[..., list[Any]]:
-    """Trace a function, and return one that computes the same by single primitives.
+    """Trace a function, and return one that computes the same function by single primitives.
 
     Calls are replaced by what they call, and barriers are left out. So a converter that follows JAX's
     versions late, or replaces functions of `jax.numpy` while it traces, meets neither.

@@ -22,9 +22,9 @@ def save_stablehlo(
 ) -> None:
     """Write a function atomically as StableHLO, for a batch of any size but 0 on CPU, CUDA and TPU.
 
-    `jax.export.deserialize` reads the file in any process that has JAX, in the next six months of its
-    versions at least; this package is not needed. The layers are traced for each platform, so the file has
-    the formulation that suits the platform it runs on. It has no gradient.
+    `jax.export.deserialize` reads the file in any process that has JAX, for at least the next six months of
+    JAX releases; this package is not needed. The layers are traced for each platform, so the file has the
+    formulation that suits the platform it runs on. It has no gradient.
 
     Args:
         path: The file, by convention ``.stablehlo``.
@@ -32,7 +32,8 @@ def save_stablehlo(
             they lie on several devices, take their `jax.device_get`. For a Linen model
             ``functools.partial(model.apply, variables, train=False)``, for an NNX module after
             ``module.eval()`` the module itself.
-        *inputs: Arrays or `jax.ShapeDtypeStruct`, of which shapes, but for the first axis, and types matter.
+        *inputs: Arrays or `jax.ShapeDtypeStruct`; only their types and their shapes, except for the first
+            axis, matter.
         overwrite: Replace an existing file.
 
     Raises:

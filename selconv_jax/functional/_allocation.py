@@ -14,8 +14,9 @@ from selconv_jax.functional._groups import kernel_rows
 class LayerState:
     """State of one layer, with ``C`` input and ``O`` output channels, that re-allocation reads or rewrites.
 
-    A slot is what belongs to one input channel: its row of the kernel, its batch norm, gate, source and
-    shift. ``source`` and ``shift`` are None in a gate-only layer, whose closed channels are never refilled.
+    A slot is everything that belongs to one input channel: its row of the kernel, its batch norm, gate,
+    source and shift. ``source`` and ``shift`` are None in a gate-only layer, whose closed slots are never
+    filled.
 
     Layers with ``G`` groups are an extension of the method, which has none. Gates, sources and scores
     ignore the groups and index all ``C`` channels: a slot may copy a channel of any group. Only the kernel
@@ -52,9 +53,9 @@ def deallocate(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Close the channels whose total damage stays within a threshold (method, "De-allocation").
 
-    Channels are sorted by their largest damage to any output, in ascending order. The longest prefix
-    whose summed damage exceeds ``threshold`` for no output is closed. If even all channels together do
-    not exceed it (all damage is 0, or the threshold is at least 1), nothing is closed.
+    Channels are sorted by their largest damage to any output, in ascending order. The longest prefix whose
+    summed damage does not exceed ``threshold`` for any output is closed. If even all channels together do not
+    exceed it (all damage is 0, or the threshold is at least 1), nothing is closed.
 
     With groups, an extension of the method, the channels of all groups are sorted together, with one sum
     per output. In addition, each group that had an open channel keeps the last of them in that order:

@@ -233,8 +233,8 @@ def state_dict(
         which become floating, and sources, which become int64.
 
     Raises:
-        ConfigError: The variables do not belong to the network; or the layout cannot hold them, as channels
-            are copied, or batch norms differ that are one there (see `PreResNet`).
+        ConfigError: The variables do not belong to the network; or the layout cannot hold them, because
+            channels are copied, or because batch norms differ that the layout shares (see `PreResNet`).
 
     Example:
         >>> import jax, jax.numpy as jnp

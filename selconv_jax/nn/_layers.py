@@ -34,7 +34,7 @@ class BatchNormReLUConv(nn.Module):
         kernel_dilation: Spacing of the kernel's taps, one for all dimensions or one each; None: 1.
         feature_group_count: Number of groups that the input and output channels are split into.
         dropout_rate: Fraction of the activations that dropout zeroes in training; needs a ``dropout`` key.
-        momentum: Decay rate of the running statistics: the fraction of them that a step keeps.
+        momentum: Decay rate of the running statistics: the fraction of the old value that a step keeps.
         epsilon: Added to the variance.
         axis_name: Mapped axis (of ``jax.shard_map``, ``vmap`` or ``pmap``) over which the statistics of the
             batch are computed, as in `flax.linen.BatchNorm`; not needed under ``jit``, where they are those
@@ -86,7 +86,7 @@ class BatchNormReLUConv(nn.Module):
                 `batch_statistics`, joined by `join_statistics`. In a dense network, where many layers read
                 the same channels, they are then computed once. The result is the same, gradients included.
                 Ignored unless ``train``.
-            deterministic: Compute without dropout; None: unless ``train``.
+            deterministic: Compute without dropout; None: ``not train``.
 
         Returns:
             ``[N, *S', features]``.
@@ -178,7 +178,7 @@ class BatchNormReLU(nn.Module):
     """Batch norm and ReLU alone, as at the end of a network; the same variables as in `BatchNormReLUConv`.
 
     Attributes:
-        momentum: Decay rate of the running statistics: the fraction of them that a step keeps.
+        momentum: Decay rate of the running statistics: the fraction of the old value that a step keeps.
         epsilon: Added to the variance.
         axis_name: See `BatchNormReLUConv`.
         train: Default for ``train`` where a call omits it.

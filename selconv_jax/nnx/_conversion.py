@@ -1,4 +1,4 @@
-"""Compaction and conversion of NNX modules, whose results are Linen models inside of a module."""
+"""Compaction and conversion of NNX modules, whose results are Linen models inside a module."""
 
 from typing import Any
 
@@ -79,5 +79,5 @@ def selectivize_module(
 
 
 def _linen_form(module: nnx.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the Linen model of a module and its variables; those inside of a `LinenModule` as they are."""
+    """Return the Linen model of a module and its variables; those inside a `LinenModule` as they are."""
     return (module.model, module.variables()) if isinstance(module, LinenModule) else to_linen(module)

@@ -47,8 +47,8 @@ class BatchNormReLUConv(nnx.Module):
         momentum: Likewise.
         epsilon: Likewise.
         axis_name: Likewise.
-        use_running_average: Normalize with the running statistics, and without dropout, in calls that do not
-            say; ``module.train()`` and ``module.eval()`` set it, as in `flax.nnx.BatchNorm`.
+        use_running_average: Normalize with the running statistics, and compute without dropout, in calls that
+            do not pass it; ``module.train()`` and ``module.eval()`` set it, as in `flax.nnx.BatchNorm`.
         dtype: Type of the computation; None: inferred from the input and parameters.
         param_dtype: Type of the parameters.
         precision: Precision of the convolution, see `jax.lax.Precision`.

@@ -21,11 +21,11 @@ _REST = "nnx"  # collection of the variables that no other collection takes, suc
 
 
 def to_linen(module: nnx.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """Convert an NNX module to a Linen model that computes the same.
+    """Convert an NNX module to a Linen model that computes the same function.
 
     Its selective and plain layers, convolutions and dropouts become those of Linen, with the same names, and
-    a `LinenModule` becomes its model. So what `selconv_jax.compact`, `selconv_jax.analysis.count_layers` and
-    Flax's own tables know of Linen models they know of the module.
+    a `LinenModule` becomes its model. So `selconv_jax.compact`, `selconv_jax.analysis.count_layers` and
+    Flax's own tables work for the module as they do for Linen models.
 
     Args:
         module: The module; its ``__call__`` is converted. It is not changed.

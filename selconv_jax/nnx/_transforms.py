@@ -1,4 +1,4 @@
-"""Tree transforms of the variables as updates of NNX modules in place."""
+"""The transforms of variables, as in-place updates of NNX modules."""
 
 from typing import Any
 
@@ -17,9 +17,9 @@ from selconv_jax.transforms._report import Report
 def reallocate(module: nnx.Module, key: jax.Array, allocation: AllocationRule | None = None) -> Report:
     """Re-allocate the channels of every selective layer of a module, in place.
 
-    One round of `selconv_jax.reallocate`, which see, on the module's variables. Layers are found in modules,
-    lists and dictionaries at any depth, and may also be Linen ones in ``nnx.bridge.ToNNX``. It may be called
-    under ``nnx.jit``.
+    One round of `selconv_jax.reallocate` on the module's variables; see there for the details. Layers are
+    found in modules, lists and dictionaries at any depth, and may also be Linen ones in ``nnx.bridge.ToNNX``.
+    It may be called under ``nnx.jit``.
 
     Args:
         module: The module.
@@ -67,7 +67,7 @@ def reset_rewritten(optimizer: nnx.Optimizer[Any], module: nnx.Module, report: R
 
 
 def selectivize(plain: nnx.Module, selective: nnx.Module) -> None:
-    """Give a selective module, in place, the variables of a trained plain one; it then computes the same.
+    """Give a selective module, in place, the variables, and so the function, of a trained plain one.
 
     See `selconv_jax.selectivize`.
 
@@ -82,10 +82,10 @@ def selectivize(plain: nnx.Module, selective: nnx.Module) -> None:
 
 
 def fit_capacity(module: nnx.Module, steps: int = 8) -> None:
-    """Let every selective layer of a module provide for just the copies that it has, in place.
+    """Set, in place, the capacity of every selective layer of a module to just what its copies need.
 
     See `selconv_jax.with_capacity`. Call it after each round; what ``nnx.jit`` has compiled for other
-    capacities is compiled anew. Layers inside of a `LinenModule` or ``nnx.bridge.ToNNX`` are included.
+    capacities is recompiled. Layers inside a `LinenModule` or ``nnx.bridge.ToNNX`` are included.
 
     Args:
         module: The module.

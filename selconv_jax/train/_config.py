@@ -27,7 +27,7 @@ class ModelConfig:
 
     Attributes:
         name: A name of `selconv_jax.models.MODELS`.
-        variant: ``"selective"``, ``"plain"``, or ``"gate_only"`` (channels are closed, never filled again).
+        variant: ``"selective"``, ``"plain"``, or ``"gate_only"`` (channels are closed, never filled).
         dtype: Type of the computation; parameters, statistics and the loss stay float32.
         options: Arguments of the network that replace those of its name, such as ``blocks`` or ``growth``.
     """
@@ -51,8 +51,8 @@ class DataConfig:
             instead of lying on the devices; None: if they differ in size or would take more than 2 GiB.
         workers: Processes that read streamed images; 0: threads of the program.
         mixup: Parameter of the beta distribution of mixup's weights; 0: no mixup.
-        validation: Training images to hold out, of which the best epoch is chosen: a number, or a fraction in
-            (0, 1). As many of each class as of any other, the same ones for every seed; None: none.
+        validation: Training images to hold out, by which the best epoch is chosen: a number, or a fraction in
+            (0, 1). The same number from each class, and the same images for every seed; None: none.
         validation_split: Images of the set to validate on instead, in tensorflow-datasets' slicing syntax,
             such as ``"validation"`` or ``"train[80%:]"``.
         train_split: Images to train on, such as ``"train[:80%]"``; None: ``"train"``.
@@ -104,7 +104,7 @@ class AllocationConfig:
 
     Attributes:
         threshold: Fraction of the damage that a round may lose by closing channels, in [0, 1].
-        top_k: Number of channels that compete for the free slots.
+        top_k: Number of channels that compete for the closed slots.
         max_copies: No further copies of a channel that more than this many read; None: no limit.
         shift_range: New copies start at shifts in ``[-shift_range, shift_range]`` pixels.
         random_sources: Sources are drawn from all open channels instead of the top K: an ablation.
@@ -151,8 +151,8 @@ class OptimizerConfig:
             ``"lars"``.
         options: Its further arguments.
         learning_rate: At the first step, or after the warm-up; decays to 0 by a cosine over the run's steps.
-        reference_batch_size: Batch size for which that rate is meant; it is scaled in proportion to that of
-            the run; None: it is that of the run. The method has none.
+        reference_batch_size: Batch size that ``learning_rate`` is meant for: the rate is multiplied by
+            ``batch_size / reference_batch_size``. None: no scaling, as published.
         warmup_epochs: Epochs over which the rate rises from 0. The method has none.
         momentum: Nesterov momentum, of ``"sgd"`` and ``"lars"``.
         weight_decay: Times the parameter, added to the gradient of all parameters but the shifts. If the
@@ -248,15 +248,15 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Args:
         path: The file.
-        overrides: ``"key=value"`` with dots between the parts of the key and the value in TOML; a value
-            that is no TOML is taken as a number or a truth value as Python writes them, else as text, and
-            ``none`` removes the key.
+        overrides: ``"key=value"`` with dots between the parts of the key and the value in TOML; a value that
+            is not TOML is read as a number or boolean in Python's notation, or else as text, and ``none``
+            removes the key.
 
     Returns:
         The checked configuration; ``data.directory`` is absolute.
 
     Raises:
-        ConfigError: The file is missing or no TOML, or a key or value is wrong; the message names it.
+        ConfigError: The file is missing or not TOML, or a key or value is wrong; the message names it.
     """
     text = ""
     try:

@@ -76,7 +76,7 @@ class CompactedRun:
 
     Attributes:
         sizes: Channels that the layers with a gate read, parameters, and multiply-adds (MACs) per image, by
-            name: before compaction, with room for the copies (`count_layers`, "selective"), and after.
+            name: before compaction, providing for the copies (`count_layers`, "selective"), and after.
         metrics: As `evaluate_run` returns them; empty if it was not evaluated.
     """
 

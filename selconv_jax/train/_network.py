@@ -60,7 +60,7 @@ class Program:
 
 
 def bucket_program(model: Any, needed: float) -> Program:
-    """Return the program of the smallest of `CAPACITIES` with room for the needed fraction of copies."""
+    """Return the program of the smallest of `CAPACITIES` that provides for the needed fraction of copies."""
     capacity = next(bucket for bucket in CAPACITIES if bucket >= needed)
     note = f" for copies in up to {capacity:.1%} of a layer's channels" if capacity else ""
     return Program(("capacity", capacity), model.clone(capacity=capacity), note)

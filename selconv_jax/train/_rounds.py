@@ -1,4 +1,4 @@
-"""The allocation after every round of a run, a small file each; only pictures are made of them."""
+"""Record of the allocation after every round of a run, one small file per round; only pictures read it."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

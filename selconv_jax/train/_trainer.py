@@ -118,7 +118,7 @@ class Trainer:
     def program(self, state: TrainState, epoch: int) -> Program:
         """Choose the program for the steps of an epoch, counted from 0, and the evaluation after it.
 
-        Before the last round it has room for the current copies. After it, it is the program of the frozen
+        Before the last round it provides for the current copies. After it, it is the program of the frozen
         allocation, unless ``allocation.compile_frozen`` is false.
         """
         # All rounds that were due have been made, except one at the end of this epoch.

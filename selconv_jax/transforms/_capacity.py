@@ -100,8 +100,8 @@ def with_capacity(model: nn.Module, variables: Any, steps: int = 8) -> FittedCap
         steps: Capacities are rounded up to multiples of ``1 / steps``, so that not every round compiles anew.
 
     Returns:
-        The same network, computing the same. Networks with the same capacities are equal, as keys of a
-        compiled step are.
+        The same network, with the same results. Networks with the same capacities compare equal, so that
+        they can serve as static arguments of a compiled step.
 
     Raises:
         ConfigError: The sources are traced, or shapes.

@@ -68,7 +68,9 @@ class Report:
         return f"Report({', '.join(f'{name}={count}' for name, count in counts.items())})"
 
     def summary(self) -> str:
-        """Tabulate the counts of every layer and their totals; ``?`` for what is traced or is no array.
+        """Tabulate the counts of every layer and their totals.
+
+        ``?`` stands for values that are traced or are not arrays.
 
         Example:
             >>> import jax, jax.numpy as jnp, selconv_jax

@@ -38,7 +38,7 @@ def over_members(one: Callable[..., Any], state: Any, arguments: Arguments, mesh
 
 
 def common_program(requests: Sequence[Request]) -> Program:
-    """Return the program with the largest capacity, which has room for the copies of every run."""
+    """Return the program with the largest capacity, which provides for the copies of every run."""
     return max((each.program for each in requests), key=lambda program: program.model.capacity)
 
 
@@ -118,8 +118,8 @@ class MemberTrainer(Trainer):
     """The trainer of one of several runs, whose steps and evaluations are computed together with the others.
 
     It uses the images and compiled functions of ``trainer``, from whose run ``config`` differs in its seed
-    alone. It has no program for a frozen allocation, which would differ between runs: steps keep room for the
-    current copies. Results agree up to rounding.
+    alone. It has no program for a frozen allocation, which would differ between runs: steps keep providing
+    for the current copies. Results agree up to rounding.
     """
 
     def __init__(self, trainer: Trainer, config: Config) -> None:
