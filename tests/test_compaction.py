@@ -133,6 +133,21 @@ def test_frozen_model_has_the_variables_of_the_whole():
     np.testing.assert_array_equal(mean[~open_], kept[~open_])
 
 
+@pytest.mark.parametrize("family", ["densenet_bc", pytest.param("condensenet", marks=pytest.mark.slow)])
+def test_frozen_model_drops_out_what_the_whole_does(family):
+    model = NETWORKS[family].clone(dropout_rate=0.5)
+    variables = perturbed_variables(model, SHAPE, seed=3, closed=0.4, copies=0.3)
+    frozen = selconv_jax.plan_compaction(model, variables, compare=False).frozen_model()
+
+    def trained(network):
+        options = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(1)}}
+        return quick_jit(lambda v: network.apply(v, images(), **options)[0])(variables)
+
+    expected = trained(model)
+    np.testing.assert_allclose(trained(frozen), expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(expected - trained(NETWORKS[family])).max() > 0.1
+
+
 def test_training_on_goes_as_the_whole_network_would():
     """After training with rounds of re-allocation; momentum is taken along."""
     model = NETWORKS["preresnet"]

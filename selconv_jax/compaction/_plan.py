@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from flax.core import FrozenDict, freeze, unfreeze
@@ -15,10 +16,11 @@ from flax.core import FrozenDict, freeze, unfreeze
 from selconv_jax.compaction._flow import Flow, channel_flow
 from selconv_jax.compaction._liveness import Kept, host_allocations, needed_channels, reduction
 from selconv_jax.compaction._network import Compact, NetworkCall, check_network, failed_call, network_call
-from selconv_jax.compaction._places import Place
+from selconv_jax.compaction._places import Place, RowsPlace
 from selconv_jax.compaction._trace import Trace, coarsest_step, trace_network
 from selconv_jax.compaction._verification import joins_the_same, random_case, same_numbers
 from selconv_jax.errors import ConfigError
+from selconv_jax.nn._interception import intercept_calls, scope_path
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,16 +111,33 @@ class FrozenModel:
         """Apply the network, as ``flax.linen.Module.apply`` of the whole network does.
 
         Changed collections have the whole network's shapes. Removed channels keep their running statistics,
-        which the whole network would update.
+        which the whole network would update. Dropout in layers zeroes what it zeroes in the whole network.
         """
         apply: Callable[..., Any] = self.plan.model.apply
-        result = apply(self.plan.take(variables), *args, mutable=mutable, **kwargs)
+        with intercept_calls(self._drop_as_whole):
+            result = apply(self.plan.take(variables), *args, mutable=mutable, **kwargs)
         if mutable is False:
             return result
         output, changed = result
         known = {name: variables[name] for name in changed if name in variables}
         whole = self.plan.put(known, {name: changed[name] for name in known})
         return output, {**changed, **whole}
+
+    def _drop_as_whole(self, module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Drop out channels of a layer by numbers drawn for all that the whole network's layer has.
+
+        Random numbers depend on the shape that they are drawn for.
+        """
+        is_dropout = isinstance(module, nn.Dropout)
+        place = self.plan.places.get(("params", *scope_path(module)[:-1], "scale")) if is_dropout else None
+        if not isinstance(place, RowsPlace):
+            return call(*args, **kwargs)
+        x, *others = args
+        whole = jnp.ones((*x.shape[:-1], place.size), x.dtype)
+        kept = call(whole, *others, **kwargs)
+        if kept is whole:  # in evaluation
+            return x
+        return jnp.where(place.take(kept) != 0, x / (1 - module.rate), jnp.zeros((), x.dtype))
 
 
 def _unflatten(flat: dict[tuple[str, ...], Any], like: Any) -> Any:
