@@ -1,7 +1,9 @@
 """Multiply-adds against numbers worked out by hand."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pytest
 from jax import lax
 
 from selconv_jax import BatchNormReLUConv
@@ -21,6 +23,29 @@ def test_convolutions():
     assert counted(BatchNormReLUConv(8, (3, 3), feature_group_count=2), 1, 6, 6, 4) == 6 * 6 * 8 * (9 * 2)
     assert counted(BatchNormReLUConv(8, (1, 1)), 1, 6, 6, 4) == 6 * 6 * 8 * 4
     assert counted(BatchNormReLUConv(8, (5,)), 3, 6, 4) == 3 * 6 * 8 * (5 * 4)
+
+
+@pytest.mark.parametrize(("size", "padding"), [(2, "VALID"), (3, "SAME"), (4, "SAME")])
+def test_transposed_convolutions(size, padding):
+    """Each pixel of the input is multiplied once with every weight, whatever the stride."""
+    layer = nn.ConvTranspose(8, (size, size), strides=(2, 2), padding=padding)
+    x = jax.ShapeDtypeStruct((2, 5, 7, 4), jnp.float32)
+    found = count_multiply_adds(lambda x: layer.init_with_output(jax.random.key(0), x)[0], x)
+    assert sum(found.values()) == 2 * 5 * 7 * 4 * (size * size * 8)
+
+
+def test_gradients_cost_what_the_convolution_does():
+    def strided(x, kernel):
+        names = ("NHWC", "HWIO", "NHWC")
+        options = {"dimension_numbers": names, "rhs_dilation": (1, 2), "feature_group_count": 2}
+        return lax.conv_general_dilated(x, kernel, (2, 3), ((1, 1), (2, 2)), **options)
+
+    x, kernel = jnp.ones((2, 6, 9, 4)), jnp.ones((3, 3, 2, 8))
+    alone = count_multiply_adds(strided, x, kernel)[""]
+    assert alone == 2 * 3 * 3 * 8 * (9 * 2)
+    for number in (0, 1):
+        gradient = jax.grad(lambda *arguments: strided(*arguments).sum(), argnums=number)
+        assert sum(count_multiply_adds(gradient, x, kernel).values()) == 2 * alone
 
 
 def test_network_by_layer():

@@ -1,11 +1,13 @@
 """Counts of a network's trainable parameters and, from its traced program, multiply-adds (MACs)."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import Jaxpr
 
 from selconv_jax.compaction._trace import inner_programs
@@ -29,7 +31,8 @@ def count_multiply_adds(function: Callable[..., Any], *arguments: Any) -> dict[s
     """Count the multiply-adds (MACs) of a function's convolutions and matrix products, by module.
 
     A multiplication and its addition count as one. Taps of a convolution that fall on padding count, as is
-    usual; batch norms, activations and pools do not. The function is only traced, not run. The body of a
+    usual, but not those that fall between the pixels of a transposed one's input; batch norms, activations
+    and pools do not. The function is only traced, not run. The body of a
     ``lax.scan`` counts once per iteration, of a ``lax.cond`` the most expensive branch counts, and the body
     of a ``lax.while_loop``, whose length is unknown, counts once. A selective network includes the products
     for the copies that its ``capacity`` provides for; ``model.clone(capacity=0.0)`` counts as the plain one.
@@ -76,6 +79,22 @@ def _of_product(equation: Any) -> int:
 
 
 def _of_convolution(equation: Any) -> int:
-    kernel = equation.invars[1].aval.shape
-    features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-    return math.prod(equation.outvars[0].aval.shape) * (math.prod(kernel) // features)
+    numbers, kernel = equation.params["dimension_numbers"], equation.invars[1].aval.shape
+    result = equation.outvars[0].aval.shape
+    channels = math.prod(result[axis] for axis in numbers.out_spec[:2]) * kernel[numbers.rhs_spec[1]]
+    axes = zip(
+        (result[axis] for axis in numbers.out_spec[2:]),
+        (kernel[axis] for axis in numbers.rhs_spec[2:]),
+        equation.params["window_strides"],
+        equation.params["padding"],
+        equation.params["lhs_dilation"],
+        equation.params["rhs_dilation"],
+        strict=True,
+    )
+    return channels * math.prod(itertools.starmap(_taps, axes))
+
+
+def _taps(size: int, taps: int, stride: int, padding: tuple[int, int], dilation: int, spacing: int) -> int:
+    """Count the taps of a window along one axis, over all its places, that fall on no zero between pixels."""
+    places = stride * np.arange(size)[:, None] + spacing * np.arange(taps)[None, :] - padding[0]
+    return int((places % dilation == 0).sum())
