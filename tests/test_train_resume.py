@@ -1,8 +1,10 @@
 """Runs that are stopped and resumed: they end as an unbroken one, bit for bit."""
 
+import dataclasses
 import re
 import signal
 
+import jax
 import pytest
 
 from runs import (
@@ -14,11 +16,14 @@ from runs import (
     tiny_config,
     whole_config,
 )
+from selconv_jax import ConfigError
 from selconv_jax.train import _loop as loop
+from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._evaluation import evaluate_run
 from selconv_jax.train._loop import resume_run, train_run
 from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._trainer import Trainer
+from selconv_jax.train._workdir import create_workdir
 
 pytestmark = pytest.mark.optimized
 
@@ -136,3 +141,23 @@ def test_damaged_checkpoint_falls_back_and_says_so(whole_run, tmp_path):
     victim = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-7])
     assert f"skipped: {newest} is damaged" in assert_goes_on_as(workdir, whole_run[0])
+
+
+@pytest.mark.parametrize("batch_norm", ["per_device", "global"])
+def test_statistics_of_each_device_need_as_many_devices(tmp_path, monkeypatch, batch_norm):
+    """A run on all devices is resumed where there are fewer."""
+    workdir, console = tmp_path / "moved", quiet_console()[0]
+    config = dataclasses.replace(whole_config(), devices=0, batch_size=40, batch_norm=batch_norm)
+    workdir.mkdir()
+    create_workdir(workdir, config, {})
+
+    def prepared(config):
+        raise InterruptedError("all checks are passed")
+
+    monkeypatch.setattr(run_setup, "prepare", prepared)
+    with pytest.raises(InterruptedError):
+        resume_run(workdir, console)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    error, text = (InterruptedError, "passed") if batch_norm == "global" else (ConfigError, "began on 8 dev")
+    with pytest.raises(error, match=text):
+        resume_run(workdir, console)

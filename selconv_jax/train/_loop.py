@@ -18,7 +18,13 @@ from selconv_jax.errors import CheckpointError, SelconvError
 from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 from selconv_jax.train._config import Config
-from selconv_jax.train._distributed.agreement import check_same_state, first_decides, is_first, on_first
+from selconv_jax.train._distributed.agreement import (
+    check_same_state,
+    first_decides,
+    is_first,
+    on_first,
+    together,
+)
 from selconv_jax.train._evaluation import evaluation_metrics
 from selconv_jax.train._metrics import MetricsLog, channel_counts, read_metrics, sentence
 from selconv_jax.train._network import Program
@@ -112,6 +118,7 @@ def resumed_run(workdir: Path, context: RunContext, overrides: Sequence[str] = (
     """Resume as `resume_run` does, with the computations left to whoever answers the requests."""
     config = run_setup.read_again(workdir, overrides)
     on_first(lambda: check_tracker(config.tracker))
+    together(lambda: run_setup.require_devices(workdir, config))
     trainer, data = run_setup.prepare_again(config, context.prepare)
     run_setup.require_images(workdir, data)
     with run_setup.claimed(workdir), run_setup.open_store(config, workdir) as store:

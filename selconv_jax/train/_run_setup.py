@@ -132,6 +132,20 @@ def _check_images(workdir: Path, data: ImageData | StreamedData) -> None:
         )
 
 
+def require_devices(workdir: Path, config: Config) -> None:
+    """Check that a run whose result depends on the number of devices has as many as it began with.
+
+    That of a run on all devices is not in its configuration, but recorded where it began.
+    """
+    began, now = (read_environment(workdir) or {}).get("devices"), jax.device_count()
+    if config.batch_norm == "global" or config.devices or began in (None, now):
+        return
+    raise ConfigError(
+        f'the run in {workdir} began on {began} devices, and here are {now}. With batch_norm = "per_device" '
+        f"its result depends on their number. Resume it where JAX sees {began}."
+    )
+
+
 def _splits(data: ImageData | StreamedData) -> dict[str, ImageSource]:
     splits: dict[str, ImageSource] = {"training": data.train, "test": data.test}
     return splits if data.validation is None else {**splits, "validation": data.validation}
