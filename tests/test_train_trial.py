@@ -59,6 +59,11 @@ def test_optimizers_that_can_be_reset(name):
         ({"optimizer": {"name": "momo"}}, "optimizer.name is 'momo', which cannot make a step"),
         ({"optimizer": {"name": "sophia"}}, "optimizer.name is 'sophia', which cannot make a step .*obj_fn"),
         ({"optimizer": {"name": "rprop"}}, "optimizer.options do not suit rprop"),
+        ({"optimizer": {"name": "schedule_free_sgd"}}, "whose result is an average of the networks that"),
+        (
+            {"optimizer": {"name": "schedule_free_adamw", "train_shift": False}},
+            "optimizer.name is 'schedule_free_adamw', whose result is an average",
+        ),
         (
             {"optimizer": {"name": "adafactor"}, "allocation": {"reset_momentum": True}},
             "allocation.reset_momentum is true, but what adafactor keeps cannot be reset .*conv1/bias",
@@ -128,7 +133,7 @@ def test_batch_norm_of_a_single_value_is_noted(changes, devices, noted):
     ("changes", "noted"),
     [
         ({"optimizer": {"name": "madgrad"}}, True),
-        ({"optimizer": {"name": "schedule_free_sgd"}}, True),
+        ({"optimizer": {"name": "dog"}}, True),
         ({"optimizer": {"name": "madgrad"}, "allocation": {"reset_momentum": True}}, False),
         ({"optimizer": {"name": "madgrad"}, "model": {"variant": "plain"}}, False),
         ({"optimizer": {"name": "adamw"}}, False),

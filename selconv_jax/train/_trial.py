@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 from selconv_jax.errors import ConfigError, SelconvError
 from selconv_jax.train._config import Config
@@ -42,6 +43,11 @@ def try_on_shapes(
         state = jax.eval_shape(make)
     with _refused(f"optimizer.options do not suit {name} ({{}})."):
         opt_state = jax.eval_shape(optimizer.init, state.params)
+    if any(map(_is_schedule_free, jax.tree.leaves(opt_state, is_leaf=_is_schedule_free))):
+        raise ConfigError(
+            f"optimizer.name is {name!r}, whose result is an average of the networks that it trains, and not "
+            "the last of them, which a run evaluates and keeps. Choose another optimizer."
+        )
     with _refused(
         f"optimizer.name is {name!r}, which cannot make a step of gradients and parameters alone, or not "
         "with these optimizer.options ({}). Choose another optimizer, or other options."
@@ -57,6 +63,11 @@ def try_on_shapes(
         if config.allocation.reset_momentum and state.selectivity:
             jax.eval_shape(reset_after_round, state.variables, opt_state)
     return dataclasses.replace(state, opt_state=opt_state)
+
+
+def _is_schedule_free(state: Any) -> bool:
+    """Check for the state of an optimizer whose result is `optax.contrib.schedule_free_eval_params`."""
+    return isinstance(state, optax.contrib.ScheduleFreeState)
 
 
 def notes_on(
