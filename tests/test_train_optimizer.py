@@ -23,6 +23,12 @@ def moved(config):
         return optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)[0]["conv"]
 
 
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_optimizers_are_the_same_by_their_full_name(name):
+    short, full = (moved(OptimizerConfig(name=prefix + name)) for prefix in ("", "optax."))
+    jax.tree.map(np.testing.assert_array_equal, full, short)
+
+
 def test_the_published_rate_is_a_cosine_without_warm_up():
     rate = learning_rate_schedule(OptimizerConfig(), 100, steps_per_epoch=10, batch_size=64)
     expected = 0.05 * (1 + np.cos(np.pi * np.arange(101) / 100))

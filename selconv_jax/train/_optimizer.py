@@ -1,5 +1,6 @@
 """The published optimizer, or another of optax, as an optax chain."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -51,9 +52,9 @@ def make_optimizer(
     The learning rate is the schedule, by default that of `learning_rate_schedule` over the steps of the run.
     """
     schedule = schedule or learning_rate_schedule(config, steps)
-    maker = _maker(config.name)
+    name, maker = _maker(config.name)
     parameters = inspect.signature(maker).parameters
-    options = _options(config, parameters)
+    options = _options(dataclasses.replace(config, name=name), parameters)
     decays = [key for key in parameters if key.endswith("weight_decay")]
 
     def make(**options: Any) -> optax.GradientTransformation:
@@ -78,8 +79,12 @@ def make_optimizer(
     return optax.chain(*links)
 
 
-def _maker(name: str) -> Callable[..., optax.GradientTransformation]:
-    """Find the function of optax or optax.contrib that makes an optimizer from a learning rate."""
+def _maker(name: str) -> tuple[str, Callable[..., optax.GradientTransformation]]:
+    """Find the function of optax or optax.contrib that makes an optimizer from a learning rate.
+
+    Returns:
+        Its name without that of the module, and the function.
+    """
     makers: dict[str, Callable[..., optax.GradientTransformation]] = {}
     for module in (optax.contrib, optax):
         for key, value in vars(module).items():
@@ -95,7 +100,7 @@ def _maker(name: str) -> Callable[..., optax.GradientTransformation]:
         raise ConfigError(
             f"optimizer.name is {name!r}, which is no optimizer of optax. {nearest(key, makers)}"
         )
-    return makers[key]
+    return key, makers[key]
 
 
 def _options(config: OptimizerConfig, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
