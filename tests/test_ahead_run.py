@@ -91,6 +91,13 @@ def test_programs_and_messages_of_a_run(plan):
     assert step.message_seconds > 0
 
 
+@pytest.mark.parametrize(("variant", "asked", "told"), [("selective", 0.3, 0.5), ("plain", 0.25, 0.0)])
+def test_the_capacity_is_that_of_the_program(monkeypatch, variant, asked, told):
+    monkeypatch.setattr(run_ahead, "compile_ahead", lambda name, lower, topology: name)
+    config = tiny_config(batch_size=128, devices=0, data=ALL_IMAGES, model={"variant": variant})
+    assert compile_run(config, "v5e:2x4", jax.devices(), capacity=asked).capacity == told
+
+
 def test_per_device_has_one_message_for_the_gradient():
     config = tiny_config(batch_size=128, devices=0, data=ALL_IMAGES, batch_norm="per_device")
     plan = compile_run(config, "v5e:2x4", jax.devices(), evaluation=False)

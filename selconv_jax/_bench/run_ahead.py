@@ -46,8 +46,8 @@ def compile_run(
 ) -> RunPlan:
     """Compile the programs of a run ahead of time for these chips, instead of its ``devices``.
 
-    Selective layers have room to re-allocate the fraction ``capacity`` of their channels. ``tell`` is called
-    with a description of the next program.
+    Selective layers have room to re-allocate the fraction ``capacity`` of their channels, or the next larger
+    one for which runs compile steps. ``tell`` is called with a description of the next program.
 
     Raises:
         ConfigError: The batch does not divide over the chips, or does not fit in their memory.
@@ -84,7 +84,7 @@ def compile_run(
         chips=chips,
         batch_size=config.batch_size,
         micro_batches=config.micro_batches,
-        capacity=capacity,
+        capacity=program.model.capacity,
         gradient_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in params),
         memory_capacity=chip.memory if chip else None,
         clock=chip.clock if chip else None,
