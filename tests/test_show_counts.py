@@ -2,11 +2,16 @@
 
 import shutil
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import pytest
 
 from runs import compiled_once, final_arrays, quiet_console, tiny_config
+from selconv_jax import SelectiveConv
 from selconv_jax._cli.main import main
-from selconv_jax._cli.pictures import print_run
+from selconv_jax._cli.pictures import _forward, print_run
+from selconv_jax.models import create_model
 from selconv_jax.train import _loop as loop
 from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._evaluation import compact_run
@@ -98,3 +103,26 @@ def test_a_plain_run_and_one_that_only_closes(tmp_path):
     assert counts[:2] == [parameters, parameters]
     assert counts[3:5] == [multiply_adds, multiply_adds]
     assert float(counts[5]) < float(multiply_adds)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("densenet_bc190", {"blocks": [1, 11, 1], "growth": 2}),
+        ("preresnet164", {"blocks": [1, 2]}),
+        ("condensenet182", {"blocks": [2, 1], "growth": [4, 8]}),
+    ],
+)
+def test_layers_are_in_the_order_of_their_calls(name, options):
+    network = create_model(name, 10, variant="selective", **options)
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    called = []
+
+    def look(call, args, kwargs, context):
+        if isinstance(context.module, SelectiveConv) and context.method_name == "__call__":
+            called.append("/".join(context.module.path))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(look):
+        jax.eval_shape(lambda image: network.init(jax.random.key(0), image, train=False), image)
+    assert sorted(called, key=_forward) == called

@@ -85,7 +85,7 @@ def _of_round(
 ) -> tuple[list[LayerAllocation], dict[str, list[int]]]:
     """Return the layers after a round, in forward order, and the slots of each that it closed."""
     features = {layer.name: layer.features for layer in now}
-    names = sorted(arrays, key=_natural)
+    names = sorted(arrays, key=_forward)
     layers = [
         LayerAllocation(
             name=name,
@@ -184,7 +184,7 @@ def _layers(variables: dict[str, Any]) -> list[LayerAllocation]:
     if not variables.get("selectivity"):
         return []
     layers = []
-    for name, state in sorted(layer_states(variables).items(), key=lambda item: _natural(item[0])):
+    for name, state in sorted(layer_states(variables).items(), key=lambda item: _forward(item[0])):
         damage = expected_channel_damage(state.kernel, state.scale, state.bias, state.gate)
         layers.append(
             LayerAllocation(
@@ -199,7 +199,11 @@ def _layers(variables: dict[str, Any]) -> list[LayerAllocation]:
     return layers
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Make a sort key that puts ``layer2`` before ``layer10``."""
+def _forward(name: str) -> tuple[int, list[tuple[int, str]]]:
+    """Make a sort key of layers that gives the order in which the networks call them.
+
+    Those of a block come after one another, ``transition1`` before ``block2``, ``layer2`` before ``layer10``.
+    """
     words = "".join(character if character.isdigit() else f" {character} " for character in name).split()
-    return [(int(word), "") if word.isdigit() else (0, word) for word in words]
+    parts = [(int(word), "") if word.isdigit() else (0, word) for word in words]
+    return next((number for number, text in parts if not text), 0), parts
