@@ -143,21 +143,42 @@ def test_damaged_checkpoint_falls_back_and_says_so(whole_run, tmp_path):
     assert f"skipped: {newest} is damaged" in assert_goes_on_as(workdir, whole_run[0])
 
 
-@pytest.mark.parametrize("batch_norm", ["per_device", "global"])
-def test_statistics_of_each_device_need_as_many_devices(tmp_path, monkeypatch, batch_norm):
-    """A run on all devices is resumed where there are fewer."""
-    workdir, console = tmp_path / "moved", quiet_console()[0]
-    config = dataclasses.replace(whole_config(), devices=0, batch_size=40, batch_norm=batch_norm)
-    workdir.mkdir()
-    create_workdir(workdir, config, {})
+class Passed(Exception):
+    """All checks are passed."""
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """Begins runs, and resumes them until all checks of the surroundings are passed."""
 
     def prepared(config):
-        raise InterruptedError("all checks are passed")
+        raise Passed
+
+    def begin(**changes):
+        create_workdir(tmp_path, dataclasses.replace(whole_config(), **changes), {})
+        return lambda: resume_run(tmp_path, quiet_console()[0])
 
     monkeypatch.setattr(run_setup, "prepare", prepared)
-    with pytest.raises(InterruptedError):
-        resume_run(workdir, console)
+    return begin
+
+
+@pytest.mark.parametrize("batch_norm", ["per_device", "global"])
+def test_statistics_of_each_device_need_as_many_devices(begun, monkeypatch, batch_norm):
+    """A run on all devices is resumed where there are fewer."""
+    resume = begun(devices=0, batch_size=40, batch_norm=batch_norm)
+    with pytest.raises(Passed):
+        resume()
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    error, text = (InterruptedError, "passed") if batch_norm == "global" else (ConfigError, "began on 8 dev")
-    with pytest.raises(error, match=text):
-        resume_run(workdir, console)
+    with pytest.raises(Passed if batch_norm == "global" else ConfigError) as caught:
+        resume()
+    assert ("began on 8 devices, and here are 4" in str(caught.value)) == (batch_norm == "per_device")
+
+
+def test_other_random_numbers_are_refused(begun):
+    resume = begun()
+    with pytest.raises(Passed):
+        resume()
+    with jax.threefry_partitionable(False), pytest.raises(ConfigError) as caught:
+        resume()
+    assert "began with jax_threefry_partitionable = True, and here it is False" in str(caught.value)
+    assert "Set JAX_THREEFRY_PARTITIONABLE to what it was" in str(caught.value)

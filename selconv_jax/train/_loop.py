@@ -118,7 +118,7 @@ def resumed_run(workdir: Path, context: RunContext, overrides: Sequence[str] = (
     """Resume as `resume_run` does, with the computations left to whoever answers the requests."""
     config = run_setup.read_again(workdir, overrides)
     on_first(lambda: check_tracker(config.tracker))
-    together(lambda: run_setup.require_devices(workdir, config))
+    together(lambda: run_setup.require_surroundings(workdir, config))
     trainer, data = run_setup.prepare_again(config, context.prepare)
     run_setup.require_images(workdir, data)
     with run_setup.claimed(workdir), run_setup.open_store(config, workdir) as store:

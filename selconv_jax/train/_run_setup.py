@@ -22,7 +22,14 @@ from selconv_jax.train._config_changes import origin_of, with_changes
 from selconv_jax.train._distributed.agreement import exchange, on_first, require_same, software, together
 from selconv_jax.train._state import TrainState
 from selconv_jax.train._trainer import Trainer
-from selconv_jax.train._workdir import CHECKPOINTS, lock, lock_mark, read_config, read_environment
+from selconv_jax.train._workdir import (
+    CHECKPOINTS,
+    lock,
+    lock_mark,
+    random_settings,
+    read_config,
+    read_environment,
+)
 
 _SAMPLED_IMAGES = 100
 _SHARING_SECONDS = 10.0  # for a network file system to show a file that another machine has written
@@ -132,18 +139,28 @@ def _check_images(workdir: Path, data: ImageData | StreamedData) -> None:
         )
 
 
-def require_devices(workdir: Path, config: Config) -> None:
-    """Check that a run whose result depends on the number of devices has as many as it began with.
+def require_surroundings(workdir: Path, config: Config) -> None:
+    """Check what else the result of a run depends on, as far as it is recorded where the run began.
 
-    That of a run on all devices is not in its configuration, but recorded where it began.
+    That is which random numbers JAX draws, and the number of devices of a run on all devices that normalizes
+    with the statistics of each.
     """
-    began, now = (read_environment(workdir) or {}).get("devices"), jax.device_count()
-    if config.batch_norm == "global" or config.devices or began in (None, now):
-        return
-    raise ConfigError(
-        f'the run in {workdir} began on {began} devices, and here are {now}. With batch_norm = "per_device" '
-        f"its result depends on their number. Resume it where JAX sees {began}."
-    )
+    began = read_environment(workdir) or {}
+    random, devices = began.get("random_numbers"), began.get("devices")
+    settings = random if isinstance(random, dict) else {}
+    for name, now in random_settings().items():
+        if (then := settings.get(name, now)) != now:
+            raise ConfigError(
+                f"the run in {workdir} began with {name} = {then}, and here it is {now}: JAX would draw "
+                f"other random numbers. Set {name.upper()} to what it was."
+            )
+    depends = config.batch_norm == "per_device" and not config.devices and isinstance(devices, int)
+    if depends and devices != jax.device_count():
+        raise ConfigError(
+            f"the run in {workdir} began on {devices} devices, and here are {jax.device_count()}. With "
+            'batch_norm = "per_device" its result depends on their number. Resume it where JAX sees '
+            f"{devices}."
+        )
 
 
 def _splits(data: ImageData | StreamedData) -> dict[str, ImageSource]:

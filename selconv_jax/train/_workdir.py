@@ -24,6 +24,9 @@ CHECKPOINTS = "checkpoints"
 ROUNDS = "rounds"
 _LOCK = ".lock"
 
+# Settings of JAX that decide which random numbers a key gives.
+_RANDOM = ("jax_default_prng_impl", "jax_threefry_partitionable")
+
 
 def default_workdir(config_path: str | os.PathLike[str], parent: str | os.PathLike[str] = "runs") -> Path:
     """Return the first free directory ``runs/NAME``, ``runs/NAME-2``, ... for a configuration file."""
@@ -169,4 +172,10 @@ def _environment(config: Config) -> dict[str, object]:
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "system": platform.platform(),
+        "random_numbers": random_settings(),
     }
+
+
+def random_settings() -> dict[str, str]:
+    """Return the settings of JAX on which the random numbers of a run depend, by name."""
+    return {name: str(getattr(jax.config, name)) for name in _RANDOM}
