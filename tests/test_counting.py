@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -75,6 +76,15 @@ def test_loops_and_branches():
 
     assert count_multiply_adds(dearer, square) == {"": 2 * 64}
     assert count_multiply_adds(jax.jit(lambda x: x @ square), square) == {"": 64}
+
+
+def test_all_devices_count():
+    mesh = jax.sharding.Mesh(np.reshape(jax.devices()[:4], (2, 2)), ("rows", "columns"))
+    x, kernel = jnp.ones((8, 3)), jnp.ones((3, 5))
+    for axes in (("rows", "columns"), ("rows",)):
+        rows, whole = jax.P(axes), jax.P()
+        options = {"mesh": mesh, "in_specs": (rows, whole), "out_specs": rows, "axis_names": set(axes)}
+        assert count_multiply_adds(jax.shard_map(jnp.dot, **options), x, kernel) == {"": 8 * 3 * 5}
 
 
 def test_parameters_of_shapes():

@@ -32,10 +32,11 @@ def count_multiply_adds(function: Callable[..., Any], *arguments: Any) -> dict[s
 
     A multiplication and its addition count as one. Taps of a convolution that fall on padding count, as is
     usual, but not those that fall between the pixels of a transposed one's input; batch norms, activations
-    and pools do not. The function is only traced, not run. The body of a
-    ``lax.scan`` counts once per iteration, of a ``lax.cond`` the most expensive branch counts, and the body
-    of a ``lax.while_loop``, whose length is unknown, counts once. A selective network includes the products
-    for the copies that its ``capacity`` provides for; ``model.clone(capacity=0.0)`` counts as the plain one.
+    and pools do not. The function is only traced, not run. The body of a ``lax.scan`` counts once per
+    iteration, that of a ``jax.shard_map`` once per device; of a ``lax.cond`` the most expensive branch
+    counts, and the body of a ``lax.while_loop``, whose length is unknown, counts once. A selective network
+    includes the products for the copies that its ``capacity`` provides for; ``model.clone(capacity=0.0)``
+    counts as the plain one.
 
     Args:
         function: A function such as ``lambda images: model.apply(variables, images, train=False)``.
@@ -66,10 +67,20 @@ def _count(jaxpr: Jaxpr, scope: str) -> Counter[str]:
             if equation.primitive.name == "cond":
                 counts += sorted(inner, key=Counter.total)[-1]
             else:
-                times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+                times = _times(equation)
                 for part in inner:
                     counts += Counter({name: times * number for name, number in part.items()})
     return counts
+
+
+def _times(equation: Any) -> int:
+    """Return how many times an operation runs the programs inside it: a loop, or on several devices."""
+    if equation.primitive.name == "scan":
+        return int(equation.params["length"])
+    if equation.primitive.name != "shard_map":
+        return 1
+    axes = next(axes for name, axes in equation.params.items() if name.endswith("manual_axes"))
+    return math.prod(equation.params["mesh"].shape[axis] for axis in axes)
 
 
 def _of_product(equation: Any) -> int:
