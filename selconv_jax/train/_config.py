@@ -187,7 +187,7 @@ class Config:
 
     Attributes:
         description: Purpose of the run, in one sentence.
-        epochs: Passes over the training images.
+        epochs: Passes over the training images; each leaves out those, drawn anew, that do not fill a batch.
         batch_size: Images per step, over all devices.
         eval_batch_size: Images per evaluation step, over all devices.
         seed: Seed of all random numbers.
