@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from unittest import mock
 
 import jax
 import pytest
@@ -15,6 +16,7 @@ from selconv_jax._bench.ahead_report import messages_table, plan_table, scaling_
 from selconv_jax._bench.chips import chip_of
 from selconv_jax._bench.hlo import message_sizes
 from selconv_jax._bench.run_ahead import RunPlan, compile_run, largest_batch
+from selconv_jax._cli import compile as compile_module
 from selconv_jax._cli.main import main
 from selconv_jax.data._abstract import abstract_data
 from selconv_jax.data._loading import open_data
@@ -214,3 +216,14 @@ def test_command_lines_that_make_no_sense(tmp_path, monkeypatch, capsys, words, 
     (tmp_path / "run.toml").write_text("epochs = 1\n")
     assert main(["compile", "run.toml", "--topology", "v5e:1x1", *words]) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_what_the_compared_steps_leave_out_is_said(tmp_path, monkeypatch, capsys, micro_batches):
+    monkeypatch.setattr(compile_module, "prepare_compiler", lambda topology: None)
+    monkeypatch.setattr(compile_module, "topology_devices", lambda topology: [None])
+    monkeypatch.setattr(compile_module, "compile_steps", mock.Mock(side_effect=ConfigError("no compiler")))
+    (tmp_path / "run.toml").write_text(f"micro_batches = {micro_batches}\n")
+    assert main(["compile", str(tmp_path / "run.toml"), "--topology", "v5e:1x1", "--compare"]) == 1
+    said = "micro_batches of the configuration: not used in the benchmark's steps" in capsys.readouterr().out
+    assert said == (micro_batches > 1)

@@ -68,6 +68,10 @@ def _plan(options: argparse.Namespace, config: Config, devices: Sequence[Any]) -
 def _compare(
     options: argparse.Namespace, config: Config, devices: Sequence[Any]
 ) -> tuple[dict[str, Any], int]:
+    keys = ("batch_norm", "micro_batches", "parameter_shards")
+    if unused := [key for key in keys if getattr(config, key) != getattr(Config, key)]:
+        note = f"{', '.join(unused)} of the configuration: not used in the benchmark's steps"
+        print_line(terminal_or_lines(), note)
     arguments = {"capacity": options.capacity, "tell": _teller(options)}
     steps = compile_steps(config, options.topology, devices, **arguments)
     title = _title(options, len(devices), config.batch_size)
