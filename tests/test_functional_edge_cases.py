@@ -17,6 +17,7 @@ from array_functions import (
     precision,
 )
 from selconv_jax import functional
+from selconv_jax.errors import ConfigError
 from selconv_jax.functional import LayerState
 
 
@@ -224,6 +225,78 @@ def test_arguments_that_do_not_fit():
         functional.channel_shift(x.astype(jnp.int32), shift)
     with pytest.raises(ValueError, match="groups is 3, which does not divide 4 channels"):
         functional.deallocate(jnp.ones((3, 4)), jnp.ones(4, bool), None, 0.1, groups=3)
+
+
+def _layer(**changes):
+    ones = jnp.ones(3)
+    fields = {"kernel": jnp.ones((1, 1, 3, 2)), "scale": ones, "bias": ones, "mean": ones, "var": ones}
+    fields |= {"gate": GATE, "source": SOURCE, "shift": jnp.zeros((3, 2))}
+    return LayerState(**fields | changes)
+
+
+NORMALIZED, GATE, SOURCE = jnp.full((2, 3), 0.25), jnp.array([True, False, True]), jnp.full(3, -1)
+DRAWN, SHIFT = jnp.array([-1, 0, -1]), jnp.full((3, 2), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        # Each of them would else be broadcast, or lose the indices that are out of range, in silence.
+        (
+            lambda: functional.deallocate(jnp.ones((2, 4)), GATE, SOURCE, 0.1),
+            r"normalized has shape \(2, 4\)",
+        ),
+        (
+            lambda: functional.deallocate(jnp.ones((2, 2)), GATE, SOURCE, 0.1),
+            r"normalized has shape \(2, 2\)",
+        ),
+        (lambda: functional.deallocate(jnp.ones(3), GATE, SOURCE, 0.1), r"must be \(3, 3\): \[O, C\]"),
+        (lambda: functional.deallocate(NORMALIZED, GATE, SOURCE[:1], 0.1), r"source has shape \(1,\)"),
+        (lambda: functional.deallocate(NORMALIZED, GATE, GATE, 0.1), "source has dtype bool"),
+        (lambda: functional.deallocate(NORMALIZED, GATE.astype(int), SOURCE, 0.1), r"bool; .* \(gate != 0\)"),
+        (lambda: functional.deallocate(NORMALIZED, jnp.ones((3, 3), bool), SOURCE, 0.1), r"must be \[C\]"),
+        (lambda: functional.draw_sources(keys(32)[0], jnp.ones(1), GATE, 1), r"scores has shape \(1,\)"),
+        (
+            lambda: functional.draw_sources(keys(32)[0], jnp.ones(3), GATE.astype(int), 1),
+            "gate has dtype",
+        ),
+        (lambda: functional.channel_scores(NORMALIZED[:, :1], SOURCE, 1), r"source has shape \(3,\)"),
+        (lambda: functional.fill_slots(_layer(), DRAWN[:1], SHIFT), r"drawn has shape \(1,\)"),
+        (lambda: functional.fill_slots(_layer(), GATE, SHIFT), "drawn has dtype bool"),
+        (lambda: functional.fill_slots(_layer(), DRAWN, SHIFT[:, :1]), r"shift has shape \(3, 1\)"),
+        (lambda: functional.fill_slots(_layer(gate=GATE.astype(int)), DRAWN, SHIFT), "gate has dtype int32"),
+        (lambda: functional.fill_slots(_layer(source=None), DRAWN, SHIFT), "gate-only"),
+        (
+            lambda: functional.expected_channel_damage(jnp.ones((3, 2)), jnp.ones(1), jnp.ones(3), GATE),
+            r"scale has shape \(1,\)",
+        ),
+    ],
+)
+def test_arrays_of_another_layer_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_arrays_of_the_layer_give_the_values_worked_by_hand():
+    normalized = jnp.array([[0.7, 0.0, 0.3], [0.05, 0.0, 0.95]])
+    number = jnp.array([1, 0, 1])
+    gate, source = functional.deallocate(normalized, number != 0, SOURCE, 0.1)
+    assert (gate.tolist(), source.tolist()) == ([True, False, True], [-1, -1, -1])
+    gate, _ = functional.deallocate(normalized, number != 0, SOURCE, 0.8)
+    assert gate.tolist() == [False, False, True]
+    new = functional.fill_slots(_layer(), DRAWN, SHIFT)
+    assert (new.gate.tolist(), new.source.tolist()) == ([True] * 3, [-1, 0, -1])
+    assert new.shift.tolist() == [[0.0, 0.0], [0.5, 0.5], [0.0, 0.0]]
+
+
+def test_documented_errors_are_those_raised():
+    for call in (
+        lambda: functional.draw_sources(keys(32)[0], jnp.ones(3), GATE, 0),
+        lambda: functional.draw_sources(keys(32)[0], jnp.ones(3), GATE, 1.5),
+        lambda: functional.channel_scores(NORMALIZED, SOURCE, -1),
+    ):
+        with pytest.raises(ConfigError, match="whole number"):
+            call()
 
 
 def test_a_score_that_is_not_a_number_is_no_candidate():

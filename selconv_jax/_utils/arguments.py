@@ -74,5 +74,19 @@ def check_dtype(name: str, array: Any, kind: Any, requirement: str) -> None:
         raise ValueError(f"{name} has dtype {array.dtype}; it must be {requirement}.")
 
 
+def check_shape(name: str, array: Any, shape: tuple[int, ...], requirement: str) -> None:
+    """Raise a ValueError unless an array has a shape: else it would be broadcast, or cut off, in silence.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> check_shape("scores", jnp.ones(1), (4,), "[C], as gate is")
+        Traceback (most recent call last):
+        ...
+        ValueError: scores has shape (1,); it must be (4,): [C], as gate is.
+    """
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(array.shape)}; it must be {shape}: {requirement}.")
+
+
 def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, str) else str(value)

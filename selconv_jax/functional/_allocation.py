@@ -4,8 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from selconv_jax._utils.arguments import check_whole
+from selconv_jax._utils.arguments import check_dtype, check_shape, check_whole
 from selconv_jax.functional._groups import kernel_rows
 
 
@@ -30,8 +31,9 @@ class LayerState:
         mean: ``[C]`` batch norm running mean.
         var: ``[C]`` batch norm running variance.
         gate: ``[C]`` bool, false where the channel is closed.
-        source: ``[C]`` int32, index of the channel that is read instead, -1 for "itself, unshifted"; or None.
-        shift: ``[C, len(S)]`` floating, in pixels; or None.
+        source: ``[C]`` int32, the channel that the slot reads; -1: its own, unshifted. None in a gate-only
+            layer.
+        shift: ``[C, len(S)]`` floating, in pixels. None in a gate-only layer.
     """
 
     kernel: jax.Array
@@ -48,19 +50,23 @@ def deallocate(
     normalized: jax.Array,
     gate: jax.Array,
     source: jax.Array | None,
-    threshold: float | jax.Array,
+    threshold: jax.typing.ArrayLike,
     groups: int = 1,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Close the channels whose total damage stays within a threshold (method, "De-allocation").
+    r"""Close the channels whose total damage stays within a threshold (method, "De-allocation").
 
-    Channels are sorted by their largest damage to any output, in ascending order. The longest prefix whose
-    summed damage does not exceed ``threshold`` for any output is closed. If even all channels together do not
-    exceed it (all damage is 0, or the threshold is at least 1), nothing is closed.
+    Channels are sorted by their largest damage to any output, in ascending order :math:`\pi`. Closed is the
+    longest prefix of :math:`n` channels whose summed damage does not exceed ``threshold`` for any output,
+
+    .. math:: \max_o \sum_{j \le n} \hat{D}_{o, \pi(j)} \le t .
+
+    If even all channels together do not exceed it (all damage is 0, or the threshold is at least 1),
+    nothing is closed.
 
     With groups, an extension of the method, the channels of all groups are sorted together, with one sum
-    per output. In addition, each group that had an open channel keeps the last of them in that order:
-    without one the outputs of the group would be constant, and no gradient would reach its kernel. In a
-    depthwise convolution (one channel per group) nothing is ever closed.
+    per output. In addition, each group that had an open channel keeps the last of its open channels in
+    that order: without one the outputs of the group would be constant, and no gradient would reach its
+    kernel. In a depthwise convolution (one channel per group) nothing is ever closed.
 
     Args:
         normalized: ``[O, C]`` normalized damage of the layer before the call.
@@ -74,7 +80,8 @@ def deallocate(
         closed before stay closed. A layer that had an open channel keeps one, and so does each of its groups.
 
     Raises:
-        ValueError: ``groups`` does not divide the number of channels.
+        ValueError: The shapes do not match, ``gate`` is not boolean or ``source`` not integer, or ``groups``
+            does not divide the number of channels.
 
     Example:
         >>> import jax.numpy as jnp
@@ -84,6 +91,10 @@ def deallocate(
         >>> gate.tolist(), source.tolist()
         ([True, False, True], [-1, -1, -1])
     """
+    _check_gate(gate)
+    check_shape("normalized", normalized, (*normalized.shape[:1], *gate.shape), "[O, C], as gate is [C]")
+    if source is not None:
+        _check_channels("source", source, gate)
     if groups < 1 or gate.shape[0] % groups:
         raise ValueError(f"groups is {groups}, which does not divide {gate.shape[0]} channels.")
     # A stable sort: of channels with equal damage the one with the lower index is closed first.
@@ -129,7 +140,8 @@ def draw_sources(key: jax.Array, scores: jax.Array, gate: jax.Array, top_k: int)
         ``[C]`` int32: index of the drawn channel, or -1 if the channel is open or there is no candidate.
 
     Raises:
-        ValueError: ``top_k`` is below 1.
+        ConfigError: ``top_k`` is not a whole number of at least 1.
+        ValueError: The shapes do not match, or ``gate`` is not boolean.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -153,9 +165,12 @@ def sources_from_uniform(uniform: jax.Array, scores: jax.Array, gate: jax.Array,
         ``[C]`` int32.
 
     Raises:
-        ValueError: ``top_k`` is below 1.
+        ConfigError: ``top_k`` is not a whole number of at least 1.
+        ValueError: See `draw_sources`.
     """
     check_whole("top_k", top_k, 1)
+    _check_gate(gate)
+    check_shape("scores", scores, gate.shape, "[C], as gate is")
     # Of equal scores lax.top_k puts the lower index first. A channel with a NaN score is no candidate.
     best, candidates = jax.lax.top_k(jnp.where(gate & (scores > 0), scores, 0), min(top_k, scores.shape[0]))
     number = jnp.sum(best > 0, dtype=jnp.int32)
@@ -164,7 +179,7 @@ def sources_from_uniform(uniform: jax.Array, scores: jax.Array, gate: jax.Array,
     return jnp.where(gate | (number == 0), -1, candidates[pick]).astype(jnp.int32)
 
 
-def fill_slots(state: LayerState, drawn: jax.Array, drawn_shift: jax.Array) -> LayerState:
+def fill_slots(state: LayerState, drawn: jax.Array, shift: jax.Array) -> LayerState:
     """Fill closed channels with shifted copies of the drawn ones (method, "Re-allocation" 4).
 
     A filled slot is opened with an all-zero kernel row, so that the layer's output does not change, and
@@ -176,13 +191,13 @@ def fill_slots(state: LayerState, drawn: jax.Array, drawn_shift: jax.Array) -> L
     Args:
         state: The layer after de-allocation, with ``source`` and ``shift``.
         drawn: ``[C]`` int32 from `draw_sources`; -1 leaves the channel as it is.
-        drawn_shift: ``[C, len(S)]`` floating, initial shifts of the filled slots, in pixels.
+        shift: ``[C, len(S)]`` floating, initial shifts of the filled slots, in pixels.
 
     Returns:
         The state with the slots filled; the shapes and dtypes are unchanged.
 
     Raises:
-        ValueError: The layer is gate-only.
+        ValueError: The layer is gate-only, or ``drawn`` or ``shift`` does not fit it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -198,13 +213,16 @@ def fill_slots(state: LayerState, drawn: jax.Array, drawn_shift: jax.Array) -> L
         raise ValueError(
             "the layer is gate-only (source or shift is None): its closed channels cannot be filled."
         )
+    _check_gate(state.gate)
+    _check_channels("drawn", drawn, state.gate)
+    check_shape("shift", shift, state.shift.shape, "as the layer's shift is")
     filled = drawn >= 0
-    origin = jnp.maximum(drawn, 0)
+    read = jnp.maximum(drawn, 0)
 
     def copy(values: jax.Array) -> jax.Array:
-        return jnp.where(filled, values[origin], values)
+        return jnp.where(filled, values[read], values)
 
-    parent = state.source[origin]
+    original = state.source[read]
     return LayerState(
         kernel=jnp.where(kernel_rows(filled, state.kernel.shape), 0, state.kernel),
         scale=copy(state.scale),
@@ -212,6 +230,21 @@ def fill_slots(state: LayerState, drawn: jax.Array, drawn_shift: jax.Array) -> L
         mean=copy(state.mean),
         var=copy(state.var),
         gate=state.gate | filled,
-        source=jnp.where(filled, jnp.where(parent >= 0, parent, origin), state.source),
-        shift=jnp.where(filled[:, None], drawn_shift.astype(state.shift.dtype), state.shift),
+        source=jnp.where(filled, jnp.where(original >= 0, original, read), state.source),
+        shift=jnp.where(filled[:, None], shift.astype(state.shift.dtype), state.shift),
     )
+
+
+def _check_gate(gate: jax.Array) -> None:
+    """Raise a ValueError unless ``gate`` is ``[C]`` bool: the complement of other numbers is none."""
+    check_dtype("gate", gate, np.bool_, "bool; convert it (gate != 0)")
+    if gate.ndim != 1:
+        raise ValueError(
+            f"gate has shape {gate.shape}; it must be [C], of one layer (use jax.vmap for more)."
+        )
+
+
+def _check_channels(name: str, index: jax.Array, gate: jax.Array) -> None:
+    """Raise a ValueError unless ``index`` is ``[C]`` integer."""
+    check_dtype(name, index, np.integer, "integer")
+    check_shape(name, index, gate.shape, "[C], as gate is")

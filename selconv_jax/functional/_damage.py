@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
 
-from selconv_jax._utils.arguments import check_whole
+from selconv_jax._utils.arguments import check_shape, check_whole
 from selconv_jax._xla.batch_norm import statistics_dtype
 from selconv_jax.functional._groups import group_count
 
@@ -39,7 +39,7 @@ def expected_channel_damage(
         open channels with a NaN parameter are NaN.
 
     Raises:
-        ValueError: The kernel's shape does not fit the number of channels.
+        ValueError: The shapes do not match.
 
     Example:
         >>> import jax.numpy as jnp
@@ -54,6 +54,8 @@ def expected_channel_damage(
     """
     channels, outputs = gate.shape[0], kernel.shape[-1]
     groups = group_count(channels, kernel.shape)
+    check_shape("scale", scale, gate.shape, "[C], as gate is")
+    check_shape("bias", bias, gate.shape, "[C], as gate is")
     dtype = statistics_dtype(kernel.dtype)
     scale, bias = scale.astype(dtype), bias.astype(dtype)
     deviation = jnp.abs(scale)
@@ -100,14 +102,15 @@ def channel_scores(
     Args:
         normalized: ``[O, C]`` normalized damage, taken after de-allocation.
         source: ``[C]`` int32, -1 where a channel reads itself. May be None without ``max_copies``.
-        max_copies: If more than this many channels read the same source, the source and all its copies
-            score 0, so that it is not copied any further. None: no limit.
+        max_copies: Sources that more than this many channels read are not copied again, nor are their
+            copies: all of them score 0. None: no limit.
 
     Returns:
         ``[C]``, not negative; 0 for closed channels, whose damage is 0.
 
     Raises:
-        ValueError: ``max_copies`` is negative or given without ``source``.
+        ConfigError: ``max_copies`` is not a whole number of at least 0.
+        ValueError: ``max_copies`` is given without ``source``, or the shapes do not match.
 
     Example:
         >>> import jax.numpy as jnp
@@ -121,6 +124,7 @@ def channel_scores(
     check_whole("max_copies", max_copies, 0, "a whole number, at least 0, or None for no limit")
     if source is None:
         raise ValueError("max_copies counts the copies in source, which is None. Pass the layer's source.")
+    check_shape("source", source, normalized.shape[1:], "[C], as normalized is [O, C]")
     channels = jnp.arange(source.shape[0], dtype=source.dtype)
     reads = source[:, None] == channels[None, :]  # reads[j, s]: channel j is a copy of s
     exhausted = jnp.sum(reads, axis=0) > max_copies
