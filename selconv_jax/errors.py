@@ -36,6 +36,7 @@ def nearest(name: str, options: Iterable[str]) -> str:
         A sentence: ``"Did you mean 'epochs'?"`` if an option is close, else a list of all of them.
 
     Example:
+        >>> from selconv_jax.errors import nearest
         >>> nearest("epoch", ["epochs", "seed"])
         "Did you mean 'epochs'?"
     """

@@ -134,6 +134,7 @@ def join_statistics(*parts: Statistics) -> Statistics:
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> from selconv_jax.nn import batch_statistics, join_statistics
         >>> x, y = jnp.ones((2, 3)), jnp.zeros((2, 1))
         >>> join_statistics(batch_statistics(x), batch_statistics(y)).mean.tolist()
         [1.0, 1.0, 1.0, 0.0]

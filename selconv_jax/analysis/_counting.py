@@ -21,6 +21,7 @@ def count_parameters(params: Any) -> int:
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from selconv_jax.analysis import count_parameters
         >>> count_parameters({"kernel": jnp.ones((3, 3, 4, 8)), "scale": jnp.ones(4)})
         292
     """
@@ -48,6 +49,7 @@ def count_multiply_adds(function: Callable[..., Any], *arguments: Any) -> dict[s
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from selconv_jax.analysis import count_multiply_adds
         >>> count_multiply_adds(jnp.dot, jnp.ones((2, 3)), jnp.ones((3, 5)))
         {'': 30}
     """

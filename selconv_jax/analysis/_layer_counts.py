@@ -99,6 +99,7 @@ def count_layers(
 
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax
+        >>> from selconv_jax.analysis import count_layers, total_counts
         >>> network = selconv_jax.models.DenseNet(num_classes=10, blocks=(1, 1), growth=4, capacity=0.0)
         >>> image = jnp.ones((1, 8, 8, 3))
         >>> variables = network.init(jax.random.key(0), image, train=False)

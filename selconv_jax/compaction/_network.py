@@ -35,6 +35,7 @@ class Compact(nn.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from selconv_jax import SelectiveConv
+        >>> from selconv_jax.compaction import Compact, LayerLayout
         >>> layout = LayerLayout(inputs=6, own=(0, 1, 4), copied=(), outputs=8)
         >>> model = Compact(SelectiveConv(8, (3, 3)), layouts=(("", layout),))
         >>> variables = model.init(jax.random.key(0), jnp.ones((1, 5, 5, 6)), train=False)

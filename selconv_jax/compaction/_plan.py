@@ -189,7 +189,7 @@ def compact(
 
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax
-        >>> from selconv_jax.analysis._counting import count_parameters
+        >>> from selconv_jax.analysis import count_parameters
         >>> layer = selconv_jax.SelectiveConv(features=4, kernel_size=(3, 3))
         >>> x = jnp.ones((1, 8, 8, 16))
         >>> variables = layer.init(jax.random.key(0), x, train=False)

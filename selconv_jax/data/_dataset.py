@@ -29,6 +29,7 @@ class DatasetInfo:
         DataError: If the facts are inconsistent.
 
     Example:
+        >>> from selconv_jax.data import DatasetInfo
         >>> info = DatasetInfo("toy", (8, 8, 1), 2, ("a", "b"), (0.5,), (0.25,), 1, True)
         >>> info.image_shape
         (8, 8, 1)
@@ -89,6 +90,8 @@ class Split:
         DataError: A dtype or shape differs from these, or the two lengths differ.
 
     Example:
+        >>> import numpy as np
+        >>> from selconv_jax.data import Split
         >>> split = Split(np.zeros((5, 8, 8, 1), np.uint8), np.zeros(5, np.int32))
         >>> len(split)
         5

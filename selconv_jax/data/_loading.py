@@ -48,6 +48,7 @@ def load(
             images cannot be used, or it lacks the chosen splits. The message names the remedy.
 
     Example:
+        >>> from selconv_jax.data import load
         >>> load("fashion_mnist_sample").train.images.shape
         (2000, 28, 28, 1)
     """
@@ -78,6 +79,7 @@ def open_data(
         DataError: As for `load`, or if ``streaming`` is false for a set that can only be streamed.
 
     Example:
+        >>> from selconv_jax.data import open_data
         >>> len(open_data("fashion_mnist_sample", streaming=True).train)
         2000
     """

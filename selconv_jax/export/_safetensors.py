@@ -41,6 +41,7 @@ def save_safetensors(
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax, tempfile
         >>> from pathlib import Path
+        >>> from selconv_jax.export import load_safetensors, save_safetensors
         >>> layer = selconv_jax.SelectiveConv(8, (3, 3))
         >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 6, 6, 4)), train=False)
         >>> with tempfile.TemporaryDirectory() as folder:

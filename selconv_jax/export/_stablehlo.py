@@ -43,6 +43,7 @@ def save_stablehlo(
     Example:
         >>> import functools, jax, jax.numpy as jnp, selconv_jax, tempfile
         >>> from pathlib import Path
+        >>> from selconv_jax.export import save_stablehlo
         >>> layer, x = selconv_jax.SelectiveConv(8, (3, 3)), jnp.ones((1, 6, 6, 4))
         >>> variables = layer.init(jax.random.key(0), x, train=False)
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -85,6 +85,7 @@ def deallocate(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from selconv_jax.functional import deallocate
         >>> normalized = jnp.array([[0.70, 0.02, 0.28], [0.90, 0.03, 0.07]])
         >>> gate, source = deallocate(
         ...     normalized, jnp.ones(3, bool), jnp.array([-1, 0, -1]), threshold=0.1)
@@ -145,6 +146,7 @@ def draw_sources(key: jax.Array, scores: jax.Array, gate: jax.Array, top_k: int)
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> from selconv_jax.functional import draw_sources
         >>> draw_sources(jax.random.key(0), jnp.array([0.1, 0.0, 0.9]),
         ...              jnp.array([True, False, True]), top_k=1).tolist()
         [-1, 2, -1]
@@ -201,6 +203,7 @@ def fill_slots(state: LayerState, drawn: jax.Array, shift: jax.Array) -> LayerSt
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from selconv_jax.functional import LayerState, fill_slots
         >>> ones = jnp.ones(2)
         >>> state = LayerState(kernel=jnp.ones((1, 2, 1)), scale=jnp.array([3.0, 1.0]), bias=ones,
         ...     mean=ones, var=ones, gate=jnp.array([True, False]),

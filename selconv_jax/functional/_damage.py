@@ -43,6 +43,7 @@ def expected_channel_damage(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from selconv_jax.functional import expected_channel_damage
         >>> kernel = jnp.array([[2.0], [3.0]])[None]  # [1, C=2, O=1]
         >>> damage = expected_channel_damage(
         ...     kernel, jnp.zeros(2), jnp.array([1.0, -1.0]), jnp.array([True, True]))
@@ -87,6 +88,7 @@ def normalize_damage(damage: jax.Array) -> jax.Array:
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from selconv_jax.functional import normalize_damage
         >>> normalize_damage(jnp.array([[3.0, -1.0]])).tolist()
         [[0.75, 0.25]]
     """
@@ -114,6 +116,7 @@ def channel_scores(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from selconv_jax.functional import channel_scores
         >>> normalized = jnp.array([[0.6, 0.4], [0.8, 0.2]])
         >>> channel_scores(normalized, jnp.array([-1, 0]), max_copies=0).tolist()
         [0.0, 0.0]

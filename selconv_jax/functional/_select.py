@@ -40,6 +40,7 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, copy_limit: int | 
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from selconv_jax.functional import select
         >>> x = jnp.array([[[1.0, 10.0], [2.0, 20.0]]])
         >>> select(x, jnp.array([-1, 0]), jnp.array([[0.0], [1.0]]))[0].tolist()
         [[1.0, 2.0], [2.0, 2.0]]

@@ -35,6 +35,7 @@ def channel_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from selconv_jax.functional import channel_shift
         >>> x = jnp.arange(4.0).reshape(1, 4, 1)
         >>> channel_shift(x, jnp.array([[0.5]]))[0, :, 0].tolist()
         [0.5, 1.5, 2.5, 3.0]

@@ -77,6 +77,7 @@ def load_network(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from selconv_jax.models import DenseNet
+        >>> from selconv_jax.interop.torch import load_network, state_dict
         >>> small = DenseNet(10, (1, 1), growth=4, compression=0.5, stem="imagenet", stem_norm=True)
         >>> variables = small.init(jax.random.key(0), jnp.ones((1, 32, 32, 3)), train=False)
         >>> theirs = state_dict(small, variables)
@@ -141,6 +142,7 @@ def load_state_dict(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from selconv_jax.models import DenseNet
+        >>> from selconv_jax.interop.torch import load_state_dict, state_dict
         >>> model = DenseNet(num_classes=10, blocks=(1,), growth=4, variant="plain")
         >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)), train=False)
         >>> theirs = state_dict(model, variables)
@@ -239,6 +241,7 @@ def state_dict(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from selconv_jax.models import CondenseNet
+        >>> from selconv_jax.interop.torch import state_dict
         >>> model = CondenseNet(num_classes=10, blocks=(1,), growth=(4,), variant="plain")
         >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), train=False)
         >>> sorted(state_dict(model, variables))[:2]
@@ -299,6 +302,7 @@ def save_state_dict(
     Example:
         >>> import pathlib, tempfile, jax, jax.numpy as jnp
         >>> from selconv_jax.models import DenseNet
+        >>> from selconv_jax.interop.torch import load_state_dict, save_state_dict
         >>> model = DenseNet(num_classes=10, blocks=(1,), growth=4, variant="plain")
         >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)), train=False)
         >>> path = pathlib.Path(tempfile.mkdtemp(), "weights.npz")

@@ -33,6 +33,7 @@ class CondenseNet(Network):
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> from selconv_jax.models import CondenseNet
         >>> model = CondenseNet(num_classes=10, blocks=(1, 1), growth=(4, 8))
         >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), train=False)
         >>> variables["params"]["block2_layer1"]["conv2"]["kernel"].shape

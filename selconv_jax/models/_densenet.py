@@ -33,6 +33,7 @@ class DenseNet(Network):
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> from selconv_jax.models import DenseNet
         >>> model = DenseNet(num_classes=10, blocks=(1, 1, 1), growth=4)
         >>> variables = model.init(jax.random.key(0), jnp.ones((1, 32, 32, 3)), train=False)
         >>> model.apply(variables, jnp.ones((2, 32, 32, 3)), train=False).shape

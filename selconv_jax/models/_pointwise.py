@@ -38,6 +38,7 @@ class Pointwise(Network):
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> from selconv_jax.models import Pointwise
         >>> model = Pointwise(num_classes=10, blocks=(1, 1), widths=(4, 8), shifted=0.5)
         >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), train=False)
         >>> variables["params"]["block1_layer1"]["kernel"].shape

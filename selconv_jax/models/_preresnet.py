@@ -31,6 +31,7 @@ class PreResNet(Network):
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> from selconv_jax.models import PreResNet
         >>> model = PreResNet(num_classes=10, blocks=(1, 1), width=4)
         >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), train=False)
         >>> variables["params"]["block2_layer1"]["conv3"]["kernel"].shape

@@ -43,6 +43,7 @@ def create_model(name: str, num_classes: int, **arguments: Any) -> nn.Module:
         ConfigError: The name or an argument is unknown, or a value is out of bounds.
 
     Example:
+        >>> from selconv_jax.models import create_model
         >>> create_model("densenet100", num_classes=10, variant="plain").blocks
         (16, 16, 16)
     """

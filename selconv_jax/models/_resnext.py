@@ -30,6 +30,7 @@ class ResNeXt(Network):
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> from selconv_jax.models import ResNeXt
         >>> model = ResNeXt(num_classes=10, blocks=(1, 1), groups=2, base_width=4, widen=1)
         >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), train=False)
         >>> variables["params"]["block2_layer1"]["conv2"]["kernel"].shape

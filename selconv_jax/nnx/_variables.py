@@ -26,6 +26,7 @@ def linen_variables(module: nnx.Module) -> dict[str, Any]:
     Example:
         >>> import selconv_jax
         >>> from flax import nnx
+        >>> from selconv_jax.nnx import linen_variables
         >>> layer = selconv_jax.nnx.SelectiveConv(16, 4, (3, 3), rngs=nnx.Rngs(0))
         >>> sorted(linen_variables(layer)["params"])
         ['bias', 'kernel', 'scale', 'shift']

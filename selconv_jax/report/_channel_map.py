@@ -36,6 +36,7 @@ def channel_map(layer: LayerAllocation, run: str = "") -> Figure:
 
     Example:
         >>> import numpy as np
+        >>> from selconv_jax.report import LayerAllocation, channel_map
         >>> layer = LayerAllocation("conv", np.array([True, False]), None, None, None, 16)
         >>> figure = channel_map(layer)
     """

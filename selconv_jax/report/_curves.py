@@ -35,6 +35,7 @@ def learning_curves(records: Sequence[Mapping[str, Any]], title: str) -> Figure:
         SelconvError: ``records`` is empty.
 
     Example:
+        >>> from selconv_jax.report import learning_curves
         >>> record = {"epoch": 1, "train_loss": 2.3, "train_accuracy": 0.1, "learning_rate": 0.1}
         >>> figure = learning_curves([record], "quickstart")
     """

@@ -31,6 +31,8 @@ class LayerAllocation:
         SelconvError: The arrays are inconsistent.
 
     Example:
+        >>> import numpy as np
+        >>> from selconv_jax.report import LayerAllocation
         >>> layer = LayerAllocation(
         ...     "conv",
         ...     gate=np.array([True, True, False]),

@@ -35,6 +35,7 @@ def allocation_overview(layers: Sequence[LayerAllocation], title: str) -> Figure
 
     Example:
         >>> import numpy as np
+        >>> from selconv_jax.report import LayerAllocation, allocation_overview
         >>> layer = LayerAllocation("conv", np.array([True, False]), None, None, None, 16)
         >>> figure = allocation_overview([layer], "quickstart")
     """

@@ -109,6 +109,7 @@ def spread(values: Sequence[float]) -> Spread:
     """Compute the mean and standard deviation of at least one finite number.
 
     Example:
+        >>> from selconv_jax.report import spread
         >>> spread([1.0, 3.0])
         Spread(mean=2.0, std=1.4142135623730951, count=2)
     """
@@ -136,6 +137,7 @@ def paired_difference(
         SelconvError: No seed is common to both, a number is not finite, or ``confidence`` out of bounds.
 
     Example:
+        >>> from selconv_jax.report import paired_difference
         >>> difference = paired_difference({0: 3.0, 1: 5.0, 7: 9.0}, {0: 1.0, 1: 1.0})
         >>> difference.mean, difference.std_error, difference.count
         (3.0, 1.0, 2)

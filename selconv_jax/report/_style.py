@@ -112,6 +112,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         ConfigError: The path does not end in ``.png``.
 
     Example:
+        >>> from matplotlib.figure import Figure
+        >>> from selconv_jax.report import save_figure
         >>> save_figure(Figure(), "empty.png")
     """
     path = Path(path)

@@ -49,6 +49,7 @@ def run_table(records: Sequence[Mapping[str, Any]], summary: Mapping[str, str]) 
         SelconvError: ``records`` is empty.
 
     Example:
+        >>> from selconv_jax.report import run_table
         >>> group = run_table([{"epoch": 1, "test_accuracy": 0.5}], {"model": "densenet40"})
         >>> len(group.renderables)
         2
@@ -101,6 +102,7 @@ def layer_table(layers: Sequence[LayerAllocation]) -> Table:
 
     Example:
         >>> import numpy as np
+        >>> from selconv_jax.report import LayerAllocation, layer_table
         >>> layer_table([LayerAllocation("conv", np.ones(4, bool), None, None, None, 8)]).row_count
         1
     """
@@ -133,7 +135,8 @@ def count_table(
         forms: Forms that have columns, of ``"plain"``, ``"selective"`` and ``"compact"``.
 
     Example:
-        >>> from selconv_jax.analysis._layer_counts import Count
+        >>> from selconv_jax.analysis import Count, LayerCounts
+        >>> from selconv_jax.report import count_table
         >>> conv = LayerCounts("conv", Count(292, 18_432), Count(300, 18_432), Count(148, 9_216))
         >>> count_table([conv], "per image").row_count
         1

@@ -44,6 +44,7 @@ class AllocationRule:
         ConfigError: A value is out of bounds.
 
     Example:
+        >>> from selconv_jax import AllocationRule
         >>> AllocationRule(threshold=2.0)
         Traceback (most recent call last):
         ...

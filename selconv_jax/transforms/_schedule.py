@@ -23,6 +23,7 @@ class ReallocationSchedule:
         ConfigError: A value is out of bounds.
 
     Example:
+        >>> from selconv_jax import ReallocationSchedule
         >>> schedule = ReallocationSchedule(until=0.5)
         >>> [schedule.is_due(epoch, epochs=5) for epoch in range(5)]
         [True, True, True, False, False]
@@ -74,6 +75,7 @@ class ReallocationSchedule:
             Number of completed steps at which the round is due; None: there are no more rounds.
 
         Example:
+            >>> from selconv_jax import ReallocationSchedule
             >>> schedule = ReallocationSchedule(every_steps=30)
             >>> [schedule.next_round(first, steps_per_epoch=50, epochs=4) for first in (1, 31, 91)]
             [30, 60, None]
