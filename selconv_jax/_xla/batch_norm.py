@@ -47,6 +47,13 @@ def batch_statistics(x: jax.Array, axis_name: Any = None) -> Statistics:
 
     Returns:
         Mean and variance ``[C]``, in float32 or wider; differentiable.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from selconv_jax.nn import batch_statistics
+        >>> mean, var = batch_statistics(jnp.array([[1.0, 10.0], [3.0, 10.0]]))
+        >>> mean.tolist(), var.tolist()
+        ([2.0, 10.0], [1.0, 0.0])
     """
     local = _local_statistics(x)
     if axis_name is None:

@@ -86,6 +86,8 @@ def load_compact(
 ) -> tuple[Compact, dict[str, Any]]:
     """Read a file written by `save_compact`.
 
+    See `save_compact` for an example.
+
     Args:
         path: The file.
         network: The whole network that it was made from, with the same attributes except ``capacity``. May

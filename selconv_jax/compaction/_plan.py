@@ -216,9 +216,32 @@ def plan_compaction(
 ) -> CompactionPlan:
     """Plan what `compact` does, for code that keeps the variables of the whole network.
 
-    Arguments and errors are those of `compact`, but all variables except gates and sources may be shapes. If
-    no channel is closed, copied or unused, the plan's model takes the variables unchanged. With
-    ``compare=False`` nothing is compiled or run, and only the traced programs of both networks are compared.
+    Args:
+        model: The network.
+        variables: Its variables; all except gates and sources may be shapes.
+        *inputs: See `compact`, also for the arguments below.
+        multiple: Likewise.
+        method: Likewise.
+        compare: Compare both networks on random numbers. Otherwise nothing is compiled or run, and only the
+            traced programs of both are compared.
+        **options: Likewise.
+
+    Returns:
+        The plan. If no channel is closed, copied or unused, its model takes the variables unchanged.
+
+    Raises:
+        ConfigError: See `compact`.
+        ValueError: Likewise.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, selconv_jax
+        >>> layer, x = selconv_jax.SelectiveConv(features=4, kernel_size=(3, 3)), jnp.ones((1, 8, 8, 16))
+        >>> variables = layer.init(jax.random.key(0), x, train=False)
+        >>> variables["selectivity"]["gate"] = jnp.arange(16) < 6
+        >>> plan = selconv_jax.plan_compaction(layer, variables, x)
+        >>> small = plan.take(variables)
+        >>> small["params"]["kernel"].shape, plan.put(variables, small)["params"]["kernel"].shape
+        ((3, 3, 6, 4), (3, 3, 16, 4))
     """
     multiple = _checked(model, variables, multiple)
     call, whole = network_call(model, variables, inputs, method, options)

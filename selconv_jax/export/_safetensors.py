@@ -70,6 +70,8 @@ def save_safetensors(
 def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the variables of a file of `save_safetensors`.
 
+    See `save_safetensors` for an example.
+
     Args:
         path: The file.
 

@@ -82,6 +82,8 @@ def _traced_for(function: Callable[..., Any], target: str) -> Callable[..., Any]
 def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., Any]:
     """Read a file of `save_stablehlo`, or any other that `jax.export` can read.
 
+    See `save_stablehlo` for an example.
+
     Args:
         path: The file.
 

@@ -45,6 +45,19 @@ class BatchNormReLUConv(nn.Module):
         param_dtype: Type of the parameters.
         precision: Precision of the convolution, see `jax.lax.Precision`.
         kernel_init: Initializer of the kernel.
+
+    Raises:
+        ConfigError: An attribute is out of bounds.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from selconv_jax import BatchNormReLUConv
+        >>> layer = BatchNormReLUConv(features=8, kernel_size=(3, 3), strides=2)
+        >>> x = jnp.ones((2, 6, 6, 4))
+        >>> variables = layer.init(jax.random.key(0), x, train=False)
+        >>> y, updates = layer.apply(variables, x, train=True, mutable=["batch_stats"])
+        >>> y.shape, sorted(variables), sorted(updates)
+        ((2, 3, 3, 8), ['batch_stats', 'params'], ['batch_stats'])
     """
 
     features: int
@@ -147,7 +160,7 @@ class SelectiveConv(BatchNormReLUConv):
         >>> layer = SelectiveConv(features=8, kernel_size=(3, 3))
         >>> x = jnp.ones((2, 6, 6, 4))
         >>> variables = layer.init(jax.random.key(0), x, train=False)
-        >>> y, changed = layer.apply(variables, x, train=True, mutable=["batch_stats"])
+        >>> y, updates = layer.apply(variables, x, train=True, mutable=["batch_stats"])
         >>> y.shape, sorted(variables["selectivity"])
         ((2, 6, 6, 8), ['gate', 'source'])
     """

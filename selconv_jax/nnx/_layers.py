@@ -57,6 +57,14 @@ class BatchNormReLUConv(nnx.Module):
 
     Raises:
         ConfigError: An argument is out of bounds.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import selconv_jax
+        >>> layer = selconv_jax.nnx.BatchNormReLUConv(4, 8, (3, 3), strides=2, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 6, 6, 4))).shape, layer.kernel.shape
+        ((2, 3, 3, 8), (3, 3, 4, 8))
     """
 
     def __init__(

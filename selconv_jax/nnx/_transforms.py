@@ -59,6 +59,20 @@ def reset_rewritten(optimizer: nnx.Optimizer[Any], module: nnx.Module, report: R
     Raises:
         ValueError: The optimizer is not one of this module's parameters, or a part of its state does not
             have one entry per parameter entry (such as factored second moments).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, selconv_jax
+        >>> from flax import nnx
+        >>> layer = selconv_jax.nnx.SelectiveConv(16, 4, (3, 3), rngs=nnx.Rngs(0))
+        >>> optimizer = nnx.Optimizer(layer, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
+        >>> gradient = jax.tree.map(jnp.ones_like, nnx.state(layer, nnx.Param))
+        >>> _ = optimizer.update(layer, gradient)
+        >>> rule = selconv_jax.AllocationRule(threshold=0.1)
+        >>> report = selconv_jax.nnx.reallocate(layer, jax.random.key(0), rule)
+        >>> selconv_jax.nnx.reset_rewritten(optimizer, layer, report)
+        >>> momentum = optimizer.opt_state[0].trace["scale"][...]
+        >>> int((momentum == 0).sum()) == report.reallocated
+        True
     """
     params = nnx.as_pure(nnx.state(module, optimizer.wrt))
     state = nnx.as_pure(optimizer.opt_state)
@@ -77,6 +91,16 @@ def selectivize(plain: nnx.Module, selective: nnx.Module) -> None:
 
     Raises:
         ValueError: The modules do not match.
+
+    Example:
+        >>> import jax.numpy as jnp, selconv_jax
+        >>> from flax import nnx
+        >>> plain = selconv_jax.nnx.BatchNormReLUConv(16, 4, (3, 3), rngs=nnx.Rngs(0))
+        >>> selective = selconv_jax.nnx.SelectiveConv(16, 4, (3, 3), rngs=nnx.Rngs(1))
+        >>> selconv_jax.nnx.selectivize(plain, selective)
+        >>> x = jnp.ones((1, 8, 8, 16))
+        >>> bool((plain(x) == selective(x)).all())
+        True
     """
     update_module(selective, _selectivize.selectivize(linen_variables(plain), linen_variables(selective)))
 
@@ -93,6 +117,14 @@ def fit_capacity(module: nnx.Module, steps: int = 8) -> None:
 
     Raises:
         ValueError: There is no selective layer, or its arrays are inconsistent.
+
+    Example:
+        >>> import selconv_jax
+        >>> from flax import nnx
+        >>> layer = selconv_jax.nnx.SelectiveConv(16, 4, (3, 3), rngs=nnx.Rngs(0))
+        >>> selconv_jax.nnx.fit_capacity(layer)
+        >>> layer.capacity
+        0.0
     """
     capacities = fitted_capacities(module, steps)
     for path, part in nnx.iter_modules(module):

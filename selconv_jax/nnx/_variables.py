@@ -55,6 +55,17 @@ def update_module(module: nnx.Module, variables: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: The dictionary and the module differ in their entries, or an entry in its shape or dtype.
+
+    Example:
+        >>> import selconv_jax
+        >>> from flax import nnx
+        >>> from selconv_jax.nnx import linen_variables, update_module
+        >>> layer = selconv_jax.nnx.SelectiveConv(3, 4, (3, 3), rngs=nnx.Rngs(0))
+        >>> variables = linen_variables(layer)
+        >>> variables["params"]["scale"] = 2 * variables["params"]["scale"]
+        >>> update_module(layer, variables)
+        >>> layer.scale[...].tolist()
+        [2.0, 2.0, 2.0]
     """
     flat = traverse_util.flatten_dict(dict(variables))
     state = nnx.to_flat_state(nnx.state(module))

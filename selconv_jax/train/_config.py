@@ -1,7 +1,6 @@
 """The configuration of a run: frozen dataclasses, read from TOML, checked when constructed."""
 
 import dataclasses
-import inspect
 import math
 import os
 import tomllib
@@ -14,8 +13,8 @@ import tomli_w
 from flax import traverse_util
 
 from selconv_jax.data._splits import SplitChoice
-from selconv_jax.errors import ConfigError, check_value, nearest
-from selconv_jax.models import MODELS
+from selconv_jax.errors import ConfigError, check_value
+from selconv_jax.train._config_keys import check_keys
 from selconv_jax.train._config_text import apply_override, hint, remedy
 from selconv_jax.transforms._reallocation import AllocationRule
 from selconv_jax.transforms._schedule import ReallocationSchedule
@@ -183,7 +182,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run.
+    """Configuration of a run, as a TOML file holds it.
 
     Attributes:
         description: Purpose of the run, in one sentence.
@@ -208,6 +207,12 @@ class Config:
         data: ``[data]``.
         allocation: ``[allocation]``.
         optimizer: ``[optimizer]``.
+
+    Example:
+        >>> from selconv_jax.train import Config, OptimizerConfig
+        >>> config = Config(epochs=20, optimizer=OptimizerConfig(learning_rate=0.05))
+        >>> config.allocation.threshold, config.model.variant
+        (0.001, 'selective')
     """
 
     description: str = ""
@@ -257,6 +262,14 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Raises:
         ConfigError: The file is missing or not TOML, or a key or value is wrong; the message names it.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from selconv_jax.train import load_config
+        >>> size = Path("first.toml").write_text("epochs = 20")
+        >>> config = load_config("first.toml", ["optimizer.learning_rate=0.05"])
+        >>> config.epochs, config.optimizer.learning_rate
+        (20, 0.05)
     """
     text = ""
     try:
@@ -285,7 +298,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         ...
         selconv_jax.errors.ConfigError: unknown configuration key 'epoch'. Did you mean 'epochs'?
     """
-    _check_keys(tree, Config, ())
+    check_keys(tree, Config)
     try:
         return msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
@@ -316,28 +329,3 @@ def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
     # The run may be resumed from any other directory.
     data = dataclasses.replace(config.data, directory=os.fspath(Path(directory).expanduser().absolute()))
     return dataclasses.replace(config, data=data)
-
-
-def _check_keys(tree: Mapping[str, Any], kind: Any, path: tuple[str, ...]) -> None:
-    """Every key is a field of the dataclass ``kind``; keys of ``model.options`` are the model's affair."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key, value in tree.items():
-        if key not in fields:
-            raise ConfigError(
-                f"unknown configuration key {'.'.join((*path, key))!r}. {_nearest_key(key, path, fields)}"
-            )
-        if dataclasses.is_dataclass(fields[key].type) and isinstance(value, Mapping):
-            _check_keys(value, fields[key].type, (*path, key))
-
-
-def _nearest_key(key: str, path: tuple[str, ...], fields: Mapping[str, Any]) -> str:
-    """Suggest a key of the same section, or the section a known key belongs to."""
-    for section in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(section.type) and section.name not in path:
-            names = [field.name for field in dataclasses.fields(section.type)]
-            if key in names:
-                return f"Did you mean '{section.name}.{key}'?"
-    options = (inspect.signature(network).parameters for network, _ in MODELS.values())
-    if key not in ("parent", "num_classes") and any(key in names for names in options):
-        return f"Did you mean 'model.options.{key}'?"
-    return nearest(key, fields)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from selconv_jax._utils.console import print_line
+from selconv_jax._utils.console import print_line, progress_console
 from selconv_jax.data._dataset import DatasetInfo, ImageData
 from selconv_jax.data._stream import StreamedData
 from selconv_jax.errors import CheckpointError, SelconvError
@@ -68,21 +68,34 @@ class RunContext:
         print_line(self.console, text)
 
 
-def train_run(config: Config, workdir: Path, console: Console) -> int:
+def train_run(config: Config, workdir: Path, console: Console | None = None) -> int:
     """Train from scratch in a new directory.
 
     Args:
         config: The run.
         workdir: A directory that does not exist or is empty.
-        console: Console of the progress.
+        console: `rich.console.Console` of the progress; None: standard output.
 
     Returns:
         0 when the run is complete, 128 plus the signal number when a signal stopped it.
 
     Raises:
         SelconvError: A user-fixable error; nothing was overwritten.
+
+    Example:
+        >>> import rich.console
+        >>> from pathlib import Path
+        >>> from selconv_jax.train import Config, DataConfig, ModelConfig, evaluate_run, train_run
+        >>> config = Config(
+        ...     epochs=1, batch_size=1000, data=DataConfig(name="fashion_mnist_sample"),
+        ...     model=ModelConfig(name="densenet40", options={"blocks": [1], "growth": 2}))
+        >>> train_run(config, Path("first"), rich.console.Console(quiet=True))
+        0
+        >>> step, metrics = evaluate_run(Path("first"))
+        >>> step, sorted(metrics)
+        (2, ['test_accuracy', 'test_loss', 'test_top5'])
     """
-    return answered_alone(new_run(config, workdir, RunContext(console)))
+    return answered_alone(new_run(config, workdir, RunContext(console or progress_console())))
 
 
 def new_run(config: Config, workdir: Path, context: RunContext) -> Requests[int]:
@@ -97,12 +110,12 @@ def new_run(config: Config, workdir: Path, context: RunContext) -> Requests[int]
         return (yield from _Run(trainer, data.info, workdir, store, context).go_on(trainer.initial_state()))
 
 
-def resume_run(workdir: Path, console: Console, overrides: Sequence[str] = ()) -> int:
+def resume_run(workdir: Path, console: Console | None = None, overrides: Sequence[str] = ()) -> int:
     """Resume a run from its newest intact checkpoint; the result equals that of an uninterrupted run.
 
     Args:
         workdir: The directory of the run.
-        console: Console of the progress.
+        console: `rich.console.Console` of the progress; None: standard output.
         overrides: ``"key=value"`` of keys that do not change the result, for this call only.
 
     Returns:
@@ -111,7 +124,7 @@ def resume_run(workdir: Path, console: Console, overrides: Sequence[str] = ()) -
     Raises:
         SelconvError: A user-fixable error.
     """
-    return answered_alone(resumed_run(workdir, RunContext(console), overrides))
+    return answered_alone(resumed_run(workdir, RunContext(console or progress_console()), overrides))
 
 
 def resumed_run(workdir: Path, context: RunContext, overrides: Sequence[str] = ()) -> Requests[int]:

@@ -47,6 +47,14 @@ def layer_states(variables: Any) -> dict[str, LayerState]:
     Raises:
         ValueError: There is no selective layer, or its arrays are missing, inconsistent in shape, or of the
             wrong type (gates are boolean, sources integers).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, selconv_jax
+        >>> layer = selconv_jax.SelectiveConv(features=4, kernel_size=(3, 3))
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 16)), train=False)
+        >>> states = selconv_jax.layer_states(variables)
+        >>> list(states), states[""].kernel.shape, int(states[""].gate.sum())
+        ([''], (3, 3, 16, 4), 16)
     """
     variables = as_variables(variables)
     flat = {

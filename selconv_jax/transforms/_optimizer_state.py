@@ -25,6 +25,16 @@ def rewritten_mask(params: Mapping[str, Any], report: Report) -> Any:
 
     Raises:
         ValueError: ``params`` has no kernel for a layer of the report: the two belong to different models.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, selconv_jax
+        >>> layer = selconv_jax.SelectiveConv(features=4, kernel_size=(3, 3))
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 16)), train=False)
+        >>> variables, report = selconv_jax.reallocate(
+        ...     variables, jax.random.key(1), selconv_jax.AllocationRule(threshold=0.1))
+        >>> masks = selconv_jax.rewritten_mask(variables["params"], report)
+        >>> masks["kernel"].shape, int(masks["kernel"].sum()) == report.reallocated
+        ((1, 1, 16, 1), True)
     """
     kernels = set()
 
