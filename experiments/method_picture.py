@@ -30,8 +30,8 @@ _HALF = 3  # the kernels are drawn on pixels -3..3
 def method_picture() -> Figure:
     """Draw a schematic explanation of selective channel allocation.
 
-    The upper row follows a layer of six channels through a round (method, ECDM, de-allocation,
-    re-allocation): unequal damages, closed slots, slots that read the best channels through a shift.
+    The upper row follows a layer of six channels through a round (method, "A round"): unequal
+    damages, closed slots, slots that read the best channels through a shift.
     The lower row adds the kernel of a copy, spread over pixels by its bilinear shift, to that of the slot
     it copies, and shows the resulting larger kernel (batch norm and ReLU, which come between the shift
     and the kernel, are left out).

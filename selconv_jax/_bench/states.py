@@ -15,14 +15,15 @@ from selconv_jax.functional._allocation import LayerState, fill_slots
 from selconv_jax.functional._groups import group_count
 from selconv_jax.transforms._layer_tree import layer_states, merge_layers
 
-_SHIFT_RANGE = 1.5  # pixels; method, "Re-allocation"
+_SHIFT_RANGE = 1.5  # pixels; method, "Re-allocate"
 
 
 def with_copies(variables: Mapping[str, Any], share: float, seed: int) -> Any:
     """Re-allocate a fraction of the channels of every selective layer, as rounds of re-allocation would.
 
     The channels are chosen at random, closed, and filled with shifted copies of random open ones (method,
-    "Re-allocation": their kernel rows are 0, their batch norm is that of the source). Gate-only layers stay.
+    "Re-allocate", step 4: their kernel rows are 0, their batch norm is that of the source). Gate-only layers
+    stay.
 
     ``share`` is in [0, 1] and rounded down to whole channels; at 1 each half is filled from the other. All
     channels must be open.

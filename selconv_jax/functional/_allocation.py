@@ -53,7 +53,7 @@ def deallocate(
     threshold: jax.typing.ArrayLike,
     groups: int = 1,
 ) -> tuple[jax.Array, jax.Array | None]:
-    r"""Close the channels whose total damage stays within a threshold (method, "De-allocation").
+    r"""Close the channels whose total damage stays within a threshold (method, "De-allocate").
 
     Channels are sorted by their largest damage to any output, in ascending order :math:`\pi`. Closed is the
     longest prefix of :math:`n` channels whose summed damage does not exceed ``threshold`` for any output,
@@ -126,7 +126,7 @@ def _kept_by_groups(order: jax.Array, gate: jax.Array, new_gate: jax.Array, grou
 
 
 def draw_sources(key: jax.Array, scores: jax.Array, gate: jax.Array, top_k: int) -> jax.Array:
-    """Draw the open channel that each closed channel will copy (method, "Re-allocation" 3, 4).
+    """Draw the open channel that each closed channel will copy (method, "Re-allocate", steps 3 and 4).
 
     Each closed channel independently draws one of the ``top_k`` open channels with the highest scores, all
     equally likely. Only channels with a score above 0 are candidates; there may be fewer than ``top_k``.
@@ -182,7 +182,7 @@ def sources_from_uniform(uniform: jax.Array, scores: jax.Array, gate: jax.Array,
 
 
 def fill_slots(state: LayerState, drawn: jax.Array, shift: jax.Array) -> LayerState:
-    """Fill closed channels with shifted copies of the drawn ones (method, "Re-allocation" 4).
+    """Fill closed channels with shifted copies of the drawn ones (method, "Re-allocate", step 4).
 
     A filled slot is opened with an all-zero kernel row, so that the layer's output does not change, and
     with the batch norm of the channel it copies. A copy of a copy reads the original. All slots are

@@ -20,8 +20,7 @@ def expected_channel_damage(
     .. math:: E_i = |\gamma_i| \phi(\beta_i / |\gamma_i|) + \beta_i \Phi(\beta_i / |\gamma_i|)
 
     with :math:`E_i = \max(\beta_i, 0)` in the limit :math:`\gamma_i \to 0`. Removing the channel changes
-    the expected output :math:`o` by :math:`g_i E_i \sum_k W_{k, i, o}` (method, "Expected channel damage
-    matrix").
+    the expected output :math:`o` by :math:`g_i E_i \sum_k W_{k, i, o}` (method, "Measure").
 
     The published method has no grouped selective layer. Here the matrix of a layer with ``G`` groups
     is still ``[O, C]``. Only channels of its own group damage an output, so all other entries are 0, and
@@ -99,7 +98,7 @@ def normalize_damage(damage: jax.Array) -> jax.Array:
 def channel_scores(
     normalized: jax.Array, source: jax.Array | None, max_copies: int | None = None
 ) -> jax.Array:
-    """Score each channel as a candidate for copies: the 2-norm of its column (method, "Re-allocation" 1, 2).
+    """Score each channel for copies: the 2-norm of its column (method, "Re-allocate", steps 1 and 2).
 
     Args:
         normalized: ``[O, C]`` normalized damage, taken after de-allocation.

@@ -19,10 +19,10 @@ def shift_units(sizes: Mapping[Path, tuple[int, int]], align_corners: bool) -> U
     """Return the pixels (rows, columns) per unit of the authors' shifts, given ``(H, W)`` of layers' inputs.
 
     The authors add ``4 / (H + W)`` times the shift to coordinates from -1 to 1 across the layer's input of
-    ``H`` rows by ``W`` columns (method, "Known deviations"). With ``align_corners=False`` this range spans
-    ``H`` pixels, so that a unit is ``2 H / (H + W)`` rows and ``2 W / (H + W)`` columns: one pixel if the
-    input is square. With ``align_corners=True`` it spans ``H - 1`` pixels, and a unit is
-    ``2 (H - 1) / (H + W)`` rows.
+    ``H`` rows by ``W`` columns (method, "What is exact, and what deviates"). With
+    ``align_corners=False`` this range spans ``H`` pixels, so that a unit is ``2 H / (H + W)`` rows and
+    ``2 W / (H + W)`` columns: one pixel if the input is square. With ``align_corners=True`` it spans
+    ``H - 1`` pixels, and a unit is ``2 (H - 1) / (H + W)`` rows.
 
     Example:
         >>> shift_units({("conv1",): (8, 24)}, align_corners=False)

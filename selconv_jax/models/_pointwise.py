@@ -12,7 +12,7 @@ from selconv_jax.errors import ConfigError
 from selconv_jax.models._network import Network
 from selconv_jax.models._parts import average_pool
 
-# Largest shift of a new copy, in pixels; method, "Re-allocation".
+# Largest shift of a new copy, in pixels; method, "Re-allocate".
 _SHIFT_RANGE = 1.5
 
 

@@ -104,7 +104,8 @@ class AllocationConfig:
     Attributes:
         threshold: Fraction of the damage that a round may lose by closing channels, in [0, 1].
         top_k: Number of channels that compete for the closed slots.
-        max_copies: No further copies of a channel that more than this many read; None: no limit.
+        max_copies: Sources that more than this many channels read are not copied again, nor are their
+            copies; None: no limit.
         shift_range: New copies start at shifts in ``[-shift_range, shift_range]`` pixels.
         random_sources: Sources are drawn from all open channels instead of the top K: an ablation.
         until: Fraction of the epochs after which the allocation is frozen.

@@ -29,13 +29,14 @@ Variables = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class AllocationRule:
-    """Settings of a round of de-allocation and re-allocation (method, "De-allocation" and after).
+    """Rule by which a round closes and refills channels (method, "De-allocate" and "Re-allocate").
 
     Attributes:
         threshold: Fraction of the damage that may be lost by closing channels, in [0, 1]. Like
             ``shift_range``, it may be an array ``[]``, traced or not; a new value does not recompile.
         top_k: Number of channels that compete for the closed slots; 0: channels are closed, none refilled.
-        max_copies: A channel that more than this many read is not copied any further; None: no limit.
+        max_copies: Sources that more than this many channels read are not copied again, nor are their
+            copies; None: no limit.
         shift_range: Shifts of new copies are drawn from ``[-shift_range, shift_range]`` pixels.
         random_sources: Ablation: instead of the top K, all open channels that ``max_copies`` does not
             exclude are equally likely sources, whatever their scores (``top_k=0`` still only closes).
@@ -82,8 +83,8 @@ def reallocate(
 def reallocate(variables: Any, key: jax.Array, allocation: AllocationRule | None = None) -> Any:
     """Close the least important channels of every selective layer and refill them with copies of the best.
 
-    One round of the method's "De-allocation" and "Re-allocation" for all layers of any Flax model; the
-    layers are found by the ``selectivity`` collection. Gate-only layers are only de-allocated.
+    One round of the method's "De-allocate" and "Re-allocate" for all layers of any Flax model; the layers
+    are found by the ``selectivity`` collection. Gate-only layers are only de-allocated.
     Every layer draws from ``key`` folded with its path. With JAX's default generator, its draws therefore
     do not depend on the other layers, and all processes of a cluster draw the same. Fold a step or epoch
     into ``key`` yourself, or each round draws the same.
