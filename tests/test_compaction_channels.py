@@ -10,7 +10,7 @@ import selconv_jax
 from compactions import NETWORKS, SHAPE, assert_same_function, close, copy
 from selconv_jax import ConfigError
 from selconv_jax.analysis._counting import count_parameters
-from selconv_jax.compaction._static_conv import LayerLayout
+from selconv_jax.compaction import LayerLayout
 from selconv_jax.models import DenseNet, PreResNet, ResNeXt
 from states import perturbed_variables
 

@@ -10,8 +10,8 @@ import selconv_jax
 from compactions import assert_equal_trees, assert_same_function, close, images, quick_jit
 from selconv_jax import ConfigError, SelectiveConv
 from selconv_jax._xla.batch_norm import Statistics, batch_statistics
+from selconv_jax.compaction import LayerLayout
 from selconv_jax.compaction import _plan as planning
-from selconv_jax.compaction._static_conv import LayerLayout
 from states import perturbed_variables
 
 SHAPE = (2, 6, 6, 8)

@@ -2,34 +2,13 @@
 
 import doctest
 import importlib
-import inspect
-import pkgutil
 import re
 
 import pytest
 
-import selconv_jax
+from public_names import MODULES, public_values
 
-MODULES = sorted(
-    module.name
-    for module in pkgutil.walk_packages(selconv_jax.__path__, "selconv_jax.")
-    if not module.name.endswith("__main__")
-)
-
-
-def public_names():
-    """Every public class and function by the module and the name of its definition."""
-    packages = [selconv_jax, *map(importlib.import_module, MODULES)]
-    packages = [package for package in packages if not re.search(r"\._", package.__name__)]
-    values = [getattr(package, name) for package in packages for name in getattr(package, "__all__", ())]
-    return {
-        f"{value.__module__}.{value.__qualname__}"
-        for value in values
-        if inspect.isclass(value) or inspect.isroutine(value)
-    }
-
-
-PUBLIC = public_names()
+PUBLIC = {f"{value.__module__}.{value.__qualname__}" for value in public_values().values()}
 
 
 def is_public(example):

@@ -98,7 +98,13 @@ class CompactionPlan:
 
 @dataclasses.dataclass(frozen=True)
 class FrozenModel:
-    """Network with whole variables that computes with the smaller one of its plan."""
+    """Network with whole variables that computes with the smaller one of its plan.
+
+    `CompactionPlan.frozen_model` makes it.
+
+    Attributes:
+        plan: The plan.
+    """
 
     plan: CompactionPlan
 

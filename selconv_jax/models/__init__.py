@@ -2,6 +2,7 @@
 
 from selconv_jax.models._condensenet import CondenseNet
 from selconv_jax.models._densenet import DenseNet
+from selconv_jax.models._network import Network
 from selconv_jax.models._pointwise import Pointwise
 from selconv_jax.models._preresnet import PreResNet
 from selconv_jax.models._registry import MODELS, create_model, stem_for
@@ -11,6 +12,7 @@ __all__ = [
     "MODELS",
     "CondenseNet",
     "DenseNet",
+    "Network",
     "Pointwise",
     "PreResNet",
     "ResNeXt",

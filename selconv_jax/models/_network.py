@@ -54,18 +54,22 @@ class LayerMaker:
 
 
 class Network(nn.Module):
-    """Base class of image networks, called as ``apply(variables, images, train=...)``.
+    """Base class of the image networks, called as ``apply(variables, images, train=...)``.
 
     Subclasses have an attribute ``blocks``, the number of layers per block; between blocks the image size
     halves.
 
     Attributes:
         num_classes: Number of outputs.
-        stem: First convolution, see `Stem`: ``"cifar"``, ``"tiny_imagenet"`` or ``"imagenet"``.
+        stem: First convolution: ``"cifar"`` (3x3, stride 1; also for Fashion-MNIST), ``"tiny_imagenet"``
+            (3x3, stride 2) or ``"imagenet"`` (7x7, stride 2, then a 3x3 max pool of stride 2).
         variant: ``"plain"``, ``"selective"``, or ``"gate_only"`` (de-allocation without re-allocation).
         capacity: See `selconv_jax.SelectiveConv`.
         dtype: Type of the computation; None: that of the input.
         param_dtype: Type of the parameters.
+
+    Raises:
+        ConfigError: A value is out of bounds or not one of the choices.
     """
 
     num_classes: int

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
         OptimizerConfig,
         load_config,
     )
+    from selconv_jax.train._distributed.sharding import Placement
     from selconv_jax.train._evaluation import evaluate_run
     from selconv_jax.train._loop import NonFiniteLossError, resume_run, train_run
     from selconv_jax.train._metrics import read_metrics
+    from selconv_jax.train._network import Program
     from selconv_jax.train._run_setup import restore_run
-    from selconv_jax.train._state import TrainState
+    from selconv_jax.train._state import Totals, TrainState
     from selconv_jax.train._trainer import Trainer
 
 __all__ = [
@@ -27,6 +29,9 @@ __all__ = [
     "ModelConfig",
     "NonFiniteLossError",
     "OptimizerConfig",
+    "Placement",
+    "Program",
+    "Totals",
     "TrainState",
     "Trainer",
     "evaluate_run",

@@ -57,7 +57,8 @@ def evaluate_run(
         overrides: As for `resume_run`.
 
     Returns:
-        The step of the checkpoint, and the numbers of `evaluation_metrics`.
+        The step of the checkpoint, and the losses and accuracies in [0, 1] by name, such as ``test_loss``,
+        ``test_accuracy`` and, for more than 5 classes, ``test_top5``.
 
     Raises:
         SelconvError: A user-fixable error.

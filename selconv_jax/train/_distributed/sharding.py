@@ -17,7 +17,12 @@ BATCH_AXES = ("batch", "parameters")
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Devices of a run, as a mesh with the axes of `BATCH_AXES`."""
+    """Devices of a run, and what each of them holds.
+
+    Attributes:
+        mesh: The devices, as a mesh with the axes ``batch`` and ``parameters``. Batches are split over both;
+            large kernels, if requested, over the second.
+    """
 
     mesh: Mesh
 
