@@ -99,8 +99,8 @@ def test_every_ablation_differs_from_the_published_configuration_in_what_its_nam
 
 
 def test_random_sources_reach_the_transform():
-    assert CONFIGS["ablations/random_sources.toml"].allocation.allocation.random_sources
-    assert not CONFIGS["cifar10/densenet40_selective.toml"].allocation.allocation.random_sources
+    assert CONFIGS["ablations/random_sources.toml"].allocation.rule.random_sources
+    assert not CONFIGS["cifar10/densenet40_selective.toml"].allocation.rule.random_sources
 
 
 @pytest.mark.parametrize("data", ["cifar10", "cifar100"])

@@ -73,9 +73,9 @@ def grouped():
 def test_filling_slots_does_not_change_the_function(grouped):
     layer, x, variables = grouped
     key = jax.random.key(1)
-    allocation = AllocationRule(threshold=0.1)
+    rule = AllocationRule(threshold=0.1)
     closed, report = selconv_jax.reallocate(variables, key, AllocationRule(threshold=0.1, top_k=0))
-    filled, same = selconv_jax.reallocate(variables, key, allocation)
+    filled, same = selconv_jax.reallocate(variables, key, rule)
     assert report.deallocated == same.deallocated > 0
     slots = np.flatnonzero(same.layers[""].reallocated)
     assert len(slots) == (~closed["selectivity"]["gate"]).sum() > 0

@@ -125,9 +125,9 @@ def test_a_stack_beside_single_layers_leaves_their_draws():
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), single)
     together = {name: {"single": single[name], "stack": stacked[name]} for name in single}
     alone = {name: {"single": single[name]} for name in single}
-    allocation = AllocationRule(threshold=0.2)
-    new, _ = selconv_jax.reallocate(together, jax.random.key(3), allocation)
-    expected, report = selconv_jax.reallocate(alone, jax.random.key(3), allocation)
+    rule = AllocationRule(threshold=0.2)
+    new, _ = selconv_jax.reallocate(together, jax.random.key(3), rule)
+    expected, report = selconv_jax.reallocate(alone, jax.random.key(3), rule)
     assert report.reallocated > 0
     np.testing.assert_array_equal(
         new["params"]["single"]["shift"], expected["params"]["single"]["shift"], strict=True

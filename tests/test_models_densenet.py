@@ -94,8 +94,8 @@ def test_what_deallocation_does_to_densenet40_and_what_was_predicted(record_prop
     before = np.asarray(apply(variables))
     changes = []
     for threshold in (1e-3, 1e-2, 1e-1):
-        allocation = AllocationRule(threshold=threshold, top_k=0)
-        after, report = selconv_jax.reallocate(variables, jax.random.key(0), allocation)
+        rule = AllocationRule(threshold=threshold, top_k=0)
+        after, report = selconv_jax.reallocate(variables, jax.random.key(0), rule)
         predicted = [
             float(_closed_damage(state, report.layers[name].deallocated))
             for name, state in selconv_jax.layer_states(variables).items()

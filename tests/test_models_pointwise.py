@@ -73,8 +73,8 @@ def test_copies_see_neighbours_through_their_shifts_alone(shift_range, sees):
     """A re-allocated network; the new slots' weights, which restart at 0, are given values as by training."""
     model = Pointwise(10, **SMALL)
     variables = perturbed_variables(model, (1, *IMAGE), seed=0)
-    allocation = selconv_jax.AllocationRule(threshold=0.4, shift_range=shift_range)
-    variables, report = selconv_jax.reallocate(variables, jax.random.key(1), allocation)
+    rule = selconv_jax.AllocationRule(threshold=0.4, shift_range=shift_range)
+    variables, report = selconv_jax.reallocate(variables, jax.random.key(1), rule)
     assert report.layers["block1_layer1"].copies > 0
     variables["params"] = jax.tree.map(lambda leaf: leaf, variables["params"])
     for layer in ("block1_layer1", "block2_layer1"):

@@ -39,25 +39,25 @@ def section(case, name):
     return {key.removeprefix(prefix): value for key, value in case.items() if key.startswith(prefix)}
 
 
-def given_round(variables, after, allocation):
+def given_round(variables, after, rule):
     """De-allocates and re-allocates every layer with the sources and shifts that ``after`` came to."""
     states, wanted = layer_states(variables), layer_states(after)
     for path, state in states.items():
-        states[path], drawn, scores = given_slots(state, wanted[path], allocation)
+        states[path], drawn, scores = given_slots(state, wanted[path], rule)
         if drawn is not None:
-            candidates = np.argsort(-np.asarray(scores), kind="stable")[: allocation.top_k]
+            candidates = np.argsort(-np.asarray(scores), kind="stable")[: rule.top_k]
             assert set(np.asarray(drawn)[np.asarray(drawn) >= 0]) <= set(candidates)
     return merge_layers(variables, states)
 
 
-@functools.partial(jax.jit, static_argnames="allocation")
-def given_slots(state, wanted, allocation):
+@functools.partial(jax.jit, static_argnames="rule")
+def given_slots(state, wanted, rule):
     """The round of one layer, what it drew and the scores that it had to draw by."""
-    gate, source = functional.deallocate(damage_of(state), state.gate, state.source, allocation.threshold)
+    gate, source = functional.deallocate(damage_of(state), state.gate, state.source, rule.threshold)
     state = dataclasses.replace(state, gate=gate, source=source)
     if source is None:
         return state, None, None
-    scores = functional.channel_scores(damage_of(state), source, allocation.max_copies)
+    scores = functional.channel_scores(damage_of(state), source, rule.max_copies)
     # Nothing was a copy before the only round, so the new sources are what was drawn.
     drawn = jnp.where(~gate & wanted.gate, wanted.source, -1)
     return functional.fill_slots(state, drawn, wanted.shift), drawn, scores
@@ -118,8 +118,8 @@ def test_recorded_training(name):
             if index == STEPS_BEFORE_ROUND:
                 realloc = section(case, "realloc")
                 if "selectivity" in variables:
-                    allocation = AllocationRule(threshold=0.4, max_copies=MAX_COPIES.get(name))
-                    variables = given_round(variables, load_state_dict(model, realloc), allocation)
+                    rule = AllocationRule(threshold=0.4, max_copies=MAX_COPIES.get(name))
+                    variables = given_round(variables, load_state_dict(model, realloc), rule)
                 assert_same_variables(model, variables, realloc)
                 momentum = {**variables, "params": optax.tree.get(opt_state, "trace")}
                 ours = state_dict(model, momentum)

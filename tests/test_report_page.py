@@ -14,7 +14,7 @@ from selconv_jax.report._layer_allocation import LayerAllocation
 from selconv_jax.report._page import RoundOfRun, run_page
 from selconv_jax.report._page_charts import Line, chart
 from selconv_jax.train import read_metrics, train_run
-from selconv_jax.train._rounds import RoundLog, read_rounds
+from selconv_jax.train._round_log import RoundLog, read_rounds
 
 RECORDS = [
     {"epoch": 1, "train_loss": 2.5, "test_accuracy": 0.25, "images_per_second": None, "channels": 4},
@@ -135,7 +135,7 @@ def test_rounds_that_cannot_be_written_end_nothing(tmp_path, monkeypatch):
     said = []
     (tmp_path / "rounds").touch()
     log = RoundLog(tmp_path / "rounds", said.append)
-    monkeypatch.setattr("selconv_jax.train._rounds.layer_states", lambda variables: {})
+    monkeypatch.setattr("selconv_jax.train._round_log.layer_states", lambda variables: {})
     state = type("State", (), {"variables": {}, "step": 3})()
     for _ in range(2):
         log.write(state, None)

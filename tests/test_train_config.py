@@ -14,8 +14,8 @@ def test_defaults_are_the_published_ones():
     assert (config.epochs, config.batch_size) == (300, 64)
     assert config.optimizer.learning_rate == 0.1
     assert (config.optimizer.weight_decay, config.optimizer.shift_weight_decay) == (1e-4, 1e-5)
-    allocation = config.allocation.allocation
-    assert (allocation.threshold, allocation.top_k, allocation.max_copies) == (1e-3, 3, None)
+    rule = config.allocation.rule
+    assert (rule.threshold, rule.top_k, rule.max_copies) == (1e-3, 3, None)
     assert config.allocation.schedule.until == 0.5
 
 

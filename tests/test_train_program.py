@@ -45,8 +45,8 @@ def typed(name, dtype):
 def reallocated(model):
     """Variables with copies, and with a closed channel in every layer."""
     variables = model.init(jax.random.key(0), jnp.asarray(IMAGES, model.dtype), train=False)
-    allocation = selconv_jax.AllocationRule(threshold=0.2)
-    variables, _ = selconv_jax.reallocate(variables, jax.random.key(0), allocation)
+    rule = selconv_jax.AllocationRule(threshold=0.2)
+    variables, _ = selconv_jax.reallocate(variables, jax.random.key(0), rule)
     selectivity = traverse_util.flatten_dict(variables["selectivity"])
     for path, values in selectivity.items():
         if path[-1] == "gate":

@@ -114,23 +114,21 @@ def test_frozen_variables_stay_frozen(variables):
 
 def test_compiles_once_per_model_and_allocation(variables, monkeypatch):
     traces = []
-    original = transform._round
-    monkeypatch.setattr(transform, "_round", lambda *args: traces.append(1) or original(*args))
+    original = transform._layer_round
+    monkeypatch.setattr(transform, "_layer_round", lambda *args: traces.append(1) or original(*args))
     transform._jitted.cache_clear()
-    allocation = AllocationRule(threshold=0.123)
+    rule = AllocationRule(threshold=0.123)
     for seed in range(3):
-        variables, _ = selconv_jax.reallocate(variables, jax.random.key(seed), allocation)
+        variables, _ = selconv_jax.reallocate(variables, jax.random.key(seed), rule)
         # Nor do other numbers compile anew.
-        allocation = AllocationRule(threshold=0.2 + seed / 10, shift_range=1.0 + seed)
+        rule = AllocationRule(threshold=0.2 + seed / 10, shift_range=1.0 + seed)
     assert len(traces) == len(selconv_jax.layer_states(variables))
 
 
 def test_inside_of_jit_equals_outside(variables):
-    allocation = AllocationRule(threshold=0.3, max_copies=2)
-    outside, report = selconv_jax.reallocate(variables, jax.random.key(5), allocation)
-    inside, same = jax.jit(lambda v, k: selconv_jax.reallocate(v, k, allocation))(
-        variables, jax.random.key(5)
-    )
+    rule = AllocationRule(threshold=0.3, max_copies=2)
+    outside, report = selconv_jax.reallocate(variables, jax.random.key(5), rule)
+    inside, same = jax.jit(lambda v, k: selconv_jax.reallocate(v, k, rule))(variables, jax.random.key(5))
     chex.assert_trees_all_equal(inside, outside)
     chex.assert_trees_all_equal(same, report)
 
@@ -188,18 +186,18 @@ def test_input_channels_may_be_sharded_on_a_mesh_of_explicit_axes(variables):
 
 
 def test_replicas_are_refused_and_stay_alike_where_they_are_traced(variables):
-    allocation = AllocationRule(threshold=0.3)
+    rule = AllocationRule(threshold=0.3)
     replicas = jax.tree.map(lambda leaf: jnp.asarray(np.stack([leaf, leaf])), variables)
     # As where each device has seen a batch of its own.
     moved = jax.tree.map(lambda leaf: leaf.at[1].add(0.5), replicas["batch_stats"])
     for given in (replicas, {**replicas, "batch_stats": moved}):
         with pytest.raises(ValueError, match=r"2 replicas of one model.*flax.jax_utils.unreplicate"):
-            selconv_jax.reallocate(given, jax.random.key(0), allocation)
-    new, report = jax.jit(lambda v: selconv_jax.reallocate(v, jax.random.key(0), allocation))(replicas)
+            selconv_jax.reallocate(given, jax.random.key(0), rule)
+    new, report = jax.jit(lambda v: selconv_jax.reallocate(v, jax.random.key(0), rule))(replicas)
     assert report.reallocated > 0
     for leaf in jax.tree.leaves((new, report)):
         np.testing.assert_array_equal(leaf[0], leaf[1])
-    run = jax.vmap(lambda v: selconv_jax.reallocate(v, jax.random.key(0), allocation))
+    run = jax.vmap(lambda v: selconv_jax.reallocate(v, jax.random.key(0), rule))
     mapped, _ = jax.jit(run)(replicas)
     for leaf in jax.tree.leaves(mapped):
         np.testing.assert_array_equal(leaf[0], leaf[1])
@@ -221,16 +219,16 @@ def test_a_layer_with_a_parameter_that_is_not_a_number_is_left_alone(name):
 
 def test_draws_depend_on_key_and_path_only(variables):
     states = selconv_jax.layer_states(variables)
-    allocation = AllocationRule(threshold=0.3)
-    _, report = selconv_jax.reallocate(variables, jax.random.key(1), allocation)
-    other, _ = selconv_jax.reallocate(variables, jax.random.key(2), allocation)
-    new, _ = selconv_jax.reallocate(variables, jax.random.key(1), allocation)
+    rule = AllocationRule(threshold=0.3)
+    _, report = selconv_jax.reallocate(variables, jax.random.key(1), rule)
+    other, _ = selconv_jax.reallocate(variables, jax.random.key(2), rule)
+    new, _ = selconv_jax.reallocate(variables, jax.random.key(1), rule)
     # The same layer alone, under its path, draws what it drew among the others.
     part = {
         collection: {"block2_layer1": {"conv1": leaves["block2_layer1"]["conv1"]}}
         for collection, leaves in variables.items()
     }
-    alone, _ = selconv_jax.reallocate(part, jax.random.key(1), allocation)
+    alone, _ = selconv_jax.reallocate(part, jax.random.key(1), rule)
     pick = ("params", "block2_layer1", "conv1", "shift")
     np.testing.assert_array_equal(at(alone, *pick), at(new, *pick))
     filled = report.layers["block2_layer1/conv1"].reallocated
@@ -285,10 +283,10 @@ def test_layers_of_other_dimensions_leave_the_draws():
         perturbed_variables(SelectiveConv(4, (3,) * rank), (2, *(6,) * rank, 12), seed=0) for rank in (1, 2)
     )
     together = {name: {"one": one[name], "two": two[name]} for name in one}
-    allocation = AllocationRule(threshold=0.2)
-    new, report = selconv_jax.reallocate(together, jax.random.key(0), allocation)
+    rule = AllocationRule(threshold=0.2)
+    new, report = selconv_jax.reallocate(together, jax.random.key(0), rule)
     alone = {name: {"one": leaves} for name, leaves in one.items()}
-    expected, _ = selconv_jax.reallocate(alone, jax.random.key(0), allocation)
+    expected, _ = selconv_jax.reallocate(alone, jax.random.key(0), rule)
     assert report.layers["one"].reallocated.any()
     chex.assert_trees_all_equal(new["params"]["one"], expected["params"]["one"])
 

@@ -38,7 +38,7 @@ def test_allocation_out_of_bounds(change, message):
 
 def test_arguments_of_other_types(variables):
     key = jax.random.key(0)
-    with pytest.raises(ConfigError, match=r"allocation is a float; .*AllocationRule\(threshold="):
+    with pytest.raises(ConfigError, match=r"rule is a float; .*AllocationRule\(threshold="):
         selconv_jax.reallocate(variables, key, 0.1)
     with pytest.raises(ConfigError, match=r"key is a int; it must be a PRNG key"):
         selconv_jax.reallocate(variables, 0)

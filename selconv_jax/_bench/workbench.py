@@ -24,7 +24,8 @@ from selconv_jax.train._optimizer import make_optimizer
 from selconv_jax.train._seeds.trainer import over_members
 from selconv_jax.train._state import TrainState, initial_state
 from selconv_jax.train._step import eval_batch, train_step
-from selconv_jax.transforms._reallocation import AllocationRule, reallocate
+from selconv_jax.transforms._reallocation import reallocate
+from selconv_jax.transforms._rule import AllocationRule
 
 PLAIN = "plain"
 Network = tuple[Any, dict[str, Any]]  # model and variables
@@ -195,8 +196,8 @@ class Workbench:
     def prepare_reallocate(self) -> Prepared:
         """Prepare one round on the whole network, as training calls it between epochs."""
         variables, key = self.initial.variables, jax.random.key(self.settings.seed)
-        allocation = AllocationRule(threshold=_THRESHOLD)
-        return _warmed_up(lambda: reallocate(variables, key, allocation))
+        rule = AllocationRule(threshold=_THRESHOLD)
+        return _warmed_up(lambda: reallocate(variables, key, rule))
 
     def prepare_eval(self, make: Callable[[], Network]) -> Prepared:
         """Prepare the evaluation of one batch."""

@@ -25,7 +25,7 @@ from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 from selconv_jax.train._config import Config
 from selconv_jax.train._metrics import read_metrics
 from selconv_jax.train._network import bucket_program, make_network
-from selconv_jax.train._rounds import read_rounds
+from selconv_jax.train._round_log import read_rounds
 from selconv_jax.train._workdir import CHECKPOINTS, METRICS, ROUNDS, read_config
 from selconv_jax.transforms._capacity import required_capacity
 from selconv_jax.transforms._layer_tree import layer_states

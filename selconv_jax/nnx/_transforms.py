@@ -10,11 +10,11 @@ from selconv_jax.nnx._linen_module import LinenModule
 from selconv_jax.nnx._variables import linen_variables, update_module
 from selconv_jax.transforms import _optimizer_state, _reallocation, _selectivize
 from selconv_jax.transforms._capacity import fitted_capacities, with_capacity
-from selconv_jax.transforms._reallocation import AllocationRule
 from selconv_jax.transforms._report import Report
+from selconv_jax.transforms._rule import AllocationRule
 
 
-def reallocate(module: nnx.Module, key: jax.Array, allocation: AllocationRule | None = None) -> Report:
+def reallocate(module: nnx.Module, key: jax.Array, rule: AllocationRule | None = None) -> Report:
     """Re-allocate the channels of every selective layer of a module, in place.
 
     One round of `selconv_jax.reallocate` on the module's variables; see there for the details. Layers are
@@ -24,7 +24,7 @@ def reallocate(module: nnx.Module, key: jax.Array, allocation: AllocationRule | 
     Args:
         module: The module.
         key: A PRNG key.
-        allocation: Settings of the round; None: the published ones.
+        rule: Settings of the round; None: the published ones.
 
     Returns:
         The report of the round; a layer's name is its path of attributes, such as ``blocks/0/conv``.
@@ -41,7 +41,7 @@ def reallocate(module: nnx.Module, key: jax.Array, allocation: AllocationRule | 
         >>> int((layer.source[...] >= 0).sum()) == report.reallocated > 0
         True
     """
-    variables, report = _reallocation.reallocate(linen_variables(module), key, allocation)
+    variables, report = _reallocation.reallocate(linen_variables(module), key, rule)
     update_module(module, variables)
     return report
 

@@ -16,7 +16,7 @@ from selconv_jax.data._splits import SplitChoice
 from selconv_jax.errors import ConfigError, check_value
 from selconv_jax.train._config_keys import check_keys
 from selconv_jax.train._config_text import apply_override, hint, remedy
-from selconv_jax.transforms._reallocation import AllocationRule
+from selconv_jax.transforms._rule import AllocationRule
 from selconv_jax.transforms._schedule import ReallocationSchedule
 
 
@@ -128,11 +128,11 @@ class AllocationConfig:
     compile_frozen: bool = True
 
     def __post_init__(self) -> None:
-        _ = self.allocation, self.schedule  # their constructors check the values
+        _ = self.rule, self.schedule  # their constructors check the values
 
     @property
-    def allocation(self) -> AllocationRule:
-        """The rule by which a round decides."""
+    def rule(self) -> AllocationRule:
+        """The rule by which a round closes and refills channels."""
         names = [field.name for field in dataclasses.fields(AllocationRule)]
         return AllocationRule(**{name: getattr(self, name) for name in names})
 

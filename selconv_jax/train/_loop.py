@@ -29,7 +29,7 @@ from selconv_jax.train._evaluation import evaluation_metrics
 from selconv_jax.train._metrics import MetricsLog, channel_counts, read_metrics, sentence
 from selconv_jax.train._network import Program
 from selconv_jax.train._progress import Display, ProgressDisplay
-from selconv_jax.train._rounds import RoundLog
+from selconv_jax.train._round_log import RoundLog
 from selconv_jax.train._seeds.requests import Request, Requests, answered_alone
 from selconv_jax.train._signals import StopRequest, stop_request
 from selconv_jax.train._state import TrainState

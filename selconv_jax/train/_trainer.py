@@ -213,7 +213,7 @@ class Trainer:
         step = int(state.step)
         number = step if settings.every_steps else step // self.steps_per_epoch - 1
         key = fold(state.key, Purpose.REALLOCATION, number)
-        variables, report = reallocate(state.variables, key, settings.allocation)
+        variables, report = reallocate(state.variables, key, settings.rule)
         if settings.reset_momentum:
             opt_state = reset_rewritten(self.optimizer, state.opt_state, variables["params"], report)
             state = dataclasses.replace(state, opt_state=opt_state)

@@ -35,7 +35,7 @@ def try_on_shapes(
         return optax.apply_updates(params, updates), opt_state
 
     def reset_after_round(variables: Any, opt_state: Any) -> Any:
-        new, report = reallocate(variables, jax.random.key(0), config.allocation.allocation)
+        new, report = reallocate(variables, jax.random.key(0), config.allocation.rule)
         return reset_rewritten(optimizer, opt_state, new["params"], report)
 
     with _refused("the network cannot be made ({}). Choose other model.options."):

@@ -3,8 +3,9 @@
 from selconv_jax.transforms._capacity import FittedCapacity, required_capacity, with_capacity
 from selconv_jax.transforms._layer_tree import layer_states
 from selconv_jax.transforms._optimizer_state import reset_rewritten, rewritten_mask
-from selconv_jax.transforms._reallocation import AllocationRule, reallocate
+from selconv_jax.transforms._reallocation import reallocate
 from selconv_jax.transforms._report import LayerReport, Report
+from selconv_jax.transforms._rule import AllocationRule
 from selconv_jax.transforms._schedule import ReallocationSchedule
 from selconv_jax.transforms._selectivize import selectivize
 
