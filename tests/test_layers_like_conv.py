@@ -122,3 +122,11 @@ def test_refused_paddings(arguments, message):
 def test_refused_kernel_sizes(kernel_size):
     with pytest.raises(ConfigError, match=r"kernel_size is .*; it must be a positive integer"):
         BatchNormReLUConv(4, kernel_size)
+
+
+@pytest.mark.parametrize("layer", [BatchNormReLUConv, SelectiveConv])
+def test_what_conv_has_in_another_order_is_given_by_name(layer):
+    assert layer(6, (3, 3), (2, 2), "VALID") == layer(6, (3, 3), strides=(2, 2), padding="VALID")
+    for input_dilation in (2, (2, 2), [2, 2]):
+        with pytest.raises(ConfigError, match="by name, such as kernel_dilation=2"):
+            layer(6, (3, 3), 1, "SAME", input_dilation)

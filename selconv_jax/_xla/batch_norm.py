@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ def statistics_dtype(dtype: DTypeLike) -> np.dtype:
     return np.dtype(dtype if np.dtype(dtype).itemsize > 4 else np.float32)
 
 
+AxisName = str | tuple[str, ...] | None
+
+
 class Statistics(NamedTuple):
     """Mean and biased variance of each channel of a batch.
 
@@ -35,7 +38,7 @@ class Statistics(NamedTuple):
     var: jax.Array
 
 
-def batch_statistics(x: jax.Array, axis_name: Any = None) -> Statistics:
+def batch_statistics(x: jax.Array, axis_name: AxisName = None) -> Statistics:
     """Compute the mean and biased variance of each channel of a batch.
 
     Under ``jit`` with a sharded batch these are the statistics of the global batch.

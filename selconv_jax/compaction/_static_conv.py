@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from selconv_jax._xla.batch_norm import Statistics, batch_statistics, join_statistics
+from selconv_jax._xla.batch_norm import AxisName, Statistics, batch_statistics, join_statistics
 from selconv_jax._xla.convolution import canonical_padding, canonical_window, convolve
 from selconv_jax.compaction._places import index_mask, spread_channels, take_channels, take_repeated
 from selconv_jax.functional._groups import without_rows
@@ -178,7 +178,7 @@ class StaticConv(BatchNormReLUConv):
 
 
 def _in_place(
-    x: Array, layout: LayerLayout, shift: Array | None, statistics: Statistics | None, axis_name: Any
+    x: Array, layout: LayerLayout, shift: Array | None, statistics: Statistics | None, axis_name: AxisName
 ) -> tuple[Array, Statistics | None]:
     """Write the copies into the places of channels that are not read; return the statistics if known."""
     assert shift is not None
@@ -193,7 +193,7 @@ def _in_place(
 
 
 def _gathered(
-    x: Array, layout: LayerLayout, shift: Array | None, statistics: Statistics | None, axis_name: Any
+    x: Array, layout: LayerLayout, shift: Array | None, statistics: Statistics | None, axis_name: AxisName
 ) -> tuple[Array, Statistics | None]:
     """Gather the channels that are read; return their statistics if known."""
     parts, known = [], []

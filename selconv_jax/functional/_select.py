@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from selconv_jax._utils.arguments import check_dtype, check_whole
-from selconv_jax._xla.batch_norm import Statistics, batch_statistics
+from selconv_jax._xla.batch_norm import AxisName, Statistics, batch_statistics
 from selconv_jax._xla.materialize import materialize
 from selconv_jax._xla.platforms import joins_axes, target_platform
 from selconv_jax.functional._shift import channel_shift, check_shifted
@@ -61,7 +61,7 @@ def select_with_statistics(
     source: jax.Array,
     shift: jax.Array,
     copy_limit: int | None = None,
-    axis_name: Any = None,
+    axis_name: AxisName = None,
 ) -> tuple[jax.Array, Statistics]:
     """Select channels and derive the statistics of the result, reading only the copies.
 

@@ -12,6 +12,7 @@ from flax.typing import Initializer, PrecisionLike
 
 from selconv_jax._utils.arguments import check_dtype, check_number, check_whole
 from selconv_jax._xla.batch_norm import (
+    AxisName,
     Statistics,
     batch_norm,
     batch_norm_relu,
@@ -124,7 +125,7 @@ def select_channels(
     capacity: float,
     *,
     name: str,
-    axis_name: Any = None,
+    axis_name: AxisName = None,
 ) -> Selected:
     """Select the channels of the input, and close rows of the kernel (method, "One selective layer").
 
@@ -183,7 +184,7 @@ def norm_relu(
     running: Statistics,
     train: bool,
     statistics: Statistics | None = None,
-    axis_name: Any = None,
+    axis_name: AxisName = None,
 ) -> tuple[Array, Statistics]:
     """Apply batch norm and ReLU.
 

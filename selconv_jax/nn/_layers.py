@@ -1,5 +1,6 @@
 """Batch norm, ReLU and convolution as one Flax (Linen) module: the selective layer and its plain twin."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from selconv_jax._xla.batch_norm import Statistics, statistics_dtype
+from selconv_jax._xla.batch_norm import AxisName, Statistics, statistics_dtype
+from selconv_jax.errors import ConfigError
 from selconv_jax.nn import _computation as computation
 from selconv_jax.nn._computation import Selected, fan_out_normal, window_of
 
@@ -30,9 +32,11 @@ class BatchNormReLUConv(nn.Module):
             one dimension, as in `flax.linen.Conv`.
         strides: Strides of the window, one for all dimensions or one each; None: 1.
         padding: ``"SAME"``, ``"SAME_LOWER"``, ``"VALID"``, ``"CIRCULAR"``, ``"REFLECT"``, ``"CAUSAL"`` (one
-            dimension), a number, or one number or ``(low, high)`` per dimension.
+            dimension), a number, or one number or ``(low, high)`` per dimension. ``"CAUSAL"`` pads on the
+            left only, so that no output reads a later input.
         kernel_dilation: Spacing of the kernel's taps, one for all dimensions or one each; None: 1.
-        feature_group_count: Number of groups that the input and output channels are split into.
+        feature_group_count: Number of groups: the outputs of a group read only the ``C / groups`` input
+            channels of that group. Divides ``C`` and ``features``.
         dropout_rate: Fraction of the activations that dropout zeroes in training; needs a ``dropout`` key.
         momentum: Decay rate of the running statistics: the fraction of the old value that a step keeps.
         epsilon: Added to the variance.
@@ -64,19 +68,21 @@ class BatchNormReLUConv(nn.Module):
     kernel_size: int | Sequence[int]
     strides: int | Sequence[int] | None = 1
     padding: str | int | Sequence[int | tuple[int, int]] = "SAME"
-    kernel_dilation: int | Sequence[int] | None = 1
-    feature_group_count: int = 1
-    dropout_rate: float = 0.0
-    momentum: float = 0.9
-    epsilon: float = 1e-5
-    axis_name: Any = None
-    train: bool | None = None
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    precision: PrecisionLike = None
-    kernel_init: Initializer = fan_out_normal
+    kernel_dilation: int | Sequence[int] | None = dataclasses.field(default=1, kw_only=True)
+    feature_group_count: int = dataclasses.field(default=1, kw_only=True)
+    dropout_rate: float = dataclasses.field(default=0.0, kw_only=True)
+    momentum: float = dataclasses.field(default=0.9, kw_only=True)
+    epsilon: float = dataclasses.field(default=1e-5, kw_only=True)
+    axis_name: AxisName = dataclasses.field(default=None, kw_only=True)
+    train: bool | None = dataclasses.field(default=None, kw_only=True)
+    dtype: Dtype | None = dataclasses.field(default=None, kw_only=True)
+    param_dtype: Dtype = dataclasses.field(default=jnp.float32, kw_only=True)
+    precision: PrecisionLike = dataclasses.field(default=None, kw_only=True)
+    kernel_init: Initializer = dataclasses.field(default=fan_out_normal, kw_only=True)
 
     def __post_init__(self) -> None:
+        if isinstance(self.parent, int | Sequence):  # Flax takes a fifth value by position as the parent
+            raise ConfigError("what follows padding is given by name, such as kernel_dilation=2.")
         computation.check_conv_settings(self, self.features)
         super().__post_init__()
 
@@ -125,7 +131,7 @@ class BatchNormReLUConv(nn.Module):
 
     @nn.nowrap
     def _select(self, inputs: Selected) -> Selected:
-        """Return the input, kernel and known statistics to compute with; a hook for subclasses."""
+        """Return what batch norm and convolution compute with; `SelectiveConv` overrides it."""
         return inputs
 
 
@@ -140,19 +146,18 @@ class SelectiveConv(BatchNormReLUConv):
     gate-only layer has the gate alone: its closed channels are never refilled. How many channels compete for
     the closed slots is set per round, not per layer: `selconv_jax.AllocationRule.top_k`.
 
-    Attributes are those of `BatchNormReLUConv`, and:
-
     Attributes:
-        capacity: Copies that the compiled program provides for, as a fraction of the channels in [0, 1].
-            The cost grows with it, the result does not change as long as it suffices; at 0 the program is
-            that of the plain layer. `selconv_jax.required_capacity` computes what a model needs. A layer
-            with more copies raises a `selconv_jax.ConfigError` if its sources are concrete, and computes
-            NaN if they are traced.
+        capacity: Number of copies that the compiled program provides for, as a fraction of the channels in
+            [0, 1]. The cost grows with it; the result is the same as long as it suffices. At 0 the program
+            is that of the plain layer. `selconv_jax.required_capacity` computes what a model needs. With too
+            many copies, the layer raises a `selconv_jax.ConfigError` if its sources are concrete, and
+            returns NaN if they are traced.
         gate_only: The layer closes channels and never copies any.
 
+    The other attributes are those of `BatchNormReLUConv`.
+
     Raises:
-        ConfigError: ``capacity`` is not a fraction, or too small for concrete sources; and as for
-            `BatchNormReLUConv`.
+        ConfigError: An attribute is out of bounds, or ``capacity`` is too small for concrete sources.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -165,8 +170,8 @@ class SelectiveConv(BatchNormReLUConv):
         ((2, 6, 6, 8), ['gate', 'source'])
     """
 
-    capacity: float = 1.0
-    gate_only: bool = False
+    capacity: float = dataclasses.field(default=1.0, kw_only=True)
+    gate_only: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         computation.check_capacity(self.capacity)
@@ -190,19 +195,33 @@ class SelectiveConv(BatchNormReLUConv):
 class BatchNormReLU(nn.Module):
     """Batch norm and ReLU alone, as at the end of a network; the same variables as in `BatchNormReLUConv`.
 
+    The arguments and errors of a call are those of `BatchNormReLUConv`, without ``deterministic``.
+
     Attributes:
         momentum: Decay rate of the running statistics: the fraction of the old value that a step keeps.
         epsilon: Added to the variance.
         axis_name: See `BatchNormReLUConv`.
         train: Default for ``train`` where a call omits it.
         param_dtype: Type of the parameters.
+
+    Raises:
+        ConfigError: An attribute is out of bounds.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from selconv_jax.nn import BatchNormReLU
+        >>> layer, x = BatchNormReLU(), jnp.array([[1.0, -2.0], [-1.0, 2.0]])
+        >>> variables = layer.init(jax.random.key(0), x, train=False)
+        >>> y, updates = layer.apply(variables, x, train=True, mutable=["batch_stats"])
+        >>> y.round(2).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
 
-    momentum: float = 0.9
-    epsilon: float = 1e-5
-    axis_name: Any = None
-    train: bool | None = None
-    param_dtype: Dtype = jnp.float32
+    momentum: float = dataclasses.field(default=0.9, kw_only=True)
+    epsilon: float = dataclasses.field(default=1e-5, kw_only=True)
+    axis_name: AxisName = dataclasses.field(default=None, kw_only=True)
+    train: bool | None = dataclasses.field(default=None, kw_only=True)
+    param_dtype: Dtype = dataclasses.field(default=jnp.float32, kw_only=True)
 
     def __post_init__(self) -> None:
         computation.check_norm_settings(self)
@@ -218,7 +237,7 @@ class BatchNormReLU(nn.Module):
 def _norm_relu(
     module: BatchNormReLUConv | BatchNormReLU, x: Array, train: bool, statistics: Statistics | None
 ) -> Array:
-    """Apply batch norm and ReLU with the variables of ``module``; update its running ones in training."""
+    """Apply batch norm and ReLU with ``module``'s variables; in training, update its running statistics."""
     channels = (x.shape[-1],)
     scale = module.param("scale", nn.initializers.ones, channels, module.param_dtype)
     bias = module.param("bias", nn.initializers.zeros, channels, module.param_dtype)
@@ -232,7 +251,7 @@ def _norm_relu(
     return y
 
 
-def _axis_name(module: BatchNormReLUConv | BatchNormReLU) -> Any:
+def _axis_name(module: BatchNormReLUConv | BatchNormReLU) -> AxisName:
     """Return the axis to compute statistics over; initialization runs outside of the mapped function."""
     return None if module.is_initializing() else module.axis_name
 

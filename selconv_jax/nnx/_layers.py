@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ from flax import nnx
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from selconv_jax._xla.batch_norm import Statistics, statistics_dtype
+from selconv_jax._xla.batch_norm import AxisName, Statistics, statistics_dtype
 from selconv_jax.errors import ConfigError
 from selconv_jax.nn import _computation as computation
 from selconv_jax.nn._computation import Selected, fan_out_normal, window_of
@@ -80,7 +79,7 @@ class BatchNormReLUConv(nnx.Module):
         dropout_rate: float = 0.0,
         momentum: float = 0.9,
         epsilon: float = 1e-5,
-        axis_name: Any = None,
+        axis_name: AxisName = None,
         use_running_average: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -222,7 +221,7 @@ class SelectiveConv(BatchNormReLUConv):
         dropout_rate: float = 0.0,
         momentum: float = 0.9,
         epsilon: float = 1e-5,
-        axis_name: Any = None,
+        axis_name: AxisName = None,
         use_running_average: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
