@@ -246,6 +246,11 @@ def test_a_file_system_without_locks(whole_run, monkeypatch):
         resume_run(whole_run[0], quiet_console()[0])
 
 
+def test_without_a_console_progress_goes_to_standard_output(whole_run, capsys):
+    assert resume_run(whole_run[0]) == 0
+    assert "resuming from step" in capsys.readouterr().out
+
+
 def test_disk_full_is_an_error_and_keeps_what_is_there(tmp_path, monkeypatch):
     workdir = tmp_path / "full"
     console, _ = quiet_console()
