@@ -13,8 +13,8 @@ from selconv_jax.errors import SelconvError
 class LayerAllocation:
     """The input channel that every slot of a layer reads (method, "One selective layer").
 
-    A *slot* is everything that belongs to one input channel, see `selconv_jax.functional.LayerState`. Slot ``d`` is
-    in one of three states: it reads its own channel ``d``; it is a copy, which reads channel
+    A *slot* is everything that belongs to one input channel, see `selconv_jax.functional.LayerState`. Slot
+    ``d`` is in one of three states: it reads its own channel ``d``; it is a copy, which reads channel
     ``source[d]`` shifted by ``shift[d]``; or it is closed and reads nothing.
 
     Attributes:
