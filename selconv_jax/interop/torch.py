@@ -76,12 +76,11 @@ def load_network(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from selconv_jax.models import DenseNet
         >>> from selconv_jax.interop.torch import load_network, state_dict
+        >>> from selconv_jax.models import DenseNet
         >>> small = DenseNet(10, (1, 1), growth=4, compression=0.5, stem="imagenet", stem_norm=True)
         >>> variables = small.init(jax.random.key(0), jnp.ones((1, 32, 32, 3)), train=False)
-        >>> theirs = state_dict(small, variables)
-        >>> model, variables = load_network(theirs, variant="gate_only")
+        >>> model, variables = load_network(state_dict(small, variables), variant="gate_only")
         >>> model.blocks, model.growth, sorted(variables)
         ((1, 1), 4, ['batch_stats', 'params', 'selectivity'])
     """
@@ -141,8 +140,8 @@ def load_state_dict(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from selconv_jax.models import DenseNet
         >>> from selconv_jax.interop.torch import load_state_dict, state_dict
+        >>> from selconv_jax.models import DenseNet
         >>> model = DenseNet(num_classes=10, blocks=(1,), growth=4, variant="plain")
         >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)), train=False)
         >>> theirs = state_dict(model, variables)
@@ -240,8 +239,8 @@ def state_dict(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from selconv_jax.models import CondenseNet
         >>> from selconv_jax.interop.torch import state_dict
+        >>> from selconv_jax.models import CondenseNet
         >>> model = CondenseNet(num_classes=10, blocks=(1,), growth=(4,), variant="plain")
         >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), train=False)
         >>> sorted(state_dict(model, variables))[:2]
@@ -301,8 +300,8 @@ def save_state_dict(
 
     Example:
         >>> import pathlib, tempfile, jax, jax.numpy as jnp
-        >>> from selconv_jax.models import DenseNet
         >>> from selconv_jax.interop.torch import load_state_dict, save_state_dict
+        >>> from selconv_jax.models import DenseNet
         >>> model = DenseNet(num_classes=10, blocks=(1,), growth=4, variant="plain")
         >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)), train=False)
         >>> path = pathlib.Path(tempfile.mkdtemp(), "weights.npz")
