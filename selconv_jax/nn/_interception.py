@@ -88,7 +88,11 @@ def scope_path(module: nn.Module) -> tuple[str, ...]:
     The module's own path cannot be used: it includes modules that share the scope of others, such as compact
     networks, which the scopes above it do not.
     """
-    scope: Any = module.scope
+    return path_of_scope(module.scope)
+
+
+def path_of_scope(scope: Any) -> tuple[str, ...]:
+    """Return the path of the variables in a scope."""
     parts: list[str] = []
     while scope.parent is not None:
         parts.insert(0, scope.name)

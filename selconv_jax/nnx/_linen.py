@@ -5,12 +5,16 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
+from flax.core import Scope, unfreeze
+from flax.linen.dtypes import canonicalize_dtype
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
 from selconv_jax import nn as linen
+from selconv_jax.nn._interception import path_of_scope
 from selconv_jax.nnx._layers import BatchNormReLUConv, SelectiveConv
 from selconv_jax.nnx._linen_module import LinenModule
 from selconv_jax.nnx._variables import collection_of, linen_variables
@@ -18,6 +22,8 @@ from selconv_jax.nnx._variables import collection_of, linen_variables
 _Path = tuple[Any, ...]
 
 _REST = "nnx"  # collection of the variables that no other collection takes, such as random number generators
+
+_ABSENT = (0, 0, 0)  # shape of what stands for a variable that a converted or compacted layer does not have
 
 
 def to_linen(module: nnx.Module) -> tuple[nn.Module, dict[str, Any]]:
@@ -81,21 +87,17 @@ class _Converted(nn.Module):
     def __call__(self, *inputs: Any, train: bool, **options: Any) -> Any:
         """Call the module in training or evaluation mode."""
         layers = dict(self.layers)
-        own = [
-            (path, collection)
-            for path, collection in self.places
-            if not any(path[:length] in layers for length in range(len(path)))
-        ]
-        # Converted layers read their variables themselves; a compacted network may lack some.
-        state = {path: jnp.zeros(()) for path, _ in self.places} | {
-            path: _inner(self.scope, path[:-1]).get_variable(collection, str(path[-1]))
-            for path, collection in own
-        }
+        state: dict[_Path, Any] = {}
+        for path, collection in self.places:
+            in_layer = any(path[:length] in layers for length in range(len(path)))
+            absent = jnp.zeros(_ABSENT) if in_layer else None
+            state[path] = _inner(self.scope, path[:-1]).get_variable(collection, str(path[-1]), absent)
         module: nnx.Module = nnx.merge(self.graph, nnx.from_flat_state(state.items()))
         for path, part in nnx.iter_modules(module):
             if path in layers:
-                scope = _inner(self.scope, (*path, "network") if isinstance(part, LinenModule) else path)
-                object.__setattr__(part, "_linen", layers[path].module.clone(parent=scope))
+                inside = ("network",) if isinstance(part, LinenModule) else ()
+                scope = _inner(self.scope, (*path, *inside))
+                object.__setattr__(part, "_linen", _Bound(layers[path].module, scope, inside))
                 part.__class__ = _FORWARDING[type(part)]
         if train:
             module.train()
@@ -103,15 +105,76 @@ class _Converted(nn.Module):
             module.eval()
         y = module(*inputs, **options)
         new = {path: _value(leaf) for path, leaf in nnx.to_flat_state(nnx.state(module))}
-        for path, collection in own:
-            if new[path] is not state[path] and self.is_mutable_collection(collection):
+        for path, collection in self.places:
+            is_new = new[path] is not state[path] and not _is_absent(new[path])
+            if is_new and self.is_mutable_collection(collection):
                 _inner(self.scope, path[:-1]).put_variable(collection, str(path[-1]), new[path])
         return y
+
+
+class _Bound:
+    """The Linen form of a layer in one call of its model; no two are equal, so no program of one is kept.
+
+    Args:
+        module: The layer.
+        scope: Scope of its variables.
+        inside: Path of its variables inside of the NNX layer.
+    """
+
+    def __init__(self, module: nn.Module, scope: Any, inside: tuple[str, ...]) -> None:
+        self._module = module
+        self._scope = scope
+        self._inside = inside
+
+    def __call__(self, part: nnx.Module, *inputs: Any, **options: Any) -> Any:
+        """Call the layer with the variables that its NNX form has now, and update those that it changes.
+
+        They may be others than the model's: normalized by ``nnx.WeightNorm``, or traced by ``nnx.remat``.
+        """
+        scope = self._scope
+        before = traverse_util.flatten_dict(unfreeze(dict(scope.variables())))
+        held = {}
+        for path, variable in nnx.to_flat_state(nnx.state(part)):
+            names, depth = tuple(map(str, path)), len(self._inside)
+            if (collection := collection_of(variable)) and names[:depth] == self._inside:
+                key = (collection, *names[depth:])
+                held[key] = path, variable
+                if not _is_absent(_value(variable)):
+                    before[key] = _value(variable)
+        inner: Any = Scope(
+            traverse_util.unflatten_dict(before),
+            scope.rngs,
+            scope.name,
+            scope.mutable,
+            path=path_of_scope(scope),
+            flags=scope.flags,
+        )
+        inner.rng_counters = scope.rng_counters
+        y = self._module.clone(parent=inner)(*inputs, **options)
+        changed = []
+        for key, value in traverse_util.flatten_dict(unfreeze(dict(inner.variables()))).items():
+            if value is before.get(key):
+                continue
+            if key in held:
+                path, variable = held[key]
+                changed.append((path, variable.replace(value)))
+            else:
+                _inner(scope, key[1:-1]).put_variable(key[0], key[-1], value)
+        nnx.update(part, nnx.from_flat_state(changed))
+        return y
+
+    def with_dtype(self, dtype: Any) -> "_Bound":
+        """Return the same layer with another type of the computation."""
+        return _Bound(self._module.clone(dtype=dtype), self._scope, self._inside)
 
 
 def _value(leaf: Any) -> Any:
     """Return the value of a variable; leaves may also be arrays without a variable around them."""
     return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def _is_absent(value: Any) -> bool:
+    return jnp.size(value) == 0  # also in a stack, which adds an axis
 
 
 def _inner(scope: Any, path: _Path) -> Any:
@@ -139,26 +202,33 @@ def _linen_layer(part: nnx.Module) -> nn.Module | None:
 
 
 def _unary(self: Any, x: Any) -> Any:
-    return self._linen(x)
+    return self._linen(self, x)
 
 
 def _dropout(self: Any, x: Any, *, deterministic: bool | None = None, rngs: Any = None) -> Any:
     del rngs
-    return self._linen(x, deterministic=self.deterministic if deterministic is None else deterministic)
+    return self._linen(self, x, deterministic=self.deterministic if deterministic is None else deterministic)
 
 
 def _norm(self: Any, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Any:
     frozen = self.use_running_average if use_running_average is None else use_running_average
-    return self._linen(x, frozen, mask=mask)
+    bound = self._linen
+    if not _is_absent(self.mean[...]):
+        # Linen does not infer the type from the statistics, too.
+        own = jax.eval_shape(lambda x: nnx.BatchNorm.__call__(self, x, use_running_average=True), x).dtype
+        given = [values[...] for values in (self.scale, self.bias) if values is not None]
+        if own != canonicalize_dtype(x, *given, dtype=self.dtype):
+            bound = bound.with_dtype(own)
+    return bound(self, x, frozen, mask=mask)
 
 
 def _selective(self: Any, x: Any, use_running_average: bool | None = None, **options: Any) -> Any:
     frozen = self.use_running_average if use_running_average is None else use_running_average
-    return self._linen(x, not frozen, **options)
+    return self._linen(self, x, not frozen, **options)
 
 
 def _model(self: Any, *inputs: Any, **options: Any) -> Any:
-    return self._linen(*inputs, train=not self.use_running_average, **options)
+    return self._linen(self, *inputs, train=not self.use_running_average, **options)
 
 
 _LINEN = {
