@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from selconv_jax import AllocationRule
-from selconv_jax.nnx import SelectiveConv, compact, linen_variables, reallocate, to_linen
+from selconv_jax.nnx import SelectiveConv, compact, linen_variables, reallocate, selectivize_module, to_linen
 
 X = jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
 
@@ -126,6 +126,25 @@ def test_compact_module_trains_on_as_the_whole_one(kind):
         np.testing.assert_allclose(small(X), module(X), rtol=1e-4, atol=1e-4)
     gradient = jax.tree.leaves(nnx.grad(lambda module: jnp.mean(module(X) ** 2))(small))
     assert all(np.isfinite(leaf).all() for leaf in gradient)
+
+
+def test_layers_made_selective_under_remat_train_on():
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx.BatchNorm(8, rngs=rngs)
+            self.conv = nnx.Conv(8, 8, (3, 3), use_bias=False, rngs=rngs)
+
+        @nnx.remat
+        def __call__(self, x):
+            return x + self.conv(nnx.relu(self.norm(x)))
+
+    plain = Block(nnx.Rngs(0))
+    selective, result = selectivize_module(plain, X)
+    assert result.converted == {"conv": "norm"}
+    for _ in range(2):
+        np.testing.assert_allclose(selective(X), plain(X), rtol=1e-5, atol=1e-5)
+    mean = linen_variables(selective)["batch_stats"]["network"]["conv"]["mean"]
+    np.testing.assert_allclose(mean, plain.norm.mean[...], rtol=1e-5, atol=1e-6)
 
 
 def test_a_program_that_nnx_jit_keeps_does_not_hold_the_variables_of_the_first_call():

@@ -16,7 +16,7 @@ from jax import lax
 from selconv_jax import nn as linen
 from selconv_jax.nn._interception import path_of_scope
 from selconv_jax.nnx._layers import BatchNormReLUConv, SelectiveConv
-from selconv_jax.nnx._linen_module import LinenModule
+from selconv_jax.nnx._linen_module import TYPES, LinenModule
 from selconv_jax.nnx._variables import collection_of, linen_variables
 
 _Path = tuple[Any, ...]
@@ -24,6 +24,8 @@ _Path = tuple[Any, ...]
 _REST = "nnx"  # collection of the variables that no other collection takes, such as random number generators
 
 _ABSENT = (0, 0, 0)  # shape of what stands for a variable that a converted or compacted layer does not have
+
+_ADDED = "_added"  # attribute of an NNX layer that holds the variables that only its Linen form has
 
 
 def to_linen(module: nnx.Module) -> tuple[nn.Module, dict[str, Any]]:
@@ -87,28 +89,37 @@ class _Converted(nn.Module):
     def __call__(self, *inputs: Any, train: bool, **options: Any) -> Any:
         """Call the module in training or evaluation mode."""
         layers = dict(self.layers)
+        targets = {path: (collection, path) for path, collection in self.places}
         state: dict[_Path, Any] = {}
         for path, collection in self.places:
             in_layer = any(path[:length] in layers for length in range(len(path)))
             absent = jnp.zeros(_ABSENT) if in_layer else None
             state[path] = _inner(self.scope, path[:-1]).get_variable(collection, str(path[-1]), absent)
         module: nnx.Module = nnx.merge(self.graph, nnx.from_flat_state(state.items()))
+        part: Any
         for path, part in nnx.iter_modules(module):
             if path in layers:
                 inside = ("network",) if isinstance(part, LinenModule) else ()
-                scope = _inner(self.scope, (*path, *inside))
-                object.__setattr__(part, "_linen", _Bound(layers[path].module, scope, inside))
+                bound = _Bound(layers[path].module, _inner(self.scope, (*path, *inside)), inside)
+                object.__setattr__(part, "_linen", bound)
                 part.__class__ = _FORWARDING[type(part)]
+                if added := bound.added(part):
+                    setattr(
+                        part, _ADDED, nnx.data({"/".join(key): nnx.Variable(added[key]) for key in added})
+                    )
+                for (kind, *names), value in added.items():
+                    place = (*path, _ADDED, "/".join((kind, *names)))
+                    targets[place], state[place] = (kind, (*path, *inside, *names)), value
         if train:
             module.train()
         else:
             module.eval()
         y = module(*inputs, **options)
         new = {path: _value(leaf) for path, leaf in nnx.to_flat_state(nnx.state(module))}
-        for path, collection in self.places:
+        for path, (collection, target) in targets.items():
             is_new = new[path] is not state[path] and not _is_absent(new[path])
             if is_new and self.is_mutable_collection(collection):
-                _inner(self.scope, path[:-1]).put_variable(collection, str(path[-1]), new[path])
+                _inner(self.scope, target[:-1]).put_variable(collection, str(target[-1]), new[path])
         return y
 
 
@@ -131,16 +142,8 @@ class _Bound:
 
         They may be others than the model's: normalized by ``nnx.WeightNorm``, or traced by ``nnx.remat``.
         """
-        scope = self._scope
-        before = traverse_util.flatten_dict(unfreeze(dict(scope.variables())))
-        held = {}
-        for path, variable in nnx.to_flat_state(nnx.state(part)):
-            names, depth = tuple(map(str, path)), len(self._inside)
-            if (collection := collection_of(variable)) and names[:depth] == self._inside:
-                key = (collection, *names[depth:])
-                held[key] = path, variable
-                if not _is_absent(_value(variable)):
-                    before[key] = _value(variable)
+        scope, before, held = self._scope, self._scope_variables(), self._held(part)
+        before |= {key: value for key, (_, leaf) in held.items() if not _is_absent(value := _value(leaf))}
         inner: Any = Scope(
             traverse_util.unflatten_dict(before),
             scope.rngs,
@@ -162,6 +165,29 @@ class _Bound:
                 _inner(scope, key[1:-1]).put_variable(key[0], key[-1], value)
         nnx.update(part, nnx.from_flat_state(changed))
         return y
+
+    def added(self, part: nnx.Module) -> dict[tuple[str, ...], Any]:
+        """Return the variables of the layer that its NNX form lacks: those that a conversion has given it."""
+        known = self._held(part)
+        return {
+            key: value
+            for key, value in self._scope_variables().items()
+            if key[0] in TYPES and key not in known
+        }
+
+    def _scope_variables(self) -> dict[tuple[str, ...], Any]:
+        return traverse_util.flatten_dict(unfreeze(dict(self._scope.variables())))
+
+    def _held(self, part: nnx.Module) -> dict[tuple[str, ...], tuple[_Path, Any]]:
+        """Return the path in the NNX layer, and the variable there, of each variable in the scope."""
+        held, depth = {}, len(self._inside)
+        for path, variable in nnx.to_flat_state(nnx.state(part)):
+            names = tuple(map(str, path))
+            if names[0] == _ADDED:
+                held[tuple(names[1].split("/"))] = path, variable
+            elif (collection := collection_of(variable)) and names[:depth] == self._inside:
+                held[collection, *names[depth:]] = path, variable
+        return held
 
     def with_dtype(self, dtype: Any) -> "_Bound":
         """Return the same layer with another type of the computation."""

@@ -8,7 +8,7 @@ from flax import nnx, traverse_util
 from selconv_jax.nnx._layers import Selectivity
 from selconv_jax.nnx._variables import linen_variables
 
-_TYPES = {"params": nnx.Param, "batch_stats": nnx.BatchStat, "selectivity": Selectivity}
+TYPES = {"params": nnx.Param, "batch_stats": nnx.BatchStat, "selectivity": Selectivity}
 
 
 class LinenModule(nnx.Module):
@@ -24,9 +24,9 @@ class LinenModule(nnx.Module):
 
     def __init__(self, model: nn.Module, variables: dict[str, Any], rngs: nnx.Rngs | None) -> None:
         flat = traverse_util.flatten_dict(variables)
-        known = {path[1:]: _TYPES[path[0]](leaf) for path, leaf in flat.items() if path[0] in _TYPES}
+        known = {path[1:]: TYPES[path[0]](leaf) for path, leaf in flat.items() if path[0] in TYPES}
         self.network = nnx.data(traverse_util.unflatten_dict(known))
-        rest = {path: nnx.Variable(leaf) for path, leaf in flat.items() if path[0] not in _TYPES}
+        rest = {path: nnx.Variable(leaf) for path, leaf in flat.items() if path[0] not in TYPES}
         self._rest = nnx.data(traverse_util.unflatten_dict(rest))
         self.model = model
         self._dropout = None if rngs is None else rngs.dropout.fork()
@@ -44,7 +44,7 @@ class LinenModule(nnx.Module):
         for path, value in new.items():
             # In evaluation, under `jax.jit` too, what is only read must not be written.
             if path in old and value is not old[path]:
-                (known[path[1:]] if path[0] in _TYPES else rest[path]).set_value(value)
+                (known[path[1:]] if path[0] in TYPES else rest[path]).set_value(value)
         return y
 
     @property
