@@ -139,6 +139,21 @@ def test_safetensors_there_and_back(tmp_path):
         export.save_safetensors(tmp_path / "other.safetensors", {}, metadata={"step": 3})
 
 
+def test_safetensors_keep_the_types_and_the_order_of_numpy_arrays(tmp_path):
+    pytest.importorskip("safetensors")
+    arrays = {
+        "steps": np.array([2**40]),
+        "mean": np.array([1 + 1e-12]),
+        "turned": np.arange(6.0).reshape(2, 3).T,
+    }
+    export.save_safetensors(tmp_path / "arrays.safetensors", {"params": arrays})
+    with jax.enable_x64(True):
+        read = export.load_safetensors(tmp_path / "arrays.safetensors")["params"]
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(read[name], array)
+        assert read[name].dtype == array.dtype
+
+
 def test_nothing_is_overwritten_unasked(tmp_path):
     path = tmp_path / "file"
     path.write_text("mine")

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from flax.core import unfreeze
 
@@ -63,7 +64,7 @@ def save_safetensors(
             raise ValueError(f"{'/'.join(name)} is a {kind}, not an array of numbers; leave it out.")
     if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
         raise ConfigError(f"metadata is {metadata!r}; names and values must be strings.")
-    arrays = {"/".join(name): jnp.asarray(value) for name, value in flat.items()}
+    arrays = {"/".join(name): np.asarray(value, order="C") for name, value in flat.items()}
     write(path, package.save(arrays, None if metadata is None else dict(metadata)))
 
 
