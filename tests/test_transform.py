@@ -133,6 +133,15 @@ def test_inside_of_jit_equals_outside(variables):
     chex.assert_trees_all_equal(same, report)
 
 
+def test_arrays_of_numpy_under_a_traced_key(variables):
+    rule, key = AllocationRule(threshold=0.3), jax.random.key(0)
+    expected, _ = selconv_jax.reallocate(variables, key, rule)
+    host = jax.device_get(variables)
+    chex.assert_trees_all_equal(
+        jax.jit(lambda key: selconv_jax.reallocate(host, key, rule)[0])(key), expected
+    )
+
+
 def test_threshold_as_an_array(variables):
     expected, report = selconv_jax.reallocate(variables, jax.random.key(5), AllocationRule(threshold=0.3))
     for threshold in (np.float32(0.3), jnp.asarray(0.3)):

@@ -212,6 +212,7 @@ def fill_slots(state: LayerState, drawn: jax.Array, shift: jax.Array) -> LayerSt
         >>> new.gate.tolist(), new.source.tolist(), new.scale.tolist(), new.kernel.ravel().tolist()
         ([True, True], [-1, 0], [3.0, 3.0], [1.0, 0.0])
     """
+    state = jax.tree.map(jnp.asarray, state)  # a traced index cannot read arrays of NumPy
     if state.source is None or state.shift is None:
         raise ValueError(
             "the layer is gate-only (source or shift is None): its closed channels cannot be filled."
