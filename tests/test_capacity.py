@@ -55,6 +55,15 @@ def test_each_layer_gets_its_own(rounds):
         assert jax.tree.structure(changed) == jax.tree.structure(expected_stats)
 
 
+def test_copies_that_fit_are_no_error_where_nan_is_one(rounds):
+    with jax.debug_nans(True):
+        for variables in rounds:
+            for train in (False, True):
+                model = with_capacity(Network(), variables)
+                y, _ = model.apply(variables, X, train, mutable=["batch_stats"])
+                assert np.isfinite(y).all()
+
+
 def test_without_copies_it_costs_what_the_plain_network_costs(rounds):
     model = with_capacity(Network(), rounds[0])
     counts, full = (

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def group_count(channels: int, kernel_shape: Sequence[int]) -> int:
@@ -75,4 +76,5 @@ def without_rows(kernel: jax.Array, closed: jax.Array, value: float = 0.0) -> ja
     Returns:
         ``[*K, C / groups, O]``.
     """
-    return jnp.where(kernel_rows(closed, kernel.shape), jnp.asarray(value, kernel.dtype), kernel)
+    # As an array of NumPy, a constant NaN that is not selected is no error under `jax_debug_nans`.
+    return jnp.where(kernel_rows(closed, kernel.shape), np.asarray(value, kernel.dtype), kernel)

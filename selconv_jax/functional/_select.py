@@ -98,7 +98,7 @@ def _bound(copy_limit: int | None, x: jax.Array) -> int:
 
 def _fill_channels(x: jax.Array, channels: jax.Array, value: float) -> jax.Array:
     """Fill the channels of ``x`` ``[..., C]`` that are true in ``channels`` ``[C]`` with one value."""
-    return jnp.where(lax.expand_dims(channels, range(x.ndim - 1)), jnp.asarray(value, x.dtype), x)
+    return jnp.where(lax.expand_dims(channels, range(x.ndim - 1)), np.asarray(value, x.dtype), x)
 
 
 def _select_with_copies(
@@ -121,7 +121,7 @@ def _select_with_copies(
         # One copy too many makes the displacement, and so the output, of all copies NaN: an overflow cannot
         # pass for a result, and the check costs nothing per pixel.
         fits = jnp.sum(is_copy) <= copy_limit
-        displacement = jnp.where(fits, displacement, jnp.asarray(jnp.nan, shift.dtype))
+        displacement = jnp.where(fits, displacement, np.asarray(np.nan, shift.dtype))
     if target_platform() != "tpu":
         copies = channel_shift(_gather(x, origin), displacement)
         return _write(x, copies, source, writes), copies, writes
