@@ -101,6 +101,46 @@ def test_a_layer_with_an_axis_is_initialized_outside_of_it():
     )
 
 
+class Synchronized(nn.Module):
+    """Layers, or convolutions that can become such, with statistics over a mapped axis."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x, train):
+        for features in (8, 6):
+            if self.kind == "selective":
+                x = SelectiveConv(features, (3, 3), axis_name="batch")(x, train)
+            else:
+                x = nn.relu(nn.BatchNorm(not train, momentum=0.9, axis_name="batch")(x))
+                x = nn.Conv(features, (3, 3), use_bias=False)(x)
+        return nn.BatchNorm(not train, axis_name="batch")(x)
+
+
+@pytest.mark.parametrize("kind", ["selective", "ordinary"])
+def test_networks_with_an_axis_are_converted_and_compacted_outside_of_it(kind):
+    network = Synchronized(kind)
+    variables = network.init(jax.random.key(0), X, train=False)
+
+    def run(network, variables):
+        return jax.vmap(
+            lambda x: network.apply(variables, x, train=True, mutable=["batch_stats"])[0], axis_name="batch"
+        )(X[:, None])
+
+    expected = run(network, variables)
+    if kind == "ordinary":
+        network, variables, converted, _ = selconv_jax.selectivize_model(network, variables, X)
+        assert len(converted) == 2
+        np.testing.assert_allclose(run(network, variables), expected, rtol=1e-4, atol=1e-4)
+    variables, report = selconv_jax.reallocate(
+        variables, jax.random.key(1), AllocationRule(threshold=0.3, top_k=0)
+    )
+    assert report.deallocated
+    small, small_variables = selconv_jax.compact(network, variables, X)
+    assert small.layouts
+    np.testing.assert_allclose(run(small, small_variables), run(network, variables), rtol=1e-4, atol=1e-4)
+
+
 def test_boxed_parameters_are_reallocated_and_stay_boxed():
     layer = SelectiveConv(
         4, (3, 3), kernel_init=nn.with_partitioning(nn.initializers.normal(), (None, None, None, "model"))

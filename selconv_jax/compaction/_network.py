@@ -16,7 +16,7 @@ from selconv_jax.compaction._static_conv import LayerLayout, call_static
 from selconv_jax.errors import ConfigError
 from selconv_jax.models._parts import Stem
 from selconv_jax.nn._interception import intercept_calls, own_programs, relative_path
-from selconv_jax.nn._layers import BatchNormReLUConv, SelectiveConv
+from selconv_jax.nn._layers import BatchNormReLU, BatchNormReLUConv, SelectiveConv
 
 
 class Compact(nn.Module):
@@ -117,8 +117,15 @@ class NetworkCall:
     ) -> Any:
         """Call a network in one of ``modes``; return the output, and in training the changed collections.
 
-        With ``is_recorded``, return in all modes all that the call stores, intermediates included.
+        With ``is_recorded``, return in all modes all that the call stores, intermediates included. Batch
+        norms over a mapped axis, which is not there, compute the statistics of the input alone.
         """
+        with intercept_calls(_without_axis, last=True):
+            return self._run(model, variables, inputs, train, is_recorded)
+
+    def _run(
+        self, model: nn.Module, variables: Any, inputs: tuple[Any, ...], train: bool | None, is_recorded: bool
+    ) -> Any:
         flag = {} if train is None else {"train": train}
         rngs = dict.fromkeys(("params", "dropout"), jax.random.key(0))
         apply: Callable[..., Any] = functools.partial(model.apply, **self.options)
@@ -128,6 +135,18 @@ class NetworkCall:
             read = ("params", "selectivity") if train else ("params", "selectivity", "batch_stats")
             return apply(mutable=DenyList(read))
         return apply(mutable=DenyList(("intermediates",))) if train else (apply(), {})
+
+
+def _without_axis(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a batch norm without its mapped axis; a handler for `intercept_calls`."""
+    if not isinstance(module, BatchNormReLUConv | BatchNormReLU | nn.BatchNorm) or module.axis_name is None:
+        return call(*args, **kwargs)
+    axis_name = module.axis_name
+    object.__setattr__(module, "axis_name", None)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        object.__setattr__(module, "axis_name", axis_name)
 
 
 def check_network(model: Any, variables: Any) -> None:

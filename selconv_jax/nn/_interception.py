@@ -12,11 +12,14 @@ from flax.core import freeze
 
 _Handler = Callable[..., Any]
 
-_handlers: contextvars.ContextVar[tuple[_Handler, ...]] = contextvars.ContextVar("handlers", default=())
+# In their order, and those that come after all others.
+_handlers: contextvars.ContextVar[tuple[tuple[_Handler, ...], tuple[_Handler, ...]]] = contextvars.ContextVar(
+    "handlers", default=((), ())
+)
 
 
 @contextlib.contextmanager
-def intercept_calls(handle: _Handler, first: bool = False) -> Iterator[None]:
+def intercept_calls(handle: _Handler, first: bool = False, last: bool = False) -> Iterator[None]:
     """Intercept every call of a module inside the context.
 
     Of several contexts the outermost comes first, as with Flax's own interceptors.
@@ -26,11 +29,17 @@ def intercept_calls(handle: _Handler, first: bool = False) -> Iterator[None]:
             result becomes that of the call.
         first: This handler comes first nevertheless: those who call a network that replaces its own layers
             see the layers that it has then.
+        last: This handler comes last nevertheless: all others see the modules as they are.
     """
-    outer = _handlers.get()
-    token = _handlers.set((handle, *outer) if first else (*outer, handle))
+    outer, after = _handlers.get()
+    is_first_context = not (outer or after)
+    if last:
+        after = (*after, handle)
+    else:
+        outer = (handle, *outer) if first else (*outer, handle)
+    token = _handlers.set((outer, after))
     try:
-        with contextlib.nullcontext() if outer else nn.intercept_methods(_interceptor):
+        with nn.intercept_methods(_interceptor) if is_first_context else contextlib.nullcontext():
             yield
     finally:
         _handlers.reset(token)
@@ -43,7 +52,8 @@ def _interceptor(
     context: nn.module.InterceptorContext,
 ) -> Any:
     if context.method_name == "__call__":
-        for handle in reversed(_handlers.get()):
+        outer, after = _handlers.get()
+        for handle in reversed((*outer, *after)):
             call = functools.partial(handle, context.module, call)
     with own_programs(context.module):
         return call(*args, **kwargs)
