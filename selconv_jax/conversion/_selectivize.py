@@ -88,9 +88,11 @@ class Selectivized(nn.Module):
             path = relative_path(module, root)
             if path in norms:
                 # The layer computes from the input of its batch norm. What is returned in its place is read
-                # only by the ReLU and dropout, whose result the layer ignores.
+                # only by the ReLU and dropout, whose result the layer ignores. In a call with other
+                # arguments than those that were traced more may read it, which NaN shows.
                 seen[path] = _norm_call(module, *args, **kwargs)
-                return seen[path][0]
+                x = seen[path][0]
+                return x if jax.config.jax_debug_nans else jnp.full_like(x, jnp.nan)
             if path in dropouts:
                 x, deterministic[path] = _dropout_call(module, *args, **kwargs)
                 return x
@@ -126,6 +128,9 @@ def selectivize_model(
     The network is traced. Every ``nn.Conv(..., use_bias=False)`` whose input is the ReLU of an
     ``nn.BatchNorm``, with or without an ``nn.Dropout`` between them, becomes a `SelectiveConv`, if nothing
     else reads what is in between. The network can then be re-allocated, trained further and compacted.
+
+    What is inside of a layer, the output of its batch norm, is not computed: it is NaN where Flax captures
+    it, or where the network returns it in a call with other arguments than those given here.
 
     In training, the running variance takes the unbiased estimate from then on (method, "One selective layer",
     step 2), where ``nn.BatchNorm`` takes the biased one.
