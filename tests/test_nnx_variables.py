@@ -163,3 +163,27 @@ def test_batch_norm_of_narrow_parameters_keeps_its_type():
         converted = model.apply(variables, X.astype(jnp.bfloat16), train=False)
     assert converted.dtype == y.dtype
     np.testing.assert_allclose(converted, y, rtol=1e-6)
+
+
+def test_parameters_that_are_numbers_of_python():
+    class Scaled(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = SelectiveConv(8, 4, (3, 3), rngs=rngs)
+            self.temperature = nnx.Param(0.5)
+            self.unused = nnx.Param(None)
+
+        def __call__(self, x):
+            return self.conv(x) * self.temperature
+
+    module = Scaled(nnx.Rngs(0))
+    assert linen_variables(module)["params"]["temperature"] == 0.5
+    assert reallocate(module, jax.random.key(0), AllocationRule(threshold=0.3)).copies > 0
+    assert module.temperature.get_value() == 0.5
+    small = compact(module, X)
+    for one in (module, small):
+        one.eval()
+    np.testing.assert_allclose(small(X), module(X), rtol=1e-5, atol=1e-5)
+
+
+def test_a_kernel_size_of_numpy():
+    assert SelectiveConv(8, 4, np.int64(3), rngs=nnx.Rngs(0)).kernel.shape == (3, 8, 4)

@@ -1,7 +1,7 @@
 """The selective layer and its plain twin as Flax NNX modules."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ class BatchNormReLUConv(nnx.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.kernel_size: int | Sequence[int] = (
-            kernel_size if isinstance(kernel_size, int) else tuple(kernel_size)
+            tuple(kernel_size) if isinstance(kernel_size, Iterable) else kernel_size
         )
         self.strides = strides
         self.padding = padding

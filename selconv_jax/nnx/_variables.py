@@ -39,9 +39,9 @@ def linen_variables(module: nnx.Module) -> dict[str, Any]:
             "selconv_jax.reallocate, selconv_jax.compact and others."
         )
     flat = {
-        (collection, *map(str, path)): variable[...]
+        (collection, *map(str, path)): value if hasattr(value, "shape") else jnp.asarray(value)
         for path, variable in nnx.to_flat_state(nnx.state(module))
-        if (collection := collection_of(variable))
+        if (collection := collection_of(variable)) and (value := variable.get_value()) is not None
     }
     return traverse_util.unflatten_dict(flat)
 
@@ -72,7 +72,7 @@ def update_module(module: nnx.Module, variables: Mapping[str, Any]) -> None:
     places = {
         (collection, *map(str, path)): (path, variable)
         for path, variable in state
-        if (collection := collection_of(variable))
+        if (collection := collection_of(variable)) and variable.get_value() is not None
     }
     if strange := sorted(set(places) ^ set(flat)):
         owner = "module" if strange[0] in places else "dictionary"
@@ -81,11 +81,14 @@ def update_module(module: nnx.Module, variables: Mapping[str, Any]) -> None:
             "Pass what linen_variables returned, rewritten."
         )
     for key, (_, variable) in places.items():
-        old, new = variable.get_value(), flat[key]
-        if (old.shape, old.dtype) != (jnp.shape(new), jnp.result_type(new)):
+        kinds = [
+            (jnp.result_type(value), list(jnp.shape(value))) for value in (variable.get_value(), flat[key])
+        ]
+        if kinds[0] != kinds[1]:
+            (dtype, shape), (new_dtype, new_shape) = kinds
             raise ValueError(
-                f"{'/'.join(key)} is {old.dtype}{list(old.shape)} in the module and "
-                f"{jnp.result_type(new)}{list(jnp.shape(new))} in the dictionary. Pass those of this module."
+                f"{'/'.join(key)} is {dtype}{shape} in the module and {new_dtype}{new_shape} in the "
+                "dictionary. Pass those of this module."
             )
     nnx.update(
         module,
