@@ -157,11 +157,11 @@ def _rewrite(
     states = jax.tree.unflatten(structure, map(_resharded, leaves, whole))
     new_states, reports = {}, {}
     draws = layer_draws(states, key)
-    are_copies = are_replicas(states)  # replicas of one model all take the numbers of the first
+    is_replica = are_replicas(states)  # replicas of one model all take the numbers of the first
     for name, state in states.items():
         drawn = draws[name]
-        if are_copies is not None:
-            drawn = jnp.where(are_copies, drawn[:1], drawn)
+        if is_replica is not None:
+            drawn = jnp.where(is_replica, drawn[:1], drawn)
         new_states[name], reports[name] = _stack_round(state, drawn, traced, rule)
     new_leaves = map(_resharded, jax.tree.leaves(new_states), shardings)
     return jax.tree.unflatten(structure, new_leaves), reports
