@@ -187,7 +187,8 @@ class Config:
 
     Attributes:
         description: Purpose of the run, in one sentence.
-        epochs: Passes over the training images; each leaves out those, drawn anew, that do not fill a batch.
+        epochs: Passes over the training images. Those that do not fill a batch, others in each pass, are
+            dropped.
         batch_size: Images per step, over all devices.
         eval_batch_size: Images per evaluation step, over all devices.
         seed: Seed of all random numbers.
