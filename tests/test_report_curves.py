@@ -146,6 +146,19 @@ def test_gaps_and_infinities():
     assert not figure.axes[1].get_lines()
 
 
+def test_lost_epochs_break_the_lines():
+    records = [{"epoch": epoch, "train_loss": 1.0} for epoch in (1, 2, 5)]
+    (line,) = learning_curves(records, "run").axes[0].get_lines()
+    np.testing.assert_array_equal(line.get_xydata()[:, 0], [1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(line.get_xydata()[:, 1], [1, 1, np.nan, np.nan, 1])
+
+
+def test_epochs_that_stand_alone_are_markers_in_long_runs_too():
+    records = [{"epoch": epoch, "train_loss": 1.0} for epoch in (*range(1, 50), 60)]
+    (line,) = learning_curves(records, "run").axes[0].get_lines()
+    np.testing.assert_array_equal(np.flatnonzero(line.get_markevery()), [59])
+
+
 def test_no_epoch_yet():
     with pytest.raises(SelconvError, match="train at least one epoch"):
         learning_curves([], "run")

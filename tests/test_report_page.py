@@ -79,14 +79,26 @@ def test_plain_networks_and_runs_that_have_not_begun():
 
 
 def test_charts_leave_out_what_is_not_known():
-    lines = [Line("a", "red", np.array([1.0, np.nan, 3.0])), Line("b", "blue", np.full(3, np.nan))]
-    picture = chart("Loss <x>", np.array([1.0, 2.0, 3.0]), lines)
+    lines = [Line("a", "red", np.array([1.0, 2.0, np.nan, 4.0])), Line("b", "blue", np.full(4, np.nan))]
+    picture = chart("Loss <x>", np.arange(1.0, 5.0), lines)
     (points,) = re.findall(r'<polyline points="([^"]*)"', picture)
-    assert len(points.split()) == 2
+    assert len(points.split()) == 2, "the line goes on over the gap"
+    assert picture.count("<circle") == 3
+    many = chart("Loss", np.arange(100.0), [Line("a", "red", np.where(np.arange(100) == 50, np.nan, 1.0))])
+    assert (many.count("<polyline"), many.count("<circle")) == (2, 0)
+    alone = chart("Loss", np.arange(100.0), [Line("a", "red", np.where(np.arange(100) == 50, 1.0, np.nan))])
+    assert (alone.count("<polyline"), alone.count("<circle")) == (0, 1)
     assert "blue" not in picture
     assert "Loss &lt;x&gt;" in picture
     assert "nan" not in picture
     assert "nan" not in chart("Constant", np.array([1.0]), [Line("a", "red", np.zeros(1))])
+
+
+def test_curves_are_broken_at_lost_epochs():
+    records = [{"epoch": epoch, "train_loss": 1.0} for epoch in (1, 2, 5, 6, 7)]
+    page = run_page("run", {}, records, [], COUNTS)
+    lengths = [len(points.split()) for points in re.findall(r'<polyline points="([^"]*)"', page)]
+    assert lengths == [2, 3]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Runs that are stopped and resumed: they end as an unbroken one, bit for bit."""
 
+import copy
 import dataclasses
 import re
 import signal
@@ -16,7 +17,7 @@ from runs import (
     tiny_config,
     whole_config,
 )
-from selconv_jax import ConfigError
+from selconv_jax import CheckpointError, ConfigError
 from selconv_jax.train import _loop as loop
 from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._evaluation import evaluate_run
@@ -141,6 +142,23 @@ def test_damaged_checkpoint_falls_back_and_says_so(whole_run, tmp_path):
     victim = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-7])
     assert f"skipped: {newest} is damaged" in assert_goes_on_as(workdir, whole_run[0])
+
+
+def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(whole_run, monkeypatch):
+    workdir, _ = whole_run
+    before = read_metrics(workdir / "metrics.jsonl")
+    prepare = run_setup.prepare
+
+    def prepare_shorter(config):
+        trainer, data = prepare(config)
+        shorter = copy.copy(trainer)
+        shorter.steps = 3
+        return shorter, data
+
+    monkeypatch.setattr(run_setup, "prepare", prepare_shorter)
+    with pytest.raises(CheckpointError, match=r"is of step \d+, but the run has 3 steps"):
+        resume_run(workdir, quiet_console()[0])
+    assert read_metrics(workdir / "metrics.jsonl") == before
 
 
 class Passed(Exception):

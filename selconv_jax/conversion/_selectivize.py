@@ -133,7 +133,8 @@ def selectivize_model(
     it, or where the network returns it in a call with other arguments than those given here.
 
     In training, the running variance takes the unbiased estimate from then on (method, "One selective layer",
-    step 2), where ``nn.BatchNorm`` takes the biased one.
+    step 2), where ``nn.BatchNorm`` takes the biased one. The gradient of the ReLU at 0 is 0, also where it
+    was written as ``jnp.maximum(x, 0)``, whose gradient there is 1/2.
 
     Args:
         model: The network. It is called as ``model.apply(variables, *inputs, **options)``, with or without

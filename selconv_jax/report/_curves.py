@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from selconv_jax.report._statistics import best_index, last_change, require_records, series
+from selconv_jax.report._statistics import best_index, last_change, require_records, series, with_gaps
 from selconv_jax.report._style import CLOSED, COPY, INK, OWN, draw_over_epochs, heading, new_figure, styled
 
 _SPLITS = (("train", "#0072B2"), ("validation", "#CC79A7"), ("test", "#D55E00"))
@@ -28,7 +28,8 @@ def learning_curves(records: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
     Args:
         records: The lines of ``metrics.jsonl``, one per epoch, in order. A key that is missing or
-            null leaves a gap. Accuracies are fractions in [0, 1]; ``epoch`` is 1-based.
+            null leaves a gap, and so does a missing epoch. Accuracies are fractions in [0, 1]; ``epoch`` is
+            1-based.
         title: Title of the picture, such as the name of the run.
 
     Raises:
@@ -40,6 +41,7 @@ def learning_curves(records: Sequence[Mapping[str, Any]], title: str) -> Figure:
         >>> figure = learning_curves([record], "quickstart")
     """
     require_records(records)
+    records = with_gaps(records)
     epochs = series(records, "epoch")
     allocated = bool(np.nansum(series(records, "channels")) > 0)
     figure = new_figure(10.0, 8.4 if allocated else 5.8)

@@ -12,7 +12,7 @@ import numpy as np
 from selconv_jax.analysis._layer_counts import LayerCounts, total_counts
 from selconv_jax.report._layer_allocation import LayerAllocation
 from selconv_jax.report._page_charts import Line, chart
-from selconv_jax.report._statistics import require_records, series
+from selconv_jax.report._statistics import require_records, series, with_gaps
 
 _SHOWN = 60  # rounds at most, or the page of a long run gets too large
 
@@ -62,6 +62,7 @@ def _text(value: object) -> str:
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> str:
+    records = with_gaps(records)
     epochs = series(records, "epoch")
     splits = ("train", "validation", "test")
 

@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 _WIDTH, _HEIGHT = 420.0, 200.0
+_MOST_MARKERS = 40  # places that have a marker each
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 8.0, 8.0, 22.0
 
 
@@ -21,7 +22,7 @@ class Line(NamedTuple):
 
 
 def chart(title: str, places: NDArray[np.float64], lines: Sequence[Line]) -> str:
-    """Draw lines over the places of a horizontal axis; lines without a value are left out."""
+    """Draw lines over the places of a horizontal axis; lines without a value are left out, gaps kept."""
     lines = [line for line in lines if np.isfinite(line.values).any()]
     keys = "".join(
         f'<span class="key"><i style="background:{line.colour}"></i> {html.escape(line.label)}</span>'
@@ -47,19 +48,20 @@ def chart(title: str, places: NDArray[np.float64], lines: Sequence[Line]) -> str
     for mark in MaxNLocator(8, integer=True, min_n_ticks=1).tick_values(places.min(), places.max()):
         if first < mark < last:
             parts.append(f'<text x="{x(mark):.1f}" y="{_HEIGHT - 6}" text-anchor="middle">{mark:,.6g}</text>')
+    has_markers = len(places) <= _MOST_MARKERS
     for line in lines:
-        points = [
-            (x(place), y(value))
-            for place, value in zip(places, line.values, strict=True)
-            if np.isfinite(value)
-        ]
-        path = " ".join(f"{across:.1f},{down:.1f}" for across, down in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{line.colour}" stroke-width="1.6"/>')
-        if len(points) <= 40:
-            parts += [
-                f'<circle cx="{across:.1f}" cy="{down:.1f}" r="2.2" fill="{line.colour}"/>'
-                for across, down in points
-            ]
+        known = np.isfinite(line.values)
+        for part in np.split(np.arange(len(places)), np.flatnonzero(~known)):
+            points = [(x(places[index]), y(line.values[index])) for index in part if known[index]]
+            path = " ".join(f"{across:.1f},{down:.1f}" for across, down in points)
+            if len(points) > 1:
+                end = f'fill="none" stroke="{line.colour}" stroke-width="1.6"'
+                parts.append(f'<polyline points="{path}" {end}/>')
+            if has_markers or len(points) == 1:
+                parts += [
+                    f'<circle cx="{across:.1f}" cy="{down:.1f}" r="2.2" fill="{line.colour}"/>'
+                    for across, down in points
+                ]
     picture = f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" aria-label="{html.escape(title)}">'
     caption = f"<figcaption><b>{html.escape(title)}</b>{keys}</figcaption>"
     return f"<figure>{caption}{picture}{''.join(parts)}</svg></figure>"

@@ -41,6 +41,12 @@ def series(records: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64
     return np.where(np.isfinite(values), values, np.nan)
 
 
+def with_gaps(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Add a record without numbers for each epoch that the log lacks, so that lines are broken there."""
+    known = {record["epoch"]: record for record in records}
+    return [known.get(epoch, {"epoch": epoch}) for epoch in range(min(known), max(known) + 1)]
+
+
 def best_index(records: Sequence[Mapping[str, Any]]) -> int | None:
     """Return the index of the first record with the highest validation accuracy; None if no record has one.
 

@@ -72,9 +72,11 @@ def new_figure(width: float, height: float) -> Figure:
 def draw_over_epochs(
     axes: Axes, epochs: NDArray[np.float64], values: NDArray[np.float64], style: str, **options: Any
 ) -> None:
-    """Draw a line; each epoch has a marker if there are few."""
-    marker = "o" if len(epochs) <= 40 else ""
-    axes.plot(epochs, values, style, marker=marker, markersize=3.5, linewidth=1.4, **options)
+    """Draw a line, broken at NaN; epochs have markers if there are few of them or if they stand alone."""
+    known = np.pad(np.isfinite(values), 1)
+    alone = known[1:-1] & ~known[:-2] & ~known[2:]
+    marked = alone | (len(epochs) <= 40)
+    axes.plot(epochs, values, style, marker="o", markevery=marked, markersize=3.5, linewidth=1.4, **options)
 
 
 def heading(axes: Axes, title: str, handles: Sequence[Artist | Container] | None = None) -> None:
