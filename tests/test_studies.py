@@ -187,6 +187,20 @@ def test_picture_names_every_curve_apart_from_the_others():
     assert all(box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in boxes)
 
 
+def test_picture_of_runs_says_where_the_rounds_end_and_how_accurate_they_are(made):
+    """From the runs: rounds until half of two epochs, in the selective network alone; digits of the table."""
+    figure = PICTURE["accuracy_picture"](json.loads((made / "results.json").read_text()))
+    (axes,) = figure.axes
+    assert [text.get_text().strip() for text in axes.texts] == [
+        "re-allocation ends",
+        "64.00  selective",
+        "52.00  plain 1x1",
+    ]
+    x, _ = axes.texts[0].get_position()
+    assert x == 1.0
+    assert any(list(line.get_xdata()) == [1.0, 1.0] for line in axes.lines)
+
+
 def test_a_family_shares_its_colour():
     looks = PICTURE["_looks"](NAMES)
     assert len(set(looks.values())) == len(NAMES)

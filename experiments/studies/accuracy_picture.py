@@ -114,7 +114,7 @@ def _draw_panel(
 
 
 def _has_rounds(row: dict[str, Any]) -> bool:
-    return any(sum(run["metrics"].get("closed", [0])) for run in row["runs"])
+    return any(sum(run["metrics"].get("deallocated", [0])) for run in row["runs"])
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
@@ -134,5 +134,5 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     for place, (end, name, colour) in zip(places, order, strict=True):
         axes.plot([1.005, 1.04], [end, place], color=colour, linewidth=0.8, transform=outside, clip_on=False)
         axes.text(
-            1.05, place, f"{end:.1f}  {name}", color=colour, fontsize=10.5, va="center", transform=outside
+            1.05, place, f"{end:.2f}  {name}", color=colour, fontsize=10.5, va="center", transform=outside
         )
