@@ -130,6 +130,7 @@ def draw_sources(key: jax.Array, scores: jax.Array, gate: jax.Array, top_k: int)
 
     Each closed channel independently draws one of the ``top_k`` open channels with the highest scores, all
     equally likely. Only channels with a score above 0 are candidates; there may be fewer than ``top_k``.
+    (The authors' code draws from the ``top_k`` highest scores even where some of them are 0.)
 
     Args:
         key: A PRNG key.
