@@ -1,4 +1,4 @@
-"""The README and the pages of docs: code runs, commands parse, links, keys and names exist."""
+"""The README, the pages of docs and of the experiments: code runs, commands parse, links and names exist."""
 
 import dataclasses
 import pkgutil
@@ -15,13 +15,18 @@ from selconv_jax.train import Config, load_config
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    for path in [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+        *sorted((ROOT / "experiments").rglob("README.md")),
+    ]
     if "build" not in path.relative_to(ROOT).parts
 }
 SECTIONS = {
     field.name: field.type for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)
 }
 PLACEHOLDERS = {
+    "FILE": "experiments/quickstart.toml",
     "COMMAND": "train",
     "CONFIG": "experiments/quickstart.toml",
     "TOPOLOGY": "v5e:1x1",
@@ -35,9 +40,10 @@ def code_of(text):
 
 
 def commands_of(text):
-    """The words after ``selconv`` of every command in shell blocks and code literals."""
+    """The words after ``selconv`` of every command in shell blocks, indented lines and code literals."""
     blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
     lines = blocks.replace("\\\n", " ").splitlines()
+    lines += re.findall(r"^    (selconv .*)", text, flags=re.MULTILINE)
     literals = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     lines += [match.replace("\n", " ") for match in re.findall(r"`(selconv\s[^`]+)`", literals)]
     for line in lines:
