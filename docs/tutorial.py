@@ -171,13 +171,13 @@ rounds = 1 + np.arange(len(reports))
 right.bar(rounds, [report.reallocated for report in reports], color="#BBBBBB", label="closed and refilled")
 copies = [report.copies for report in reports]
 right.plot(rounds, copies, "o-", color="#D55E00", label="copies after the round")
-right.set(xlabel="round", ylabel=f"channels, of {reports[0].channels}")
+right.set(xlabel="round", ylabel=f"channels, of {reports[0].channels}", ylim=(0, 1.4 * max(copies)))
 right.legend()
 figure
 
 # %% [markdown]
-# Without rounds, the accuracy stays near 50% in the second half: the network has learned what single pixels
-# tell. With them, it gets copies that look elsewhere. This is one run of a small sample; the
+# Without rounds, the network can only learn what single pixels tell. With them, it gets copies that look
+# elsewhere. This is one run of a small sample; the
 # [study of this network](results.md) has five seeds, the whole data sets, and the controls, which show that
 # it is the shifts that help, and not the choice of the channels.
 #

@@ -1,12 +1,14 @@
 """The tutorial runs and shows what it says, and its recorded outputs are those of its code."""
 
 import importlib.util
+import platform
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from selconv_jax._bench.environment import environment
 from selconv_jax.analysis import count_parameters
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -43,7 +45,8 @@ def test_cells_are_recorded_with_what_they_print_and_draw(tmp_path):
     text = notebook.page(script.read_text(), tmp_path / "small")
     assert text.startswith("# Title\n\nText.\n\n```python\nx = 2\n")
     assert "```{code-block} text\n:caption: Output\nx is 2\n3\n```" in text
-    assert text.endswith("![A picture](small/1.png)\n")
+    assert "![A picture](small/1.png)\n\nThe outputs on this page come from one run, on " in text
+    assert f" cores of {environment()['processor']} (cpu), python {platform.python_version()}, jax " in text
     assert (tmp_path / "small" / "1.png").read_bytes().startswith(b"\x89PNG")
 
 

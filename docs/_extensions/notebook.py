@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from selconv_jax._bench.environment import environment
 from selconv_jax.report import save_figure
 
 __all__ = ["Cell", "cells_of", "page", "record", "run", "setup"]
@@ -78,7 +79,16 @@ def record(script: Path) -> None:
         elif value is not None:
             output["text"] += repr(value)
         outputs.append(output)
-    (folder / _OUTPUTS).write_text(json.dumps(outputs, indent=1) + "\n", encoding="utf-8")
+    document = {"machine": _machine(), "cells": outputs}
+    (folder / _OUTPUTS).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _machine() -> str:
+    """Describe where the outputs come from, in words."""
+    found = environment()
+    names = ("python", "jax", "jaxlib", "flax", "optax", "numpy")
+    versions = (f"{name} {found['versions'][name]}" for name in names)
+    return ", ".join([f"{found['cores']} cores of {found['processor']} ({found['device']})", *versions])
 
 
 def page(script: str, folder: Path) -> str:
@@ -88,9 +98,10 @@ def page(script: str, folder: Path) -> str:
         ValueError: The outputs are not those of this script.
     """
     try:
-        outputs = json.loads((folder / _OUTPUTS).read_text(encoding="utf-8"))
+        document = json.loads((folder / _OUTPUTS).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        outputs = []
+        document = {"cells": []}
+    outputs = document["cells"]
     cells = cells_of(script)
     if [_digest(cell) for cell in cells if cell.is_code] != [output["code"] for output in outputs]:
         raise ValueError(
@@ -107,6 +118,8 @@ def page(script: str, folder: Path) -> str:
             parts.append(f"```{{code-block}} text\n:caption: Output\n{text}\n```")
         if "picture" in output:
             parts.append(f"![{cell.title}]({folder.name}/{output['picture']})")
+    if outputs:
+        parts.append(f"The outputs on this page come from one run, on {document['machine']}.")
     return "\n\n".join(parts) + "\n"
 
 
