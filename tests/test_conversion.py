@@ -161,6 +161,43 @@ def test_dropout_that_is_called_in_training_only():
     assert (first != second).any()
 
 
+class Shared(nn.Module):
+    """One dropout before two convolutions and elsewhere, in an order in which no call is next to its own."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        dropout = nn.Dropout(0.5, deterministic=not train)
+        x = nn.Conv(12, (1, 1), name="stem")(x)
+        one = nn.relu(nn.BatchNorm(not train)(x))
+        two = nn.relu(nn.BatchNorm(not train)(-x))
+        two = dropout(two)
+        stem = dropout(x)
+        one = dropout(one)
+        one, two = (nn.Conv(64, (3, 3), use_bias=False)(y) for y in (one, two))
+        return {"one": one, "two": two, "stem": stem, "head": dropout(jnp.ones_like(one))}
+
+
+def test_a_dropout_is_called_as_often_as_in_the_plain_network():
+    model = Shared()
+    variables = trained(model)
+    result = selectivize_model(model, variables, X)
+    assert result.converted == {"Conv_0": "BatchNorm_0", "Conv_1": "BatchNorm_1"}
+    expected = model.apply(variables, X, train=False)
+    y = result.model.apply(result.variables, X, train=False)
+    for key, value in expected.items():
+        np.testing.assert_allclose(y[key], value, rtol=1e-4, atol=1e-5)
+
+    def outputs(model, variables):
+        apply = partial(model.apply, variables, X, train=True, mutable=["batch_stats"])
+        return [apply(rngs={"dropout": jax.random.key(key)})[0] for key in range(2)]
+
+    for first, second in (outputs(model, variables), outputs(result.model, result.variables)):
+        assert 0.4 < (first["head"] == 0).mean() < 0.6
+        assert 0.4 < (first["stem"] == 0).mean() < 0.6
+        for key in ("one", "two"):
+            assert (first[key] != second[key]).any()
+
+
 @pytest.mark.parametrize("is_compact", [False, True], ids=["whole", "compact"])
 def test_dropout_has_its_own_mode(is_compact):
     class Separate(nn.Module):

@@ -2,6 +2,7 @@
 
 import functools
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from flax import traverse_util
 from flax.core import unfreeze
 
 from selconv_jax.compaction._network import NetworkCall, check_network, failed_call, network_call
-from selconv_jax.conversion._triples import Triple, find_triples
+from selconv_jax.conversion._triples import DropoutCall, Triple, find_triples
 from selconv_jax.errors import ConfigError
 from selconv_jax.nn import _computation as computation
 from selconv_jax.nn._interception import intercept_calls, own_programs, relative_path
@@ -56,7 +57,7 @@ class Selectivized(nn.Module):
     """
 
     plain: nn.Module
-    layers: tuple[tuple[str, str, str | None, tuple[tuple[str, Any], ...]], ...]
+    layers: tuple[tuple[str, str, DropoutCall | None, tuple[tuple[str, Any], ...]], ...]
     capacity: float = 1.0
     gate_only: bool = False
 
@@ -76,32 +77,42 @@ class Selectivized(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network with its layers replaced."""
         root = tuple(filter(None, relative_path(self, ()).split("/")))
-        norms = {norm for norm, *_ in self.layers}
-        dropouts = {dropout for _, _, dropout, _ in self.layers if dropout is not None}
+        dropouts = {norm: dropout for norm, _, dropout, _ in self.layers}
         layers = {conv: (norm, dropout, dict(settings)) for norm, conv, dropout, settings in self.layers}
+        # By the path of a batch norm that has been called, and whose convolution has not: its call, the calls
+        # of its dropout since then, and the mode of the one between them.
         seen: dict[str, tuple[jax.Array, bool]] = {}
+        since: Counter[str] = Counter()
         deterministic: dict[str, bool] = {}
 
         def swap(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if type(module) not in (nn.BatchNorm, nn.Dropout, nn.Conv):
                 return call(*args, **kwargs)
             path = relative_path(module, root)
-            if path in norms:
+            if path in dropouts:
                 # The layer computes from the input of its batch norm. What is returned in its place is read
                 # only by the ReLU and dropout, whose result the layer ignores. In a call with other
                 # arguments than those that were traced more may read it, which NaN shows.
+                since[path] = 0
                 seen[path] = _norm_call(module, *args, **kwargs)
                 x = seen[path][0]
                 return x if jax.config.jax_debug_nans else jnp.full_like(x, jnp.nan)
-            if path in dropouts:
-                x, deterministic[path] = _dropout_call(module, *args, **kwargs)
+            if type(module) is nn.Dropout:
+                owner = None
+                for norm in seen:
+                    if (dropout := dropouts[norm]) is not None and dropout.path == path:
+                        owner = norm if since[norm] == dropout.number else owner
+                        since[norm] += 1
+                if owner is None:
+                    return call(*args, **kwargs)
+                x, deterministic[owner] = _dropout_call(module, *args, **kwargs)
                 return x
             if path not in layers:
                 return call(*args, **kwargs)
             norm, dropout, settings = layers[path]
             x, train = seen.pop(norm)
             # A network may call its dropout in training only.
-            without_dropout = dropout is None or deterministic.pop(dropout, True)
+            without_dropout = dropout is None or deterministic.pop(norm, True)
             return SelectiveConv(
                 **settings,
                 capacity=self.capacity,

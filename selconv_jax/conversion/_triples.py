@@ -19,7 +19,7 @@ from selconv_jax.nn._computation import window_of
 from selconv_jax.nn._interception import intercept_calls, scope_path
 
 # A batch norm, dropout or convolution as one opaque operation. Operands are the input and variables,
-# parameters the module's path and the type of the output.
+# parameters the module's path, the number of the call among those of the module, and the type of the output.
 _NORM, _DROPOUT, _CONV = (Primitive(f"selconv_{name}") for name in ("norm", "dropout", "conv"))
 _STACKED = Primitive("selconv_stacked_module")  # one of them under ``nn.vmap``
 # Operations of operations that run them once, with the variables of the whole program.
@@ -35,8 +35,21 @@ def _stack(arguments: Any, axes: Any, *, shape: tuple[int, ...], **names: Any) -
 
 
 for _step in (*_KINDS.values(), _STACKED):
-    _step.def_abstract_eval(lambda *_, shape, dtype, path: jax.core.ShapedArray(shape, dtype))
+    _step.def_abstract_eval(lambda *_, shape, dtype, path, call: jax.core.ShapedArray(shape, dtype))
     batching.primitive_batchers[_step] = _stack
+
+
+@dataclasses.dataclass(frozen=True)
+class DropoutCall:
+    """A call of a dropout between a batch norm and a convolution; other calls of it may be elsewhere.
+
+    Attributes:
+        path: Path of the dropout.
+        number: Number of its calls from that of the batch norm up to this one, which is not counted.
+    """
+
+    path: str
+    number: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +59,13 @@ class Triple:
     Attributes:
         norm: Path of the batch norm.
         conv: Path of the convolution.
-        dropout: Path of a dropout between them; None: there is none.
+        dropout: The dropout between them; None: there is none.
         settings: Arguments of the layer that computes all of it.
     """
 
     norm: str
     conv: str
-    dropout: str | None
+    dropout: DropoutCall | None
     settings: Mapping[str, Any]
 
 
@@ -72,6 +85,7 @@ def find_triples(
     """
     modules: dict[str, nn.Module] = {}
     calls: Counter[str] = Counter()
+    before: dict[str, Counter[str]] = {}  # the numbers of calls before that of each
     left: dict[str, str] = {}
     slashed: set[str] = set()  # paths of which a name contains the separator
 
@@ -81,6 +95,7 @@ def find_triples(
             return run(*args, **kwargs)
         names = scope_path(module)
         path = "/".join(names)
+        before[path] = calls.copy()
         calls[path] += 1
         # Its name and parent do not survive the trace.
         modules[path] = module.clone(parent=None, name=None)
@@ -96,7 +111,7 @@ def find_triples(
         read = jax.tree.leaves([module.variables.get(name) for name in ("params", "batch_stats")])
         # Called beside the operation, for its variables and the type of its output.
         y = x if kind is nn.Dropout else run(jnp.zeros_like(x), *more, **kwargs)
-        return _KINDS[kind].bind(x, *read, path=path, shape=y.shape, dtype=y.dtype)
+        return _KINDS[kind].bind(x, *read, path=path, call=calls[path], shape=y.shape, dtype=y.dtype)
 
     def run(variables: Any, inputs: Any) -> Any:
         with intercept_calls(step):
@@ -116,7 +131,7 @@ def find_triples(
             if equation.primitive is not _CONV:
                 continue
             path = equation.params["path"]
-            triple = _triple(inner, equation, modules, calls, given)
+            triple = _triple(inner, equation, modules, calls, before, given)
             if isinstance(triple, Triple) and slashed & {path, triple.norm}:
                 triple = "rename it or its batch norm: no name on their paths may contain '/'"
             if isinstance(triple, Triple):
@@ -132,6 +147,7 @@ def _triple(
     conv: Any,
     modules: Mapping[str, Any],
     calls: Mapping[str, int],
+    before: Mapping[str, Mapping[str, int]],
     given: Collection[Any],
 ) -> Triple | str:
     """Return the triple of a convolution, or why it is none; ``given`` are the variables of the network."""
@@ -148,7 +164,7 @@ def _triple(
     dropout, steps = None, []
     maker = makers.get(conv.invars[0])
     if maker is not None and maker.primitive is _DROPOUT:
-        dropout = maker.params["path"]
+        dropout = maker.params
         steps.append(maker)
         maker = makers.get(maker.invars[0])
     if maker is None or not _is_relu(maker):
@@ -173,8 +189,11 @@ def _triple(
     dtype, own = maker.invars[0].aval.dtype, modules[norm].dtype
     if own is not None and dtype != own and dtype.itemsize >= np.dtype(own).itemsize:
         return f"its batch norm normalizes in the {dtype} of its input; a layer would in {np.dtype(own)}"
-    layer = _settings(modules[norm], modules[path], modules.get(dropout or ""))
-    return layer if isinstance(layer, str) else Triple(norm, path, dropout, layer)
+    between = None
+    if dropout is not None:
+        between = DropoutCall(dropout["path"], dropout["call"] - 1 - before[norm].get(dropout["path"], 0))
+    layer = _settings(modules[norm], modules[path], modules[between.path] if between else None)
+    return layer if isinstance(layer, str) else Triple(norm, path, between, layer)
 
 
 def _settings(norm: nn.BatchNorm, conv: nn.Conv, dropout: nn.Dropout | None) -> dict[str, Any] | str:
