@@ -209,24 +209,28 @@ class _Run:
         self.context.say(f"note: {note}")
 
     def _train_epoch(self, state: TrainState, epoch: int) -> Requests[tuple[TrainState, float | None]]:
-        """Train to the end of the epoch or until asked to stop; also return images per second."""
+        """Train to the end of the epoch or until asked to stop; also return images per second.
+
+        Compilation, rounds and checkpoints do not count towards the speed.
+        """
         trainer, batch_size = self.trainer, self.trainer.config.batch_size
         program = self._program(state, epoch)
         step, end = int(state.step), (epoch + 1) * trainer.steps_per_epoch
         started: float | None = None
-        measured = shown = 0.0
+        measured = running = shown = 0.0  # images; those of the call in progress; time of the display
         waiting: jax.Array | None = None
         with contextlib.closing(trainer.batches(state, epoch)) as batches:
             while step < end and not self._stop.check():
                 due = trainer.next_round(step + 1) or end
                 count = min(trainer.steps_per_dispatch, min(due, end) - step)
+                compiling = trainer.seconds_of_first_calls
                 state, numbers = yield Request((step, 1, count), trainer, state, program, batches, count)
+                compiling = trainer.seconds_of_first_calls - compiling
+                running = 0.0 if started is None or compiling else count * batch_size
+                measured += running
                 if started is None:
-                    # The first call compiles and does not count towards the speed.
                     jax.block_until_ready(numbers)
-                    started = time.monotonic()
-                else:
-                    measured += count * batch_size
+                started = time.monotonic() if started is None else started + compiling
                 step += count
                 if waiting is not None:
                     # The device is never idle, and never more than one call ahead, so that a request to stop
@@ -235,18 +239,24 @@ class _Run:
                     if failed:
                         break
                     now = time.monotonic()
-                    done = measured - count * batch_size
+                    done = measured - running
                     if done > 0 and now - shown >= _REFRESH_SECONDS:
                         speed = done / (now - started)
                         self._display.update(step - count, float(loss), float(accuracy), speed)
                         shown = now
                 waiting = numbers
-                if step == due < end and state.selectivity:
-                    state = self._reallocate(state)
-                    program = self._program(state, epoch)
                 self.store.check()
-                if step < end and self._is_save_due():
-                    self._save(state)
+                has_round = step == due < end and bool(state.selectivity)
+                is_saved = step < end and self._is_save_due()
+                if has_round or is_saved:
+                    jax.block_until_ready(numbers)
+                    paused = time.monotonic()
+                    if has_round:
+                        state = self._reallocate(state)
+                        program = self._program(state, epoch)
+                    if is_saved:
+                        self._save(state)
+                    started += time.monotonic() - paused
         self._check(state)
         return state, measured / (time.monotonic() - started) if started and measured else None
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -84,6 +85,8 @@ class Trainer:
             else ResidentFeed(data, self._placement, *sizes)
         )
         self._compiled: dict[tuple[str, Program, int], Callable[..., Any]] = {}
+        # Seconds of the first call of each program, which compiles it; one list of all runs in one program.
+        self._first_calls: list[float] = []
         self._frozen: tuple[bytes, Program] | None = None
 
     @property
@@ -142,6 +145,11 @@ class Trainer:
         """Return whether training steps have been compiled for this program."""
         return any(kind == "train" and known == program for kind, known, _ in self._compiled)
 
+    @property
+    def seconds_of_first_calls(self) -> float:
+        """Seconds that `run_steps` has taken for the first call of each program, which compiles it."""
+        return sum(self._first_calls)
+
     def run_steps(
         self, state: TrainState, batches: Iterator[Arguments], program: Program, count: int
     ) -> tuple[TrainState, jax.Array]:
@@ -153,10 +161,15 @@ class Trainer:
             The state after, and ``[3]`` float32: mean loss and accuracy of the epoch so far, and 1 if a
             loss has not been finite, else 0.
         """
-        key = "train", program, count
-        if key not in self._compiled:
-            self._compiled[key] = self._make_steps(program.model, count)
-        return self._compiled[key](state, *next(batches))
+        key, arguments = ("train", program, count), next(batches)
+        if key in self._compiled:
+            return self._compiled[key](state, *arguments)
+        self._compiled[key] = self._make_steps(program.model, count)
+        jax.block_until_ready(state)
+        started = time.monotonic()
+        result = jax.block_until_ready(self._compiled[key](state, *arguments))
+        self._first_calls.append(time.monotonic() - started)
+        return result
 
     def lower_step(self, program: Program) -> jax.stages.Lowered:
         """Lower a training step for ahead-of-time compilation; reads no image and needs no device."""
