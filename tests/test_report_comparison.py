@@ -189,6 +189,10 @@ def test_picture_of_runs_of_other_lengths_and_gaps():
     np.testing.assert_allclose(curves.get_lines()[0].get_ydata(), [50, 5, np.nan])
     assert curves.get_yscale() == "log"  # from 5 to 50 %
     assert finals.texts[0].get_text() == "3.50 ± 2.12"
+    records = run(0.5, 0.6, 0.7, 0.8)
+    lost = ConfigurationResults("lost", {seed: [records[0], *records[3:]] for seed in (0, 1)})
+    (line,) = comparison_picture([lost], "title").axes[0].get_lines()
+    np.testing.assert_allclose(line.get_xydata(), [[1, 50], [2, np.nan], [3, np.nan], [4, 20]])
     nothing = ConfigurationResults("nothing", {0: [{"epoch": 1}]})
     assert not comparison_picture([nothing], "title").axes[1].texts
     with pytest.raises(SelconvError, match="no finished run"):

@@ -5,7 +5,7 @@ import pytest
 
 from selconv_jax.errors import SelconvError
 from selconv_jax.report import learning_curves
-from selconv_jax.report._statistics import best_index, last_change, series
+from selconv_jax.report._statistics import best_index, last_change, series, with_gaps
 
 
 def log(epochs: int, last_round: int, top5: bool = False) -> list[dict[str, float]]:
@@ -98,6 +98,15 @@ def test_freeze_is_marked_where_it_happened():
         for r in records[3:]
     ]
     assert last_change(records[:3] + without) == 3
+
+
+def test_no_freeze_is_claimed_across_lost_epochs():
+    records = log(8, 3)
+    earlier, later = [records[0], *records[2:]], [*records[:4], *records[5:]]
+    assert last_change(earlier) == last_change(with_gaps(earlier)) == 3
+    assert last_change(later) is last_change(with_gaps(later)) is None
+    assert "unchanged after epoch 3" in legend(learning_curves(earlier, "run").axes[2])
+    assert "unchanged after epoch 3" not in legend(learning_curves(later, "run").axes[2])
 
 
 @pytest.mark.parametrize(("epochs", "last_round"), [(3, 3), (4, 0), (1, 1)])

@@ -55,9 +55,10 @@ def _errors(configuration: ConfigurationResults) -> tuple[NDArray[np.float64], N
         dict(zip(series(records, "epoch"), 100 * (1 - series(records, "test_accuracy")), strict=True))
         for records in configuration.runs.values()
     ]
-    epochs = sorted(set().union(*by_seed))
+    known = set().union(*by_seed)
+    epochs = np.arange(min(known), max(known) + 1)  # with those of which no seed has a record
     errors = [[run.get(epoch, np.nan) for epoch in epochs] for run in by_seed]
-    return np.array(epochs), np.array(errors)
+    return epochs, np.array(errors)
 
 
 def _draw_curve(axes: Axes, configuration: ConfigurationResults, colour: str, style: str) -> None:

@@ -59,14 +59,16 @@ def best_index(records: Sequence[Mapping[str, Any]]) -> int | None:
 def last_change(records: Sequence[Mapping[str, Any]]) -> int | None:
     """Return the last epoch (1-based) whose round closed or re-allocated a channel.
 
-    None if none did, or if it is the last record, so that a later change is still possible.
+    None if none did, or if a later change is possible: if it is the last record, or a later one is missing.
     """
     changes = np.nan_to_num(series(records, "deallocated"))
     changes = changes + np.nan_to_num(series(records, "reallocated"))
     changed = np.flatnonzero(changes)
     if changed.size == 0 or changed[-1] == len(records) - 1:
         return None
-    return int(records[changed[-1]]["epoch"])
+    epoch, after = int(records[changed[-1]]["epoch"]), records[changed[-1] + 1 :]
+    known = [record["epoch"] for record in after if len(record) > 1]  # `with_gaps` adds epochs alone
+    return epoch if known == list(range(epoch + 1, epoch + 1 + len(known))) else None
 
 
 @dataclasses.dataclass(frozen=True)
