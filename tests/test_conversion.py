@@ -240,6 +240,15 @@ def straight_through(x):
 straight_through.defvjp(lambda x: (jnp.maximum(x, 0), None), lambda _, gradient: (gradient,))
 
 
+@jax.custom_jvp
+def relu(x):
+    """The same, by the name of another function."""
+    return jnp.maximum(x, 0)
+
+
+relu.defjvp(lambda primals, tangents: (relu(*primals), *tangents))
+
+
 class Odd(nn.Module):
     """One convolution, each time with something that a layer cannot do."""
 
@@ -262,9 +271,13 @@ class Odd(nn.Module):
         if self.what == "weights":
             conv = nn.WeightNorm(conv, variable_filter={"kernel"})
         y = norm(x)
-        y = {"straight": straight_through, "relu6": nn.relu6, "gelu": nn.gelu, "nothing": lambda y: y}.get(
-            self.what, nn.relu
-        )(y)
+        y = {
+            "straight": straight_through,
+            "namesake": relu,
+            "relu6": nn.relu6,
+            "gelu": nn.gelu,
+            "nothing": lambda y: y,
+        }.get(self.what, nn.relu)(y)
         if self.what == "key":
             y = nn.Dropout(0.5)(y, deterministic=not train, rng=jax.random.key(0))
         if self.what == "pool":
@@ -291,6 +304,7 @@ class Odd(nn.Module):
         ("scale", "conv: its batch norm has another axis than the last, or no scale"),
         ("relu6", "conv: its input is not the ReLU of a batch norm"),
         ("straight", "conv: its input is not the ReLU of a batch norm"),
+        ("namesake", "conv: its input is not the ReLU of a batch norm"),
         ("gelu", "conv: its input is not the ReLU of a batch norm"),
         ("nothing", "conv: its input is not the ReLU of a batch norm"),
         ("key", "conv: its input is not the ReLU of a batch norm"),

@@ -1,6 +1,7 @@
 """Batch norms, ReLUs and convolutions of a traced network that together are one layer."""
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -247,6 +248,13 @@ def _is_relu(equation: Any) -> bool:
     if equation.primitive.name.startswith("custom_"):
         # Only `jax.nn.relu`: other functions with a gradient of their own may have another one.
         is_known = equation.primitive.name == "custom_jvp_call" and len(programs) == 1
-        if not is_known or programs[0].debug_info.func_name != "relu":
+        if not is_known or programs[0].debug_info.func_src_info != _source_of_relu():
             return False
     return len(programs) == 1 and len(programs[0].eqns) == 1 and _is_relu(programs[0].eqns[0])
+
+
+@functools.cache
+def _source_of_relu() -> str | None:
+    """Return the name and place of `jax.nn.relu` in the traces of its calls."""
+    call = jax.make_jaxpr(jax.nn.relu)(jax.ShapeDtypeStruct((), np.float32)).eqns[0]
+    return next(inner_programs(call)).debug_info.func_src_info
