@@ -172,7 +172,8 @@ def compact(
     read them. Layers under ``nn.scan`` and ``nn.vmap``, subclasses of the layers, and layers whose variables
     are used elsewhere (tied or normalized weights, penalties) are left unchanged. The removal is verified on
     the traced programs; then both networks are compared on a small batch of random numbers. If they differ,
-    less is removed, or nothing, with a warning.
+    less is removed, or nothing, with a warning. Functions with derivatives of their own (`jax.custom_jvp`,
+    `jax.custom_vjp`) are judged by what they compute, not by those.
 
     Args:
         model: The network.
