@@ -7,6 +7,7 @@ the position in the data, and a resumed run reads the same batches as an uninter
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import multiprocessing
 import os
@@ -177,6 +178,9 @@ def stream_batches(
         if not absl.flags.FLAGS.is_parsed():
             absl.flags.FLAGS.mark_as_parsed()  # grain reads a flag, whose default will do
         resource_tracker.ensure_running()  # the thread that starts it unblocks signals
+        # Semaphores of earlier workers tell the tracker when they are collected. Python 3.13.0 warns of each
+        # that is collected while the tracker notes a new one.
+        gc.collect()
         pipeline = pipeline.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BATCHES_PER_WORKER),
             worker_init_fn=_live_and_die_with_the_parent,
