@@ -82,12 +82,11 @@ def losses(model, variables, optimizer, compiled=True):
     return np.array(found), variables
 
 
-def test_a_frozen_allocation_that_cannot_be_compacted_has_room_for_its_copies(monkeypatch):
+def test_a_frozen_allocation_that_cannot_be_compacted_has_room_for_its_copies(monkeypatch, small_densenet):
     nothing = types.SimpleNamespace(model=types.SimpleNamespace(layouts=(), widths=()))
     monkeypatch.setattr(_network, "plan_compaction", lambda *args, **options: nothing)
-    model = typed("densenet", "float32")
-    variables = reallocated(model)
-    frozen = frozen_program(model, variables, jax.ShapeDtypeStruct(IMAGES.shape, model.dtype))
+    model, variables = small_densenet
+    frozen = frozen_program(model, variables, jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
     assert frozen.model.capacity >= selconv_jax.required_capacity(variables) > 0
 
 
