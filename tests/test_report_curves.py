@@ -72,10 +72,20 @@ def test_panels_and_values():
 def test_best_epoch_is_marked_the_earliest_of_equals():
     records = log(6, 3)
     assert best_index(records) == 0
-    accuracy = learning_curves(records[3:], "run").axes[1]
+    records = [r | {"validation_accuracy": 0.5} if r["epoch"] < 5 else r for r in records]
+    accuracy = learning_curves(records, "run").axes[1]
     assert legend(accuracy) == ["train", "validation", "test", "best"]
     assert accuracy.get_title("left") == "Accuracy (best on validation: 87.50 %, epoch 5)"
     np.testing.assert_allclose(lines(accuracy)["best"], [[5, 87.5]])
+
+
+@pytest.mark.parametrize("lost", [1, 4])
+def test_no_best_epoch_is_claimed_where_a_record_is_lost(lost):
+    records = [r for r in log(6, 3) if r["epoch"] != lost]
+    assert best_index(records) is best_index(with_gaps(records)) is None
+    accuracy = learning_curves(records, "run").axes[1]
+    assert legend(accuracy) == ["train", "validation", "test"]
+    assert accuracy.get_title("left") == "Accuracy"
 
 
 def test_test_accuracy_chooses_no_epoch():

@@ -38,7 +38,8 @@ def record(epoch: int, accuracy: float, validation: bool = True) -> dict[str, fl
 
 @pytest.mark.parametrize("validation", [True, False])
 def test_every_number_fits_eighty_characters(validation):
-    lines = printed(run_table([record(300, 0.71234, validation)], {"model": "densenet40"}))
+    records = [record(epoch, epoch * 0.71234 / 300, validation) for epoch in range(1, 301)]
+    lines = printed(run_table(records, {"model": "densenet40"}))
     assert ["model", "densenet40"] in lines
     expected = [
         "300",
@@ -83,6 +84,13 @@ def test_few_epochs_are_shown_once_each(epochs):
     lines = printed(run_table([record(epoch, epoch / 10) for epoch in range(1, epochs + 1)], {}))
     assert [line[0] for line in lines if line and line[0].isdigit()] == [str(e) for e in range(1, epochs + 1)]
     assert not [line for line in lines if "..." in line]
+
+
+def test_no_best_epoch_is_claimed_where_a_record_is_lost():
+    lines = printed(run_table([record(1, 0.25), record(2, 0.75), record(4, 0.5)], {}))
+    assert [line[0] for line in lines if line and line[0].isdigit()] == ["1", "2", "4"]
+    assert not [line for line in lines if "best" in line or "best:" in line]
+    assert not [line for line in lines if "top" in line], "too wide beside the validation accuracy"
 
 
 def test_best_row_is_bold():

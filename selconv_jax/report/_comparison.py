@@ -15,6 +15,7 @@ from selconv_jax.report._statistics import (
     PairedDifference,
     Spread,
     best_index,
+    is_complete,
     paired_difference,
     require_records,
     series,
@@ -92,8 +93,7 @@ def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]
         values = series(records, key)
         return None if np.isnan(values).all() else float(reduce(values))
 
-    accuracy, is_whole = last("test_accuracy"), _is_whole(records)
-    best = best_index(records) if is_whole else None
+    accuracy, best, complete = last("test_accuracy"), best_index(records), is_complete(records)
     return {
         "test_accuracy": accuracy,
         "test_error": None if accuracy is None else 1 - accuracy,
@@ -102,18 +102,13 @@ def run_numbers(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]
         "validation_accuracy": last("validation_accuracy"),
         "best_test_accuracy": None if best is None else float(records[best]["test_accuracy"]),
         "best_epoch": None if best is None else float(records[best]["epoch"]),
-        "deallocated": over_epochs("deallocated", np.nansum) if is_whole else None,
-        "reallocated": over_epochs("reallocated", np.nansum) if is_whole else None,
+        "deallocated": over_epochs("deallocated", np.nansum) if complete else None,
+        "reallocated": over_epochs("reallocated", np.nansum) if complete else None,
         "copies": last("copies"),
         "open_channels": last("open_channels"),
         "channels": last("channels"),
         "images_per_second": over_epochs("images_per_second", np.nanmedian),
     }
-
-
-def _is_whole(records: Sequence[Mapping[str, Any]]) -> bool:
-    """Check whether there is a record of every epoch up to the last."""
-    return [record["epoch"] for record in records] == list(range(1, len(records) + 1))
 
 
 def comparison_table(configurations: Sequence[ConfigurationResults]) -> Table:

@@ -23,8 +23,8 @@ def learning_curves(records: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
     There are four panels, and two more if the model has selective layers: the state of the channels after
     each epoch's round, and the changes of the round. A star marks the epoch of the best validation
-    accuracy, if there are validation images. A dashed line marks the last epoch that changed the
-    allocation, once a later epoch has confirmed it.
+    accuracy, if there are validation images and no record is missing. A dashed line marks the last epoch
+    that changed the allocation, once a later epoch has confirmed it.
 
     Args:
         records: The lines of ``metrics.jsonl``, one per epoch, in order. A key that is missing or

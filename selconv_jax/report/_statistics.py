@@ -47,13 +47,25 @@ def with_gaps(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [known.get(epoch, {"epoch": epoch}) for epoch in range(min(known), max(known) + 1)]
 
 
-def best_index(records: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the index of the first record with the highest validation accuracy; None if no record has one.
+def _is_gap(record: Mapping[str, Any]) -> bool:
+    """Return whether `with_gaps` has added the record."""
+    return record.keys() == {"epoch"}
 
-    Test images are never used for the choice, as results are reported on them.
+
+def is_complete(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether there is a record of every epoch up to the last."""
+    known = [record["epoch"] for record in records if not _is_gap(record)]
+    return known == list(range(1, len(known) + 1))
+
+
+def best_index(records: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the index of the first record with the highest validation accuracy.
+
+    None if no record has one, or if the record of an epoch, which may have been the best, is missing. Test
+    images are never used for the choice, as results are reported on them.
     """
     accuracy = series(records, "validation_accuracy")
-    return None if np.isnan(accuracy).all() else int(np.nanargmax(accuracy))
+    return None if np.isnan(accuracy).all() or not is_complete(records) else int(np.nanargmax(accuracy))
 
 
 def last_change(records: Sequence[Mapping[str, Any]]) -> int | None:
@@ -66,9 +78,8 @@ def last_change(records: Sequence[Mapping[str, Any]]) -> int | None:
     changed = np.flatnonzero(changes)
     if changed.size == 0 or changed[-1] == len(records) - 1:
         return None
-    epoch, after = int(records[changed[-1]]["epoch"]), records[changed[-1] + 1 :]
-    known = [record["epoch"] for record in after if len(record) > 1]  # `with_gaps` adds epochs alone
-    return epoch if known == list(range(epoch + 1, epoch + 1 + len(known))) else None
+    epoch, since = int(records[changed[-1]]["epoch"]), records[changed[-1] :]
+    return None if any(_is_gap(record) for record in with_gaps(since)) else epoch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ def run_table(records: Sequence[Mapping[str, Any]], summary: Mapping[str, str]) 
 
     Columns that no record has are left out, and the other epochs are replaced by a row of dots. The epoch
     of the best validation accuracy (the earliest among equals) is bold and marked; a run without validation
-    images has none. With validation images, there is no column for the top-5 accuracy.
+    images, or with a lost record, has none. With validation images, the top-5 accuracy has no column.
 
     Args:
         records: The lines of ``metrics.jsonl``, one per epoch, in order.
@@ -62,13 +62,13 @@ def run_table(records: Sequence[Mapping[str, Any]], summary: Mapping[str, str]) 
         facts.add_row(Text(heading), Text(value))
 
     # Narrow, so that all columns fit a terminal of 80 characters.
-    best = best_index(records)
+    best, validated = best_index(records), not np.isnan(series(records, "validation_accuracy")).all()
     note = None if best is None else "best: the highest accuracy on the validation images"
     epochs = Table(box=box.SIMPLE_HEAD, padding=0, caption=note, caption_justify="left")
     epochs.add_column("\nepoch", justify="right")
     columns = []
     for key, heading, form in _COLUMNS:
-        if key == "test_top5" and best is not None:
+        if key == "test_top5" and validated:
             continue  # all columns would not fit
         values = series(records, key) * (100 if key in _PERCENT else 1)
         if not np.isnan(values).all():
