@@ -10,6 +10,8 @@ from flax import nnx
 import selconv_jax
 from selconv_jax import AllocationRule, ConfigError, SelectiveConv, with_capacity
 from selconv_jax.analysis import count_multiply_adds
+from selconv_jax.compaction import Compact
+from selconv_jax.transforms import FittedCapacity
 from states import perturbed_variables
 
 X = jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
@@ -92,6 +94,34 @@ def test_compacted_afterwards(rounds):
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("name", ["inner", "in/ner"])
+def test_inside_of_another_network_under_any_name(rounds, name):
+    fitted = with_capacity(Network(), rounds[1])
+    small, small_variables = selconv_jax.compact(Network(), rounds[1], X)
+    inner = Network(name=name)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x, is_small):
+            if is_small:
+                return Compact(inner.clone(parent=self), small.layouts, small.widths)(x, train=False)
+            return FittedCapacity(inner.clone(parent=self), fitted.capacities)(x, False)
+
+    for variables, model in ((rounds[1], fitted), (small_variables, small)):
+        outer = {collection: {name: tree} for collection, tree in variables.items()}
+        is_small = model is small
+        y = Outer().apply(outer, X, is_small)
+        np.testing.assert_allclose(y, model.apply(variables, X, train=False), rtol=1e-5, atol=1e-6)
+        counts, expected = (
+            sum(count_multiply_adds(run, X).values())
+            for run in (
+                lambda x, outer=outer, is_small=is_small: Outer().apply(outer, x, is_small),
+                lambda x, model=model, variables=variables: model.apply(variables, x, train=False),
+            )
+        )
+        assert counts == expected
 
 
 def test_other_methods_of_the_network_run_with_the_capacities():

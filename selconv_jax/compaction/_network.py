@@ -15,7 +15,7 @@ from selconv_jax._utils.modules import is_nnx_module
 from selconv_jax.compaction._static_conv import LayerLayout, call_static
 from selconv_jax.errors import ConfigError
 from selconv_jax.models._parts import Stem
-from selconv_jax.nn._interception import intercept_calls, own_programs, relative_path
+from selconv_jax.nn._interception import intercept_calls, own_programs, relative_path, scope_path
 from selconv_jax.nn._layers import BatchNormReLU, BatchNormReLUConv, SelectiveConv
 
 
@@ -55,7 +55,7 @@ class Compact(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network with its layers replaced."""
         layouts, widths = dict(self.layouts), dict(self.widths)
-        root = path_parts(relative_path(self, ()))
+        root = scope_path(self)
 
         def swap(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             path = relative_path(module, root)

@@ -17,7 +17,7 @@ from selconv_jax.compaction._network import NetworkCall, check_network, failed_c
 from selconv_jax.conversion._triples import DropoutCall, Triple, find_triples
 from selconv_jax.errors import ConfigError
 from selconv_jax.nn import _computation as computation
-from selconv_jax.nn._interception import intercept_calls, own_programs, relative_path
+from selconv_jax.nn._interception import intercept_calls, own_programs, relative_path, scope_path
 from selconv_jax.nn._layers import SelectiveConv
 
 
@@ -76,7 +76,7 @@ class Selectivized(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network with its layers replaced."""
-        root = tuple(filter(None, relative_path(self, ()).split("/")))
+        root = scope_path(self)
         dropouts = {norm: dropout for norm, _, dropout, _ in self.layers}
         layers = {conv: (norm, dropout, dict(settings)) for norm, conv, dropout, settings in self.layers}
         # By the path of a batch norm that has been called, and whose convolution has not: its call, the calls

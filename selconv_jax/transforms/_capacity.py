@@ -11,7 +11,7 @@ import numpy as np
 
 from selconv_jax._utils.arguments import check_whole
 from selconv_jax.errors import ConfigError
-from selconv_jax.nn._interception import intercept_calls, own_programs, relative_path
+from selconv_jax.nn._interception import intercept_calls, own_programs, relative_path, scope_path
 from selconv_jax.nn._layers import SelectiveConv
 from selconv_jax.transforms._layer_tree import layer_states
 
@@ -73,7 +73,7 @@ class FittedCapacity(nn.Module):
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the network with the capacities of its layers."""
         capacities = dict(self.capacities)
-        root = tuple(filter(None, relative_path(self, ()).split("/")))
+        root = scope_path(self)
 
         def swap(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if not isinstance(module, SelectiveConv):
