@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,17 @@ def test_a_write_that_really_fails(
         assert_same(store.restore(large).state, large)
     assert names(tmp_path) == ["1", "2", "3"]
     assert (reports, capfd.readouterr()) == ([], ("", ""))
+
+
+def test_writing_in_several_threads_leaves_the_hook_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = sys.unraisablehook
+    monkeypatch.setattr(ocp, "save", lambda *arguments: time.sleep(0.1))
+    with ThreadPoolExecutor() as threads:
+        for number in range(3):
+            threads.submit(write_arrays, tmp_path / str(number), {})
+    assert sys.unraisablehook is hook
 
 
 @pytest.mark.parametrize(

@@ -75,18 +75,19 @@ def write_arrays(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
     Orbax closes its event loop at the first write that fails. Every write still in progress then ends in
     an exception that nobody can catch, and Python prints each of them.
     """
-    hook = sys.unraisablehook
-    sys.unraisablehook = lambda report: (
-        None if str(report.exc_value) == "Event loop is closed" else hook(report)
-    )
-    try:
-        with _under_plain_name(folder) as plain, _one_at_a_time:
+    with _under_plain_name(folder) as plain, _one_at_a_time:
+        # Stores of other threads do the same: in any other order the hook of one would stay.
+        hook = sys.unraisablehook
+        sys.unraisablehook = lambda report: (
+            None if str(report.exc_value) == "Event loop is closed" else hook(report)
+        )
+        try:
             ocp.save(plain, _storable(leaves))
-    except BaseException:
-        time.sleep(1.0)  # for the others to end
-        raise
-    finally:
-        sys.unraisablehook = hook
+        except BaseException:
+            time.sleep(1.0)  # for the others to end
+            raise
+        finally:
+            sys.unraisablehook = hook
 
 
 def start_writing(folder: Path, leaves: Mapping[str, Any]) -> Any:
