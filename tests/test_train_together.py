@@ -13,6 +13,7 @@ from selconv_jax import ConfigError
 from selconv_jax._cli.main import main
 from selconv_jax.data._loading import open_data
 from selconv_jax.train import _loop as loop
+from selconv_jax.train import _run_setup as run_setup
 from selconv_jax.train._config import dump_config
 from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._loop import train_run
@@ -269,6 +270,24 @@ def test_what_fails_for_all_is_told_for_each(file, tmp_path, monkeypatch):
     assert len(end.failures) == 2
     assert all(error.startswith("RuntimeError: out of memory (more in ") for error in end.failures.values())
     assert all("Traceback" in run.log.read_text() for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "logged"),
+    [
+        (ConfigError("no devices"), "no devices", "failed: no devices\n"),
+        (RuntimeError("out of memory"), "RuntimeError: out of memory", "Traceback"),
+    ],
+)
+def test_what_cannot_be_prepared_is_told_at_once(file, tmp_path, monkeypatch, error, said, logged):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(run_setup, "prepare", fail)
+    runs, end, text = sweep(file, tmp_path)
+    assert (end.code, list(end.failures.values())) == (1, [said, said])
+    assert text.count(f"failed: {said}\n") == 1
+    assert all(run.log.read_text().startswith(logged) for run in runs)
 
 
 def test_a_single_seed_is_an_ordinary_run(file, tmp_path, monkeypatch):

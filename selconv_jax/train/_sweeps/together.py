@@ -6,11 +6,13 @@ behind catches up first.
 """
 
 import contextlib
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
+from selconv_jax._utils.console import print_line
 from selconv_jax.data._dataset import ImageData
 from selconv_jax.data._stream import StreamedData
 from selconv_jax.errors import SelconvError
@@ -34,8 +36,12 @@ def make_together(runs: Sequence[SweepRun], console: Console) -> list[tuple[int,
     try:
         trainer, data = run_setup.prepare(runs[0].config)
     except Exception as error:  # such as out of memory: another configuration may fit
-        kind = "" if isinstance(error, SelconvError) else f"{type(error).__name__}: "
-        return [(1, f"{kind}{one_line(error)}")] * len(runs)
+        known = isinstance(error, SelconvError)
+        text = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+        print_line(console, f"failed: {text}")
+        for run in runs:
+            run.write_log(f"failed: {text}\n" if known else traceback.format_exc())
+        return [(1, text)] * len(runs)
     return _Together(runs, trainer, data, console).make()
 
 
