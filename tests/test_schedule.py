@@ -42,6 +42,9 @@ def rounds(schedule, steps_per_epoch=10, epochs=6):
 )
 def test_rounds_of_a_run(schedule, expected):
     assert rounds(schedule) == expected
+    for first in range(62):
+        due = schedule.next_round(first, steps_per_epoch=10, epochs=6)
+        assert due == next((step for step in expected if step >= first), None)
     if schedule.every_steps is None:
         assert expected == [10 * epoch + 10 for epoch in range(6) if schedule.is_due(epoch, 6)]
     else:

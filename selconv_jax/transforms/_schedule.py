@@ -80,11 +80,10 @@ class ReallocationSchedule:
             >>> [schedule.next_round(first, steps_per_epoch=50, epochs=4) for first in (1, 31, 91)]
             [30, 60, None]
         """
-        steps = steps_per_epoch * epochs
         if self.every_steps is None:
-            ends = ((epoch, (epoch + 1) * steps_per_epoch) for epoch in range(epochs))
-            due = (end for epoch, end in ends if end >= first and self.is_due(epoch, epochs))
-            return next(due, None)
+            ended = math.ceil(max(first, 1) / (steps_per_epoch * self.every)) * self.every  # epochs
+            return ended * steps_per_epoch if self.is_due(ended - 1, epochs) else None
+        steps = steps_per_epoch * epochs
         candidate = math.ceil(max(first, 1) / self.every_steps) * self.every_steps
         return candidate if candidate <= self._end(steps) and candidate < steps else None
 
