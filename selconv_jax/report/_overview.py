@@ -41,8 +41,8 @@ def allocation_overview(layers: Sequence[LayerAllocation], title: str) -> Figure
     """
     if not layers:
         raise SelconvError(
-            "the model has no selective layer, so there is no allocation to show: set its "
-            "selectivity in the configuration."
+            "the model has no selective layer, so there is no allocation to show: train one with "
+            'model.variant = "selective".'
         )
     columns = -(-len(layers) // _LINES)
     lines = -(-len(layers) // columns)

@@ -102,8 +102,8 @@ def _rounds(rounds: Sequence[RoundOfRun], threshold: str) -> str:
     return f"""<h2>Channels</h2>
 <p>A slot is the part of a kernel that belongs to one input channel. After each round it reads the channel
 of its own number, is a copy of another, read at a shifted position, or is closed. A round closes, in every
-layer, the channels that matter least: taken in ascending order of their damage, their shares of it stay
-below the threshold ({_text(threshold)}) together. Closed slots are then filled with copies of the channels
+layer, the channels that matter least: taken in ascending order of their damage, their shares of it together
+stay within the threshold ({_text(threshold)}). Closed slots are then filled with copies of the channels
 that matter most.</p>
 <div class="bar"><label for="round"><span id="told"></span></label>
 <input id="round" type="range" min="0" max="{last}" value="{last}">
