@@ -18,7 +18,7 @@ _COMPACT = {
 }
 
 _EXPORT = {
-    "--compact": "without closed and unused channels",
+    "--compact": "write the compacted network, without closed and unused channels",
     "--multiple N=1": f"with --compact: {_MULTIPLE}",
     "--normalize": "take uint8 images and normalize them",
     "--output FILE": "the file (default: DIR/network.FORMAT or DIR/compact.FORMAT)",
@@ -30,15 +30,15 @@ _SWEEP = {
     "--workdir DIR=runs/sweep": "directory of the runs (default: runs/sweep)",
     "--jobs N=1": "make up to N runs at once, each in its own process, sharing the devices (default: 1)",
     "--together": "train all seeds of a configuration in one program: faster if one run does not fill a "
-    "GPU; runs started without it can be resumed with it, and the other way round",
+    "GPU; runs started without it can be resumed with it, and vice versa",
     "--nice LEVEL=0": "scheduling priority as for the command nice, from 0 (default) to 19 (lowest)",
 }
 
 _COMPILE = {
-    "--batch N": "images per step (default: the file's); search: the largest that fits, by doubling and "
-    "halving",
-    "--capacity SHARE=0.25": "of the channels that may be re-allocated (default: 0.25)",
-    "--compare": "compile the training steps that `selconv bench` times instead: of the plain network, the "
+    "--batch N": "images per step (default: the file's), or search: the largest number that fits, found by "
+    "doubling and halving",
+    "--capacity SHARE=0.25": "fraction of the channels that may be re-allocated (default: 0.25)",
+    "--compare": "compile instead the training steps that `selconv bench` times: of the plain network, the "
     "selective one with and without copies, a frozen and a compact one",
     "--output FILE": "a new JSON file for all results",
 }
@@ -46,14 +46,14 @@ _COMPILE = {
 _BENCH = {
     "--batch N=64": "images per step (default: 64)",
     "--image HxWxC=32x32x3": "image size (default: 32x32x3)",
-    "--dtype TYPE=float32": "of the computation: float32 (default) or bfloat16",
-    "--what WHAT,WHAT": "of step, frozen, compact, reallocate, eval, input, memory, and compile, which "
-    "takes long (default: all but compile)",
-    "--capacity SHARE,SHARE": "fractions of the channels that selective steps are compiled for and that "
-    "are re-allocated then (default: 0,0.125,0.25,0.5,1)",
-    "--share SHARE=0.25": "of the channels: re-allocated for the frozen step and evaluation, closed for "
-    "the compact step (default: 0.25)",
-    "--repeats N=10": "rounds (default: 10)",
+    "--dtype TYPE=float32": "type of the computation: float32 (default) or bfloat16",
+    "--what WHAT,WHAT": "what to measure: step, frozen, compact, reallocate, eval, input, memory, or compile "
+    "(which takes long); default: all but compile",
+    "--capacity SHARE,SHARE": "fractions of the channels that are re-allocated, and that the step of the "
+    "selective network is compiled for, a step for each (default: 0,0.125,0.25,0.5,1)",
+    "--share SHARE=0.25": "fraction of the channels that are re-allocated for the frozen step and the "
+    "evaluation, and closed for the compact step (default: 0.25)",
+    "--repeats N=10": "rounds of measurement (default: 10)",
     "--steps N=0": "training steps per call of a compiled program (default: as training runs do, 1 on "
     "CPU, 50 elsewhere)",
     "--together N=0": "also time the steps of N seeds in one program, as `selconv sweep --together` does",
@@ -266,7 +266,8 @@ def _add_compile(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "bytes they move (GPU) or estimated cycles (TPU). Nothing is run, no image is read.",
     )
     _add_config(compiling)
-    _add_options(compiling, {"--topology CHIPS": "such as h100, a100:8, v5e:1x1 or v4:4x4x4"}, required=True)
+    chips = "the chips, such as h100, a100:8, v5e:1x1 or v4:4x4x4"
+    _add_options(compiling, {"--topology CHIPS": chips}, required=True)
     _add_options(compiling, _COMPILE)
 
 

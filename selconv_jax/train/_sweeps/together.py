@@ -1,8 +1,8 @@
 """Runs of a sweep that differ only in their seed, trained in one program.
 
 Each is an ordinary run, which waits for the others only where it requests steps or an evaluation, computed by
-one program for all. A run may thus be started alone and resumed together, or the other way round; one that is
-behind catches up first.
+one program for all. A run may thus be started alone and resumed together, or vice versa; one that is behind
+catches up first.
 """
 
 import contextlib
