@@ -54,7 +54,7 @@ class CompiledProgram:
     """A program as compiled for a topology; all numbers are those of one chip."""
 
     name: str  # in reports
-    memory: Mapping[str, int] | None  # see `compilation.Program`
+    memory: Mapping[str, int] | None  # see `compilation.TimedProgram`
     fits: bool | None  # whether it fits in the memory of a chip; None: not known
     messages: Sequence[Messages]  # collectives, by kind
     cost: int  # TPU: sum of the compiler's cycle estimates, without collectives; GPU: bytes read and written
@@ -135,7 +135,7 @@ def topology_devices(name: str) -> list[Any]:
             shape = f"1x1x{math.prod(sides_of(name))}"  # on one host
             target = {"target_config": GPUS[kind].description, "topology": shape}
             return list(topologies.get_topology_desc(platform="cuda", **target).devices)
-        # A chip with two cores is one device, as in real use.
+        # A chip with two cores is one device, as on real chips.
         cores = {"chip_config_name": "megacore"} if name.startswith(_TWO_CORES) else {}
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **cores).devices)
     except jax.errors.JaxRuntimeError as error:

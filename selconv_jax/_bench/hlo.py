@@ -44,7 +44,7 @@ def entry_cycles(text: str) -> list[CostedOperation]:
 def entry_kernels(text: str) -> list[CostedOperation]:
     """List the kernels that the entry computation launches, with the bytes of their operands and results.
 
-    Loops count as one. An operand counts whole, also if only a part of it is read.
+    Loops count as one. An operand counts as a whole, even if only a part of it is read.
     """
     kernels, sizes = [], dict[str, int]()
     for line in _entry_lines(text):

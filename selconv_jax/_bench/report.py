@@ -143,5 +143,5 @@ def _ratio(ratio: Ratio | None) -> str:
 
 
 def ratio_text(ratio: float) -> str:
-    """Format a ratio with two significant digits, also if it is small."""
+    """Format a ratio with two decimals, or four if it is below 0.1."""
     return f"{ratio:.{2 if ratio >= 0.1 else 4}f}"

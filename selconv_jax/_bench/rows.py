@@ -29,13 +29,13 @@ class Ratio:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A case in a report, with the names of the JSON file; the first six are attributes of `Case`."""
+    """A case in a report, with the names of the JSON file; the first six are those of its `Case`."""
 
     name: str
     group: str
     base: str | None
     images: int
-    steps_per_call: int
+    steps_per_call: int  # ``Case.steps``
     seeds: int
     summary: Summary | None  # of the repetitions; None if there are none
     images_per_second: float | None  # at the median; None if it has no images

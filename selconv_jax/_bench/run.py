@@ -100,10 +100,10 @@ def take_rounds(
 ) -> list[Round]:
     """Time every case once per round, in a new random order in each round.
 
-    What slows the machine down for a while so slows all cases, not one of them; and within a round they can
-    be compared in pairs. The calls, by name, block until their work is done, and have been made before. Each
-    is made twice in a row, and the second is timed: in a training run, too, a step follows on a step of the
-    same program, and finds memory and caches as that has left them.
+    What slows the machine down for a while thus slows all cases, not one of them, and within a round they
+    can be compared in pairs. The calls, by name, block until their work is done, and have been made before.
+    Each is made twice in a row, and the second is timed: in a training run, too, a step follows on a step of
+    the same program, and finds memory and caches as that has left them.
 
     If ``should_stop`` before a case, the last round may not be whole.
     """

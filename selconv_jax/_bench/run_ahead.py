@@ -27,7 +27,7 @@ class RunPlan:
     topology: str
     chips: int
     batch_size: int  # images per training step
-    micro_batches: int  # if several, the costs and messages within their loop are not counted, or once
+    micro_batches: int  # if several, costs and messages within their loop count once or not at all
     capacity: float  # fraction of the channels that the step is compiled for
     gradient_bytes: int  # of all parameters
     memory_capacity: int | None  # bytes of a chip's memory; None: the chip is unknown

@@ -13,7 +13,7 @@ def version_of(package: str) -> str:
         'not installed'
     """
     if package == "selconv-jax":
-        return selconv_jax.__version__  # also if the sources are used without installation
+        return selconv_jax.__version__  # even if the sources are used without installation
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

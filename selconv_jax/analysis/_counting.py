@@ -67,7 +67,7 @@ def _count(jaxpr: Jaxpr, scope: str) -> Counter[str]:
         else:
             inner = [_count(part, path) for part in inner_programs(equation)]
             if equation.primitive.name == "cond":
-                counts += sorted(inner, key=Counter.total)[-1]
+                counts += max(inner, key=Counter.total)
             else:
                 times = _times(equation)
                 for part in inner:
@@ -108,6 +108,6 @@ def _of_convolution(equation: Any) -> int:
 
 
 def _taps(size: int, taps: int, stride: int, padding: tuple[int, int], dilation: int, spacing: int) -> int:
-    """Count the taps of a window along one axis, over all its places, that fall on no zero between pixels."""
+    """Count the taps of a window along an axis, over all its places, except on the zeros between pixels."""
     places = stride * np.arange(size)[:, None] + spacing * np.arange(taps)[None, :] - padding[0]
     return int((places % dilation == 0).sum())

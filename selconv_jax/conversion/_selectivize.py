@@ -144,7 +144,7 @@ def selectivize_model(
     it, or where the network returns it in a call with other arguments than those given here.
 
     In training, the running variance takes the unbiased estimate from then on (method, "One selective layer",
-    step 2), where ``nn.BatchNorm`` takes the biased one. The gradient of the ReLU at 0 is 0, also where it
+    step 2), where ``nn.BatchNorm`` takes the biased one. The gradient of the ReLU at 0 is 0, even where it
     was written as ``jnp.maximum(x, 0)``, whose gradient there is 1/2.
 
     Args:

@@ -23,7 +23,7 @@ from selconv_jax.nn._interception import intercept_calls, scope_path
 # parameters the module's path, the number of the call among those of the module, and the type of the output.
 _NORM, _DROPOUT, _CONV = (Primitive(f"selconv_{name}") for name in ("norm", "dropout", "conv"))
 _STACKED = Primitive("selconv_stacked_module")  # one of them under ``nn.vmap``
-# Operations of operations that run them once, with the variables of the whole program.
+# Operations made of others, which they run once, with the variables of the whole program.
 _TRANSPARENT = ("jit", "pjit", "checkpoint", "remat", "remat2", "closed_call")
 _KINDS = {nn.BatchNorm: _NORM, nn.Dropout: _DROPOUT, nn.Conv: _CONV}
 
@@ -238,7 +238,7 @@ def _is_in(atom: Any, variables: Collection[Any]) -> bool:
 
 
 def _is_relu(equation: Any) -> bool:
-    """Check whether an operation, possibly of other operations, is a ReLU of its one argument."""
+    """Check whether an operation, possibly made of others, is a ReLU of its one argument."""
     variables = [variable for variable in equation.invars if not isinstance(variable, Literal)]
     if len(variables) != 1 or len(equation.outvars) != 1:
         return False

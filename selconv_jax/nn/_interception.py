@@ -12,7 +12,7 @@ from flax.core import freeze
 
 _Handler = Callable[..., Any]
 
-# In their order, and those that come after all others.
+# Those in their order, and those that come after all others.
 _handlers: contextvars.ContextVar[tuple[tuple[_Handler, ...], tuple[_Handler, ...]]] = contextvars.ContextVar(
     "handlers", default=((), ())
 )
@@ -27,9 +27,9 @@ def intercept_calls(handle: _Handler, first: bool = False, last: bool = False) -
     Args:
         handle: Called as ``handle(module, call, *args, **kwargs)`` in place of ``call(*args, **kwargs)``; its
             result becomes that of the call.
-        first: This handler comes first nevertheless: those who call a network that replaces its own layers
-            see the layers that it has then.
-        last: This handler comes last nevertheless: all others see the modules as they are.
+        first: This handler comes first nevertheless, so that the others see the layers with which a network
+            has replaced its own.
+        last: This handler comes last nevertheless, so that all others see the modules as they are.
     """
     outer, after = _handlers.get()
     is_first_context = not (outer or after)
@@ -64,7 +64,7 @@ def own_programs(module: nn.Module) -> Iterator[None]:
     """Have ``nn.jit`` trace anew all that the module calls inside the context.
 
     It keeps programs by the attributes of a module, so that one traced here would serve calls that are not
-    intercepted, or a module of another path, and the reverse.
+    intercepted, or a module of another path, and vice versa.
     """
     scope: Any = module.scope
     if scope is None:

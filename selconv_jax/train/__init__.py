@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from selconv_jax._utils.lazy import lazy_exports
 
-# Read by lazy_exports below: also at run time these names are imported from here, when first used.
+# Read by lazy_exports below: at run time, too, these names are imported from here, when first used.
 if TYPE_CHECKING:
     from selconv_jax.train._config import (
         AllocationConfig,

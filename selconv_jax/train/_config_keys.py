@@ -12,7 +12,7 @@ from selconv_jax.models import MODELS
 def check_keys(tree: Mapping[str, Any], config: Any) -> None:
     """Raise a `ConfigError` unless every key of a nested mapping is one of the dataclass ``config``.
 
-    Keys of ``model.options`` are the model's affair.
+    Keys of ``model.options`` and ``optimizer.options`` are checked where they are used.
     """
     _check_keys(tree, config, (), config)
 

@@ -41,7 +41,7 @@ class Feed(abc.ABC):
     def train(self, key: Array, epoch: int, start: int) -> Generator[Arguments]:
         """Yield the arguments of the training steps of an epoch; close it when no more are needed.
 
-        ``key`` is the run's key, ``[2]`` uint32; ``start`` steps of the epoch are already done.
+        ``key`` is the run's key data, see `TrainState`; ``start`` steps of the epoch are already done.
         """
 
     @abc.abstractmethod

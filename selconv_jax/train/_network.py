@@ -50,7 +50,7 @@ class Program:
 
     Attributes:
         key: Equal for equal programs.
-        model: Applied to all of the run's variables, also if the program does not use some of them.
+        model: Applied to all of the run's variables, even if the program does not use some of them.
         note: End of a sentence on what it is compiled for; empty for the plain network's program.
     """
 

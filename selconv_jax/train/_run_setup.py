@@ -105,7 +105,8 @@ def _await_mark(workdir: Path, mark: str) -> None:
 def image_facts(data: ImageData | StreamedData, pixels: bool = False) -> dict[str, str]:
     """Describe a data set by what must not change during a run: its facts, and a sample of its images.
 
-    With ``pixels``, which another version of a JPEG decoder may compute otherwise, else of shapes and labels.
+    The sample is of shapes and labels, and with ``pixels`` also of pixels, which another version of a JPEG
+    decoder may compute differently.
     """
     sizes = {f"{key} images": str(len(split)) for key, split in _splits(data).items()}
     # Mean and standard deviation are computed, and so may differ in their last digits.
@@ -142,8 +143,8 @@ def _check_images(workdir: Path, data: ImageData | StreamedData) -> None:
 def require_surroundings(workdir: Path, config: Config) -> None:
     """Check what else the result of a run depends on, as far as it is recorded where the run began.
 
-    That is which random numbers JAX draws, and the number of devices of a run on all devices that normalizes
-    with the statistics of each.
+    It depends on the random numbers that JAX draws. Where each device normalizes with its own statistics, it
+    also depends on the number of devices, which is not in the configuration of a run on all devices.
     """
     began = read_environment(workdir) or {}
     random, devices = began.get("random_numbers"), began.get("devices")

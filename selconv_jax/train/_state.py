@@ -70,7 +70,7 @@ class TrainState:
         batch_stats: Running statistics.
         selectivity: Gates and sources; empty for a plain network.
         opt_state: State of the optimizer.
-        key: ``[2]`` uint32, PRNG key data, the same for the whole run: keys are folded from it.
+        key: uint32, PRNG key data (``[2]`` by default), the same for the whole run: keys are folded from it.
         totals: Training loss and accuracy of the current epoch so far.
         failed_step: ``[]`` int32, the first step whose loss was not finite, or -1.
         changed: ``[2]`` int32, channels closed and re-allocated within the current epoch so far.

@@ -28,7 +28,7 @@ class Purpose:
 
 
 def fold(key: Array, purpose: int, index: int | Array) -> Array:
-    """Derive a typed key for one `Purpose` and one step or epoch from the run's key data, ``[2]`` uint32."""
+    """Derive a typed key for one `Purpose` and a step or epoch from the run's key data, see `TrainState`."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), purpose), index)
 
 

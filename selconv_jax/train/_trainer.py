@@ -85,7 +85,7 @@ class Trainer:
             else ResidentFeed(data, self._placement, *sizes)
         )
         self._compiled: dict[tuple[str, Program, int], Callable[..., Any]] = {}
-        # Seconds of the first call of each program, which compiles it; one list of all runs in one program.
+        # Seconds of the first call of each program, which compiles it; shared by all runs in one program.
         self._first_calls: list[float] = []
         self._frozen: tuple[bytes, Program] | None = None
 

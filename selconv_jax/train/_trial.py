@@ -88,7 +88,7 @@ def notes_on(
     rounds = config.model.variant != "plain" and config.allocation.until > 0
     if rounds and not config.allocation.reset_momentum and _keeps_parameters(optimizer):
         notes.append(
-            f"{config.optimizer.name} remembers what parameters were, also after re-allocation has rewritten "
+            f"{config.optimizer.name} remembers what parameters were, even after re-allocation has rewritten "
             "them. With allocation.reset_momentum=true it forgets those."
         )
     return tuple(notes)

@@ -149,7 +149,7 @@ class _Sweep:
         if process.returncode == 0:
             self._say(f"{title}: complete{self._left()}")
         elif process.returncode == 1:
-            # A failure counts also after a request to stop.
+            # A failure counts even after a request to stop.
             self._fail(run, _last_line(run).removeprefix(_FAILED))
         elif stopping:
             self._say(f"{title}: stopped")
