@@ -213,7 +213,7 @@ class Trainer:
                 if len(totals) > 2:
                     # Keeps the queue short, so that a request to stop is noticed soon.
                     totals[-3] = jax.device_get(totals[-3])
-        return functools.reduce(Totals.__add__, jax.device_get(totals))
+        return jax.tree.map(lambda *parts: sum(parts), *jax.device_get(totals))
 
     def next_round(self, first: int) -> int | None:
         """Return the first step count from ``first`` on at which a round is due; None: no more rounds."""
