@@ -67,7 +67,7 @@ def _count(jaxpr: Jaxpr, scope: str) -> Counter[str]:
         else:
             inner = [_count(part, path) for part in inner_programs(equation)]
             if equation.primitive.name == "cond":
-                counts += max(inner, key=Counter.total)
+                counts += sorted(inner, key=Counter.total)[-1]
             else:
                 times = _times(equation)
                 for part in inner:

@@ -113,9 +113,9 @@ class MetricsLog:
         tracker: Tracker | None = None,
     ) -> None:
         self._path = path
-        self.records = [record for record in read_metrics(path) if record["epoch"] <= epochs_done]
+        kept = [record for record in read_metrics(path) if record["epoch"] <= epochs_done]
         with self._checked():
-            write_atomically(path, "".join(map(_line, self.records)))
+            write_atomically(path, "".join(map(_line, kept)))
         # Events of dropped epochs stay in the older files; TensorBoard no longer shows them.
         self._trackers: list[Tracker] = [
             EventLog(events, say, first=epochs_done + 1 if epochs_done else None)
@@ -128,7 +128,6 @@ class MetricsLog:
         record = {
             name: value if value is None or math.isfinite(value) else None for name, value in record.items()
         }
-        self.records.append(record)
         with self._checked(), self._path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
             file.flush()

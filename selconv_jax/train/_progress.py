@@ -102,9 +102,8 @@ class SharedDisplay:
     def line(self, text: str) -> None:
         print_line(self.console, text)
 
-    def update(self, name: str, *numbers: float) -> None:
-        step, loss, accuracy, speed = numbers
-        self._numbers[name] = int(step), loss, accuracy, speed
+    def update(self, name: str, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
+        self._numbers[name] = step, loss, accuracy, images_per_second
         steps, losses, accuracies, speeds = zip(*self._numbers.values(), strict=True)
         count = len(steps)
         if self._display is not None and name == min(self._numbers):

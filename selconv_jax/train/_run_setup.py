@@ -246,9 +246,9 @@ def find_checkpoint(workdir: Path, which: str) -> Restored:
         if which == "last" or (which == "best" and not config.data.has_validation):
             return store.find()
         if which == "best":
-            if store.best_step is None:
+            if (best := store.best_step) is None:
                 raise ConfigError(f"{workdir} has no best checkpoint yet: no epoch has been evaluated.")
-            return Restored(store.best_step, None, store.unscored())
+            return Restored(best, None, store.unscored())
         if not which.isdecimal():
             raise ConfigError(f"checkpoint {which!r} is none of last, best, or the number of a step.")
         return Restored(int(which), None, ())
