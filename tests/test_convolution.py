@@ -83,6 +83,17 @@ def test_forms_of_padding(padding, expected):
     assert canonical_padding(padding, 2) == expected
 
 
+@pytest.mark.parametrize("channels", [4, 16])
+def test_groups_without_spatial_dimensions(channels):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (3, channels))
+    kernel = jax.random.normal(keys[1], (channels // 2, 6))
+    y = convolve(x, kernel, strides=(), padding="SAME", kernel_dilation=(), groups=2)
+    parts = zip(jnp.split(x, 2, axis=-1), jnp.split(kernel, 2, axis=-1), strict=True)
+    expected = jnp.concatenate([part @ rows for part, rows in parts], axis=-1)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_sums_over_many_rows_are_right_under_jit():
     """A released version of jaxlib computed such sums wrongly (jax issue 39103); it is excluded."""
     x = jnp.ones((32_769, 3))

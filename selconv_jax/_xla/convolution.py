@@ -59,6 +59,17 @@ def convolve(
         ``[N, *S', O]``.
     """
     taps = kernel.shape[:-2]
+    if not taps and groups > 1:  # the compiler's convolution needs a spatial dimension
+        y = convolve(
+            x[:, None],
+            kernel[None],
+            strides=(1,),
+            padding="VALID",
+            kernel_dilation=(1,),
+            groups=groups,
+            precision=precision,
+        )
+        return y[:, 0]
     x, padding = _pad(
         x, padding, [(size - 1) * step for size, step in zip(taps, kernel_dilation, strict=True)]
     )
