@@ -133,15 +133,21 @@ def test_bad_input(workdir, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_computes_something_else_is_not_written(workdir, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("factor", "options"), [(0, []), (np.nan, ["--compact"])], ids=["zeros", "NaN"])
+def test_a_file_that_computes_something_else_is_not_written(
+    workdir, tmp_path, capsys, monkeypatch, factor, options
+):
     path = tmp_path / "network.safetensors"
     path.write_text("mine")
 
     def damaged(path):
-        return jax.tree.map(lambda leaf: leaf * 0 if leaf.ndim > 1 else leaf, export.load_safetensors(path))
+        variables = export.load_safetensors(path)
+        if path.stem == "original" and options:
+            return variables
+        return jax.tree.map(lambda leaf: leaf * factor if leaf.ndim > 1 else leaf, variables)
 
     monkeypatch.setattr("selconv_jax._cli.export.load_safetensors", damaged)
-    error = refusal(capsys, workdir, "--format", "safetensors", "--output", path, "--overwrite")
+    error = refusal(capsys, workdir, "--format", "safetensors", "--output", path, "--overwrite", *options)
     assert "not written, as its outputs on random images differ" in error
     assert path.read_text() == "mine"
     assert [file.name for file in tmp_path.iterdir()] == ["network.safetensors"]

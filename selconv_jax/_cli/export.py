@@ -172,11 +172,11 @@ def _write(
             sizes.append(path.stat().st_size)
             differences.append(float(np.abs(np.asarray(function(images)) - expected).max()))
             calls.append(functools.partial(function, images))
-        allowed = _allowed(original.model.dtype, expected)
-        if not max(differences) <= allowed:
+        allowed, largest = _allowed(original.model.dtype, expected), np.max(differences)  # NaN if one is
+        if not largest <= allowed:
             raise CheckpointError(
                 f"{output}: not written, as its outputs on random images differ from the network's by "
-                f"{max(differences):.1e}, more than rounding ({allowed:.1e}). Try another --format."
+                f"{largest:.1e}, more than rounding ({allowed:.1e}). Try another --format."
             )
         milliseconds = _times(calls)
         try:
