@@ -41,6 +41,7 @@ def split(count=6, shape=(4, 5, 1), dtype=np.uint8, labels=None, label_dtype=np.
         ({"std": ()}, "std has 0 values for 1 channels"),
         ({"std": (0.0,)}, "std is"),
         ({"std": (float("nan"),)}, "std is"),
+        ({"image_shape": (4, 5, 2), "mean": (0.5, 0.5), "std": (0.5, float("nan"))}, "std is"),
         ({"crop_padding": -1}, "crop_padding is -1"),
         ({"eval_resize": 4}, r"eval_resize is 4, less than the image_shape \(4, 5, 1\)"),
     ],

@@ -65,7 +65,7 @@ class DatasetInfo:
                     f"{self.name}: {key} has {len(values)} values for {channels} channels; "
                     "give one per channel."
                 )
-        if not min(self.std) > 0:
+        if not all(value > 0 for value in self.std):
             raise DataError(f"{self.name}: std is {self.std}; every value must be above 0.")
         if self.crop_padding < 0:
             raise DataError(
