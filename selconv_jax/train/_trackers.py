@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from flax import traverse_util
 
+from selconv_jax._utils.files import write_atomically
 from selconv_jax.errors import ConfigError
 from selconv_jax.train._config import Config
 
@@ -164,7 +165,7 @@ def _kept(file: Path, create: Callable[[], str]) -> str:
     with contextlib.suppress(FileNotFoundError):
         return file.read_text(encoding="utf-8").strip()
     identity = create()
-    file.write_text(identity + "\n", encoding="utf-8")
+    write_atomically(file, identity + "\n")
     return identity
 
 
