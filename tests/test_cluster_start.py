@@ -135,11 +135,13 @@ def test_processes_that_do_not_come(cluster_config, tmp_path, process, said):
     ("arguments", "said"),
     [
         (("host:1", None, 2), "belong together; --process is missing"),
-        ((None, 0, None), "--coordinator and --processes is missing"),
+        ((None, 0, None), "--coordinator and --processes are missing"),
         (("host", 0, 2), "must be HOST:PORT"),
         (("host:99999", 0, 2), "must be HOST:PORT"),
         (("host:1", 2, 2), "--process is 2; it must be one of 0 to 1"),
         (("host:1", 0, 0), "--processes is 0"),
+        (("host:1", 0, 2, 0.0), "--join-timeout is 0.0; it must be a number of seconds above 0"),
+        (("host:1", 0, 2, float("nan")), "--join-timeout is nan"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments, said):

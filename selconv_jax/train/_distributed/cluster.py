@@ -7,6 +7,7 @@ message that names the one that died.
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import socket
@@ -41,10 +42,13 @@ class Cluster:
     timeout: float = 50.0
 
     def __post_init__(self) -> None:
+        if not 0 < self.timeout < math.inf:
+            raise ConfigError(f"--join-timeout is {self.timeout}; it must be a number of seconds above 0.")
         given = {"--coordinator": self.coordinator, "--process": self.process, "--processes": self.processes}
         missing = [name for name, value in given.items() if value is None]
         if 0 < len(missing) < len(given):
-            raise ConfigError(f"{', '.join(given)} belong together; {' and '.join(missing)} is missing.")
+            are = "is" if len(missing) == 1 else "are"
+            raise ConfigError(f"{', '.join(given)} belong together; {' and '.join(missing)} {are} missing.")
         if self.coordinator is not None:
             host, _, port = self.coordinator.rpartition(":")
             if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
