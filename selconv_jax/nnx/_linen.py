@@ -240,7 +240,7 @@ def _norm(self: Any, x: Any, use_running_average: bool | None = None, *, mask: A
     frozen = self.use_running_average if use_running_average is None else use_running_average
     bound = self._linen
     if not _is_absent(self.mean[...]):
-        # Linen does not infer the type from the statistics, too.
+        # NNX infers the type from the statistics, too; Linen does not.
         own = jax.eval_shape(lambda x: nnx.BatchNorm.__call__(self, x, use_running_average=True), x).dtype
         given = [values[...] for values in (self.scale, self.bias) if values is not None]
         if own != canonicalize_dtype(x, *given, dtype=self.dtype):

@@ -41,7 +41,7 @@ class ProgressDisplay:
         self._epochs = total // steps_per_epoch
         self._console, self._clock = console, clock
         self._last_line = clock()
-        # Steps and time from which the speed is measured, so that compilation does not count.
+        # Steps and time from which the time left is estimated, so that compilation does not count.
         self._since: tuple[int, float] | None = None
         self._bar: Progress | None = None
         if console.is_terminal:
