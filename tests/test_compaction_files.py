@@ -47,6 +47,8 @@ def test_types_are_kept(tmp_path):
     network = DenseNet(5, (1,), growth=4, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     model, variables = compacted(network)
     selconv_jax.save_compact(tmp_path / "small.npz", model, variables)
+    with np.load(tmp_path / "small.npz") as arrays:  # bits that any program can read
+        assert arrays["params/classifier/linear/kernel"].dtype == np.uint16
     read_model, read_variables = selconv_jax.load_compact(tmp_path / "small.npz")
     assert read_model.dtype == jnp.bfloat16
     assert read_model.network.clone(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16) == network

@@ -211,4 +211,4 @@ def _arguments(network: type[nn.Module], attributes: Mapping[str, Any]) -> dict[
 
 def _plain(array: Any) -> Any:
     """Return the array, or its bits if NumPy's files do not support its type, such as bfloat16."""
-    return array if array.dtype.isbuiltin else array.view(f"u{array.dtype.itemsize}")
+    return array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array
