@@ -29,7 +29,7 @@ def select(x: jax.Array, source: jax.Array, shift: jax.Array, copy_limit: int | 
         source: ``[C]`` int32 in ``-1 .. C - 1``.
         shift: ``[C, len(S)]`` floating, in pixels; ignored, with gradient 0, where ``source`` is -1.
         copy_limit: Upper bound of the number of copies (entries of ``source`` other than -1); None: ``C``.
-            If there are more, every copy is NaN.
+            If there are more, every copy is NaN, and on a TPU every channel.
 
     Returns:
         ``[N, *S, C]`` in the dtype of ``x``.
