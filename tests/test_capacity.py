@@ -1,5 +1,6 @@
 """Capacities that fit the copies which the layers have."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,23 @@ def test_without_copies_it_costs_what_the_plain_network_costs(rounds):
     renewed = with_capacity(model, rounds[1])
     assert renewed == with_capacity(Network(), rounds[1])
     assert hash(renewed) == hash(with_capacity(Network(), rounds[1]))
+
+
+def test_flax_captures_each_result_once(rounds):
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = SelectiveConv(8, (3, 3), name="first")(x, train)
+            x = SelectiveConv(6, (1, 1), gate_only=True, name="gated")(x, train)
+            self.sow("intermediates", "own", x)
+            return nn.remat(SelectiveConv, static_argnums=(2,))(4, (3, 3), name="last")(x, train)
+
+    def captured(model):
+        return model.apply(rounds[1], X, False, capture_intermediates=True)[1]["intermediates"]
+
+    expected = captured(Body())
+    assert {len(values) for values in expected["first"].values()} == {1}
+    chex.assert_trees_all_close(captured(with_capacity(Body(), rounds[1])), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_compacted_afterwards(rounds):

@@ -157,6 +157,11 @@ def test_layers_of_setup_and_under_remat():
     for block in ("plain", "lean"):
         assert small["params"][block]["narrow"]["kernel"].shape == (1, 1, 5, 2)
     assert len(plan.model.layouts) == 4
+    captured, expected = (
+        model.apply(values, images(SHAPE), train=False, capture_intermediates=True)[1]
+        for model, values in ((plan.model, small), (Network(), variables))
+    )
+    assert jax.tree.structure(captured) == jax.tree.structure(expected)  # each result once
 
 
 class Step(nn.Module):

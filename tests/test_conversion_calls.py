@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selconv_jax import selectivize_model
+from selconv_jax import SelectiveConv, selectivize_model
 
 X = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
 
@@ -36,6 +36,15 @@ def test_an_activation_that_is_not_computed_is_not_a_number():
     y, captured = result.model.apply(result.variables, X, train=False, capture_intermediates=True)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     assert jnp.isnan(captured["intermediates"]["BatchNorm_0"]["__call__"][0]).all()
+    assert all(len(result) == 1 for result in jax.tree.leaves(captured, is_leaf=lambda x: type(x) is tuple))
+    for kind in (nn.Conv, SelectiveConv):  # the layer's place and the layer itself
+        _, captured = result.model.apply(
+            result.variables,
+            X,
+            train=False,
+            capture_intermediates=lambda module, _, kind=kind: type(module) is kind,
+        )
+        assert len(captured["intermediates"]["Conv_0"]["__call__"]) == 1
 
 
 def test_training_has_no_trace_of_it():

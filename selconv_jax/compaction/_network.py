@@ -15,7 +15,14 @@ from selconv_jax._utils.modules import is_nnx_module
 from selconv_jax.compaction._static_conv import LayerLayout, call_static
 from selconv_jax.errors import ConfigError
 from selconv_jax.models._parts import Stem
-from selconv_jax.nn._interception import intercept_calls, own_programs, relative_path, scope_path
+from selconv_jax.nn._interception import (
+    call_in_place,
+    intercept_calls,
+    own_programs,
+    relative_path,
+    scope_path,
+    sow_of_wrapper,
+)
 from selconv_jax.nn._layers import BatchNormReLU, BatchNormReLUConv, SelectiveConv
 
 
@@ -48,6 +55,8 @@ class Compact(nn.Module):
     widths: tuple[tuple[str, int], ...] = ()
     method: str | None = None
 
+    sow = sow_of_wrapper
+
     def setup(self) -> None:
         """Share the network's scope, so that this wrapper does not appear in the names of variables."""
         nn.share_scope(self, self.network)
@@ -63,7 +72,8 @@ class Compact(nn.Module):
                 return call_static(module, layout, *args, **kwargs)
             width = widths.get(path) if is_producer(module) else None
             if width is not None and width != module.features:
-                return module.clone(features=width, parent=module.scope)(*args, **kwargs)
+                narrow = module.clone(features=width, parent=module.scope)
+                return call_in_place(module, narrow, *args, **kwargs)
             return call(*args, **kwargs)
 
         with intercept_calls(swap), own_programs(self):

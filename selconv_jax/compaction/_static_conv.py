@@ -17,6 +17,7 @@ from selconv_jax.functional._groups import without_rows
 from selconv_jax.functional._select import select, select_with_statistics
 from selconv_jax.functional._shift import channel_shift
 from selconv_jax.nn._computation import Selected, window_of
+from selconv_jax.nn._interception import call_in_place
 from selconv_jax.nn._layers import BatchNormReLUConv
 
 Array = jax.Array
@@ -218,7 +219,7 @@ def call_static(layer: BatchNormReLUConv, layout: LayerLayout, x: Array, *args: 
     fields = dataclasses.fields(BatchNormReLUConv)
     arguments: dict[str, Any] = {field.name: getattr(layer, field.name) for field in fields}
     arguments |= {"features": layout.outputs, "feature_group_count": layout.groups, "parent": layer.scope}
-    return StaticConv(**arguments, layout=layout)(x, *args, **kwargs)
+    return call_in_place(layer, StaticConv(**arguments, layout=layout), x, *args, **kwargs)
 
 
 def output_shape(layer: BatchNormReLUConv, x: Any) -> tuple[int, ...]:

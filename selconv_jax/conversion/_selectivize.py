@@ -17,7 +17,14 @@ from selconv_jax.compaction._network import NetworkCall, check_network, failed_c
 from selconv_jax.conversion._triples import DropoutCall, Triple, find_triples
 from selconv_jax.errors import ConfigError
 from selconv_jax.nn import _computation as computation
-from selconv_jax.nn._interception import intercept_calls, own_programs, relative_path, scope_path
+from selconv_jax.nn._interception import (
+    call_in_place,
+    intercept_calls,
+    own_programs,
+    relative_path,
+    scope_path,
+    sow_of_wrapper,
+)
 from selconv_jax.nn._layers import SelectiveConv
 
 
@@ -60,6 +67,8 @@ class Selectivized(nn.Module):
     layers: tuple[tuple[str, str, DropoutCall | None, tuple[tuple[str, Any], ...]], ...]
     capacity: float = 1.0
     gate_only: bool = False
+
+    sow = sow_of_wrapper
 
     def setup(self) -> None:
         """Share the network's scope, so that this wrapper does not appear in the names of variables."""
@@ -113,14 +122,15 @@ class Selectivized(nn.Module):
             x, train = seen.pop(norm)
             # A network may call its dropout in training only.
             without_dropout = dropout is None or deterministic.pop(norm, True)
-            return SelectiveConv(
+            layer = SelectiveConv(
                 **settings,
                 capacity=self.capacity,
                 gate_only=self.gate_only,
                 kernel_init=module.kernel_init,
                 name=module.name,
                 parent=module.scope,
-            )(x, train, deterministic=without_dropout)
+            )
+            return call_in_place(module, layer, x, train, deterministic=without_dropout)
 
         with intercept_calls(swap, first=True), own_programs(self):
             return self.plain(*args, **kwargs)

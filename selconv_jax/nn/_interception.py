@@ -78,6 +78,43 @@ def own_programs(module: nn.Module) -> Iterator[None]:
         scope.flags = flags
 
 
+# Under which Flax stores what a module returns (``capture_intermediates``).
+_CAPTURED = ("intermediates", "__call__")
+
+
+@nn.nowrap
+def sow_of_wrapper(self: Any, col: str, name: str, value: Any, *args: Any, **kwargs: Any) -> bool:
+    """Store a value as `nn.Module.sow` does, but not what the module's own call returned.
+
+    The method ``sow`` of a network that calls another one, with which it shares its scope: where Flax
+    captures what modules return, the other one stores it.
+    """
+    return (col, name) != _CAPTURED and nn.Module.sow(self, col, name, value, *args, **kwargs)
+
+
+def call_in_place(replaced: nn.Module, module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a new module in the place of another one, whose scope it has.
+
+    Where Flax captures what modules return, it asks both; the result is stored once.
+    """
+    is_stored = False
+
+    def sow_once(owner: nn.Module) -> Callable[..., bool]:
+        def sow(col: str, name: str, *args: Any, **kwargs: Any) -> bool:
+            nonlocal is_stored
+            if (col, name) == _CAPTURED:
+                if is_stored:
+                    return False
+                is_stored = True
+            return type(owner).sow(owner, col, name, *args, **kwargs)
+
+        return sow
+
+    for owner in (replaced, module):
+        object.__setattr__(owner, "sow", sow_once(owner))
+    return module(*args, **kwargs)
+
+
 class _Unequal:
     """Value that is never the same twice."""
 

@@ -11,7 +11,14 @@ import numpy as np
 
 from selconv_jax._utils.arguments import check_whole
 from selconv_jax.errors import ConfigError
-from selconv_jax.nn._interception import intercept_calls, own_programs, relative_path, scope_path
+from selconv_jax.nn._interception import (
+    call_in_place,
+    intercept_calls,
+    own_programs,
+    relative_path,
+    scope_path,
+    sow_of_wrapper,
+)
 from selconv_jax.nn._layers import SelectiveConv
 from selconv_jax.transforms._layer_tree import layer_states
 
@@ -50,6 +57,8 @@ class FittedCapacity(nn.Module):
     model: nn.Module
     capacities: tuple[tuple[str, float], ...]
 
+    sow = sow_of_wrapper
+
     def setup(self) -> None:
         """Share the network's scope, so that this wrapper does not appear in the names of variables."""
         nn.share_scope(self, self.model)
@@ -81,7 +90,8 @@ class FittedCapacity(nn.Module):
             capacity = capacities.get(relative_path(module, root), module.capacity)
             if capacity == module.capacity:
                 return call(*args, **kwargs)
-            return module.clone(capacity=capacity, parent=module.scope)(*args, **kwargs)
+            fitted = module.clone(capacity=capacity, parent=module.scope)
+            return call_in_place(module, fitted, *args, **kwargs)
 
         with intercept_calls(swap, first=True), own_programs(self):
             return getattr(self.model, method)(*args, **kwargs)
