@@ -122,6 +122,25 @@ def test_a_network_of_the_users(tmp_path):
     assert_equal_trees(read_variables, small)
 
 
+def test_a_network_of_fitted_capacities(tmp_path):
+    """The file of a network from `with_capacity` is that of the network, which is all a loader can make."""
+    layer = selconv_jax.SelectiveConv(4, (3, 3))
+    variables = perturbed_variables(layer, SHAPE, seed=0, closed=0.4, copies=0.3)
+    fitted = selconv_jax.with_capacity(layer, variables)
+    model, small = selconv_jax.compact(fitted, variables, jnp.ones(SHAPE))
+    path = tmp_path / "small.npz"
+    selconv_jax.save_compact(path, model, small)
+    for network in (layer, fitted):
+        read, read_variables = selconv_jax.load_compact(path, network=network)
+        assert_equal_trees(read_variables, small)
+        np.testing.assert_array_equal(
+            read.apply(read_variables, jnp.ones(SHAPE), train=False),
+            model.apply(small, jnp.ones(SHAPE), train=False),
+        )
+    with pytest.raises(CheckpointError, match="features=4, but network has features=5"):
+        selconv_jax.load_compact(path, network=selconv_jax.with_capacity(layer.clone(features=5), variables))
+
+
 class Wrapped(nn.Module):
     """A network of the user's, with attributes of many kinds."""
 

@@ -21,6 +21,7 @@ from selconv_jax.compaction._network import Compact
 from selconv_jax.compaction._static_conv import LayerLayout
 from selconv_jax.errors import CheckpointError
 from selconv_jax.models import MODELS
+from selconv_jax.transforms._capacity import FittedCapacity
 
 _FORMAT = 2
 _DTYPES = ("dtype", "param_dtype")  # attributes that are types
@@ -63,11 +64,12 @@ def save_compact(
     if any("/" in part for name in flat for part in name):
         raise ValueError("the name of a module or variable contains '/'; rename it.")
     arrays = {"/".join(name): np.asarray(value) for name, value in flat.items()}
+    network = _without_capacities(model.network)
     description = {
         "format": _FORMAT,
         "version": version_of("selconv-jax"),
-        "network": type(model.network).__name__,
-        "attributes": _attributes(model.network),
+        "network": type(network).__name__,
+        "attributes": _attributes(network),
         "method": model.method,
         "layouts": {name: layout.to_json() for name, layout in model.layouts},
         "widths": dict(model.widths),
@@ -90,8 +92,9 @@ def load_compact(
 
     Args:
         path: The file.
-        network: The whole network that it was made from, with the same attributes except ``capacity``. May
-            be None for networks of `selconv_jax.models`, which are rebuilt from the description in the file.
+        network: The whole network that it was made from, with the same attributes except ``capacity`` and
+            with or without `selconv_jax.with_capacity`. May be None for networks of `selconv_jax.models`,
+            which are rebuilt from the description in the file.
 
     Returns:
         The compacted network and its variables, as `selconv_jax.compact` returned them.
@@ -126,20 +129,23 @@ def _from_file(
             f"{path}: written by selconv-jax {description['version']} in format {description['format']}, "
             f"this version reads format {_FORMAT}. Install that version."
         )
-    name = description["network"]
-    if network is not None and type(network).__name__ != name:
-        raise CheckpointError(f"{path}: holds a {name}, but network is a {type(network).__name__}.")
+    name, attributes = description["network"], description["attributes"]
+    if name == FittedCapacity.__name__:  # earlier versions wrote the capacities too
+        name, attributes = (attributes["model"][key] for key in ("network", "attributes"))
     if network is not None:
+        whole = _without_capacities(network)
+        if type(whole).__name__ != name:
+            raise CheckpointError(f"{path}: holds a {name}, but network is a {type(whole).__name__}.")
         # The file may be older and lack some attributes.
-        given = json.loads(json.dumps(_attributes(network)))
-        if difference := _difference(description["attributes"], given):
+        given = json.loads(json.dumps(_attributes(whole)))
+        if difference := _difference(attributes, given):
             attribute, one, other = difference
             raise CheckpointError(
                 f"{path}: was made from a {name} with {attribute}={one!r}, but network has "
                 f"{attribute}={other!r}. Pass the network it was made from."
             )
     elif name in _NETWORKS:
-        network = _NETWORKS[name](**_arguments(_NETWORKS[name], description["attributes"]))
+        network = _NETWORKS[name](**_arguments(_NETWORKS[name], attributes))
     else:
         raise CheckpointError(
             f"{path}: holds a {name}, none of the library's networks. Pass the network it was made from: "
@@ -156,6 +162,11 @@ def _from_file(
     layouts = tuple((name, LayerLayout.from_json(values)) for name, values in description["layouts"].items())
     widths = tuple((name, int(width)) for name, width in description["widths"].items())
     return Compact(network, layouts, widths, description.get("method")), traverse_util.unflatten_dict(flat)
+
+
+def _without_capacities(network: nn.Module) -> nn.Module:
+    """Return the network that `with_capacity` was called with: a file holds no capacities."""
+    return network.model if isinstance(network, FittedCapacity) else network
 
 
 def _attributes(network: nn.Module) -> dict[str, Any]:
