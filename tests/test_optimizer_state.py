@@ -1,10 +1,12 @@
 """The policy for optimizer state after re-allocation, over many optimizers."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from flax.traverse_util import path_aware_map
 
 import selconv_jax
@@ -121,6 +123,38 @@ def test_parameters_of_another_model_are_refused(round_):
     params, report = round_
     with pytest.raises(ValueError, match="params has no kernel for selective layer 'block1_layer1/conv1'"):
         selconv_jax.rewritten_mask({"stem": params["stem"]}, report)
+
+
+def test_a_round_of_a_part_is_named_by_its_path(round_):
+    """The report of a part says nothing of the whole network's parameters until its layers are renamed."""
+    params, report = round_
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    momentum = jax.tree.map(jnp.ones_like, optimizer.init(params))
+    part = selconv_jax.Report({"conv1": report.layers["block1_layer1/conv1"]})
+    with pytest.raises(ValueError, match=r"or a selconv_jax\.Report whose names of layers begin"):
+        selconv_jax.reset_rewritten(optimizer, momentum, params, part)
+    whole = selconv_jax.Report({f"block1_layer1/{name}": layer for name, layer in part.layers.items()})
+    state = selconv_jax.reset_rewritten(optimizer, momentum, params, whole)
+    rewritten = np.asarray(part.layers["conv1"].reallocated)
+    assert rewritten.any()
+    expected = jax.tree.map(np.ones_like, jax.device_get(momentum[0].trace))
+    for name in ("kernel", "scale", "bias", "shift"):
+        value = np.moveaxis(expected["block1_layer1"]["conv1"][name], -2 if name == "kernel" else 0, 0)
+        value[rewritten] = 0
+    chex.assert_trees_all_equal(jax.device_get(state[0].trace), expected)
+
+
+def test_an_nnx_module_is_refused_with_the_remedy(round_):
+    module = selconv_jax.nnx.SelectiveConv(8, 4, (3, 3), rngs=nnx.Rngs(0))
+    _, report = round_
+    with pytest.raises(ValueError, match=r"reset by selconv_jax\.nnx\.reset_rewritten"):
+        selconv_jax.reset_rewritten(optax.adam(0.1), (), module, report)
+    graphdef, state = nnx.split(module)
+    with pytest.raises(ValueError, match=r"an NNX State; pass the module, such as nnx\.merge"):
+        selconv_jax.reallocate(state, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"an NNX State; pass the module, such as nnx\.merge"):
+        selconv_jax.reallocate(nnx.State({"blocks": state}), jax.random.key(0))
+    assert selconv_jax.reallocate(nnx.merge(graphdef, state), jax.random.key(0)).channels == 8
 
 
 def test_mask_broadcasts_against_the_parameters(round_):

@@ -13,6 +13,12 @@ def is_nnx_module(model: Any) -> bool:
     return nnx is not None and isinstance(model, nnx.Module)
 
 
+def is_nnx_state(variables: Any) -> bool:
+    """Check likewise whether something is a state of Flax NNX, which is a mapping by attribute."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(variables, nnx.State)
+
+
 def as_variables(model: Any) -> Any:
     """Return the variables of an NNX module as nested dictionaries, and such dictionaries as they are."""
     if isinstance(model, Mapping):

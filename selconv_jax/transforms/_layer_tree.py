@@ -11,7 +11,7 @@ from flax import traverse_util
 from flax.core import FrozenDict, meta, unfreeze
 
 from selconv_jax._utils.arguments import check_dtype
-from selconv_jax._utils.modules import as_variables
+from selconv_jax._utils.modules import as_variables, is_nnx_state
 from selconv_jax.functional._allocation import LayerState
 from selconv_jax.functional._groups import group_count
 
@@ -63,6 +63,11 @@ def layer_states(variables: Any) -> dict[str, LayerState]:
     }
     paths = [path[:-1] for path in flat["selectivity"] if path[-1] == "gate"]
     if not paths:
+        if is_nnx_state(variables):
+            raise ValueError(
+                f"variables is an NNX {type(variables).__name__}; pass the module, such as "
+                "nnx.merge(graphdef, state)."
+            )
         raise ValueError(
             "no selective layer found: looked for 'gate' in variables['selectivity'], among the "
             f"collections {sorted(variables)}. Use selconv_jax.SelectiveConv, in NNX "

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from selconv_jax._utils.modules import is_nnx_module
 from selconv_jax.functional._groups import kernel_rows
 from selconv_jax.transforms._report import Report
 
@@ -24,7 +25,8 @@ def rewritten_mask(params: Mapping[str, Any], report: Report) -> Any:
         after the leading axes of a stack of layers; a scalar false for all other parameters.
 
     Raises:
-        ValueError: ``params`` has no kernel for a layer of the report: the two belong to different models.
+        ValueError: ``params`` has no kernel for a layer of the report: the two belong to different models; or
+            it is an NNX module.
 
     Example:
         >>> import jax, jax.numpy as jnp, selconv_jax
@@ -48,11 +50,17 @@ def rewritten_mask(params: Mapping[str, Any], report: Report) -> Any:
             return kernel_rows(layer.reallocated, leaf.shape)
         return jax.lax.expand_dims(layer.reallocated, range(layer.reallocated.ndim, leaf.ndim))
 
+    if is_nnx_module(params):
+        raise ValueError(
+            "params is an NNX module. Its optimizer's state is reset by selconv_jax.nnx.reset_rewritten; a "
+            "mask is made from selconv_jax.nnx.linen_variables(module)['params']."
+        )
     masks = jax.tree_util.tree_map_with_path(mask, params)
     if missing := sorted(set(report.layers) - kernels):
         raise ValueError(
             f"params has no kernel for selective layer {missing[0]!r}, which the report is about. Pass the "
-            "'params' of the model that was re-allocated."
+            "'params' of the model that was re-allocated; after a round of a part of it, that part's, or a "
+            "selconv_jax.Report whose names of layers begin with the part's."
         )
     return masks
 
