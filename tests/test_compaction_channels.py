@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import selconv_jax
-from compactions import NETWORKS, SHAPE, assert_same_function, close, copy
-from selconv_jax import ConfigError
+from compactions import NETWORKS, SHAPE, assert_same_function, close, copy, images
+from selconv_jax import ConfigError, SelectiveConv
 from selconv_jax.analysis._counting import count_parameters
 from selconv_jax.compaction import LayerLayout
 from selconv_jax.models import DenseNet, PreResNet, ResNeXt
@@ -62,6 +62,41 @@ def test_a_stem_channel_that_is_read_by_no_one_is_removed():
         inputs=7, own=(0, 2, 3, 4, 5, 6), copied=(1,), outputs=4, order=(0, 6, 1, 2, 3, 4, 5)
     )
     assert layouts["transition1"].is_in_place
+
+
+def test_cast_parameters_compute_in_their_type():
+    """A network without a ``dtype`` computes in the type that its parameters were cast to, and so does the
+    compacted one, also where nothing is left of a layer."""
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            unread = SelectiveConv(4, (3, 3), name="unread")(x, train)
+            x = jnp.concatenate([x, unread], axis=-1)
+            return SelectiveConv(2, (1, 1), name="last")(x, train)
+
+    x = images(SHAPE)
+    channels = x.shape[-1]
+    variables = close(
+        perturbed_variables(Network(), SHAPE, seed=0), "last", [0, *range(channels, channels + 4)]
+    )
+    variables = copy(variables, "last", 1, 2)
+    model, small = selconv_jax.compact(Network(), variables, x)
+    assert set(small["params"]) == {"last"}
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+        whole_cast, small_cast = (
+            {**each, "params": jax.tree.map(lambda a, dtype=dtype: a.astype(dtype), each["params"])}
+            for each in (variables, small)
+        )
+        for train in (False, True):
+            expected, actual = (
+                each.apply(values, x.astype(dtype), train=train, mutable=["batch_stats"])[0]
+                for each, values in ((Network(), whole_cast), (model, small_cast))
+            )
+            assert actual.dtype == expected.dtype == dtype
+            np.testing.assert_allclose(
+                actual.astype(np.float32), expected.astype(np.float32), rtol=0.05, atol=0.05
+            )
 
 
 def test_outputs_before_a_gate_go_with_it():

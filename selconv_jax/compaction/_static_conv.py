@@ -248,4 +248,16 @@ def output_shape(layer: BatchNormReLUConv, x: Any) -> tuple[int, ...]:
 
 def _promoted(layer: BatchNormReLUConv, x: Array) -> Array:
     """Cast the input to the type of the layer's computation."""
-    return promote_dtype(x, jnp.zeros((), layer.param_dtype), dtype=layer.dtype)[0]
+    return promote_dtype(x, jnp.zeros((), _parameter_dtype(layer)), dtype=layer.dtype)[0]
+
+
+def _parameter_dtype(layer: BatchNormReLUConv) -> Any:
+    """Return the type of the parameters in this call, which may have been cast since initialization."""
+    kernel: Any = layer.get_variable("params", "kernel")
+    if kernel is not None:
+        return kernel.dtype
+    # A layer without outputs has none: those of the network show whether all were cast.
+    scope: Any = layer.scope
+    types = {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(scope.root.variables().get("params", {}))}
+    is_cast = len(types) == 1 and jnp.issubdtype(next(iter(types)), jnp.floating)
+    return next(iter(types)) if is_cast else layer.param_dtype
