@@ -246,6 +246,13 @@ def test_other_ways_of_calling():
         assert dict(small_model.layouts)["first"].outputs == 6
         actual = small_model.apply(small, x, train=False)
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+        # As the whole network is called, and bound.
+        np.testing.assert_array_equal(small_model.apply(small, x, False, method="features"), actual)
+        np.testing.assert_array_equal(small_model.bind(small).features(x, train=False), actual)
+        assert not hasattr(small_model, "strides")
+    small_model, small = selconv_jax.compact(model, variables, x, scale)
+    with pytest.raises(AttributeError, match=r"only '__call__' was compacted.*method='features'"):
+        small_model.apply(small, x, False, method="features")
 
 
 def test_calls_that_fail_are_refused_in_a_line():

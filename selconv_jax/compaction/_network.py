@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,6 +61,17 @@ class Compact(nn.Module):
     def setup(self) -> None:
         """Share the network's scope, so that this wrapper does not appear in the names of variables."""
         nn.share_scope(self, self.network)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the call under its own name; say that the network's other methods are left out."""
+        if name == (vars(self).get("method") or "__call__"):
+            return types.MethodType(lambda self, *args, **kwargs: self(*args, **kwargs), self)
+        if callable(getattr(type(vars(self).get("network")), name, None)):
+            raise AttributeError(
+                f"{name!r} is a method of the whole network; only {vars(self).get('method') or '__call__'!r} "
+                f"was compacted. For another one, call selconv_jax.compact(..., method={name!r})."
+            )
+        return super().__getattr__(name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network with its layers replaced."""
