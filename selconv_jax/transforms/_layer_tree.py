@@ -71,7 +71,8 @@ def layer_states(variables: Any) -> dict[str, LayerState]:
         raise ValueError(
             "no selective layer found: looked for 'gate' in variables['selectivity'], among the "
             f"collections {sorted(variables)}. Use selconv_jax.SelectiveConv, in NNX "
-            "selconv_jax.nnx.SelectiveConv, and pass all its variables."
+            "selconv_jax.nnx.SelectiveConv, and pass all its variables. A compacted network has none: its "
+            "allocation is fixed."
         )
     for path in paths:
         if not all(isinstance(part, str) for part in path):
