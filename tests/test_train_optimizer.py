@@ -126,7 +126,8 @@ def test_shifts_stay_where_they_are_if_they_are_not_trained():
         ({"name": "optimistic_adam"}, "no optimizer of optax. Did you mean 'optimistic_adam_v2'"),
         ({"name": "_deprecated_dpsgd"}, "which is no optimizer of optax"),
         ({"name": "scale_by_learning_rate"}, "which is no optimizer of optax"),
-        ({"name": "dpsgd"}, "optimizer.options do not suit dpsgd: .*'l2_norm_clip'"),
+        ({"name": "dpsgd"}, "optimizer.name is 'dpsgd', .* with these optimizer.options .*'l2_norm_clip'"),
+        ({"name": "sm3"}, "optimizer.name is 'sm3', which cannot be used with a learning-rate schedule, or"),
         ({"name": "adam", "options": {"b1": "0.9"}}, "options.b1 is '0.9'; it must be a number, such as 0.9"),
         ({"name": "adam", "options": {"b1": True}}, "options.b1 is True; it must be a number"),
         ({"name": "adam", "options": {"eps": [1e-8]}}, "options.eps is .*; it must be a number"),
@@ -161,5 +162,5 @@ def test_values_out_of_bounds(section, said):
 
 
 def test_an_option_that_is_no_value_of_its_kind_is_refused():
-    with pytest.raises(ConfigError, match="do not suit sgd"):
+    with pytest.raises(ConfigError, match="optimizer.name is 'sgd', .* or not with these optimizer.options"):
         make_optimizer(OptimizerConfig(options={"accumulator_dtype": "no type"}), 10).init(PARAMS)

@@ -44,11 +44,14 @@ def test_who_insists_is_heard(first, second, seen):
         assert stop.signal == first
 
 
-def test_what_is_ignored_stays_so(seen):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *ANNOUNCING])
+def test_what_is_ignored_stays_so(number, seen):
+    """A script ignores Ctrl-C for what it runs in the background, ``nohup`` a closing terminal."""
+    signal.signal(number, signal.SIG_IGN)
     with StopRequest() as stop:
-        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(number)
         assert not stop
+    assert signal.getsignal(number) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, *ANNOUNCING])

@@ -58,7 +58,7 @@ def test_optimizers_that_can_be_reset(name):
         ({"optimizer": {"name": "lbfgs"}}, "optimizer.name is 'lbfgs', which cannot make a step .*'value'"),
         ({"optimizer": {"name": "momo"}}, "optimizer.name is 'momo', which cannot make a step"),
         ({"optimizer": {"name": "sophia"}}, "optimizer.name is 'sophia', which cannot make a step .*obj_fn"),
-        ({"optimizer": {"name": "rprop"}}, "optimizer.options do not suit rprop"),
+        ({"optimizer": {"name": "rprop"}}, "optimizer.name is 'rprop', which cannot be used with a learning-rate sch"),
         ({"optimizer": {"name": "schedule_free_sgd"}}, "whose result is an average of the networks that"),
         (
             {"optimizer": {"name": "schedule_free_adamw", "train_shift": False}},
@@ -70,7 +70,7 @@ def test_optimizers_that_can_be_reset(name):
         ),
         (
             {"optimizer": {"name": "adam", "options": {"mu_dtype": [1]}}},
-            "optimizer.options do not suit adam",
+            "optimizer.name is 'adam', .* or not with these optimizer.options",
         ),
     ],
 )

@@ -158,6 +158,16 @@ def test_threshold_as_an_array(variables):
     assert jax.jit(jax.vmap(closed))(jnp.array([0.3, 1.0])).tolist() == [report.deallocated, 0]
 
 
+@pytest.mark.parametrize("threshold", [0.3, np.float32(0.3)])
+def test_nothing_is_transferred_implicitly(variables, threshold):
+    expected = selconv_jax.reallocate(variables, jax.random.key(5), AllocationRule(threshold=0.3))
+    key = jax.random.key(5)
+    with jax.transfer_guard("disallow"):
+        found = selconv_jax.reallocate(variables, key, AllocationRule(threshold=threshold))
+        assert found[1].deallocated > 0
+    chex.assert_trees_all_equal(found[0], expected[0])
+
+
 def test_a_report_is_compared_counted_and_stored(variables):
     def run(threshold):
         return selconv_jax.reallocate(variables, jax.random.key(5), AllocationRule(threshold=threshold))[1]

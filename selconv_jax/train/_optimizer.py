@@ -61,7 +61,7 @@ def make_optimizer(
         try:
             return maker(schedule, **options)
         except Exception as error:  # optax raises nearly any exception for a value of the wrong type
-            raise ConfigError(f"optimizer.options do not suit {config.name}: {error}") from None
+            raise ConfigError(unusable(config.name).format(error)) from None
 
     links = [make(**{**dict.fromkeys(decays, config.weight_decay), **options})]
     if decays and {"mask", "weight_decay_mask"} & parameters.keys():
@@ -77,6 +77,14 @@ def make_optimizer(
     if not config.train_shift:
         links.append(optax.masked(optax.set_to_zero(), _IS_SHIFT))
     return optax.chain(*links)
+
+
+def unusable(name: str) -> str:
+    """Word the refusal of an optimizer that cannot be made; the reason goes in place of ``{}``."""
+    return (
+        f"optimizer.name is {name!r}, which cannot be used with a learning-rate schedule, or not with these "
+        "optimizer.options ({}). Choose another optimizer, or other options."
+    )
 
 
 def _maker(name: str) -> tuple[str, Callable[..., optax.GradientTransformation]]:

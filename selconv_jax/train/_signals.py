@@ -20,7 +20,8 @@ class StopRequest:
     """Context in which the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is noted and does not end the process.
 
     A second SIGINT or SIGTERM has its usual effect: the user insists. The other two often come twice and
-    never count as insisting; a process that ignores them (as under ``nohup``) continues to do so.
+    never count as insisting. A process that ignores one of them (as under ``nohup``, or in the background of
+    a script) continues to do so.
 
     Attributes:
         signal: The signal that was received, or None.
@@ -48,7 +49,7 @@ class StopRequest:
         # Only the main thread may handle signals; elsewhere they end the process as usual.
         if threading.current_thread() is threading.main_thread():
             for number in self._noted:
-                if number in _INSISTING or signal.getsignal(number) is not signal.SIG_IGN:
+                if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._note)
         return self
 

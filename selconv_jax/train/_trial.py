@@ -15,6 +15,7 @@ import optax.contrib
 
 from selconv_jax.errors import ConfigError, SelconvError
 from selconv_jax.train._config import Config
+from selconv_jax.train._optimizer import unusable
 from selconv_jax.train._state import TrainState, initial_state
 from selconv_jax.transforms._optimizer_state import reset_rewritten
 from selconv_jax.transforms._reallocation import reallocate
@@ -41,7 +42,7 @@ def try_on_shapes(
     with _refused("the network cannot be made ({}). Choose other model.options."):
         make = functools.partial(initial_state, model, optax.identity(), image_shape, config.seed)
         state = jax.eval_shape(make)
-    with _refused(f"optimizer.options do not suit {name} ({{}})."):
+    with _refused(unusable(name)):
         opt_state = jax.eval_shape(optimizer.init, state.params)
     if any(map(_is_schedule_free, jax.tree.leaves(opt_state, is_leaf=_is_schedule_free))):
         raise ConfigError(

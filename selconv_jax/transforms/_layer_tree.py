@@ -126,8 +126,7 @@ def are_replicas(states: Mapping[str, LayerState]) -> jax.Array | None:
 
 def refuse_replicas(states: Mapping[str, LayerState]) -> None:
     """Raise a ValueError if the layers, which hold concrete arrays, are replicas, see `are_replicas`."""
-    replicas = jax.jit(are_replicas)(states)
-    if replicas is not None and replicas:
+    if jax.device_get(jax.jit(are_replicas)(states)):
         count = next(iter(states.values())).gate.shape[0]
         raise ValueError(
             f"the variables are {count} replicas of one model: along axis 0 every selective layer holds the "

@@ -108,7 +108,8 @@ def reallocate(variables: Any, key: jax.Array, rule: AllocationRule | None = Non
         new_states, layers = _rewrite(states, key, traced, rule)
     else:
         refuse_replicas(states)
-        new_states, layers = _compiled(states, rule)(states, key, traced)
+        # Put on the device by name, as users may forbid implicit transfers (`jax.transfer_guard`).
+        new_states, layers = _compiled(states, rule)(states, key, jax.device_put(traced))
     return merge_layers(variables, new_states), Report(layers)
 
 
