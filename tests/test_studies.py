@@ -201,6 +201,15 @@ def test_picture_of_runs_says_where_the_rounds_end_and_how_accurate_they_are(mad
     assert any(list(line.get_xdata()) == [1.0, 1.0] for line in axes.lines)
 
 
+@pytest.mark.parametrize(("until", "last"), [(0.5, 2), (0.2, 1), (1.0, 2)])
+def test_rounds_end_after_a_whole_epoch_and_before_the_last(until, last):
+    metrics = {"epoch": [1, 2, 3], "test_accuracy": [0.5, 0.6, 0.7], "deallocated": [4, 0, 0]}
+    row = {"data": "cifar10", "configuration": "2_selective", "name": "selective"}
+    row |= {"settings": {"allocation": {"until": until}}, "runs": [{"seed": 0, "metrics": metrics}]}
+    (axes,) = PICTURE["accuracy_picture"]({"results": [row]}).axes
+    assert axes.texts[0].get_position()[0] == last
+
+
 def test_a_family_shares_its_colour():
     looks = PICTURE["_looks"](NAMES)
     assert len(set(looks.values())) == len(NAMES)

@@ -1,5 +1,6 @@
 """Plot of a study's test accuracy over the epochs."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,7 +100,11 @@ def _draw_panel(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(True, axis="y")
     axes.set_axisbelow(True)
-    frozen = {row["settings"]["allocation"]["until"] * last for row in rows if _has_rounds(row)}
+    frozen = {
+        min(math.ceil(row["settings"]["allocation"]["until"] * last), last - 1)
+        for row in rows
+        if _has_rounds(row)
+    }
     for epoch in frozen:
         axes.axvline(epoch, color=MUTED, linewidth=1.0, linestyle=(0, (2, 3)))
         axes.text(
