@@ -162,5 +162,5 @@ def test_values_out_of_bounds(section, said):
 
 
 def test_an_option_that_is_no_value_of_its_kind_is_refused():
-    with pytest.raises(ConfigError, match="optimizer.name is 'sgd', .* or not with these optimizer.options"):
+    with pytest.raises(ConfigError, match=r"optimizer.name is 'sgd', .* or not with these optimizer.options"):
         make_optimizer(OptimizerConfig(options={"accumulator_dtype": "no type"}), 10).init(PARAMS)

@@ -79,6 +79,12 @@ def make_optimizer(
     return optax.chain(*links)
 
 
+def finds_its_rate(name: str) -> bool:
+    """Return whether an optimizer estimates its learning rate; the given one multiplies it, by 1 in optax."""
+    _, maker = _maker(name)
+    return inspect.signature(maker).parameters["learning_rate"].default == 1.0
+
+
 def unusable(name: str) -> str:
     """Word the refusal of an optimizer that cannot be made; the reason goes in place of ``{}``."""
     return (

@@ -15,7 +15,7 @@ import optax.contrib
 
 from selconv_jax.errors import ConfigError, SelconvError
 from selconv_jax.train._config import Config
-from selconv_jax.train._optimizer import unusable
+from selconv_jax.train._optimizer import finds_its_rate, unusable
 from selconv_jax.train._state import TrainState, initial_state
 from selconv_jax.transforms._optimizer_state import reset_rewritten
 from selconv_jax.transforms._reallocation import reallocate
@@ -91,6 +91,12 @@ def notes_on(
         notes.append(
             f"{config.optimizer.name} remembers what parameters were, even after re-allocation has rewritten "
             "them. With allocation.reset_momentum=true it forgets those."
+        )
+    rate = config.optimizer.learning_rate
+    if rate != 1 and finds_its_rate(config.optimizer.name):
+        notes.append(
+            f"{config.optimizer.name} finds the learning rate itself, and optimizer.learning_rate, which is "
+            f"{rate}, multiplies it. With optimizer.learning_rate=1.0 it is used as found."
         )
     return tuple(notes)
 
