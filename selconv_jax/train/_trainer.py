@@ -29,6 +29,23 @@ from selconv_jax.transforms._reallocation import reallocate
 from selconv_jax.transforms._report import Report
 
 
+@dataclasses.dataclass
+class Interruptions:
+    """Seconds that did not go into training steps, of all runs in one program.
+
+    Attributes:
+        first_calls: Of the first call of each program of `Trainer.run_steps`, which compiles it.
+        pauses: Of rounds and checkpoints between steps, as the runs report them.
+    """
+
+    first_calls: float = 0.0
+    pauses: float = 0.0
+
+    def since(self, before: "Interruptions") -> float:
+        """Return the seconds that were added to ``before``."""
+        return self.first_calls - before.first_calls + self.pauses - before.pauses
+
+
 class Trainer:
     """The compiled functions of a run and access to its images, without a training state.
 
@@ -45,6 +62,7 @@ class Trainer:
         steps: Steps of the run.
         model: The network, compiled for no particular capacity.
         optimizer: The optimizer.
+        interruptions: Time between steps; shared by all runs in one program.
         notes: Warnings about settings that are valid but probably not intended.
     """
 
@@ -85,8 +103,7 @@ class Trainer:
             else ResidentFeed(data, self._placement, *sizes)
         )
         self._compiled: dict[tuple[str, Program, int], Callable[..., Any]] = {}
-        # Seconds of the first call of each program, which compiles it; shared by all runs in one program.
-        self._first_calls: list[float] = []
+        self.interruptions = Interruptions()
         self._frozen: tuple[bytes, Program] | None = None
 
     @property
@@ -145,11 +162,6 @@ class Trainer:
         """Return whether training steps have been compiled for this program."""
         return any(kind == "train" and known == program for kind, known, _ in self._compiled)
 
-    @property
-    def seconds_of_first_calls(self) -> float:
-        """Seconds that `run_steps` has taken for the first call of each program, which compiles it."""
-        return sum(self._first_calls)
-
     def run_steps(
         self, state: TrainState, batches: Iterator[Arguments], program: Program, count: int
     ) -> tuple[TrainState, jax.Array]:
@@ -168,7 +180,7 @@ class Trainer:
         jax.block_until_ready(state)
         started = time.monotonic()
         result = jax.block_until_ready(self._compiled[key](state, *arguments))
-        self._first_calls.append(time.monotonic() - started)
+        self.interruptions.first_calls += time.monotonic() - started
         return result
 
     def lower_step(self, program: Program) -> jax.stages.Lowered:
