@@ -13,6 +13,7 @@ from selconv_jax import AllocationRule
 from selconv_jax.nnx import SelectiveConv, linen_variables, reallocate
 
 GROWTH, CLASSES, STEPS = 12, 10, 20
+CLOSING = {"capacity": 0.0}  # rounds only close channels
 
 
 def pool(x):
@@ -27,10 +28,10 @@ class LinenDenseNet(nn.Module):
         x = nn.Conv(16, (3, 3), use_bias=False)(x)
         for block in range(3):
             for _ in range(self.depth):
-                y = selconv_jax.SelectiveConv(GROWTH, (3, 3))(x, train)
+                y = selconv_jax.SelectiveConv(GROWTH, (3, 3), **CLOSING)(x, train)
                 x = jnp.concatenate([x, y], axis=-1)
             if block < 2:
-                x = pool(selconv_jax.SelectiveConv(x.shape[-1], (1, 1))(x, train))
+                x = pool(selconv_jax.SelectiveConv(x.shape[-1], (1, 1), **CLOSING)(x, train))
         x = nn.relu(nn.BatchNorm(not train, momentum=0.9)(x))
         return nn.Dense(CLASSES)(x.mean(axis=(1, 2)))
 
@@ -42,10 +43,10 @@ class NNXDenseNet(nnx.Module):
         width = 16
         for block in range(3):
             for _ in range(depth):
-                self.layers.append(SelectiveConv(width, GROWTH, (3, 3), rngs=rngs))
+                self.layers.append(SelectiveConv(width, GROWTH, (3, 3), **CLOSING, rngs=rngs))
                 width += GROWTH
             if block < 2:
-                self.layers.append(SelectiveConv(width, width, (1, 1), rngs=rngs))
+                self.layers.append(SelectiveConv(width, width, (1, 1), **CLOSING, rngs=rngs))
         self.norm = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
         self.head = nnx.Linear(width, CLASSES, rngs=rngs)
 
