@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -194,6 +195,12 @@ def test_a_write_that_really_fails(
         assert_same(store.restore(large).state, large)
     assert names(tmp_path) == ["1", "2", "3"]
     assert (reports, capfd.readouterr()) == ([], ("", ""))
+    other = types.SimpleNamespace(exc_value=RuntimeError("Event loop is closed"))
+    sys.unraisablehook(other)  # however late it comes
+    assert reports == []
+    other.exc_value = RuntimeError("another one")
+    sys.unraisablehook(other)
+    assert reports == [other]
 
 
 def test_writing_in_several_threads_leaves_the_hook_of_the_process(

@@ -11,8 +11,7 @@ import re
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -72,22 +71,27 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
 def write_arrays(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
     """Write the arrays of a single-process run, and keep the terminal clean when that fails.
 
-    Orbax closes its event loop at the first write that fails. Every write still in progress then ends in
-    an exception that nobody can catch, and Python prints each of them.
+    Orbax closes its event loop at the first write that fails. Every write still in progress then ends, some
+    time later, in an exception that nobody can catch, and Python would print each of them.
     """
     with _under_plain_name(folder) as plain, _one_at_a_time:
         # Stores of other threads do the same: in any other order the hook of one would stay.
         hook = sys.unraisablehook
-        sys.unraisablehook = lambda report: (
-            None if str(report.exc_value) == "Event loop is closed" else hook(report)
-        )
-        try:
-            ocp.save(plain, _storable(leaves))
-        except BaseException:
-            time.sleep(1.0)  # for the others to end
-            raise
-        finally:
-            sys.unraisablehook = hook
+        if not isinstance(hook, _WithoutClosedLoops):
+            sys.unraisablehook = _WithoutClosedLoops(hook)
+        ocp.save(plain, _storable(leaves))
+        sys.unraisablehook = hook  # after a failure it stays exchanged, as nobody knows when the others end
+
+
+class _WithoutClosedLoops:
+    """Hook for unraisable exceptions that passes on all but those of a closed event loop."""
+
+    def __init__(self, hook: Callable[[Any], Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, report: Any) -> None:
+        if str(report.exc_value) != "Event loop is closed":
+            self._hook(report)
 
 
 def start_writing(folder: Path, leaves: Mapping[str, Any]) -> Any:
