@@ -196,6 +196,14 @@ def test_trains_and_reallocates(module):
     assert (module.blocks[0].source[...] >= 0).sum() == report.reallocated  # training leaves it alone
 
 
+def test_a_layer_without_a_rule_stays_as_it_is(module):
+    before = nnx.clone(module)
+    report = reallocate(module, jax.random.key(1), {"blocks/0": RULE}.get)
+    assert list(report.layers) == ["blocks/0"]
+    assert (module.blocks[0].source[...] >= 0).sum() == report.reallocated > 0
+    chex.assert_trees_all_equal(nnx.state(module.blocks[1]), nnx.state(before.blocks[1]))
+
+
 def test_round_under_jit_is_that_outside(module):
     other = nnx.clone(module)
     report = nnx.jit(reallocate, static_argnums=2)(other, jax.random.key(1), RULE)

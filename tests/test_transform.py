@@ -1,6 +1,7 @@
 """Re-allocation of whole models: what it may change, what it must not, and that it compiles once."""
 
 import dataclasses
+import operator
 
 import chex
 import jax
@@ -166,6 +167,32 @@ def test_nothing_is_transferred_implicitly(variables, threshold):
         found = selconv_jax.reallocate(variables, key, AllocationRule(threshold=threshold))
         assert found[1].deallocated > 0
     chex.assert_trees_all_equal(found[0], expected[0])
+
+
+def test_rules_of_single_layers(variables):
+    """Each layer is re-allocated as by its rule alone, with the same draws; others stay the same arrays."""
+    key, names = jax.random.key(5), list(selconv_jax.layer_states(variables))
+    rules = {names[0]: AllocationRule(threshold=0.5), names[2]: AllocationRule(threshold=0.2, top_k=0)}
+    new, report = selconv_jax.reallocate(variables, key, rules.get)
+    assert list(report.layers) == list(rules)
+    assert report.deallocated > report.reallocated > 0
+    states, before = selconv_jax.layer_states(new), selconv_jax.layer_states(variables)
+    for name in names:
+        if name not in rules:
+            assert all(map(operator.is_, jax.tree.leaves(states[name]), jax.tree.leaves(before[name])))
+            continue
+        alone, alone_report = selconv_jax.reallocate(variables, key, rules[name])
+        chex.assert_trees_all_equal(states[name], selconv_jax.layer_states(alone)[name])
+        assert report.layers[name] == alone_report.layers[name]
+    traced = jax.jit(lambda variables: selconv_jax.reallocate(variables, key, rules.get))(variables)
+    chex.assert_trees_all_equal(traced[0], new)
+    assert traced[1] == report
+
+
+def test_the_same_rule_for_every_layer_as_a_function(variables):
+    rule = AllocationRule(threshold=0.3, max_copies=1)
+    by_function = selconv_jax.reallocate(variables, jax.random.key(5), lambda path: dataclasses.replace(rule))
+    chex.assert_trees_all_equal(by_function, selconv_jax.reallocate(variables, jax.random.key(5), rule))
 
 
 def test_a_report_is_compared_counted_and_stored(variables):

@@ -40,6 +40,12 @@ def test_arguments_of_other_types(variables):
     key = jax.random.key(0)
     with pytest.raises(ConfigError, match=r"rule is a float; .*AllocationRule\(threshold="):
         selconv_jax.reallocate(variables, key, 0.1)
+    with pytest.raises(ConfigError, match=r"rule\('block1_layer1/conv1'\) is a float; it must be an Alloc"):
+        selconv_jax.reallocate(variables, key, lambda path: 0.1)
+    with pytest.raises(
+        ConfigError, match=r"rule returns None for each of the .* 'block1_layer1/conv1': none"
+    ):
+        selconv_jax.reallocate(variables, key, {"blok1_layer1/conv1": AllocationRule()}.get)
     with pytest.raises(ConfigError, match=r"key is a int; it must be a PRNG key"):
         selconv_jax.reallocate(variables, 0)
     with pytest.raises(

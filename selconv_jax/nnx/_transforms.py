@@ -11,10 +11,10 @@ from selconv_jax.nnx._variables import linen_variables, update_module
 from selconv_jax.transforms import _optimizer_state, _reallocation, _selectivize
 from selconv_jax.transforms._capacity import fitted_capacities, with_capacity
 from selconv_jax.transforms._report import Report
-from selconv_jax.transforms._rule import AllocationRule
+from selconv_jax.transforms._rule import Rule
 
 
-def reallocate(module: nnx.Module, key: jax.Array, rule: AllocationRule | None = None) -> Report:
+def reallocate(module: nnx.Module, key: jax.Array, rule: Rule = None) -> Report:
     """Re-allocate the channels of every selective layer of a module, in place.
 
     One round of `selconv_jax.reallocate` on the module's variables; see there for the details. Layers are
@@ -24,10 +24,10 @@ def reallocate(module: nnx.Module, key: jax.Array, rule: AllocationRule | None =
     Args:
         module: The module.
         key: A PRNG key.
-        rule: Settings of the round; None: the published ones.
+        rule: Settings of the round, or a function that returns those of a layer by its path.
 
     Returns:
-        The report of the round; a layer's name is its path of attributes, such as ``blocks/0/conv``.
+        The report of the round; a layer's path is that of its attributes, such as ``blocks/0/conv``.
 
     Raises:
         ValueError: The module has no selective layer, or its arrays are inconsistent.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import jax
@@ -19,7 +19,7 @@ from selconv_jax.functional._groups import group_count
 from selconv_jax.transforms._draws import layer_draws
 from selconv_jax.transforms._layer_tree import are_replicas, layer_states, merge_layers, refuse_replicas
 from selconv_jax.transforms._report import LayerReport, Report
-from selconv_jax.transforms._rule import AllocationRule
+from selconv_jax.transforms._rule import AllocationRule, Rule, rules_of_layers
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -28,14 +28,14 @@ V = TypeVar("V", bound=Mapping[str, Any])
 
 
 @overload
-def reallocate(variables: "nnx.Module", key: jax.Array, rule: AllocationRule | None = None) -> Report: ...
+def reallocate(variables: "nnx.Module", key: jax.Array, rule: Rule = None) -> Report: ...
 
 
 @overload
-def reallocate(variables: V, key: jax.Array, rule: AllocationRule | None = None) -> tuple[V, Report]: ...
+def reallocate(variables: V, key: jax.Array, rule: Rule = None) -> tuple[V, Report]: ...
 
 
-def reallocate(variables: Any, key: jax.Array, rule: AllocationRule | None = None) -> Any:
+def reallocate(variables: Any, key: jax.Array, rule: Rule = None) -> Any:
     """Close the least important channels of every selective layer and refill them with copies of the best.
 
     One round of the method's "De-allocate" and "Re-allocate" for all layers of any Flax model; the layers
@@ -58,14 +58,16 @@ def reallocate(variables: Any, key: jax.Array, rule: AllocationRule | None = Non
             and parameters are returned unchanged. An NNX module is updated in place, see
             `selconv_jax.nnx.reallocate`; only the report is returned.
         key: A PRNG key.
-        rule: Settings of the round; None: the published ones.
+        rule: Settings of the round; None: the published ones. A function that takes the path of a layer, as
+            in `Report`, returns the settings for this layer, or None to leave it as it is.
 
     Returns:
-        The new variables, with the structure, shapes, dtypes and shardings of the old ones, and a `Report`.
+        The new variables, with the structure, shapes, dtypes and shardings of the old ones, and a `Report` of
+        the layers that took part.
 
     Raises:
         ConfigError: ``variables`` is no dictionary or holds shapes, ``key`` is not a PRNG key, or ``rule`` is
-            not an `AllocationRule`.
+            or returns no `AllocationRule`, or None for all layers.
         ValueError: There is no selective layer, an array of one is missing, the shapes of its arrays are
             inconsistent, or the variables are replicas, as from `flax.jax_utils.replicate`, each of which
             would draw for itself. (Traced replicas, whose values cannot be compared, all draw the same.)
@@ -83,33 +85,19 @@ def reallocate(variables: Any, key: jax.Array, rule: AllocationRule | None = Non
         from selconv_jax.nnx import _transforms  # of an outer ring, which NNX users alone load
 
         return _transforms.reallocate(variables, key, rule)
-    rule = AllocationRule() if rule is None else rule
-    if not isinstance(rule, AllocationRule):
-        raise ConfigError(
-            f"rule is a {type(rule).__name__}; it must be an AllocationRule, such as "
-            "selconv_jax.AllocationRule(threshold=1e-3)."
-        )
     _check_key(key)
     states = layer_states(variables)
+    traced, static = _arguments(rules_of_layers(rule, states))
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(states)):
         raise ConfigError(
             "the variables are shapes; pass their values. For the shapes of the result use jax.eval_shape."
         )
-    traced = _TracedFields(rule.threshold, rule.shift_range)
-    limit = rule.max_copies
-    rule = dataclasses.replace(  # what is compiled for; hashable
-        rule,
-        threshold=0.0,
-        shift_range=0.0,
-        top_k=int(rule.top_k),
-        max_copies=None if limit is None else int(limit),
-    )
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((states, key, traced))):
-        new_states, layers = _rewrite(states, key, traced, rule)
+        new_states, layers = _rewrite(states, key, traced, static)
     else:
         refuse_replicas(states)
         # Put on the device by name, as users may forbid implicit transfers (`jax.transfer_guard`).
-        new_states, layers = _compiled(states, rule)(states, key, jax.device_put(traced))
+        new_states, layers = _compiled(states, static)(states, key, jax.device_put(traced))
     return merge_layers(variables, new_states), Report(layers)
 
 
@@ -131,41 +119,69 @@ class _TracedFields(NamedTuple):
     shift_range: ArrayLike
 
 
-def _compiled(states: dict[str, LayerState], rule: AllocationRule) -> Any:
+class _LayerRule(NamedTuple):
+    """What the round of a layer is compiled for; hashable."""
+
+    name: str
+    rule: AllocationRule  # without its traced fields
+    number: int  # of the traced fields, which layers may share
+
+
+def _arguments(rules: Mapping[str, AllocationRule]) -> tuple[list[_TracedFields], tuple[_LayerRule, ...]]:
+    """Separate what a round takes as arguments from what it is compiled for."""
+    distinct = list({id(rule): rule for rule in rules.values()}.values())
+    numbers = {id(rule): number for number, rule in enumerate(distinct)}
+    traced = [_TracedFields(rule.threshold, rule.shift_range) for rule in distinct]
+    static = [
+        dataclasses.replace(
+            rule,
+            threshold=0.0,
+            shift_range=0.0,
+            top_k=int(rule.top_k),
+            max_copies=None if rule.max_copies is None else int(rule.max_copies),
+        )
+        for rule in distinct
+    ]
+    of_layers = ((name, numbers[id(rule)]) for name, rule in rules.items())
+    return traced, tuple(_LayerRule(name, static[number], number) for name, number in of_layers)
+
+
+def _compiled(states: dict[str, LayerState], rules: tuple[_LayerRule, ...]) -> Any:
     """Return the jitted round whose results have the shardings of its arguments."""
     # An array that is not committed to a device stays so, and can be combined with arrays on any mesh.
-    shardings = tuple(
-        leaf.sharding if getattr(leaf, "committed", False) else None for leaf in jax.tree.leaves(states)
-    )
-    return _jitted(jax.tree.structure(states), shardings, rule)
+    leaves, structure = jax.tree.flatten({name: states[name] for name, *_ in rules})
+    shardings = (leaf.sharding if getattr(leaf, "committed", False) else None for leaf in leaves)
+    return _jitted(structure, tuple(shardings), rules)
 
 
 @functools.lru_cache(maxsize=32)
-def _jitted(structure: Any, shardings: tuple[Any, ...], rule: AllocationRule) -> Any:
+def _jitted(structure: Any, shardings: tuple[Any, ...], rules: tuple[_LayerRule, ...]) -> Any:
     out_shardings = jax.tree.unflatten(structure, shardings)
-    return jax.jit(functools.partial(_rewrite, rule=rule), out_shardings=(out_shardings, None))
+    return jax.jit(functools.partial(_rewrite, rules=rules), out_shardings=(out_shardings, None))
 
 
 def _rewrite(
-    states: dict[str, LayerState], key: jax.Array, traced: _TracedFields, rule: AllocationRule
+    states: dict[str, LayerState],
+    key: jax.Array,
+    traced: Sequence[_TracedFields],
+    rules: tuple[_LayerRule, ...],
 ) -> tuple[dict[str, LayerState], dict[str, LayerReport]]:
-    """Run a round on every layer: the new states, and what changed, by path."""
+    """Run a round on every layer that has a rule: the new states, and what changed, by path."""
     # On a mesh of explicit axes every operation would have to name the sharding of its result, so the
     # round runs on replicated arrays.
-    leaves, structure = jax.tree.flatten(states)
-    shardings = [_explicit_sharding(leaf) for leaf in leaves]
-    whole = [sharding and NamedSharding(sharding.mesh, PartitionSpec()) for sharding in shardings]
-    states = jax.tree.unflatten(structure, map(_resharded, leaves, whole))
+    before, states = states, jax.tree.map(lambda leaf: _resharded(leaf, _replicated(leaf)), states)
     new_states, reports = {}, {}
     draws = layer_draws(states, key)
     is_replica = are_replicas(states)  # replicas of one model all take the numbers of the first
-    for name, state in states.items():
+    for name, rule, number in rules:
         drawn = draws[name]
         if is_replica is not None:
             drawn = jnp.where(is_replica, drawn[:1], drawn)
-        new_states[name], reports[name] = _stack_round(state, drawn, traced, rule)
-    new_leaves = map(_resharded, jax.tree.leaves(new_states), shardings)
-    return jax.tree.unflatten(structure, new_leaves), reports
+        state, reports[name] = _stack_round(states[name], drawn, traced[number], rule)
+        new_states[name] = jax.tree.map(
+            lambda new, old: _resharded(new, _explicit_sharding(old)), state, before[name]
+        )
+    return new_states, reports
 
 
 def _resharded(x: jax.Array, to: NamedSharding | None) -> jax.Array:
@@ -176,6 +192,12 @@ def _explicit_sharding(x: jax.Array) -> NamedSharding | None:
     """Return the sharding of an array on a mesh of explicit axes; None: the compiler decides it."""
     sharding = jax.typeof(x).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def _replicated(x: jax.Array) -> NamedSharding | None:
+    """Return the sharding that replicates an array over a mesh of explicit axes."""
+    sharding = _explicit_sharding(x)
+    return sharding and NamedSharding(sharding.mesh, PartitionSpec())
 
 
 def _stack_round(

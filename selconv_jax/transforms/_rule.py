@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Collection
+from typing import Any, TypeAlias
 
 from jax.typing import ArrayLike
 
 from selconv_jax._utils.arguments import check_number, check_whole
+from selconv_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,3 +52,31 @@ class AllocationRule:
         check_number(
             "shift_range", self.shift_range, lambda value: 0.0 <= value < math.inf, "finite and at least 0"
         )
+
+
+# One rule for all layers (None: the published one), or a function from the path of a layer to its own.
+Rule: TypeAlias = AllocationRule | Callable[[str], AllocationRule | None] | None
+
+
+def rules_of_layers(rule: Rule, names: Collection[str]) -> dict[str, AllocationRule]:
+    """Return the rule of each layer that takes part in a round, by path; see `reallocate`."""
+    if rule is None:
+        rule = AllocationRule()
+    if not callable(rule):
+        return {name: _checked(rule, "rule") for name in names}
+    rules = {name: _checked(own, f"rule({name!r})") for name in names if (own := rule(name)) is not None}
+    if not rules:
+        raise ConfigError(
+            f"rule returns None for each of the {len(names)} selective layers, the first of which is "
+            f"{next(iter(names))!r}: none takes part. Return an AllocationRule for some of these paths."
+        )
+    return rules
+
+
+def _checked(rule: Any, name: str) -> AllocationRule:
+    if not isinstance(rule, AllocationRule):
+        raise ConfigError(
+            f"{name} is a {type(rule).__name__}; it must be an AllocationRule, such as "
+            "selconv_jax.AllocationRule(threshold=1e-3)."
+        )
+    return rule

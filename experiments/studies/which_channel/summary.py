@@ -86,9 +86,9 @@ def table(results: dict[str, Any]) -> str:
         "with Student's 95% interval of their mean. Fractions are of all channels that layers read; those "
         "of Torch-Pruning, of the channels that convolutions make. Sizes are means over the seeds."
     )
-    for environment in results["environments"]:
-        versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-        parts.append(f"Machine: {environment['devices']} x {environment['device']}; {versions}.")
+    parts += dict.fromkeys(
+        map(_machine, results["environments"])
+    )  # machines that differ in nothing shown: once
     for versions in {json.dumps(row["versions"]) for row in rows if "versions" in row}:
         named = ", ".join(f"{name} {version}" for name, version in json.loads(versions).items())
         parts.append(f"Torch-Pruning's rows: {named}.")
@@ -96,6 +96,11 @@ def table(results: dict[str, Any]) -> str:
     if None not in hours:
         parts.append(f"Training the {len(hours)} networks took {sum(hours):.1f} hours.")
     return "\n\n".join(parts) + "\n"
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return f"Machine: {environment['devices']} x {environment['device']}; {versions}."
 
 
 def _tables(network: str, rows: Sequence[Row]) -> list[str]:
