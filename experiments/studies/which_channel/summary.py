@@ -89,9 +89,10 @@ def table(results: dict[str, Any]) -> str:
     parts += dict.fromkeys(
         map(_machine, results["environments"])
     )  # machines that differ in nothing shown: once
-    for versions in {json.dumps(row["versions"]) for row in rows if "versions" in row}:
+    libraries = {(row["network"], json.dumps(row["versions"])) for row in rows if "versions" in row}
+    for network, versions in sorted(libraries):
         named = ", ".join(f"{name} {version}" for name, version in json.loads(versions).items())
-        parts.append(f"Torch-Pruning's rows: {named}.")
+        parts.append(f"Torch-Pruning's rows, {_NAMES.get(network, network).partition(',')[0]}: {named}.")
     hours = [run["hours"] for row in results["trained"] for run in row["runs"]]
     if None not in hours:
         parts.append(f"Training the {len(hours)} networks took {sum(hours):.1f} hours.")
