@@ -40,6 +40,8 @@ def test_arguments_of_other_types(variables):
     key = jax.random.key(0)
     with pytest.raises(ConfigError, match=r"rule is a float; .*AllocationRule\(threshold="):
         selconv_jax.reallocate(variables, key, 0.1)
+    with pytest.raises(ConfigError, match=r"rule is a type; it must be an AllocationRule"):
+        selconv_jax.reallocate(variables, key, AllocationRule)
     with pytest.raises(ConfigError, match=r"rule\('block1_layer1/conv1'\) is a float; it must be an Alloc"):
         selconv_jax.reallocate(variables, key, lambda path: 0.1)
     with pytest.raises(

@@ -62,7 +62,7 @@ class Trainer:
         steps: Steps of the run.
         model: The network, compiled for no particular capacity.
         optimizer: The optimizer.
-        interruptions: Time between steps; shared by all runs in one program.
+        interruptions: Time that did not go into steps; shared by all runs in one program.
         notes: Warnings about settings that are valid but probably not intended.
     """
 

@@ -62,7 +62,7 @@ def rules_of_layers(rule: Rule, names: Collection[str]) -> dict[str, AllocationR
     """Return the rule of each layer that takes part in a round, by path; see `reallocate`."""
     if rule is None:
         rule = AllocationRule()
-    if not callable(rule):
+    if not callable(rule) or isinstance(rule, type):
         return {name: _checked(rule, "rule") for name in names}
     rules = {name: _checked(own, f"rule({name!r})") for name in names if (own := rule(name)) is not None}
     if not rules:

@@ -86,9 +86,8 @@ def table(results: dict[str, Any]) -> str:
         "with Student's 95% interval of their mean. Fractions are of all channels that layers read; those "
         "of Torch-Pruning, of the channels that convolutions make. Sizes are means over the seeds."
     )
-    parts += dict.fromkeys(
-        map(_machine, results["environments"])
-    )  # machines that differ in nothing shown: once
+    # Machines that differ only in what is not shown are one line.
+    parts += dict.fromkeys(map(_machine, results["environments"]))
     libraries = {(row["network"], json.dumps(row["versions"])) for row in rows if "versions" in row}
     for network, versions in sorted(libraries):
         named = ", ".join(f"{name} {version}" for name, version in json.loads(versions).items())
