@@ -12,7 +12,6 @@ whatever came before.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from selconv_jax.data._catalog import KNOWN
 from selconv_jax.errors import ConfigError, DataError, SelconvError
 from selconv_jax.report import paired_difference, save_figure, spread
 from selconv_jax.train import Config, load_config, read_metrics
+from selconv_jax.train._config_changes import origin_of
 from selconv_jax.train._network import make_network
 from selconv_jax.train._workdir import CONFIG, ENVIRONMENT, METRICS, read_config
 
@@ -183,12 +183,8 @@ def _configuration(
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """Return the settings that runs have to share to be averaged."""
-    settings = dataclasses.asdict(config)
-    for key in ("seed", "description"):
-        del settings[key]
-    del settings["data"]["directory"]  # a path on that machine
-    return settings
+    """Return the settings that runs have to share to be averaged: those that determine their results."""
+    return {key: value for key, value in origin_of(config).items() if key != "seed"}
 
 
 def _rounded(value: float | None) -> float | None:
