@@ -239,8 +239,7 @@ def table(results: dict[str, Any]) -> str:
         "Copies and closed channels: at the end, mean over the seeds, of all channels that the layers read. "
         "Multiply-adds are those of the convolutions for an image; the interpolation of shifts is not in "
         "them. Minutes are wall time with compilation, beside whatever else the machine did.",
-        # Machines that differ only in what is not shown are one line.
-        *dict.fromkeys(f"Machine: {_machine(environment)}." for environment in results["environments"]),
+        *machines(results),
     ]
     hours = [run["hours"] for row in results["results"] for run in row["runs"]]
     if None not in hours:
@@ -292,9 +291,15 @@ def _row(row: dict[str, Any], baseline: dict[int, float]) -> str:
     return "| " + " | ".join(cell or "-" for cell in cells) + " |"
 
 
-def _machine(environment: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    return f"{environment['devices']} x {environment['device']} ({environment['backend']}); {versions}"
+def machines(results: dict[str, Any]) -> list[str]:
+    """Name the machines of the runs, a sentence each; those that differ only in what is not shown once."""
+
+    def sentence(environment: dict[str, Any]) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+        count, device, backend = (environment[key] for key in ("devices", "device", "backend"))
+        return f"Machine: {count} x {device} ({backend}); {versions}."
+
+    return list(dict.fromkeys(map(sentence, results["environments"])))
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -21,6 +21,9 @@ from selconv_jax.errors import SelconvError
 from selconv_jax.report import paired_difference, save_figure, spread
 from selconv_jax.report._style import INK, new_figure, styled
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from report import collect, machines  # of all studies
+
 STUDY = Path(__file__).resolve().parent
 RESULTS, TABLE, PICTURE = "results.json", "table.md", "accuracy.png"
 _ALL = (*CRITERIA, *LIBRARY)
@@ -59,9 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def collected(workdir: Path) -> dict[str, Any]:
     """Join what the training left, as in all studies, with the measurements of all criteria."""
-    sys.path.insert(0, str(STUDY.parent))
-    from report import collect  # of all studies, in the folder above
-
     trained = collect(STUDY, [workdir / "trained"])
     rows = json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
     order = {name: place for place, name in enumerate(_ALL)}
@@ -86,8 +86,7 @@ def table(results: dict[str, Any]) -> str:
         "with Student's 95% interval of their mean. Fractions are of all channels that layers read; those "
         "of Torch-Pruning, of the channels that convolutions make. Sizes are means over the seeds."
     )
-    # Machines that differ only in what is not shown are one line.
-    parts += dict.fromkeys(map(_machine, results["environments"]))
+    parts += machines(results)
     libraries = {(row["network"], json.dumps(row["versions"])) for row in rows if "versions" in row}
     for network, versions in sorted(libraries):
         named = ", ".join(f"{name} {version}" for name, version in json.loads(versions).items())
@@ -96,11 +95,6 @@ def table(results: dict[str, Any]) -> str:
     if None not in hours:
         parts.append(f"Training the {len(hours)} networks took {sum(hours):.1f} hours.")
     return "\n\n".join(parts) + "\n"
-
-
-def _machine(environment: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    return f"Machine: {environment['devices']} x {environment['device']}; {versions}."
 
 
 def _tables(network: str, rows: Sequence[Row]) -> list[str]:
