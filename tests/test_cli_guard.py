@@ -201,7 +201,6 @@ def test_interrupted_while_modules_are_imported():
     """They may make anything of an exception; the process ends as if it had none to raise."""
     done = python(
         "import os, signal, sys\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored, if so inherited
         "from selconv_jax._cli.main import main\n"
         "class Finder:\n"
         "    def find_spec(name, *more):\n"

@@ -141,12 +141,8 @@ def test_nothing_is_left_at_work_when_the_user_insists(file, tmp_path, fake):
 
     when([run.workdir / "ready"], insist)
     when([run.workdir / "asked"], insist)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if so inherited
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run_sweep([run], quiet_console()[0], jobs=2)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep([run], quiet_console()[0], jobs=2)
     assert (run.workdir / "signals").exists()  # it was waited for
 
 

@@ -214,7 +214,8 @@ class _Run:
         Compilation, rounds and checkpoints do not count towards the speed.
         """
         trainer, batch_size = self.trainer, self.trainer.config.batch_size
-        interruptions, program = trainer.interruptions, self._program(state, epoch)
+        program, interruptions = self._program(state, epoch), trainer.interruptions
+        before = dataclasses.replace(interruptions)  # what they were at the last step
         step, end = int(state.step), (epoch + 1) * trainer.steps_per_epoch
         started: float | None = None
         measured = running = shown = 0.0  # images; those of the call in progress; time of the display
@@ -223,7 +224,6 @@ class _Run:
             while step < end and not self._stop.check():
                 due = trainer.next_round(step + 1) or end
                 count = min(trainer.steps_per_dispatch, min(due, end) - step)
-                before = dataclasses.replace(interruptions)
                 state, numbers = yield Request((step, 1, count), trainer, state, program, batches, count)
                 compiled = interruptions.first_calls > before.first_calls
                 running = 0.0 if started is None or compiled else count * batch_size
@@ -231,6 +231,7 @@ class _Run:
                 if started is None:
                     jax.block_until_ready(numbers)
                 started = time.monotonic() if started is None else started + interruptions.since(before)
+                before = dataclasses.replace(interruptions)
                 step += count
                 if waiting is not None:
                     # The device is never idle, and never more than one call ahead, so that a request to stop
@@ -256,7 +257,6 @@ class _Run:
                         program = self._program(state, epoch)
                     if is_saved:
                         self._save(state)
-                    started += time.monotonic() - paused
                     interruptions.pauses += time.monotonic() - paused
         self._check(state)
         return state, measured / (time.monotonic() - started) if started and measured else None
