@@ -14,7 +14,7 @@ whatever came before.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -291,10 +291,10 @@ def _row(row: dict[str, Any], baseline: dict[int, float]) -> str:
     return "| " + " | ".join(cell or "-" for cell in cells) + " |"
 
 
-def machines(results: dict[str, Any]) -> list[str]:
+def machines(results: Mapping[str, Any]) -> list[str]:
     """Name the machines of the runs, a sentence each; those that differ only in what is not shown once."""
 
-    def sentence(environment: dict[str, Any]) -> str:
+    def sentence(environment: Mapping[str, Any]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
         count, device, backend = (environment[key] for key in ("devices", "device", "backend"))
         return f"Machine: {count} x {device} ({backend}); {versions}."
@@ -315,7 +315,7 @@ def main(words: Sequence[str] | None = None) -> int:
             results = collect(options.study, options.runs)
             if options.keep and file.is_file():
                 results = merge(json.loads(file.read_text(encoding="utf-8")), results)
-            file.write_text(_json(results), encoding="utf-8")
+            file.write_text(as_json(results), encoding="utf-8")
         elif not file.is_file():
             raise DataError(f"there is no {file}: name the directories of the study's runs.")
         else:
@@ -329,7 +329,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _json(results: dict[str, Any]) -> str:
+def as_json(results: dict[str, Any]) -> str:
     """Write JSON with one run per line, which suits line-based diffs and is a tenth of the length."""
     rows = []
     for row in results["results"]:

@@ -144,9 +144,8 @@ def table(results: Mapping[str, Any], authors: Runs) -> str:
             for runs in (ours, authors)
         ]
         epochs.append(f"| {epoch} | {' | '.join(cells)} |")
-    machines = [f"Machine: {report._machine(environment)}." for environment in results["environments"]]
     parts = [_differences(results["comparison"]), start, _differences(results["same_start"]), paired]
-    return "\n\n".join([*parts, "\n".join(epochs), *machines]) + "\n"
+    return "\n\n".join([*parts, "\n".join(epochs), *report.machines(results)]) + "\n"
 
 
 def _differences(comparison: Sequence[Mapping[str, Any]]) -> str:
@@ -262,7 +261,7 @@ def main(words: Sequence[str] | None = None) -> int:
         _check(ours, same_start, paired=True)
         results["comparison"] = compare(ours, authors)
         results["same_start"] = compare(ours, same_start, paired_interval)
-        (study / RESULTS).write_text(report._json(results), encoding="utf-8")
+        (study / RESULTS).write_text(report.as_json(results), encoding="utf-8")
         (study / TABLE).write_text(table(results, authors), encoding="utf-8")
         save_figure(picture(results, authors, same_start), study / PICTURE)
     except SelconvError as error:
