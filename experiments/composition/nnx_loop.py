@@ -35,7 +35,9 @@ class Network(nnx.Module):
 
 
 @nnx.jit
-def train_step(model: Network, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array) -> jax.Array:
+def train_step(
+    model: Network, optimizer: nnx.Optimizer[Network], images: jax.Array, labels: jax.Array
+) -> jax.Array:
     """Take one step, in place; return the loss."""
 
     def loss_of(model: Network) -> jax.Array:

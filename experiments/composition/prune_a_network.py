@@ -6,6 +6,8 @@ The pictures are the Fashion-MNIST sample that comes with the package. Run it wi
 """
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,6 +19,8 @@ import selconv_jax
 from selconv_jax import AllocationRule
 from selconv_jax.analysis import count_parameters
 from selconv_jax.data import load
+
+Variables = Mapping[str, Any]
 
 
 class Network(nn.Module):
@@ -33,14 +37,16 @@ class Network(nn.Module):
         return nn.Dense(10)(x.mean(axis=(1, 2)))
 
 
-def fit(model: nn.Module, variables: dict, steps: int, rate: float) -> tuple[dict, list[float]]:
+def fit(model: nn.Module, variables: Variables, steps: int, rate: float) -> tuple[Variables, list[float]]:
     """Train a network for some steps; return its variables and the losses."""
     split, optimizer = load("fashion_mnist_sample").train, optax.sgd(rate, momentum=0.9, nesterov=True)
     opt_state, rng, losses = optimizer.init(variables["params"]), np.random.default_rng(0), []
 
     @jax.jit
-    def step(variables: dict, opt_state: optax.OptState, x: jax.Array, y: jax.Array) -> tuple:
-        def loss(params: dict) -> tuple:
+    def step(
+        variables: Variables, opt_state: optax.OptState, x: jax.Array, y: jax.Array
+    ) -> tuple[Variables, optax.OptState, jax.Array]:
+        def loss(params: Variables) -> tuple[jax.Array, Variables]:
             logits, changed = model.apply({**variables, "params": params}, x, True, mutable=["batch_stats"])
             return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), changed
 
@@ -60,14 +66,14 @@ def fit(model: nn.Module, variables: dict, steps: int, rate: float) -> tuple[dic
     return variables, losses
 
 
-def accuracy(model: nn.Module, variables: dict) -> float:
+def accuracy(model: nn.Module, variables: Variables) -> float:
     """Return the share of test images that a network classifies correctly."""
     split = load("fashion_mnist_sample").test
     logits = jax.jit(lambda x: model.apply(variables, x, False))(jnp.asarray(split.images / 255, jnp.float32))
     return float((logits.argmax(axis=-1) == split.labels).mean())
 
 
-def main(steps: int) -> tuple[nn.Module, dict, nn.Module, dict]:
+def main(steps: int) -> tuple[nn.Module, Variables, nn.Module, Variables]:
     """Train, convert, close channels, fine-tune and compact; return the selective and the small network."""
     x = jnp.asarray(load("fashion_mnist_sample").train.images[:64] / 255, jnp.float32)
     plain = Network()
@@ -79,11 +85,11 @@ def main(steps: int) -> tuple[nn.Module, dict, nn.Module, dict]:
     rule = AllocationRule(threshold=0.2)
     variables, report = selconv_jax.reallocate(variables, jax.random.key(1), rule)
     print(f"closed {report.deallocated} of {report.channels} channels: {accuracy(model, variables):.1%}")
-    variables, _ = fit(model, variables, steps // 2, rate=0.02)
-    small, small_variables = selconv_jax.compact(model, variables, x)
+    tuned, _ = fit(model, variables, steps // 2, rate=0.02)
+    small, small_variables = selconv_jax.compact(model, tuned, x)
     parameters = count_parameters(small_variables["params"])
     print(f"fine-tuned and compact: {parameters} parameters, {accuracy(small, small_variables):.1%}")
-    return model, variables, small, small_variables
+    return model, tuned, small, small_variables
 
 
 if __name__ == "__main__":

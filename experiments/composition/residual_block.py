@@ -6,6 +6,8 @@ The pictures are the Fashion-MNIST sample that comes with the package. Run it wi
 """
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +18,8 @@ import optax
 import selconv_jax
 from selconv_jax import AllocationRule, SelectiveConv
 from selconv_jax.data import load
+
+Variables = Mapping[str, Any]
 
 # The published threshold of 1e-3 is for hundreds of epochs; a run of seconds needs a larger one.
 ALLOCATION = AllocationRule(threshold=0.15)
@@ -51,7 +55,7 @@ class Network(nn.Module):
         return nn.Dense(10)(nn.relu(x).mean(axis=(1, 2)))
 
 
-def train(steps: int) -> tuple[nn.Module, dict, np.ndarray, list[float], list[selconv_jax.Report]]:
+def train(steps: int) -> tuple[nn.Module, Variables, jax.Array, list[float], list[selconv_jax.Report]]:
     """Train the network; return it, its variables, an example input, and the history."""
     split = load("fashion_mnist_sample").train
     model, optimizer = Network(), optax.adam(3e-3)
@@ -61,8 +65,10 @@ def train(steps: int) -> tuple[nn.Module, dict, np.ndarray, list[float], list[se
     opt_state = optimizer.init(variables["params"])
 
     @jax.jit
-    def step_of(variables, opt_state, images, labels):
-        def loss_of(params):
+    def step_of(
+        variables: Variables, opt_state: optax.OptState, images: jax.Array, labels: jax.Array
+    ) -> tuple[Variables, optax.OptState, jax.Array]:
+        def loss_of(params: Variables) -> tuple[jax.Array, Variables]:
             logits, updates = model.apply(
                 {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
             )

@@ -7,6 +7,8 @@ and with noise. Run it with
 """
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +18,8 @@ import optax
 
 import selconv_jax
 from selconv_jax import AllocationRule, SelectiveConv
+
+Variables = Mapping[str, Any]
 
 WAVES = {
     "sine": lambda phase: np.sin(2 * np.pi * phase),
@@ -53,7 +57,7 @@ def make_signals(seed: int, count: int = 64, length: int = 96) -> tuple[np.ndarr
     return signals.astype(np.float32), labels.astype(np.int32)
 
 
-def train(steps: int) -> tuple[nn.Module, dict, np.ndarray, list[float], list[selconv_jax.Report]]:
+def train(steps: int) -> tuple[nn.Module, Variables, jax.Array, list[float], list[selconv_jax.Report]]:
     """Train the network; return it, its variables, an example input, and the history."""
     model, optimizer = WaveNetwork(), optax.adam(3e-3)
     signals, _ = make_signals(seed=0)
@@ -61,8 +65,10 @@ def train(steps: int) -> tuple[nn.Module, dict, np.ndarray, list[float], list[se
     opt_state = optimizer.init(variables["params"])
 
     @jax.jit
-    def step_of(variables, opt_state, signals, labels):
-        def loss_of(params):
+    def step_of(
+        variables: Variables, opt_state: optax.OptState, signals: jax.Array, labels: jax.Array
+    ) -> tuple[Variables, optax.OptState, jax.Array]:
+        def loss_of(params: Variables) -> tuple[jax.Array, Variables]:
             logits, updates = model.apply(
                 {**variables, "params": params}, signals, train=True, mutable=["batch_stats"]
             )

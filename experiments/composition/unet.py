@@ -7,6 +7,8 @@ is added, and the mask of the pixels that were not black is to be found. Run it 
 """
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,6 +19,8 @@ import optax
 import selconv_jax
 from selconv_jax import AllocationRule, SelectiveConv
 from selconv_jax.data import load
+
+Variables = Mapping[str, Any]
 
 # The published threshold of 1e-3 is for hundreds of epochs; a run of seconds needs a larger one.
 ALLOCATION = AllocationRule(threshold=0.15)
@@ -54,7 +58,7 @@ def make_batch(images: np.ndarray, seed: int, size: int = 32) -> tuple[np.ndarra
     return noisy.astype(np.float32), (clean[..., 0] > 0.05).astype(np.float32)
 
 
-def train(steps: int) -> tuple[nn.Module, dict, np.ndarray, list[float], list[selconv_jax.Report]]:
+def train(steps: int) -> tuple[nn.Module, Variables, jax.Array, list[float], list[selconv_jax.Report]]:
     """Train the network; return it, its variables, an example input, and the history."""
     data = load("fashion_mnist_sample").train.images
     model, optimizer = UNet(), optax.adam(1e-2)
@@ -63,8 +67,10 @@ def train(steps: int) -> tuple[nn.Module, dict, np.ndarray, list[float], list[se
     opt_state = optimizer.init(variables["params"])
 
     @jax.jit
-    def step_of(variables, opt_state, images, masks):
-        def loss_of(params):
+    def step_of(
+        variables: Variables, opt_state: optax.OptState, images: jax.Array, masks: jax.Array
+    ) -> tuple[Variables, optax.OptState, jax.Array]:
+        def loss_of(params: Variables) -> tuple[jax.Array, Variables]:
             logits, updates = model.apply(
                 {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
             )

@@ -105,9 +105,9 @@ def compare(ours: Runs, authors: Runs, find_interval: Interval = welch_interval)
     rows = []
     for quantity, when in tests:
         sides = [curves(runs, quantity) for runs in (ours, authors)]
-        samples = [side[:, -1] if when == LAST else side.mean(axis=1) for side in sides]
-        found = [spread(sample.tolist()) for sample in samples]
-        joint = find_interval(*samples, 1 - (1 - CONFIDENCE) / len(tests))
+        here, there = (side[:, -1] if when == LAST else side.mean(axis=1) for side in sides)
+        found = [spread(sample.tolist()) for sample in (here, there)]
+        joint = find_interval(here, there, 1 - (1 - CONFIDENCE) / len(tests))
         rows.append(
             {
                 "quantity": quantity,
@@ -115,7 +115,7 @@ def compare(ours: Runs, authors: Runs, find_interval: Interval = welch_interval)
                 "means": [side.mean for side in found],
                 "deviations": [side.std for side in found],
                 "difference": found[0].mean - found[1].mean,
-                "interval": find_interval(*samples, CONFIDENCE),
+                "interval": find_interval(here, there, CONFIDENCE),
                 "joint_interval": joint,
                 "differs": not joint[0] <= 0 <= joint[1],
             }
@@ -181,7 +181,8 @@ def picture(results: Mapping[str, Any], authors: Runs, same_start: Runs) -> Figu
     ours = results["results"][0]["runs"]
     figure = new_figure(11.5, 6.9)
     # Each row has its own layout: the names in the last panel take no room from the row above.
-    panels = [axes for row in figure.subfigures(2, 1) for axes in row.subplots(1, 3)]
+    rows: Any = figure.subfigures(2, 1)  # an array
+    panels = [axes for row in rows for axes in row.subplots(1, 3)]
     frozen = results["results"][0]["settings"]["allocation"]["until"]
     for axes, quantity in zip(panels, QUANTITIES, strict=False):
         _draw_curves(axes, quantity, (ours, authors, same_start), frozen)

@@ -40,7 +40,7 @@ EVALUATED = 250
 Variables = dict[str, Any]
 
 
-def batches(epoch: int) -> Iterator[tuple[jax.Array, NDArray[np.int64]]]:
+def batches(epoch: int) -> Iterator[tuple[jax.Array, NDArray[np.int32]]]:
     """Yield the cropped images ``[B, H, W, C]`` uint8 and labels ``[B]`` of every step of an epoch."""
     rng = np.random.default_rng([0, epoch])
     order = rng.permutation(len(DATA.train))
@@ -162,7 +162,7 @@ def dump(file: Path) -> None:
     """Write the other side's input: initial values by its names, batches, numbers of the rounds."""
     network = make_network(CONFIG.model, DATA.info.image_shape, DATA.info.num_classes)
     variables = initial_variables()
-    arrays = {f"init/{name}": value for name, value in state_dict(network, variables).items()}
+    arrays: dict[str, Any] = {f"init/{name}": value for name, value in state_dict(network, variables).items()}
     for epoch in range(CONFIG.epochs):
         images, labels = zip(*batches(epoch), strict=True)
         arrays[f"images/{epoch}"], arrays[f"labels/{epoch}"] = np.stack(images), np.stack(labels)

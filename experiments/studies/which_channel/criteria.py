@@ -30,6 +30,7 @@ def rankings(states: Mapping[str, LayerState], criterion: str, seed: int) -> dic
     """
     generator = np.random.default_rng(seed)
     scores = {}
+    score: jax.Array | np.ndarray
     for path, state in states.items():
         if criterion == "random":
             score = generator.random(state.gate.shape)

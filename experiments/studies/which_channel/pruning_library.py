@@ -92,7 +92,7 @@ def converted(trainer: Trainer, state: TrainState, data: ImageData) -> nn.Module
     arrays = state_dict(trainer.model, variables)
     network.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
     images = np.array(normalize(jnp.asarray(data.test.images[:8]), data.info.mean, data.info.std))
-    expected = trainer.model.apply(variables, images, train=False)
+    expected: Any = trainer.model.apply(variables, images, train=False)
     with torch.no_grad():
         found = network.eval()(channels_first(images))
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
