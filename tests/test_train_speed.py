@@ -9,6 +9,7 @@ import pytest
 
 from runs import quiet_console, tiny_config
 from selconv_jax.train import _loop as loop
+from selconv_jax.train import _speed as speed
 from selconv_jax.train import _trainer as trainer
 from selconv_jax.train._checkpoints.checkpoint import CheckpointStore
 from selconv_jax.train._config import dump_config
@@ -49,7 +50,7 @@ def test_the_speed_is_that_of_the_steps(seeds, tmp_path, monkeypatch):
         return save(self, *arguments)
 
     clock = types.SimpleNamespace(monotonic=lambda: now[0])
-    for module in (loop, trainer):
+    for module in (loop, speed):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(trainer.Trainer, "_make_steps", make_steps)
     evaluated = Totals(1.0, 1, 1, 1) if len(seeds) == 1 else Totals(*(np.ones(len(seeds)) for _ in range(4)))

@@ -32,6 +32,7 @@ from selconv_jax.train._progress import Display, ProgressDisplay
 from selconv_jax.train._round_log import RoundLog
 from selconv_jax.train._seeds.requests import Request, Requests, answered_alone
 from selconv_jax.train._signals import StopRequest, stop_request
+from selconv_jax.train._speed import Speedometer
 from selconv_jax.train._state import TrainState
 from selconv_jax.train._trackers import check_tracker, open_tracker
 from selconv_jax.train._trainer import Trainer
@@ -213,37 +214,27 @@ class _Run:
 
         Compilation, rounds and checkpoints do not count towards the speed.
         """
-        trainer, batch_size = self.trainer, self.trainer.config.batch_size
-        program, interruptions = self._program(state, epoch), trainer.interruptions
-        before = dataclasses.replace(interruptions)  # what they were at the last step
+        trainer, speed = self.trainer, Speedometer(self.trainer.interruptions)
+        program = self._program(state, epoch)
         step, end = int(state.step), (epoch + 1) * trainer.steps_per_epoch
-        started: float | None = None
-        measured = running = shown = 0.0  # images; those of the call in progress; time of the display
+        shown = 0.0
         waiting: jax.Array | None = None
         with contextlib.closing(trainer.batches(state, epoch)) as batches:
             while step < end and not self._stop.check():
                 due = trainer.next_round(step + 1) or end
                 count = min(trainer.steps_per_dispatch, min(due, end) - step)
                 state, numbers = yield Request((step, 1, count), trainer, state, program, batches, count)
-                compiled = interruptions.first_calls > before.first_calls
-                running = 0.0 if started is None or compiled else count * batch_size
-                measured += running
-                if started is None:
-                    jax.block_until_ready(numbers)
-                started = time.monotonic() if started is None else started + interruptions.since(before)
-                before = dataclasses.replace(interruptions)
                 step += count
+                speed.add(count * trainer.config.batch_size, numbers)
                 if waiting is not None:
                     # The device is never idle, and never more than one call ahead, so that a request to stop
                     # is noticed soon: these are the numbers of the previous call.
                     loss, accuracy, failed = jax.device_get(waiting)
                     if failed:
                         break
-                    now = time.monotonic()
-                    done = measured - running
-                    if done > 0 and now - shown >= _REFRESH_SECONDS:
-                        speed = done / (now - started)
-                        self._display.update(step - count, float(loss), float(accuracy), speed)
+                    now, rate = time.monotonic(), speed.so_far()
+                    if rate is not None and now - shown >= _REFRESH_SECONDS:
+                        self._display.update(step - count, float(loss), float(accuracy), rate)
                         shown = now
                 waiting = numbers
                 self.store.check()
@@ -251,15 +242,14 @@ class _Run:
                 is_saved = step < end and self._is_save_due()
                 if has_round or is_saved:
                     jax.block_until_ready(numbers)
-                    paused = time.monotonic()
-                    if has_round:
-                        state = self._reallocate(state)
-                        program = self._program(state, epoch)
-                    if is_saved:
-                        self._save(state)
-                    interruptions.pauses += time.monotonic() - paused
+                    with trainer.interruptions.pause():
+                        if has_round:
+                            state = self._reallocate(state)
+                            program = self._program(state, epoch)
+                        if is_saved:
+                            self._save(state)
         self._check(state)
-        return state, measured / (time.monotonic() - started) if started and measured else None
+        return state, speed.of_all()
 
     def _program(self, state: TrainState, epoch: int) -> Program:
         """Choose the program of the next steps; announce it if it has to be compiled."""

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from selconv_jax.train._distributed.sharding import Placement
 from selconv_jax.train._feed import Arguments, Feed, ResidentFeed, StreamedFeed
 from selconv_jax.train._network import Program, bucket_program, frozen_program, make_network
 from selconv_jax.train._optimizer import learning_rate_schedule, make_optimizer
+from selconv_jax.train._speed import Interruptions
 from selconv_jax.train._state import Totals, TrainState, initial_state
 from selconv_jax.train._step import Purpose, eval_batch, fold, train_step
 from selconv_jax.train._trial import notes_on, try_on_shapes
@@ -27,23 +27,6 @@ from selconv_jax.transforms._capacity import required_capacity
 from selconv_jax.transforms._optimizer_state import reset_rewritten
 from selconv_jax.transforms._reallocation import reallocate
 from selconv_jax.transforms._report import Report
-
-
-@dataclasses.dataclass
-class Interruptions:
-    """Seconds that did not go into training steps, of all runs in one program.
-
-    Attributes:
-        first_calls: Of the first call of each program of `Trainer.run_steps`, which compiles it.
-        pauses: Of rounds and checkpoints between steps, as the runs report them.
-    """
-
-    first_calls: float = 0.0
-    pauses: float = 0.0
-
-    def since(self, before: "Interruptions") -> float:
-        """Return the seconds that were added to ``before``."""
-        return self.first_calls - before.first_calls + self.pauses - before.pauses
 
 
 class Trainer:
@@ -178,10 +161,8 @@ class Trainer:
             return self._compiled[key](state, *arguments)
         self._compiled[key] = self._make_steps(program.model, count)
         jax.block_until_ready(state)
-        started = time.monotonic()
-        result = jax.block_until_ready(self._compiled[key](state, *arguments))
-        self.interruptions.first_calls += time.monotonic() - started
-        return result
+        with self.interruptions.first_call():
+            return jax.block_until_ready(self._compiled[key](state, *arguments))
 
     def lower_step(self, program: Program) -> jax.stages.Lowered:
         """Lower a training step for ahead-of-time compilation; reads no image and needs no device."""
