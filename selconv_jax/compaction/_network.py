@@ -16,14 +16,7 @@ from selconv_jax._utils.modules import is_nnx_module
 from selconv_jax.compaction._static_conv import LayerLayout, call_static
 from selconv_jax.errors import ConfigError
 from selconv_jax.models._parts import Stem
-from selconv_jax.nn._interception import (
-    call_in_place,
-    intercept_calls,
-    own_programs,
-    relative_path,
-    scope_path,
-    sow_of_wrapper,
-)
+from selconv_jax.nn._interception import call_in_place, intercept_calls, replaced_calls, sow_of_wrapper
 from selconv_jax.nn._layers import BatchNormReLU, BatchNormReLUConv, SelectiveConv
 
 
@@ -76,10 +69,8 @@ class Compact(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network with its layers replaced."""
         layouts, widths = dict(self.layouts), dict(self.widths)
-        root = scope_path(self)
 
-        def swap(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            path = relative_path(module, root)
+        def swap(module: Any, path: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if is_layer(module) and (layout := layouts.get(path)):
                 return call_static(module, layout, *args, **kwargs)
             width = widths.get(path) if is_producer(module) else None
@@ -88,7 +79,7 @@ class Compact(nn.Module):
                 return call_in_place(module, narrow, *args, **kwargs)
             return call(*args, **kwargs)
 
-        with intercept_calls(swap), own_programs(self):
+        with replaced_calls(self, swap):
             return getattr(self.network, self.method or "__call__")(*args, **kwargs)
 
     @property

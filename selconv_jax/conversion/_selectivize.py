@@ -17,14 +17,7 @@ from selconv_jax.compaction._network import NetworkCall, check_network, failed_c
 from selconv_jax.conversion._triples import DropoutCall, Triple, find_triples
 from selconv_jax.errors import ConfigError
 from selconv_jax.nn import _computation as computation
-from selconv_jax.nn._interception import (
-    call_in_place,
-    intercept_calls,
-    own_programs,
-    relative_path,
-    scope_path,
-    sow_of_wrapper,
-)
+from selconv_jax.nn._interception import call_in_place, replaced_calls, sow_of_wrapper
 from selconv_jax.nn._layers import SelectiveConv
 
 
@@ -85,7 +78,6 @@ class Selectivized(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network with its layers replaced."""
-        root = scope_path(self)
         dropouts = {norm: dropout for norm, _, dropout, _ in self.layers}
         layers = {conv: (norm, dropout, dict(settings)) for norm, conv, dropout, settings in self.layers}
         # By the path of a batch norm that has been called, and whose convolution has not: its call, the calls
@@ -94,10 +86,9 @@ class Selectivized(nn.Module):
         since: Counter[str] = Counter()
         deterministic: dict[str, bool] = {}
 
-        def swap(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def swap(module: Any, path: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if type(module) not in (nn.BatchNorm, nn.Dropout, nn.Conv):
                 return call(*args, **kwargs)
-            path = relative_path(module, root)
             if path in dropouts:
                 # The layer computes from the input of its batch norm. What is returned in its place is read
                 # only by the ReLU and dropout, whose result the layer ignores. In a call with other
@@ -132,7 +123,7 @@ class Selectivized(nn.Module):
             )
             return call_in_place(module, layer, x, train, deterministic=without_dropout)
 
-        with intercept_calls(swap, first=True), own_programs(self):
+        with replaced_calls(self, swap, first=True):
             return self.plain(*args, **kwargs)
 
 

@@ -78,6 +78,25 @@ def own_programs(module: nn.Module) -> Iterator[None]:
         scope.flags = flags
 
 
+@contextlib.contextmanager
+def replaced_calls(wrapper: nn.Module, handle: _Handler, first: bool = False) -> Iterator[None]:
+    """Intercept the calls of the network with which a module shares its scope, inside the context.
+
+    Args:
+        wrapper: The module.
+        handle: Called as ``handle(module, path, call, *args, **kwargs)``, with the path of the variables of
+            each module below those of the network.
+        first: See `intercept_calls`.
+    """
+    root = scope_path(wrapper)
+
+    def with_path(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return handle(module, relative_path(module, root), call, *args, **kwargs)
+
+    with intercept_calls(with_path, first=first), own_programs(wrapper):
+        yield
+
+
 # Under which Flax stores what a module returns (``capture_intermediates``).
 _CAPTURED = ("intermediates", "__call__")
 

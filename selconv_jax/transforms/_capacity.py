@@ -11,14 +11,7 @@ import numpy as np
 
 from selconv_jax._utils.arguments import check_whole
 from selconv_jax.errors import ConfigError
-from selconv_jax.nn._interception import (
-    call_in_place,
-    intercept_calls,
-    own_programs,
-    relative_path,
-    scope_path,
-    sow_of_wrapper,
-)
+from selconv_jax.nn._interception import call_in_place, replaced_calls, sow_of_wrapper
 from selconv_jax.nn._layers import SelectiveConv
 from selconv_jax.transforms._layer_tree import layer_states
 
@@ -82,18 +75,17 @@ class FittedCapacity(nn.Module):
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the network with the capacities of its layers."""
         capacities = dict(self.capacities)
-        root = scope_path(self)
 
-        def swap(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def swap(module: Any, path: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if not isinstance(module, SelectiveConv):
                 return call(*args, **kwargs)
-            capacity = capacities.get(relative_path(module, root), module.capacity)
+            capacity = capacities.get(path, module.capacity)
             if capacity == module.capacity:
                 return call(*args, **kwargs)
             fitted = module.clone(capacity=capacity, parent=module.scope)
             return call_in_place(module, fitted, *args, **kwargs)
 
-        with intercept_calls(swap, first=True), own_programs(self):
+        with replaced_calls(self, swap, first=True):
             return getattr(self.model, method)(*args, **kwargs)
 
 
