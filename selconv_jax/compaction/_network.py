@@ -13,6 +13,7 @@ from flax.core.scope import DenyList
 from flax.linen.dtypes import promote_dtype
 
 from selconv_jax._utils.modules import is_nnx_module
+from selconv_jax._xla.explicit_axes import plain_shapes
 from selconv_jax.compaction._static_conv import LayerLayout, call_static
 from selconv_jax.errors import ConfigError
 from selconv_jax.models._parts import Stem
@@ -206,7 +207,7 @@ def network_call(
         )
     inputs = inputs or (model.example_images(variables),)
     try:
-        shapes = jax.eval_shape(lambda *inputs: inputs, *inputs)
+        shapes = plain_shapes(inputs)
     except TypeError as error:
         raise ConfigError(
             f"the inputs ({', '.join(type(value).__name__ for value in inputs)}) hold more than arrays; pass "

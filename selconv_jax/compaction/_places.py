@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from numpy.typing import NDArray
 
+from selconv_jax._xla.explicit_axes import replicated, sharded_as
 from selconv_jax._xla.materialize import materialize
 
 Index = tuple[int, ...]
@@ -29,12 +30,14 @@ class RowsPlace:
 
     def take(self, array: jax.Array) -> jax.Array:
         """Take the smaller array from the whole one."""
-        return take_channels(array, self.index, self.axis)
+        return take_channels(replicated(array), self.index, self.axis)
 
     def put(self, array: jax.Array, small: jax.Array) -> jax.Array:
         """Write the smaller array into the whole one."""
-        wide = spread_channels(small.astype(array.dtype), self.index, self.size, self.axis)
-        return jnp.where(index_mask(self.index, self.size, self.axis, array.ndim), wide, array)
+        small = replicated(small).astype(array.dtype)
+        wide = spread_channels(small, self.index, self.size, self.axis)
+        is_taken = index_mask(self.index, self.size, self.axis, array.ndim)
+        return sharded_as(jnp.where(is_taken, wide, replicated(array)), array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,7 @@ class KernelPlace:
 
     def take(self, kernel: jax.Array) -> jax.Array:
         """Take the smaller kernel from the whole one."""
+        kernel = replicated(kernel)
         rows, active = self._rows_and_active()
         if (rows == rows[:, :1]).all():
             small = take_channels(kernel, tuple(rows[:, 0].tolist()), -2)
@@ -72,7 +76,7 @@ class KernelPlace:
     def put(self, kernel: jax.Array, small: jax.Array) -> jax.Array:
         """Write the smaller kernel into the whole one."""
         rows, active = self._rows_and_active()
-        small = small.astype(kernel.dtype)
+        small = replicated(small).astype(kernel.dtype)
         if (rows == rows[:, :1]).all():
             wide = spread_channels(small, self.outputs, self.features, -1)
             wide = spread_channels(wide, tuple(rows[:, 0].tolist()), self.channels // self.groups, -2)
@@ -82,7 +86,7 @@ class KernelPlace:
             wide = spread_channels(flat, self._entries(rows), size).reshape(kernel.shape)
         mask = np.zeros(kernel.shape[-2:], bool)
         mask[rows, np.array(self.outputs)[None, :]] = active
-        return jnp.where(_to_rank(mask, kernel.ndim), wide, kernel)
+        return sharded_as(jnp.where(_to_rank(mask, kernel.ndim), wide, replicated(kernel)), kernel)
 
     def _rows_and_active(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Return the row here of each entry of the smaller kernel ``[R, O']``, and whether it is not idle."""

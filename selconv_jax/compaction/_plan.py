@@ -13,6 +13,7 @@ import numpy as np
 from flax import traverse_util
 from flax.core import FrozenDict, freeze, unfreeze
 
+from selconv_jax._xla.explicit_axes import plain_shapes
 from selconv_jax.compaction._flow import Flow, channel_flow
 from selconv_jax.compaction._liveness import Kept, host_allocations, needed_channels, reduction
 from selconv_jax.compaction._network import Compact, NetworkCall, check_network, failed_call, network_call
@@ -252,7 +253,7 @@ def plan_compaction(
     """
     multiple = _checked(model, variables, multiple)
     call, whole = network_call(model, variables, inputs, method, options)
-    shapes = jax.eval_shape(lambda tree: tree, unfreeze(dict(variables)))
+    shapes = plain_shapes(unfreeze(dict(variables)))
     call, traces = _traces(whole, shapes, call)
     if not traces:
         _warn(

@@ -13,6 +13,7 @@ import numpy as np
 from flax import traverse_util
 from flax.core import unfreeze
 
+from selconv_jax._xla.explicit_axes import plain_shapes
 from selconv_jax.compaction._network import NetworkCall, check_network, failed_call, network_call
 from selconv_jax.conversion._triples import DropoutCall, Triple, find_triples
 from selconv_jax.errors import ConfigError
@@ -184,7 +185,7 @@ def selectivize_model(
     computation.check_capacity(capacity)
     call, _ = network_call(model, variables, inputs, None, options)
     variables = unfreeze(dict(variables))
-    shapes = jax.eval_shape(lambda tree: tree, variables)
+    shapes = plain_shapes(variables)
     found: dict[str, Triple] = {}
     left: dict[str, str] = {}
     for train in call.modes:
@@ -208,7 +209,7 @@ def selectivize_model(
     )
     selective = Selectivized(model, layers, capacity, gate_only)
     new = _renamed(variables, found, gate_only)
-    _check_runs(selective, new, call)
+    _check_runs(selective, plain_shapes(new), call)
     return Conversion(selective, new, {path: triple.norm for path, triple in found.items()}, left)
 
 

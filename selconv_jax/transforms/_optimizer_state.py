@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from selconv_jax._utils.modules import is_nnx_module
+from selconv_jax._xla.explicit_axes import replicated, sharded_as
 from selconv_jax.functional._groups import kernel_rows
 from selconv_jax.transforms._report import Report
 
@@ -144,7 +145,8 @@ def reset_rewritten(
         ends = (keys[-length:] for length in range(min(longest, len(keys)), 0, -1))
         owner = next((parameters[end] for end in ends if end in parameters), None)
         if owner and jnp.shape(value) == owner.shape:
-            return jnp.where(owner.rewritten, jnp.asarray(first, value.dtype), value)
+            first = replicated(jnp.asarray(first, value.dtype))
+            return sharded_as(jnp.where(owner.rewritten, first, replicated(value)), value)
         if owner or jnp.shape(value) != longer.shape:
             name = owner.name if owner else jax.tree_util.keystr(path)
             of_owner = f", the parameter {owner.shape}" if owner else ""

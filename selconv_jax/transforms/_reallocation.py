@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from selconv_jax._utils.modules import is_nnx_module
+from selconv_jax._xla.explicit_axes import replicated, sharded_as
 from selconv_jax.errors import ConfigError
 from selconv_jax.functional._allocation import LayerState, deallocate, fill_slots, sources_from_uniform
 from selconv_jax.functional._damage import channel_scores, expected_channel_damage, normalize_damage
@@ -167,9 +167,8 @@ def _rewrite(
     rules: tuple[_LayerRule, ...],
 ) -> tuple[dict[str, LayerState], dict[str, LayerReport]]:
     """Run a round on every layer that has a rule: the new states, and what changed, by path."""
-    # On a mesh of explicit axes every operation would have to name the sharding of its result, so the
-    # round runs on replicated arrays.
-    before, states = states, jax.tree.map(lambda leaf: _resharded(leaf, _replicated(leaf)), states)
+    # On a mesh of explicit axes the round runs on replicated arrays.
+    before, states = states, jax.tree.map(replicated, states)
     new_states, reports = {}, {}
     draws = layer_draws(states, key)
     is_replica = are_replicas(states)  # replicas of one model all take the numbers of the first
@@ -178,26 +177,8 @@ def _rewrite(
         if is_replica is not None:
             drawn = jnp.where(is_replica, drawn[:1], drawn)
         state, reports[name] = _stack_round(states[name], drawn, traced[number], rule)
-        new_states[name] = jax.tree.map(
-            lambda new, old: _resharded(new, _explicit_sharding(old)), state, before[name]
-        )
+        new_states[name] = jax.tree.map(sharded_as, state, before[name])
     return new_states, reports
-
-
-def _resharded(x: jax.Array, to: NamedSharding | None) -> jax.Array:
-    return x if to is None else jax.sharding.reshard(x, to)
-
-
-def _explicit_sharding(x: jax.Array) -> NamedSharding | None:
-    """Return the sharding of an array on a mesh of explicit axes; None: the compiler decides it."""
-    sharding = jax.typeof(x).sharding
-    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
-
-
-def _replicated(x: jax.Array) -> NamedSharding | None:
-    """Return the sharding that replicates an array over a mesh of explicit axes."""
-    sharding = _explicit_sharding(x)
-    return sharding and NamedSharding(sharding.mesh, PartitionSpec())
 
 
 def _stack_round(
