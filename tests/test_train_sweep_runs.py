@@ -177,6 +177,9 @@ def test_seconds_left_by_hand():
     assert seconds_left(paces, jobs=2) == pytest.approx(60)
     assert seconds_left(paces, jobs=4) == pytest.approx(40)  # as long as the longest
     assert seconds_left([Pace("a", 0, 7.0, 3)], jobs=1) is None
+    # Of "a" one seed is complete, and the others are made at once, each epoch of all in 10 seconds.
+    paces = [Pace("a", 2, 20.0, 0), Pace("a", 2, 20.0, 4), Pace("a", 2, 20.0, 3), Pace("b", 0, 0.0, 5)]
+    assert seconds_left(paces, jobs=1, together=True) == pytest.approx(40 + 50)
 
 
 def test_clock_counts_the_epochs_of_this_sweep(file, tmp_path):

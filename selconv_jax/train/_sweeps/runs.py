@@ -71,8 +71,7 @@ class _Sweep:
     def __init__(self, runs: Sequence[SweepRun], console: Console, jobs: int, together: bool) -> None:
         self._runs, self._console, self._jobs = runs, console, jobs
         self._group = operator.attrgetter("configuration" if together else "name")
-        most = max(len(list(group)) for _, group in itertools.groupby(runs, self._group))
-        self._clock = SweepClock(runs, jobs if jobs > 1 else most)
+        self._clock = SweepClock(runs, jobs, together=together)
         self._failures: dict[str, str] = {}
 
     def make(self) -> SweepEnd:

@@ -16,8 +16,11 @@ class Pace(NamedTuple):
     left: int
 
 
-def seconds_left(paces: Sequence[Pace], jobs: int) -> float | None:
-    """Estimate the seconds until all runs are complete, at least those of the longest run.
+def seconds_left(paces: Sequence[Pace], jobs: int, *, together: bool = False) -> float | None:
+    """Estimate the seconds until all runs are complete, of which ``jobs`` are made at once.
+
+    It is at least the time of the longest run. With ``together``, those of a configuration are made at once,
+    and the configurations one after another.
 
     Runs of one configuration are assumed to be equally fast, and configurations without a finished epoch as
     fast as the average of the others. None while no epoch has been made.
@@ -34,16 +37,26 @@ def seconds_left(paces: Sequence[Pace], jobs: int) -> float | None:
     for pace in paces:
         own = rate([other for other in paces if other.configuration == pace.configuration])
         each.append(pace.left * (overall if own is None else own))
+    if together:
+        longest: dict[str, float] = {}
+        for pace, seconds in zip(paces, each, strict=True):
+            longest[pace.configuration] = max(seconds, longest.get(pace.configuration, 0.0))
+        return sum(longest.values())
     return max(sum(each) / jobs, *each)
 
 
 class SweepClock:
-    """Clock of the runs of a sweep, of which ``jobs`` are made at once."""
+    """Clock of the runs of a sweep; for ``jobs`` and ``together`` see `seconds_left`."""
 
     def __init__(
-        self, runs: Sequence[SweepRun], jobs: int, clock: Callable[[], float] = time.monotonic
+        self,
+        runs: Sequence[SweepRun],
+        jobs: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        together: bool = False,
     ) -> None:
-        self._runs, self._jobs, self._clock = runs, jobs, clock
+        self._runs, self._jobs, self._clock, self._together = runs, jobs, clock, together
         self._started: dict[str, tuple[int, float]] = {}
         self._ended: dict[str, Pace] = {}
 
@@ -57,7 +70,8 @@ class SweepClock:
 
     def left(self) -> float | None:
         """Estimate the seconds until all runs are complete, see `seconds_left`."""
-        return seconds_left([self._ended.get(run.name) or self._pace(run) for run in self._runs], self._jobs)
+        paces = [self._ended.get(run.name) or self._pace(run) for run in self._runs]
+        return seconds_left(paces, self._jobs, together=self._together)
 
     def _pace(self, run: SweepRun) -> Pace:
         done, now = run.epochs_done, self._clock()
