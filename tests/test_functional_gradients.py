@@ -1,4 +1,6 @@
-"""Gradients of shift and selection."""
+"""Gradients of shift, selection, damage and scores."""
+
+import math
 
 import jax
 import numpy as np
@@ -109,3 +111,46 @@ def test_gradients_of_select(shape):
         difference = oracle.select(x, source, shift + moved) - oracle.select(x, source, shift - moved)
         expected = (difference * cotangent).sum(tuple(range(x.ndim - 1))) / (2 * step)
         np.testing.assert_allclose(grad_shift[:, axis], expected, rtol=0, atol=1e-7)
+
+
+def density(ratio):
+    return math.exp(-(ratio**2) / 2) / math.sqrt(2 * math.pi)
+
+
+@pytest.mark.parametrize("scale", [1e-30, -1e-30, 2.0, 0.0])
+@pytest.mark.parametrize("ratio", [0.0, 1.5, -0.5, 1e12, -1e12])
+def test_gradient_of_damage_of_narrow_channels(scale, ratio):
+    bias = ratio * abs(scale) if scale else ratio
+    kernel, gate = np.ones((1, 1, 1), np.float32), np.ones(1, bool)
+
+    def damage(scale, bias):
+        return functional.expected_channel_damage(kernel, scale, bias, gate)[0, 0]
+
+    arguments = [np.array([value], np.float32) for value in (scale, bias)]
+    by_scale, by_bias = jax.grad(damage, (0, 1))(*arguments)
+    expected = (1 + math.erf(ratio / math.sqrt(2))) / 2 if scale else np.heaviside(bias, 0.5)
+    assert by_bias.item() == pytest.approx(expected, rel=1e-5)
+    assert by_scale.item() == pytest.approx(np.sign(scale) * density(ratio), rel=1e-5)
+    forward = jax.jacfwd(damage, (0, 1))(*arguments)
+    assert [each.item() for each in forward] == [by_scale.item(), by_bias.item()]
+
+
+def test_second_derivatives_of_damage():
+    scale, bias = -0.8, 0.5
+    kernel, gate = np.ones((1, 1, 1)), np.ones(1, bool)
+    with precision(np.float64):
+        hessian = jax.hessian(
+            lambda both: functional.expected_channel_damage(kernel, both[:1], both[1:], gate)[0, 0]
+        )(np.array([scale, bias]))
+    # The derivatives are sign(scale) density(r) and distribution(r), where r = bias / |scale|.
+    ratio = bias / abs(scale)
+    mixed = -ratio * density(ratio) * np.sign(scale) / abs(scale)
+    expected = [[ratio**2 * density(ratio) / abs(scale), mixed], [mixed, density(ratio) / abs(scale)]]
+    np.testing.assert_allclose(hessian, expected, rtol=1e-12)
+
+
+def test_gradient_of_scores_of_channels_without_damage_is_zero():
+    normalized = np.array([[0.6, 0.0, 0.4], [0.8, 0.0, 0.2]], np.float32)
+    gradient = jax.grad(lambda matrix: functional.channel_scores(matrix, None).sum())(normalized)
+    norms = np.sqrt((normalized**2).sum(axis=0))
+    np.testing.assert_allclose(gradient, normalized / np.where(norms > 0, norms, 1), rtol=1e-6)

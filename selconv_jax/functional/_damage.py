@@ -58,15 +58,7 @@ def expected_channel_damage(
     check_shape("bias", bias, gate.shape, "[C], as gate is")
     dtype = statistics_dtype(kernel.dtype)
     scale, bias = scale.astype(dtype), bias.astype(dtype)
-    deviation = jnp.abs(scale)
-    is_constant = deviation == 0  # false for NaN, which propagates
-    # The divisor 1 keeps the branch that is not taken finite, and with it the gradient.
-    ratio = bias / jnp.where(is_constant, 1, deviation)
-    activation = jnp.where(
-        is_constant,
-        jnp.maximum(bias, 0),
-        deviation * norm.pdf(ratio) + bias * norm.cdf(ratio),
-    )
+    activation = _expected_activation(jnp.abs(scale), bias)
     taps = jnp.sum(kernel.astype(dtype), axis=tuple(range(kernel.ndim - 2)))
     if groups > 1:
         group_of_channel = jnp.arange(channels) // (channels // groups)
@@ -74,6 +66,34 @@ def expected_channel_damage(
         same_group = group_of_channel[:, None] == group_of_output[None, :]
         taps = jnp.where(same_group, jnp.tile(taps, (groups, 1)), 0)  # [C, O]
     return jnp.where(gate[:, None], activation[:, None] * taps, 0).T
+
+
+@jax.custom_jvp
+def _expected_activation(deviation: jax.Array, bias: jax.Array) -> jax.Array:
+    """Compute the mean of a normal variable after the ReLU."""
+    is_constant, ratio = _ratio(deviation, bias)
+    return jnp.where(
+        is_constant, jnp.maximum(bias, 0), deviation * norm.pdf(ratio) + bias * norm.cdf(ratio)
+    )
+
+
+@_expected_activation.defjvp
+def _expected_activation_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    # That of the formula divides by the square of the deviation, which is 0 long before the deviation is.
+    deviation, bias = primals
+    is_constant, ratio = _ratio(deviation, bias)
+    by_deviation = jnp.where(is_constant, 0, norm.pdf(ratio))
+    by_bias = jnp.where(is_constant, jnp.heaviside(bias, jnp.asarray(0.5, bias.dtype)), norm.cdf(ratio))
+    return _expected_activation(deviation, bias), by_deviation * tangents[0] + by_bias * tangents[1]
+
+
+def _ratio(deviation: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return where the deviation is 0, and the bias relative to it, or the bias itself there."""
+    is_constant = deviation == 0  # false for NaN, which propagates
+    # The divisor 1 keeps the branch that is not taken finite.
+    return is_constant, bias / jnp.where(is_constant, 1, deviation)
 
 
 def normalize_damage(damage: jax.Array) -> jax.Array:
@@ -120,7 +140,10 @@ def channel_scores(
         >>> channel_scores(normalized, jnp.array([-1, 0]), max_copies=0).tolist()
         [0.0, 0.0]
     """
-    scores = jnp.sqrt(jnp.sum(jnp.square(normalized), axis=0))
+    total = jnp.sum(jnp.square(normalized), axis=0)
+    # The derivative of a root at 0 is infinite, that of the score of a channel without damage 0.
+    is_zero = total == 0
+    scores = jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, total)))
     if max_copies is None:
         return scores
     check_whole("max_copies", max_copies, 0, "a whole number, at least 0, or None for no limit")
