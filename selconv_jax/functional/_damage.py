@@ -72,9 +72,7 @@ def expected_channel_damage(
 def _expected_activation(deviation: jax.Array, bias: jax.Array) -> jax.Array:
     """Compute the mean of a normal variable after the ReLU."""
     is_constant, ratio = _ratio(deviation, bias)
-    return jnp.where(
-        is_constant, jnp.maximum(bias, 0), deviation * norm.pdf(ratio) + bias * norm.cdf(ratio)
-    )
+    return jnp.where(is_constant, jnp.maximum(bias, 0), deviation * norm.pdf(ratio) + bias * norm.cdf(ratio))
 
 
 @_expected_activation.defjvp
