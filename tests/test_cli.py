@@ -1,10 +1,13 @@
 """The command line in a process of its own: output, exit codes, signals, sudden death."""
 
+import errno
+import io
 import json
 import random
 import signal
 import statistics
 import subprocess
+import sys
 import time
 
 import pytest
@@ -84,6 +87,23 @@ def test_show_prints_the_run_and_draws_elsewhere(finished, tmp_path, capsys):
     assert "block1_layer1/conv1" in output
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "drawn").iterdir()}
     assert drawn == {path.name: path.read_bytes() for path in (workdir / "pictures").iterdir()}
+
+
+@pytest.mark.parametrize("option", ["--output", "--html"])
+def test_show_draws_for_a_reader_who_leaves_after_the_tables(option, finished, tmp_path, capsys, monkeypatch):
+    """As ``selconv show DIR | head`` may."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            if "drawing pictures" in text or "page in" in text:
+                raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+            return super().write(text)
+
+    target = tmp_path / "drawn.html"
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert main(["show", str(finished[0]), option, str(target)]) == 0
+    assert capsys.readouterr().err == ""
+    assert (target / "learning_curves.png" if option == "--output" else target).is_file()
 
 
 def test_eval_prints_the_recorded_numbers(finished, capsys):

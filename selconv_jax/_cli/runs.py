@@ -108,11 +108,11 @@ def show(options: argparse.Namespace) -> int:
         check_target(output, overwrite=True)
     else:
         check_folder(output)
-    console = terminal_or_lines()
     _print_skipped(skipped_checkpoints(workdir))
-    print_run(workdir, console)
+    print_run(workdir, terminal_or_lines())
     try:
-        (write_page if options.html else draw_run)(workdir, output, console)
+        # What these print is progress: an output that nobody reads is no problem of the files.
+        (write_page if options.html else draw_run)(workdir, output, progress_console())
     except OSError as error:
         what, how = ("page", "file by --html") if options.html else ("pictures", "folder by --output")
         raise ConfigError(
