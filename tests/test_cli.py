@@ -222,11 +222,12 @@ def test_signal_stops_a_sweep_which_then_goes_on(config, tmp_path):
 
 
 def test_data_list_says_what_is_there(tmp_path, capsys):
-    assert main(["data", "list", "--data-dir", str(tmp_path)]) == 0
+    directory = tmp_path / "my sets"
+    assert main(["data", "list", "--data-dir", str(directory)]) == 0
     output = capsys.readouterr().out
     assert "fashion_mnist_sample" in output
     assert "included" in output
-    assert "selconv data prepare cifar10 --from PATH" in output
+    assert f"selconv data prepare cifar10 --from PATH --data-dir '{directory}'" in output
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Files of the authors' state dicts: there and back, damaged, unsafe; and PyTorch's tensors and files."""
 
+import json
 import os
 import re
 import sys
@@ -55,6 +56,15 @@ def test_npz_files_of_other_things(tmp_path, model):
     for name in ("array.npz", "objects.npz"):
         with pytest.raises(CheckpointError, match="not a whole npz file of plain arrays"):
             load_state_dict(model, tmp_path / name)
+
+
+def test_types_that_numpy_does_not_know(tmp_path, model):
+    pytest.importorskip("safetensors")
+    header = json.dumps({"stem.weight": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match=r"a type that NumPy does not know \(.*\)\. Save it as float32"):
+        load_state_dict(model, path)
 
 
 def test_missing_and_unknown_files(tmp_path, model, variables):

@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import fcntl
 import json
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -216,6 +218,9 @@ def test_a_directory_with_a_run_is_never_overwritten(whole_run, tmp_path):
     with pytest.raises(ConfigError, match=r"already holds a run. Go on with it by `selconv resume"):
         train_run(whole_config(), workdir, console)
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()} == before
+    spaced = shutil.copytree(workdir, tmp_path / "the run")
+    with pytest.raises(ConfigError, match=rf"by `selconv resume '{re.escape(str(spaced))}'`"):
+        train_run(whole_config(), spaced, console)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"is not empty \(it holds 'notes.txt'\)"):
         train_run(tiny_config(), tmp_path, console)

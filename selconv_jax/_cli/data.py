@@ -5,7 +5,7 @@ import argparse
 from rich.table import Table
 
 from selconv_jax._utils.console import terminal_or_lines
-from selconv_jax.data._catalog import resolve_data_dir, status
+from selconv_jax.data._catalog import prepare_command, resolve_data_dir, status
 from selconv_jax.data._preparation.prepare import prepare
 
 
@@ -26,11 +26,12 @@ def run(options: argparse.Namespace) -> int:
         )
     console = terminal_or_lines()
     console.print(table)
-    console.print(f"prepared sets are looked for in {resolve_data_dir(options.data_dir)}", soft_wrap=True)
+    data_dir = resolve_data_dir(options.data_dir)
+    console.print(f"prepared sets are looked for in {data_dir}", soft_wrap=True)
     for row in rows:
         if row.state == "not prepared":
             console.print(
-                f"\n{row.name}: `selconv data prepare {row.name} --from PATH`, where PATH holds the files of "
+                f"\n{row.name}: `{prepare_command(row.name, data_dir)}`, where PATH holds the files of "
                 f"{row.origin}.",
                 soft_wrap=True,
                 highlight=False,

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from shlex import quote
 
 import jax
 import platformdirs
@@ -142,7 +143,8 @@ def _finish(code: int, workdir: Path) -> int:
             draw_run(workdir, workdir / "pictures", progress_console())
         except Exception as error:  # the run is complete all the same
             problem = f"no pictures: {described(error).rstrip('.')}"
-            print(f"selconv: {problem}. Draw them later by `selconv show {workdir}`.", file=sys.stderr)
+            later = f"selconv show {quote(str(workdir))}"
+            print(f"selconv: {problem}. Draw them later by `{later}`.", file=sys.stderr)
     return code
 
 

@@ -80,6 +80,10 @@ def _read_safetensors(path: Path) -> dict[str, NDArray[np.generic]]:
     package = _import_safetensors(path)
     try:
         return package.load_file(str(path))
+    except (AttributeError, KeyError, TypeError) as error:  # of the file's types, such as float8
+        raise CheckpointError(
+            f"{path}: an array has a type that NumPy does not know ({error}). Save it as float32."
+        ) from error
     except Exception as error:  # the package's own error type is not part of the module
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}).") from error
 

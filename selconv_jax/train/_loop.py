@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import jax
@@ -242,7 +243,7 @@ class _Run:
                 is_saved = step < end and self._is_save_due()
                 if has_round or is_saved:
                     jax.block_until_ready(numbers)
-                    with trainer.interruptions.pause():
+                    with trainer.interruptions.pauses:
                         if has_round:
                             state = self._reallocate(state)
                             program = self._program(state, epoch)
@@ -305,7 +306,7 @@ class _Run:
         self.store.steps()  # waits for the disk
         self._display.line(
             f"stopped after step {int(state.step)} of {self.trainer.steps}; resume with "
-            f"`selconv resume {self.workdir}`"
+            f"`selconv resume {quote(str(self.workdir))}`"
         )
         return self._stop.exit_code
 

@@ -1,38 +1,44 @@
 """The speed of a run, in images per second of its training steps, whatever else happens meanwhile."""
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from types import TracebackType
 
 import jax
 
 
-@dataclasses.dataclass
+class Stopwatch:
+    """Sum of the seconds for which it was entered as a context."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._entered = 0.0
+
+    def __enter__(self) -> None:
+        self._entered = time.monotonic()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.seconds += time.monotonic() - self._entered
+
+
+@dataclasses.dataclass(frozen=True)
 class Interruptions:
-    """Seconds that did not go into training steps, of all runs in one program.
+    """Time that did not go into training steps, of all runs in one program.
 
     Attributes:
         first_calls: Of the first call of each program of `Trainer.run_steps`, which compiles it.
         pauses: Of rounds and checkpoints between steps.
     """
 
-    first_calls: float = 0.0
-    pauses: float = 0.0
+    first_calls: Stopwatch = dataclasses.field(default_factory=Stopwatch)
+    pauses: Stopwatch = dataclasses.field(default_factory=Stopwatch)
 
-    @contextlib.contextmanager
-    def first_call(self) -> Iterator[None]:
-        """Add the time for which it is entered to the first calls."""
-        started = time.monotonic()
-        yield
-        self.first_calls += time.monotonic() - started
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Add the time for which it is entered to the pauses."""
-        started = time.monotonic()
-        yield
-        self.pauses += time.monotonic() - started
+    @property
+    def seconds(self) -> float:
+        """Return the sum of all."""
+        return self.first_calls.seconds + self.pauses.seconds
 
 
 class Speedometer:
@@ -43,14 +49,14 @@ class Speedometer:
 
     def __init__(self, interruptions: Interruptions) -> None:
         self._interruptions = interruptions
-        self._first_calls = interruptions.first_calls
+        self._first_calls = interruptions.first_calls.seconds
         self._started: float | None = None
         self._images = self._latest = 0
 
     def add(self, images: int, result: jax.Array) -> None:
         """Count the images of a call of a program with training steps, and the array that it returned."""
-        compiled = self._interruptions.first_calls > self._first_calls
-        self._first_calls = self._interruptions.first_calls
+        first_calls = self._interruptions.first_calls.seconds
+        compiled, self._first_calls = first_calls > self._first_calls, first_calls
         if self._started is None:
             jax.block_until_ready(result)
             self._started = self._now()
@@ -70,4 +76,4 @@ class Speedometer:
         return images / (self._now() - self._started) if self._started is not None and images else None
 
     def _now(self) -> float:
-        return time.monotonic() - self._interruptions.first_calls - self._interruptions.pauses
+        return time.monotonic() - self._interruptions.seconds

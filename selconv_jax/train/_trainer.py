@@ -161,7 +161,7 @@ class Trainer:
             return self._compiled[key](state, *arguments)
         self._compiled[key] = self._make_steps(program.model, count)
         jax.block_until_ready(state)
-        with self.interruptions.first_call():
+        with self.interruptions.first_calls:
             return jax.block_until_ready(self._compiled[key](state, *arguments))
 
     def lower_step(self, program: Program) -> jax.stages.Lowered:

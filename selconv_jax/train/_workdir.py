@@ -8,6 +8,7 @@ import platform
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import jax
@@ -70,8 +71,8 @@ def check_free(workdir: Path) -> None:
             return
     if CONFIG in content:
         raise ConfigError(
-            f"{workdir} already holds a run. Go on with it by `selconv resume {workdir}`, or choose "
-            "another --workdir."
+            f"{workdir} already holds a run. Go on with it by `selconv resume {quote(str(workdir))}`, "
+            "or choose another --workdir."
         )
     if content:
         raise ConfigError(
@@ -115,7 +116,7 @@ def read_config(workdir: Path) -> Config:
     if not (workdir / CONFIG).is_file():
         raise ConfigError(
             f"{workdir} does not hold a run (there is no {CONFIG} in it). Start one by `selconv train CONFIG "
-            f"--workdir {workdir}`."
+            f"--workdir {quote(str(workdir))}`."
         )
     return load_config(workdir / CONFIG)
 
